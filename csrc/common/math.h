@@ -1,0 +1,180 @@
+// The functions that the activation table uses, for every compiler that includes the generated
+// header: nvcc takes CUDA's own; on the CPU double takes libm's, and float takes the branch-free
+// forms below, which GCC and Clang vectorise (a libm call would stay scalar, 10 to 20 times slower).
+// The constants come from fit_polynomials.py; the error of each function against libm in double,
+// over all its range, is printed by tests/test_math.py and held below the bound named here.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#ifdef __CUDACC__
+#define FASTJAC_HD __host__ __device__ __forceinline__
+#else
+#define FASTJAC_HD inline __attribute__((always_inline))
+#endif
+
+namespace fastjac::math {
+
+// Both sides are evaluated: a select, never a branch, so that loops vectorise.
+template <class T>
+FASTJAC_HD T where(bool condition, T yes, T no) {
+  return condition ? yes : no;
+}
+
+FASTJAC_HD double exp(double x) { return ::exp(x); }
+FASTJAC_HD double expm1(double x) { return ::expm1(x); }
+FASTJAC_HD double log1p(double x) { return ::log1p(x); }
+FASTJAC_HD double sin(double x) { return ::sin(x); }
+FASTJAC_HD double cos(double x) { return ::cos(x); }
+FASTJAC_HD double abs(double x) { return ::fabs(x); }
+FASTJAC_HD double normcdf(double z, double) { return 0.5 * ::erfc(-0.70710678118654752 * z); }
+
+#ifdef __CUDA_ARCH__
+
+FASTJAC_HD float exp(float x) { return ::expf(x); }
+FASTJAC_HD float expm1(float x) { return ::expm1f(x); }
+FASTJAC_HD float log1p(float x) { return ::log1pf(x); }
+FASTJAC_HD float sin(float x) { return ::sinf(x); }
+FASTJAC_HD float cos(float x) { return ::cosf(x); }
+FASTJAC_HD float abs(float x) { return ::fabsf(x); }
+FASTJAC_HD float normcdf(float z, float) { return ::normcdff(z); }
+
+#else
+
+// Fused where the target has it; a libm call for the baseline build would cost more than it saves.
+FASTJAC_HD float fma(float a, float b, float c) {
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+  return __builtin_fmaf(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
+FASTJAC_HD float from_bits(int32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+FASTJAC_HD int32_t to_bits(float x) {
+  int32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+
+FASTJAC_HD float power_of_two(int32_t n) { return from_bits((n + 127) << 23); }  // -126 <= n <= 127
+
+FASTJAC_HD float abs(float x) { return from_bits(to_bits(x) & 0x7fffffff); }
+
+// x = n ln2 + r with |r| <= ln2/2, for |x| < 2^21; returns exp(r) - 1 - r. Adding 1.5 * 2^23 rounds
+// to the nearest integer and leaves it in the low bits.
+FASTJAC_HD float reduce_exp(float x, float* r, int32_t* n) {
+  constexpr float magic = 12582912.0f;
+  const float shifted = fma(x, 1.44269504088896341f, magic);
+  const float k = shifted - magic;
+  *n = to_bits(shifted) - 0x4b400000;
+  *r = fma(k, -1.42860677e-06f, fma(k, -0.693145752f, x));  // ln2 split so that k * high is exact
+  float q = 0.0013814602280035615f;
+  q = fma(q, *r, 0.008368715643882751f);
+  q = fma(q, *r, 0.04166838899254799f);
+  q = fma(q, *r, 0.1666652113199234f);
+  q = fma(q, *r, 0.4999999403953552f);
+  return (*r * *r) * q;
+}
+
+// 1.1 ulp, subnormal results included. The clamp keeps 2^n within two representable factors.
+FASTJAC_HD float exp(float x) {
+  const float clamped = where(x < -104.0f, -104.0f, where(x > 89.0f, 89.0f, x));
+  float r;
+  int32_t n;
+  const float tail = reduce_exp(clamped, &r, &n);
+  const int32_t half = n >> 1;
+  return (1.0f + (r + tail)) * power_of_two(half) * power_of_two(n - half);
+}
+
+// 1.5 ulp. Scaled by 2^(n-1) and doubled, so that x just below ln(FLT_MAX) does not overflow early.
+FASTJAC_HD float expm1(float x) {
+  const float clamped = where(x < -30.0f, -30.0f, where(x > 89.0f, 89.0f, x));
+  float r;
+  int32_t n;
+  const float tail = reduce_exp(clamped, &r, &n);
+  const float half_scale = power_of_two(n - 1);
+  return 2.0f * fma(r + tail, half_scale, half_scale - 0.5f);
+}
+
+// log(u) for normal u > 0 (1 ulp).
+FASTJAC_HD float log_normal(float u) {
+  const int32_t bits = to_bits(u) - 0x3f3504f3;  // √½: the mantissa ends in [√½, √2)
+  const float k = static_cast<float>(bits >> 23);
+  const float f = from_bits((bits & 0x007fffff) + 0x3f3504f3) - 1.0f;
+  float w = -0.0763227641582489f;
+  w = fma(w, f, 0.12760858237743378f);
+  w = fma(w, f, -0.1316063553094864f);
+  w = fma(w, f, 0.14201882481575012f);
+  w = fma(w, f, -0.16623327136039734f);
+  w = fma(w, f, 0.20001220703125f);
+  w = fma(w, f, -0.250008225440979f);
+  w = fma(w, f, 0.3333333134651184f);
+  const float square = f * f;
+  return fma(k, 0.693359375f, fma(square * f, w, fma(k, -2.12194440e-4f, -0.5f * square)) + f);
+}
+
+// 1.5 ulp for x > -1. log(u) is corrected by the rounding of u = 1 + x; inf and NaN pass through.
+FASTJAC_HD float log1p(float x) {
+  const float u = 1.0f + x;
+  const float result = log_normal(u) + (x - (u - 1.0f)) / u;
+  return where(u < 3.0e38f, result, x);
+}
+
+// Polynomials of sin and cos on [-π/4, π/4] after a reduction in double: absolute error below 1e-7
+// while |x| < 5e8. Beyond that neighbouring floats are more than five periods apart; the clamp keeps
+// the result within [-1, 1] there.
+FASTJAC_HD float sin_cos(float x, int32_t quadrant) {
+  constexpr double magic = 6755399441055744.0;  // 1.5 * 2^52
+  const double wide = x;
+  const double shifted = wide * 0.63661977236758138 + magic;
+  const double k = shifted - magic;
+  int64_t bits;
+  std::memcpy(&bits, &shifted, sizeof bits);
+  const double high = wide - k * 1.5707963267341256;  // 33 bits of π/2: k * high is exact to 2^20
+  float r = static_cast<float>(high - k * 6.0771005065061922e-11);
+  r = where(r < -0.8f, -0.8f, where(r > 0.8f, 0.8f, r));
+  const int32_t n = static_cast<int32_t>(bits) + quadrant;
+  const float square = r * r;
+  float s = -0.00019514454470481724f;
+  s = fma(s, square, 0.008332154713571072f);
+  s = fma(s, square, -0.16666655242443085f);
+  const float sine = fma(s * square, r, r);
+  float c = 2.4432209102087654e-05f;
+  c = fma(c, square, -0.0013887308305129409f);
+  c = fma(c, square, 0.04166664555668831f);
+  const float cosine = fma(c * square, square, fma(-0.5f, square, 1.0f));
+  const float value = where((n & 1) != 0, cosine, sine);
+  return from_bits(to_bits(value) ^ ((n & 2) << 30));
+}
+
+FASTJAC_HD float sin(float x) { return sin_cos(x, 0); }
+FASTJAC_HD float cos(float x) { return sin_cos(x, 1); }
+
+// Φ(z) given e = exp(-z²/2): the tail is e times Mills' ratio, a polynomial in 1/(1 + 0.3|z|), so it
+// keeps its relative accuracy (torch's erf-based form does not: 1 + erf cancels for z < -3).
+FASTJAC_HD float normcdf(float z, float e) {
+  const float t = 1.0f / fma(abs(z), 0.3f, 1.0f);
+  float m = 0.03840739279985428f;
+  m = fma(m, t, -0.16930745542049408f);
+  m = fma(m, t, 0.22895176708698273f);
+  m = fma(m, t, -0.07683964818716049f);
+  m = fma(m, t, 0.14276526868343353f);
+  m = fma(m, t, 0.09458586573600769f);
+  m = fma(m, t, 0.12194526195526123f);
+  m = fma(m, t, 0.11948420852422714f);
+  m = fma(m, t, 7.372373147518374e-06f);
+  const float tail = e * m;
+  return where(z < 0.0f, tail, 1.0f - tail);
+}
+
+#endif
+
+}  // namespace fastjac::math

@@ -1,0 +1,53 @@
+// What every op does to its operands before it touches their memory.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+
+#include "dtype.h"
+
+namespace fastjac {
+
+using torch::stable::Tensor;
+
+inline DType dtype_of(const Tensor& t) {
+  using torch::headeronly::ScalarType;
+  switch (t.scalar_type()) {
+    case ScalarType::Float: return DType::f32;
+    case ScalarType::Double: return DType::f64;
+    case ScalarType::BFloat16: return DType::bf16;
+    case ScalarType::Half: return DType::f16;
+    default: STD_TORCH_CHECK(false, "fastjac: z must be float32, float64, bfloat16 or float16");
+  }
+}
+
+inline bool same_sizes(const Tensor& a, const Tensor& b) {
+  if (a.dim() != b.dim()) return false;
+  for (int64_t d = 0; d < a.dim(); ++d) {
+    if (a.size(d) != b.size(d)) return false;
+  }
+  return true;
+}
+
+inline void check_operand(const Tensor& t, const Tensor& z, const char* name) {
+  STD_TORCH_CHECK(same_sizes(t, z), "fastjac: ", name, " must have the shape of z");
+  STD_TORCH_CHECK(t.scalar_type() == z.scalar_type(), "fastjac: ", name, " must have z's dtype");
+  STD_TORCH_CHECK(t.device() == z.device(), "fastjac: ", name, " must be on z's device");
+}
+
+// `t` with the strides of `like` (a dense tensor of t's shape): then one flat loop serves every
+// memory format. Copies only where the strides differ in a dimension longer than 1.
+inline Tensor with_strides_of(const Tensor& t, const Tensor& like) {
+  for (int64_t d = 0; d < like.dim(); ++d) {
+    if (like.size(d) > 1 && t.stride(d) != like.stride(d)) {
+      Tensor copy = torch::stable::empty_like(like);
+      torch::stable::copy_(copy, t);
+      return copy;
+    }
+  }
+  return t;
+}
+
+}  // namespace fastjac

@@ -1,0 +1,357 @@
+"""The table of activations: the one place where an activation is defined.
+
+A row states φ and its first three derivatives as expressions of the pre-activation ``z``. From the
+rows `fastjac.codegen` writes the C++ header that the CPU and CUDA kernels include and the Triton
+functions; nothing else in the project lists activations. The truth that a row is tested against is
+never the row: it is ``Activation.torch``, the function users call today, differentiated by autograd.
+
+To add an activation, add one row and reinstall (``pip install --no-build-isolation -e .``).
+
+Expressions
+-----------
+Python arithmetic over ``z``, the row's parameters, earlier ``let`` names, numeric constants,
+comparisons inside ``a if condition else b`` (both sides are evaluated, so neither may trap), and
+
+======================= ==================================================================
+``exp expm1 log1p``     as in libm; ``log1p`` is accurate for arguments > -1
+``sin cos abs``         as in libm
+``normcdf(z, e)``       Φ(z) of the standard normal, given ``e = exp(-z²/2)``, which a backend
+                        may use to save the second exponential
+======================= ==================================================================
+
+The expressions are chosen for the tails: ``1 - σ(z)`` is formed as its own quotient and never as a
+difference, and every exponential has a non-positive argument, so nothing overflows for finite ``z``.
+At ±inf and NaN a result is what torch's kernels give, or the limit where torch's formula gives NaN.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+MAX_ORDER = 3
+"""Highest derivative of an activation that the kernels evaluate."""
+
+MAX_PARAMS = 2
+"""Every kernel takes this many scalar parameters; a row with fewer ignores the rest."""
+
+
+@dataclass(frozen=True)
+class Activation:
+    """One row of the table.
+
+    Attributes:
+        name: key in `TABLE`, also the name of the drop-in ``fastjac.<name>(z)``.
+        torch: dotted path of the function users call today, ``"torch.nn.functional.silu"``, with
+            `torch_kwargs` fixed; the row's parameters are passed by name.
+        module: name of the ``torch.nn`` class that `fastjac.fuse` replaces, if there is one.
+        derivatives: (φ, φ', φ'', φ''') as expressions.
+        let: intermediate values, in order; an expression may use the ones above it.
+        params: parameter names and their defaults, at most `MAX_PARAMS`.
+        torch_kwargs: keyword arguments of `torch` that the row fixes.
+        kinks: points where φ or φ' is not differentiable (tests step around them).
+    """
+
+    name: str
+    torch: str
+    derivatives: tuple[str, str, str, str]
+    module: str | None = None
+    let: Mapping[str, str] = field(default_factory=dict)
+    params: Mapping[str, float] = field(default_factory=dict)
+    torch_kwargs: Mapping[str, object] = field(default_factory=dict)
+    kinks: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        if len(self.params) > MAX_PARAMS:
+            raise ValueError(
+                f"activation {self.name!r}: {len(self.params)} params, the kernels take at most "
+                f"{MAX_PARAMS}; fold constants into the expressions"
+            )
+
+    @property
+    def zero_from(self) -> int:
+        """Lowest order whose derivative is identically zero (`MAX_ORDER` + 1 if none is)."""
+        order = MAX_ORDER + 1
+        while order > 0 and self.derivatives[order - 1] == "0":
+            order -= 1
+        return order
+
+    def is_zero(self, order: int) -> bool:
+        """Whether φ^(order) is identically zero, as known from the row; also past `MAX_ORDER`."""
+        return self.zero_from <= min(order, MAX_ORDER)
+
+    def param_values(self, given: Mapping[str, float]) -> tuple[float, float]:
+        """The kernels' scalar arguments: defaults overridden by ``given``, padded with zeros."""
+        unknown = sorted(set(given) - set(self.params))
+        if unknown:
+            known = ", ".join(self.params) or "none"
+            raise TypeError(
+                f"activation {self.name!r} has no parameter {unknown[0]!r}; its parameters: {known}"
+            )
+        values = [float(given.get(name, default)) for name, default in self.params.items()]
+        values += [0.0] * (MAX_PARAMS - len(values))
+        return values[0], values[1]
+
+    def torch_function(self, **given: float) -> Callable:
+        """The plain-torch φ with parameters bound: the truth of every test, and ``reference``."""
+        self.param_values(given)  # names checked
+        path, _, attribute = self.torch.rpartition(".")
+        function = getattr(importlib.import_module(path), attribute)
+        kwargs = {**self.torch_kwargs, **self.params, **given}
+        return lambda z: function(z, **kwargs)
+
+
+def sine(z, omega: float = 1.0):
+    """sin(ω z), the activation of SIREN (arXiv 2006.09661, ω = 30 there); torch has no name for it."""
+    return (omega * z).sin()
+
+
+def _logistic(argument: str) -> dict[str, str]:
+    """σ (``s``), 1 - σ (``r``) of an argument; both relatively accurate in both tails."""
+    return {
+        "e": f"exp(-abs({argument}))",
+        "i": "1 / (1 + e)",
+        "s": f"i if {argument} >= 0 else e * i",
+        "r": f"e * i if {argument} >= 0 else i",
+    }
+
+
+_SELU_ALPHA = 1.6732632423543772848170429916717
+_SELU_SCALE = 1.0507009873554804934193349852946
+_GELU_TANH_C = 2 * math.sqrt(2 / math.pi)  # 1 + tanh(u) = 2 σ(2u), so the factor 2 is folded in
+_GELU_TANH_A = 0.044715
+
+_ROWS = (
+    Activation(
+        name="identity",
+        torch="torch.positive",
+        module="Identity",
+        derivatives=("z", "1", "0", "0"),
+    ),
+    Activation(
+        name="relu",
+        torch="torch.nn.functional.relu",
+        module="ReLU",
+        derivatives=("0 if z <= 0 else z", "0 if z <= 0 else 1", "0", "0"),
+        kinks=(0.0,),
+    ),
+    Activation(
+        name="leaky_relu",
+        torch="torch.nn.functional.leaky_relu",
+        module="LeakyReLU",
+        params={"negative_slope": 0.01},
+        derivatives=(
+            "z if z > 0 else negative_slope * z",
+            "1 if z > 0 else negative_slope",
+            "0",
+            "0",
+        ),
+        kinks=(0.0,),
+    ),
+    Activation(
+        name="elu",
+        torch="torch.nn.functional.elu",
+        module="ELU",
+        params={"alpha": 1.0},
+        let={"n": "0 if z > 0 else z", "e": "alpha * exp(n)"},
+        derivatives=(
+            "z if z > 0 else alpha * expm1(n)",
+            "1 if z > 0 else e",
+            "0 if z > 0 else e",
+            "0 if z > 0 else e",
+        ),
+        kinks=(0.0,),
+    ),
+    Activation(
+        name="selu",
+        torch="torch.nn.functional.selu",
+        module="SELU",
+        let={"n": "0 if z > 0 else z", "e": f"{_SELU_SCALE * _SELU_ALPHA!r} * exp(n)"},
+        derivatives=(
+            f"{_SELU_SCALE!r} * z if z > 0 else {_SELU_SCALE * _SELU_ALPHA!r} * expm1(n)",
+            f"{_SELU_SCALE!r} if z > 0 else e",
+            "0 if z > 0 else e",
+            "0 if z > 0 else e",
+        ),
+        kinks=(0.0,),
+    ),
+    Activation(
+        name="celu",
+        torch="torch.nn.functional.celu",
+        module="CELU",
+        params={"alpha": 1.0},
+        let={"n": "0 if z > 0 else z / alpha", "e": "exp(n)"},
+        derivatives=(
+            "z if z > 0 else alpha * expm1(n)",
+            "1 if z > 0 else e",
+            "0 if z > 0 else e / alpha",
+            "0 if z > 0 else e / (alpha * alpha)",
+        ),
+        kinks=(0.0,),
+    ),
+    Activation(
+        name="gelu",
+        torch="torch.nn.functional.gelu",
+        module="GELU",
+        let={
+            "e": "exp(-0.5 * z * z)",
+            "p": f"{1 / math.sqrt(2 * math.pi)!r} * e",
+            "cdf": "normcdf(z, e)",
+            "zp": "z * p",
+        },
+        derivatives=(
+            "z * cdf",
+            "cdf + zp",
+            "2 * p - zp * z",
+            "zp * z * z - 4 * zp",
+        ),
+    ),
+    Activation(
+        name="gelu_tanh",
+        torch="torch.nn.functional.gelu",
+        torch_kwargs={"approximate": "tanh"},
+        module="GELU",
+        let={
+            # φ = z σ(v), v = c (z + a z³). Past |z| = 30, σ(v) is 0 or 1 in every dtype; the clamp
+            # keeps the derivatives of v from overflowing there.
+            "c": "-30 if z < -30 else (30 if z > 30 else z)",
+            "c2": "c * c",
+            "v": f"c * ({_GELU_TANH_C!r} + {_GELU_TANH_C * _GELU_TANH_A!r} * c2)",
+            **_logistic("v"),
+            "v1": f"{_GELU_TANH_C!r} + {3 * _GELU_TANH_C * _GELU_TANH_A!r} * c2",
+            "v2": f"{6 * _GELU_TANH_C * _GELU_TANH_A!r} * c",
+            "sr": "s * r",
+            "d": "r - s",
+            "s1": "sr * v1",
+            "s2": "sr * (d * v1 * v1 + v2)",
+            "s3": "sr * ((1 - 6 * sr) * v1 * v1 * v1 + 3 * d * v1 * v2"
+            f" + {6 * _GELU_TANH_C * _GELU_TANH_A!r})",
+        },
+        derivatives=("z * s", "s + z * s1", "2 * s1 + z * s2", "3 * s2 + z * s3"),
+    ),
+    Activation(
+        name="silu",
+        torch="torch.nn.functional.silu",
+        module="SiLU",
+        let={**_logistic("z"), "sr": "s * r", "d": "r - s"},
+        derivatives=(
+            "z * s",
+            "s + z * sr",
+            "sr * (2 + z * d)",
+            "sr * (3 * d + z * (1 - 6 * sr))",
+        ),
+    ),
+    Activation(
+        name="mish",
+        torch="torch.nn.functional.mish",
+        module="Mish",
+        let={
+            # φ = z t with t = tanh(softplus(z)) = ((1+e^z)² - 1) / ((1+e^z)² + 1), a rational
+            # function of e = exp(-|z|): no logarithm, no tanh.
+            "e": "exp(-abs(z))",
+            "a": "1 + 2 * e if z >= 0 else e * (e + 2)",
+            "q": "1 / (a + (2 * e * e if z >= 0 else 2))",
+            "t": "a * q",
+            "t1": "4 * e * (1 + e) * (e if z >= 0 else 1) * q * q",
+            "i": "1 / (1 + e)",
+            "s": "i if z >= 0 else e * i",
+            "r": "e * i if z >= 0 else i",
+            "k": "r - 2 * t * s",
+            "t2": "t1 * k",
+            "t3": "t2 * k - t1 * s * (r + 2 * r * t + 2 * t1)",
+        },
+        derivatives=("z * t", "t + z * t1", "2 * t1 + z * t2", "3 * t2 + z * t3"),
+    ),
+    Activation(
+        name="tanh",
+        torch="torch.tanh",
+        module="Tanh",
+        let={
+            "m": "expm1(-2 * abs(z))",
+            "i": "1 / (2 + m)",
+            "t": "m * i if z < 0 else -m * i",
+            "q": "4 * (1 + m) * i * i",  # 1 - tanh², with no cancellation in the tails
+        },
+        derivatives=("t", "q", "-2 * t * q", "2 * q * (2 * t * t - q)"),
+    ),
+    Activation(
+        name="sigmoid",
+        torch="torch.sigmoid",
+        module="Sigmoid",
+        let={**_logistic("z"), "sr": "s * r"},
+        derivatives=("s", "sr", "sr * (r - s)", "sr * (1 - 6 * sr)"),
+    ),
+    Activation(
+        name="softplus",
+        torch="torch.nn.functional.softplus",
+        module="Softplus",
+        params={"beta": 1.0, "threshold": 20.0},
+        let={"x": "beta * z", **_logistic("x"), "sr": "s * r"},
+        derivatives=(
+            "z if x > threshold else ((x if x > 0 else 0) + log1p(e)) / beta",
+            "1 if x > threshold else s",
+            "0 if x > threshold else beta * sr",
+            "0 if x > threshold else beta * beta * sr * (r - s)",
+        ),
+    ),
+    Activation(
+        name="softsign",
+        torch="torch.nn.functional.softsign",
+        module="Softsign",
+        let={"i": "1 / (1 + abs(z))", "i2": "i * i"},
+        derivatives=(
+            "z / (1 + abs(z))",
+            "i2",
+            "(2 if z < 0 else (-2 if z > 0 else 0)) * i2 * i",
+            "6 * i2 * i2",
+        ),
+        kinks=(0.0,),
+    ),
+    Activation(
+        name="hardswish",
+        torch="torch.nn.functional.hardswish",
+        module="Hardswish",
+        derivatives=(
+            f"z * (0 if z <= -3 else (6 if z >= 3 else z + 3)) * {1 / 6!r}",
+            f"0 if z <= -3 else (1 if z >= 3 else z * {1 / 3!r} + 0.5)",
+            f"0 if z <= -3 else (0 if z >= 3 else {1 / 3!r})",
+            "0",
+        ),
+        kinks=(-3.0, 3.0),
+    ),
+    Activation(
+        name="sine",
+        torch="fastjac.activations.sine",
+        params={"omega": 1.0},
+        let={"x": "omega * z"},
+        derivatives=(
+            "sin(x)",
+            "omega * cos(x)",
+            "-omega * omega * sin(x)",
+            "-omega * omega * omega * cos(x)",
+        ),
+    ),
+)
+
+TABLE: dict[str, Activation] = {row.name: row for row in _ROWS}
+"""Every activation by name, in the order of the kernels' ids."""
+
+IDS: dict[str, int] = {name: index for index, name in enumerate(TABLE)}
+
+
+def get(name: str) -> Activation:
+    """The row of an activation; an unknown name raises ValueError listing the known ones."""
+    try:
+        return TABLE[name]
+    except (KeyError, TypeError):
+        raise ValueError(
+            f"fn={name!r} is not an activation of the table; known: {', '.join(TABLE)}"
+        ) from None
+
+
+def table_hash() -> str:
+    """Identifies the rows. A compiled library made from other rows is refused when loaded."""
+    return hashlib.sha256(repr(_ROWS).encode()).hexdigest()[:16]

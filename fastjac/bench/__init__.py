@@ -1,0 +1,24 @@
+"""The benchmark behind ``fastjac bench``: cases, contestants, measurement, report, plots.
+
+A case is a penalty on a network, or one phase of one activation; a contestant is a way of computing
+it. No contestant is timed before its gradients agreed with the float64 truth.
+"""
+
+from fastjac.bench.cases import Case, all_cases, select_cases
+from fastjac.bench.contestants import Contestant, Prepared, all_contestants, select_contestants
+from fastjac.bench.records import Record
+from fastjac.bench.runner import Options, Outcome, run
+
+__all__ = [
+    "Case",
+    "Contestant",
+    "Options",
+    "Outcome",
+    "Prepared",
+    "Record",
+    "all_cases",
+    "all_contestants",
+    "run",
+    "select_cases",
+    "select_contestants",
+]

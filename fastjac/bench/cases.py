@@ -1,0 +1,189 @@
+"""Registry of benchmark cases: (penalty, network, batch), or (activation, phase)."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from fastjac.activations import TABLE
+from fastjac.bench.problems import (
+    ElementwiseProblem,
+    Problem,
+    StepProblem,
+    elementwise_problem,
+    lenet,
+    mlp,
+    small_resnet,
+    step_problem,
+)
+
+Build = Callable[[torch.device, torch.dtype], Problem]
+
+PHASES = ("forward", "backward", "double")
+#: activations whose double backward is in the quick suite
+QUICK_DOUBLE = ("gelu_tanh", "silu", "gelu", "mish")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One line of the benchmark.
+
+    Attributes:
+        name: what ``--case`` takes.
+        penalty: the penalty of a step, or ``"act"``.
+        kind: ``"step"`` (forward, loss, backward) or ``"elementwise"`` (one op).
+        suites: what ``--suite`` takes.
+        build: makes the problem on a device in a dtype.
+        quick: contestants of the quick suite; empty if the case is not in it.
+        activation, phase: of an elementwise case.
+    """
+
+    name: str
+    penalty: str
+    kind: str
+    suites: tuple[str, ...]
+    build: Build
+    quick: tuple[str, ...] = ()
+    activation: str = ""
+    phase: str = ""
+
+
+@functools.cache
+def all_cases() -> tuple[Case, ...]:
+    """Every case, steps first."""
+    return (*_step_cases(), *_elementwise_cases())
+
+
+def suites() -> list[str]:
+    """Names of the suites, in order of appearance."""
+    return list(dict.fromkeys(suite for case in all_cases() for suite in case.suites))
+
+
+def select_cases(
+    names: Iterable[str] = (),
+    suite: str | None = None,
+    cases: Sequence[Case] | None = None,
+) -> list[Case]:
+    """Cases of a suite, and of these those whose name matches one of ``names`` (``*`` allowed).
+
+    Raises:
+        ValueError: unknown suite, a name that matches no case, or nothing is left.
+    """
+    chosen = list(all_cases() if cases is None else cases)
+    known = [case.name for case in chosen]
+    if suite is not None:
+        valid = list(dict.fromkeys(s for case in chosen for s in case.suites))
+        if suite not in valid:
+            raise ValueError(f"suite {suite!r} does not exist; the suites are {', '.join(valid)}")
+        chosen = [case for case in chosen if suite in case.suites]
+    names = list(names)
+    if not names:
+        return chosen
+    for name in names:
+        if not fnmatch.filter(known, name):
+            raise ValueError(unknown("case", name, known))
+    kept = [case for case in chosen if any(fnmatch.fnmatchcase(case.name, name) for name in names)]
+    if not kept:
+        raise ValueError(f"case {names[0]!r} is not in the suite {suite!r}")
+    return kept
+
+
+def unknown(what: str, name: str, valid: Sequence[str]) -> str:
+    """Message for a name that is not registered: the near ones first, then all of them."""
+    near = difflib.get_close_matches(name, valid, n=3, cutoff=0.5)
+    hint = f"did you mean {', '.join(near)}? " if near else ""
+    return f"{what} {name!r} does not exist; {hint}valid names are: {', '.join(valid)}"
+
+
+def _step(
+    name: str,
+    penalty: str,
+    network: Callable[[], nn.Module],
+    shape: tuple[int, ...],
+    *suites: str,
+    quick: str = "",
+    outputs: int = 10,
+    kinks: bool = False,
+) -> Case:
+    def build(device: torch.device, dtype: torch.dtype) -> StepProblem:
+        return step_problem(
+            network, shape, penalty, device=device, dtype=dtype, outputs=outputs, kinks=kinks
+        )
+
+    family = "layer-wise" if penalty == "dreg" else "input-jacobian"
+    named = ("quick",) if quick else ()
+    return Case(name, penalty, "step", (*named, "step", family, *suites), build, (*quick.split(),))
+
+
+def _mlp(inputs: int, hidden: int, width: int, outputs: int = 10, activation: type = nn.GELU):
+    return functools.partial(mlp, [inputs, *[width] * hidden, outputs], activation)
+
+
+def _step_cases() -> list[Case]:
+    net512 = _mlp(784, 4, 512)
+    short = "plain eager fastjac"
+    return [
+        # the widest one is bound by GEMMs, the narrowest by launches and Python
+        _step("spectreg-mlp-b512-w2048", "spectreg", _mlp(1024, 3, 2048), (512, 1024)),
+        _step(
+            *("spectreg-mlp-b128-w512", "spectreg", net512, (128, 784)), quick=f"{short} compiled"
+        ),
+        _step(
+            *("spectreg-mlp-b100-w64", "spectreg", _mlp(16, 5, 64), (100, 16)),
+            quick=f"{short} compiled jacobianreg",
+        ),
+        _step("datagrad-mlp-b128-w512", "datagrad", net512, (128, 784), quick=short),
+        _step("frobreg-mlp-b128-w512", "frobreg", net512, (128, 784), quick=f"{short} jacobianreg"),
+        _step("jacreg-mlp-b128-w512", "jacreg", net512, (128, 784)),
+        _step(
+            *("gradient-penalty-mlp-b128-w512", "gradient-penalty", _mlp(784, 4, 512, 1)),
+            (128, 784),
+            outputs=1,
+        ),
+        _step("dreg-mlp-b128-w512", "dreg", net512, (128, 784), quick=f"{short} compiled"),
+        _step("dreg-mlp-b512-w1024", "dreg", _mlp(784, 4, 1024), (512, 784)),
+        _step("dreg-mlp-b4096-w256", "dreg", _mlp(784, 4, 256), (4096, 784)),
+        _step(
+            *("spectreg-relu-mlp-b128-w512", "spectreg", _mlp(784, 4, 512, activation=nn.ReLU)),
+            (128, 784),
+            kinks=True,
+        ),
+        _step("spectreg-lenet", "spectreg", lenet, (50, 1, 28, 28), "conv", kinks=True),
+        # GELU: in a ReLU network of this size (3M units a batch) some unit is always within
+        # rounding of its kink, and two correct convolutions differ by 2e-3 in the gradient
+        _step("spectreg-resnet", "spectreg", small_resnet, (32, 3, 32, 32), "conv"),
+    ]
+
+
+def _elementwise_cases() -> list[Case]:
+    return [
+        _elementwise(fn, phase)
+        for phase in PHASES
+        for fn in TABLE
+        if fn != "identity"  # torch returns the input itself: there is no kernel to time
+    ]
+
+
+def _elementwise(fn: str, phase: str) -> Case:
+    def build(device: torch.device, dtype: torch.dtype) -> ElementwiseProblem:
+        return elementwise_problem(
+            fn, TABLE[fn].torch_function(), phase, device=device, dtype=dtype
+        )
+
+    quick = phase != "double" or fn in QUICK_DOUBLE
+    return Case(
+        name=f"act-{fn}-{phase}",
+        penalty="act",
+        kind="elementwise",
+        suites=(*(("quick",) if quick else ()), "act", f"act-{phase}"),
+        build=build,
+        quick=("plain", "eager", "fastjac") if quick else (),
+        activation=fn,
+        phase=phase,
+    )

@@ -1,0 +1,201 @@
+"""The penalties in plain torch, as a user of torch writes them today: eager and under torch.compile.
+
+Nothing here calls fastjac. :data:`INPUT_JACOBIAN` states each input-Jacobian penalty once, as the
+cotangents ``w`` of the network's output and the per-sample value of ``v = J^T w``; the contestants
+differ only in how they obtain ``v``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fastjac.bench.problems import StepProblem
+
+
+@dataclass(frozen=True)
+class InputJacobian:
+    """A penalty that is the mean over samples of a function of ``v = J^T w``.
+
+    Attributes:
+        cotangents: ``(output [N, m], target, projection) -> w [K, N, m]``. It is differentiated
+            through: DataGrad's and JacReg's ``w`` depend on the parameters.
+        per_sample: ``v [K, N, D] -> R [N]``.
+    """
+
+    cotangents: Callable[[Tensor, Tensor, Tensor | None], Tensor]
+    per_sample: Callable[[Tensor], Tensor]
+
+
+def _given(output: Tensor, target: Tensor, projection: Tensor | None) -> Tensor:
+    if projection is None:
+        raise ValueError("projection: SpectReg needs one here, so that contestants share it")
+    return projection.unsqueeze(0)
+
+
+def _cross_entropy_gradient(output: Tensor, target: Tensor, projection: Tensor | None) -> Tensor:
+    labels = torch.nn.functional.one_hot(target, output.shape[1]).to(output.dtype)
+    return (output.softmax(dim=1) - labels).unsqueeze(0)
+
+
+def _unit_vectors(output: Tensor, target: Tensor, projection: Tensor | None) -> Tensor:
+    m = output.shape[1]
+    eye = torch.eye(m, dtype=output.dtype, device=output.device)
+    return eye.unsqueeze(1).expand(m, output.shape[0], m)
+
+
+def _softmax_rows(output: Tensor, target: Tensor, projection: Tensor | None) -> Tensor:
+    p = output.softmax(dim=1)
+    return (torch.diag_embed(p) - p.unsqueeze(2) * p.unsqueeze(1)).transpose(0, 1)
+
+
+def _ones(output: Tensor, target: Tensor, projection: Tensor | None) -> Tensor:
+    return torch.ones_like(output).unsqueeze(0)
+
+
+def _squared_norm(v: Tensor) -> Tensor:
+    return v.square().sum(dim=(0, 2))
+
+
+def _norm_minus_one_squared(v: Tensor) -> Tensor:
+    return (_squared_norm(v).sqrt() - 1).square()
+
+
+INPUT_JACOBIAN = {
+    "spectreg": InputJacobian(_given, _squared_norm),
+    "datagrad": InputJacobian(_cross_entropy_gradient, _squared_norm),
+    "frobreg": InputJacobian(_unit_vectors, _squared_norm),
+    "jacreg": InputJacobian(_softmax_rows, _squared_norm),
+    "gradient-penalty": InputJacobian(_ones, _norm_minus_one_squared),
+}
+
+
+def eager_objective(problem: StepProblem, model: nn.Module) -> Tensor:
+    """Task loss plus penalty through ``autograd.grad(create_graph=True)``."""
+    if problem.penalty == "dreg":
+        output, value = eager_dreg(model, problem.x)
+        return problem.loss(output, problem.target) + problem.weight * value
+    x = problem.x.detach().requires_grad_()
+    output = model(x)
+    penalty = INPUT_JACOBIAN[problem.penalty]
+    w = penalty.cotangents(output, problem.target, problem.projection)
+    v = torch.stack(
+        [torch.autograd.grad(output, x, row, create_graph=True)[0].flatten(1) for row in w]
+    )
+    return problem.loss(output, problem.target) + problem.weight * penalty.per_sample(v).mean()
+
+
+def eager_dreg(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Output and ``mean_n sum_l sum_i phi'(z_lni)^2 ||W_l[i]||^2`` of a Sequential, by hooks-free
+    walking: ``phi'`` is ``autograd.grad(a, z, 1, create_graph=True)``."""
+
+    def derivative(activation: nn.Module, z: Tensor, a: Tensor) -> Tensor:
+        return torch.autograd.grad(a, z, torch.ones_like(a), create_graph=True)[0]
+
+    return _dreg(model, x, derivative)
+
+
+def written_out_dreg(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """The same with ``phi'`` of GELU written out: the form that torch.compile fuses best."""
+
+    def derivative(activation: nn.Module, z: Tensor, a: Tensor) -> Tensor:
+        if not (isinstance(activation, nn.GELU) and activation.approximate == "none"):
+            raise TypeError(f"model: phi' is written out for exact GELU only, not {activation}")
+        cdf = 0.5 * (1 + torch.erf(z * math.sqrt(0.5)))
+        return cdf + z * torch.exp(-0.5 * z * z) * (1 / math.sqrt(2 * math.pi))
+
+    return _dreg(model, x, derivative)
+
+
+def _dreg(
+    model: nn.Module, x: Tensor, derivative: Callable[[nn.Module, Tensor, Tensor], Tensor]
+) -> tuple[Tensor, Tensor]:
+    value = x.new_zeros(())
+    weight, a = None, x
+    for layer in model.children():
+        z, a = a, layer(a)
+        if isinstance(layer, nn.Linear):
+            weight = layer.weight
+        elif weight is not None:
+            s = derivative(layer, z, a).square().sum(dim=0)
+            value = value + (s * weight.square().sum(dim=1)).sum()
+    return a, value / x.shape[0]
+
+
+def jacobian_reg_objective(problem: StepProblem, model: nn.Module) -> Tensor:
+    """Task loss plus facebookresearch's JacobianReg: one ``create_graph`` pass per projection.
+
+    Their value is ``m/2 * mean ||J^T v||^2`` over projections on the unit sphere; here the given
+    ``w`` takes the place of ``sqrt(m) v``, and the factor two is undone, so that the numbers are
+    those of the other contestants. JacReg is JacobianReg of the probabilities.
+    """
+    x = problem.x.detach().requires_grad_()
+    output = model(x)
+    y = output.softmax(dim=1) if problem.penalty == "jacreg" else output
+    n, m = y.shape
+    exact = problem.projection is None
+    value = x.new_zeros(())
+    for k in range(m if exact else 1):
+        if exact:
+            v = torch.zeros_like(y)
+            v[:, k] = 1
+        else:
+            v = _given(y, problem.target, problem.projection)[0]
+        (jv,) = torch.autograd.grad(
+            y.reshape(-1), x, v.reshape(-1), retain_graph=True, create_graph=True
+        )
+        value = value + 0.5 * jv.norm() ** 2 / n
+    return problem.loss(output, problem.target) + problem.weight * (2 * value)
+
+
+def functional_objective(problem: StepProblem, model: nn.Module) -> Callable[..., Tensor]:
+    """``(parameters, x, target, projection) -> loss + penalty`` over ``torch.func``, to compile.
+
+    BatchNorm's running statistics are switched off in ``model``: torch.func refuses to update them
+    inside a transform. The outputs in training mode do not depend on them.
+    """
+    loss, weight = problem.loss, problem.weight
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.track_running_stats = False
+            module.running_mean = module.running_var = module.num_batches_tracked = None
+    if problem.penalty == "dreg":
+        layers = _DregModule(model)
+
+        def layerwise(
+            parameters: dict[str, Tensor], x: Tensor, target: Tensor, projection: Tensor | None
+        ) -> Tensor:
+            named = {f"model.{name}": p for name, p in parameters.items()}
+            output, value = torch.func.functional_call(layers, named, (x,))
+            return loss(output, target) + weight * value
+
+        return layerwise
+    penalty = INPUT_JACOBIAN[problem.penalty]
+
+    def objective(
+        parameters: dict[str, Tensor], x: Tensor, target: Tensor, projection: Tensor | None
+    ) -> Tensor:
+        output, pullback = torch.func.vjp(
+            lambda x: torch.func.functional_call(model, parameters, (x,)), x
+        )
+        w = penalty.cotangents(output, target, projection)
+        if len(w) == 1:
+            v = pullback(w[0])[0].unsqueeze(0)
+        else:
+            v = torch.func.vmap(lambda row: pullback(row)[0])(w)
+        return loss(output, target) + weight * penalty.per_sample(v.flatten(2)).mean()
+
+    return objective
+
+
+class _DregModule(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return written_out_dreg(self.model, x)

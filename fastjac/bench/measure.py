@@ -1,0 +1,155 @@
+"""Clocks, samples in turn, and peak memory."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import math
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+Step = Callable[[], object]
+
+
+def timed(step: Step, repeats: int, device: torch.device) -> float:
+    """Seconds of one call, over ``repeats`` calls: wall clock on the CPU, CUDA events on a GPU."""
+    if device.type == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(repeats):
+            step()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3 / repeats
+    began = time.perf_counter()
+    for _ in range(repeats):
+        step()
+    return (time.perf_counter() - began) / repeats
+
+
+def warm_up(step: Step, device: torch.device, sample_s: float) -> tuple[int, float]:
+    """Calls until caches and allocators have settled.
+
+    Returns:
+        Repeats that make a sample of at least ``sample_s``, and the expected seconds of a sample.
+    """
+    once = min(timed(step, 1, device) for _ in range(3))
+    # a short step is timed again over many calls: one call is mostly the clock's own cost
+    if once < sample_s / 4:
+        once = timed(step, max(1, math.ceil(sample_s / 4 / max(once, 1e-7))), device)
+    repeats = max(1, math.ceil(1.1 * sample_s / max(once, 1e-7)))
+    return repeats, repeats * once
+
+
+def order_of_round(names: Sequence[str], round_number: int) -> list[str]:
+    """The contestants in turn, each round starting with the next one.
+
+    Whoever runs after a big step finds a cold cache; rotation spreads that evenly.
+    """
+    first = round_number % len(names)
+    return [*names[first:], *names[:first]]
+
+
+@dataclass
+class Samples:
+    """Seconds per call of each contestant, one entry a completed round."""
+
+    seconds: dict[str, list[float]] = field(default_factory=dict)
+
+    @property
+    def n_rounds(self) -> int:
+        """Rounds in which every contestant was sampled."""
+        return min(map(len, self.seconds.values()), default=0)
+
+    def quantiles_ms(self, name: str) -> tuple[float, float, float]:
+        """p20, median and p80 in ms."""
+        values = [1e3 * s for s in self.seconds[name][: self.n_rounds]]
+        if len(values) == 1:
+            return values[0], values[0], values[0]
+        fifths = statistics.quantiles(values, n=5, method="inclusive")
+        return fifths[0], statistics.median(values), fifths[3]
+
+
+def interleave(
+    steps: Mapping[str, Step],
+    device: torch.device,
+    *,
+    budget_s: float,
+    min_rounds: int,
+    max_rounds: int,
+    sample_s: float,
+    samples: Samples,
+) -> None:
+    """Sample the steps in turn, round after round, into ``samples``.
+
+    The number of rounds is what fits ``budget_s`` per step, between the two limits. What was
+    sampled stays in ``samples`` if the caller is interrupted.
+    """
+    names = list(steps)
+    samples.seconds.update({name: [] for name in names})
+    plans = {name: warm_up(step, device, sample_s) for name, step in steps.items()}
+    round_s = sum(expected for _, expected in plans.values())
+    rounds = min(max(int(budget_s * len(names) / round_s), min_rounds), max_rounds)
+    gc.collect()
+    for k in range(rounds):
+        for name in order_of_round(names, k):
+            samples.seconds[name].append(timed(steps[name], plans[name][0], device))
+
+
+def peak_bytes(step: Step, device: torch.device) -> int:
+    """Bytes allocated at the peak of one call, above the level before it.
+
+    On the CPU every allocation and free that passes through torch's allocator is recorded by
+    torch's profiler, C++ backward included; on a GPU it is the caching allocator's own counter.
+    Blocks that exist before the call and are freed in it are not subtracted on the CPU, so callers
+    release gradients first.
+    """
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        step()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    with (
+        _muted_stderr(),
+        torch.profiler.profile(
+            activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+        ) as profile,
+    ):
+        result = step()
+    del result
+    assert profile.profiler is not None and profile.profiler.kineto_results is not None
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    level = peak = 0
+    for event in events:
+        level += event.nbytes()
+        peak = max(peak, level)
+    return peak
+
+
+@contextlib.contextmanager
+def _muted_stderr() -> Iterator[None]:
+    """Silence the profiler's C++ log lines, which would tear the progress bar."""
+    sys.stderr.flush()
+    try:
+        kept = os.dup(2)
+    except OSError:
+        yield
+        return
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(null)

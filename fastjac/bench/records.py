@@ -1,0 +1,189 @@
+"""The record of one contestant on one case, and where it was measured."""
+
+from __future__ import annotations
+
+import csv
+import functools
+import json
+import math
+import platform
+import subprocess
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fastjac
+
+
+@dataclass
+class Record:
+    """One contestant on one case. Times are medians over rounds; None means not measured.
+
+    Attributes:
+        case, penalty, kind, suite: of the case; several suites are separated by spaces.
+        activation, phase: of an elementwise case, else empty.
+        contestant: its registered name.
+        status: ``"ok"``, ``"wrong"`` (the gate refused it, it was not timed) or ``"failed"``.
+        device, dtype, threads: what it ran on.
+        n_rounds: samples behind the median; each sample is at least 2 ms of repeated calls.
+        median_ms, p20_ms, p80_ms: time of one call.
+        overhead: median over the plain step's median in the same run.
+        vs_eager: eager's median over this one's; above 1 is faster than eager.
+        peak_mb: 10^6 bytes allocated at the peak of one call, above what was there before it
+            (parameters and inputs are not counted; activations, gradients and temporaries are).
+        rel_err, rel_err_limit: relative L2 error of the gradients against float64, and the gate.
+        compile_s: set-up and first call of a contestant that compiles.
+        gbps, copy_gbps, pct_copy: elementwise only. Bytes the op must move over its time; the same
+            of ``Tensor.copy_`` on buffers of that size in the same rounds; their ratio in percent.
+        message: what went wrong.
+        torch, triton, fastjac, machine, commit: versions and processor or GPU name.
+    """
+
+    case: str
+    penalty: str
+    kind: str
+    suite: str
+    activation: str
+    phase: str
+    contestant: str
+    status: str
+    device: str
+    dtype: str
+    threads: int
+    n_rounds: int = 0
+    median_ms: float | None = None
+    p20_ms: float | None = None
+    p80_ms: float | None = None
+    overhead: float | None = None
+    vs_eager: float | None = None
+    peak_mb: float | None = None
+    rel_err: float | None = None
+    rel_err_limit: float | None = None
+    compile_s: float | None = None
+    gbps: float | None = None
+    copy_gbps: float | None = None
+    pct_copy: float | None = None
+    message: str = ""
+    torch: str = ""
+    triton: str = ""
+    fastjac: str = ""
+    machine: str = ""
+    commit: str = ""
+
+
+COLUMNS = tuple(field.name for field in fields(Record))
+_INTEGERS = ("threads", "n_rounds")
+_TEXTS = (
+    *("case", "penalty", "kind", "suite", "activation", "phase", "contestant", "status"),
+    *("device", "dtype", "message", "torch", "triton", "fastjac", "machine", "commit"),
+)
+
+
+def to_json(records: Iterable[Record]) -> str:
+    """A list of objects, one per record; NaN and infinity (not JSON) become null."""
+
+    def plain(value: Any) -> Any:
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    rows = [{key: plain(value) for key, value in asdict(r).items()} for r in records]
+    return json.dumps(rows, indent=1)
+
+
+def append_csv(records: Sequence[Record], path: Path) -> None:
+    """Add the records to a CSV file, which is made with a header line if it is not there.
+
+    Raises:
+        ValueError: the file has other columns.
+    """
+    new = not path.exists() or path.stat().st_size == 0
+    if not new:
+        with path.open(newline="") as file:
+            header = next(csv.reader(file))
+        if tuple(header) != COLUMNS:
+            raise ValueError(f"{path} has other columns than this version writes; name a new file")
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        if new:
+            writer.writeheader()
+        writer.writerows(asdict(record) for record in records)
+
+
+def load(path: Path) -> list[Record]:
+    """Records of a ``.json`` or ``.csv`` file that this module wrote.
+
+    Raises:
+        ValueError: the file holds something else.
+    """
+    try:
+        if path.suffix == ".csv":
+            with path.open(newline="") as file:
+                rows: list[dict[str, Any]] = list(csv.DictReader(file))
+        else:
+            rows = json.loads(path.read_text())
+        return [_parse(row) for row in rows]
+    except (TypeError, KeyError, AttributeError, ValueError) as error:
+        raise ValueError(f"{path} is not a list of benchmark records: {error}") from error
+
+
+def _parse(row: dict[str, Any]) -> Record:
+    values: dict[str, Any] = {}
+    for key in COLUMNS:
+        value = row[key]
+        if key in _TEXTS:
+            values[key] = value or ""
+        elif key in _INTEGERS:
+            values[key] = int(value)
+        else:
+            values[key] = None if value in (None, "") else float(value)
+    return Record(**values)
+
+
+@functools.cache
+def versions(device_type: str) -> dict[str, str]:
+    """The columns of a record that say where and with what it was measured."""
+    try:
+        import triton
+    except ImportError:
+        triton_version = ""
+    else:
+        triton_version = triton.__version__
+    name = torch.cuda.get_device_name() if device_type == "cuda" else cpu_name()
+    return {
+        "torch": torch.__version__,
+        "triton": triton_version,
+        "fastjac": fastjac.__version__,
+        "machine": name,
+        "commit": commit(),
+    }
+
+
+def cpu_name() -> str:
+    """Model name of the processor."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    for line in lines:
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def commit() -> str:
+    """Short hash of the checkout fastjac runs from, with ``-dirty`` if it is modified, or empty."""
+    root = Path(fastjac.__file__).resolve().parents[1]
+    if not (root / ".git").exists():  # installed: a repository around it is someone else's
+        return ""
+    try:
+        described = subprocess.run(
+            ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return described.stdout.strip() if described.returncode == 0 else ""

@@ -1,0 +1,156 @@
+"""Writes the activation table as C++ and as Triton.
+
+One expression compiler, two dialects. A dialect says how a literal, a call and a conditional are
+spelled; everything else (which ``let`` values an expression needs, and in which order) is common.
+Run by ``setup.py`` at build time; imports nothing but the standard library, so that it also runs
+where torch is not installed.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+FUNCTIONS = {"exp", "expm1", "log1p", "sin", "cos", "abs", "normcdf"}
+_ARITHMETIC = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/"}
+_COMPARISONS = {ast.Lt: "<", ast.LtE: "<=", ast.Gt: ">", ast.GtE: ">="}
+
+
+@dataclass(frozen=True)
+class Dialect:
+    literal: Callable[[float], str]
+    call: Callable[[str, list[str]], str]
+    where: Callable[[str, str, str], str]
+
+
+# Every C++ literal is cast to the compute type: a bare 0.5 would promote a float kernel to double.
+CPP = Dialect(
+    literal=lambda value: f"T({value!r})",
+    call=lambda name, args: f"math::{name}({', '.join(args)})",
+    where=lambda condition, yes, no: f"math::where({condition}, {yes}, {no})",
+)
+
+# A Python number meets a Triton tensor at the tensor's dtype, so literals stay bare; the sum with
+# 0 * z turns a lone literal into a tensor of the right shape, where a `where` cannot do it.
+TRITON = Dialect(
+    literal=lambda value: repr(value),
+    call=lambda name, args: f"_math.{name}({', '.join(args)})",
+    where=lambda condition, yes, no: f"_math.where({condition}, {yes}, {no})",
+)
+
+
+def translate(expression: str, dialect: Dialect, names: set[str]) -> str:
+    """One table expression in a dialect. Anything outside the little language raises ValueError."""
+
+    def visit(node: ast.expr) -> str:
+        match node:
+            case ast.Constant(value=int() | float() as value):
+                return dialect.literal(float(value))
+            case ast.Name(id=name) if name in names:
+                return name
+            case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int() | float() as value)):
+                return dialect.literal(-float(value))
+            case ast.UnaryOp(op=ast.USub(), operand=operand):
+                return f"(-{visit(operand)})"
+            case ast.BinOp(left=left, op=op, right=right) if type(op) in _ARITHMETIC:
+                return f"({visit(left)} {_ARITHMETIC[type(op)]} {visit(right)})"
+            case ast.Compare(left=left, ops=[op], comparators=[right]) if type(op) in _COMPARISONS:
+                return f"({visit(left)} {_COMPARISONS[type(op)]} {visit(right)})"
+            case ast.IfExp(test=test, body=body, orelse=orelse):
+                return dialect.where(visit(test), visit(body), visit(orelse))
+            case ast.Call(func=ast.Name(id=name), args=args, keywords=[]) if name in FUNCTIONS:
+                return dialect.call(name, [visit(arg) for arg in args])
+        raise ValueError(f"activation table: cannot translate {ast.unparse(node)!r}")
+
+    return visit(ast.parse(expression.strip(), mode="eval").body)
+
+
+def _names(expression: str) -> set[str]:
+    return {n.id for n in ast.walk(ast.parse(expression.strip())) if isinstance(n, ast.Name)}
+
+
+def statements(row: Any, order: int, dialect: Dialect) -> Iterator[tuple[str, str]]:
+    """``(name, expression)`` of the ``let`` values that φ^(order) needs, then ``("", result)``."""
+    needed = _names(row.derivatives[order])
+    for name, expression in reversed(list(row.let.items())):
+        if name in needed:
+            needed |= _names(expression)
+    scope = {"z", *row.params}
+    for name, expression in row.let.items():
+        if name in needed:
+            yield name, translate(expression, dialect, scope)
+            scope.add(name)
+    yield "", translate(row.derivatives[order], dialect, scope)
+
+
+def cpp_header(table: Mapping[str, Any], table_hash: str) -> str:
+    """The header of functors: ``fastjac::Gelu::d<K>(z, p0, p1)`` for every row, and the id switch."""
+    out = [
+        "// Generated from fastjac/activations.py by fastjac/codegen.py. Do not edit.",
+        "#pragma once",
+        '#include "math.h"',
+        "",
+        f'#define FASTJAC_TABLE_HASH "{table_hash}"',
+        "",
+        "namespace fastjac {",
+    ]
+    for row in table.values():
+        params = list(row.params) + [""] * (2 - len(row.params))
+        signature = ", ".join(f"[[maybe_unused]] T {p}" if p else "T" for p in params)
+        out += [
+            "",
+            f"struct {_camel(row.name)} {{",
+            f"  static constexpr int zero_from = {row.zero_from};",
+            "  template <int K, class T>",
+            f"  FASTJAC_HD static T d([[maybe_unused]] T z, {signature}) {{",
+        ]
+        for order in range(len(row.derivatives)):
+            out.append(f"    {'if' if order == 0 else '} else if'} constexpr (K == {order}) {{")
+            for name, expression in statements(row, order, CPP):
+                out.append(f"      const T {name} = {expression};" if name else
+                           f"      return {expression};")  # fmt: skip
+        out += ["    }", "  }", "};"]
+    out += [
+        "",
+        "// Calls visitor(Functor{}) for the activation with this id; false if there is none.",
+        "template <class Visitor>",
+        "bool visit_activation(int64_t id, Visitor&& visitor) {",
+        "  switch (id) {",
+    ]
+    for index, row in enumerate(table.values()):
+        out.append(f"    case {index}: visitor({_camel(row.name)}{{}}); return true;")
+    out += ["    default: return false;", "  }", "}", "", "}  // namespace fastjac", ""]
+    return "\n".join(out)
+
+
+def triton_module(table: Mapping[str, Any]) -> str:
+    """The Triton functions ``phi(z, p0, p1, FN, K)``; FN is the row's index, K the order."""
+    out = [
+        '"""Generated from fastjac/activations.py by fastjac/codegen.py. Do not edit."""',
+        "",
+        "# ruff: noqa",
+        "import triton",
+        "import triton.language as tl",
+        "",
+        "from fastjac.kernels import math as _math",
+        "",
+        "",
+        "@triton.jit",
+        "def phi(z, p0, p1, FN: tl.constexpr, K: tl.constexpr):",
+    ]
+    for index, row in enumerate(table.values()):
+        out.append(f"    {'if' if index == 0 else 'elif'} FN == {index}:  # {row.name}")
+        for parameter, argument in zip(row.params, ("p0", "p1"), strict=False):
+            out.append(f"        {parameter} = {argument}")
+        for order in range(len(row.derivatives)):
+            out.append(f"        {'if' if order == 0 else 'elif'} K == {order}:")
+            for name, expression in statements(row, order, TRITON):
+                out.append(f"            {name or 'd'} = {expression}")
+    out += ["    return d", ""]
+    return "\n".join(out)
+
+
+def _camel(name: str) -> str:
+    return "".join(part.capitalize() for part in name.split("_"))

@@ -1,0 +1,160 @@
+"""What the penalties ask of autograd: batched VJPs, norms of them, and the input of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastjac.penalties import _checks
+
+NORMS = ("l2_squared", "l2", "l1")
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Sums of squares of half-precision numbers are taken in float32."""
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
+def rows(t: Tensor, lead: int = 1) -> Tensor:
+    """Flatten all dimensions after the first ``lead`` into one."""
+    return t.unsqueeze(-1) if t.dim() == lead else t.flatten(lead)
+
+
+def measure(v: Tensor, norm: str, lead: int = 2) -> Tensor:
+    """Norm over all but the first ``lead`` dimensions; half precision is accumulated in float32.
+
+    At ``v = 0`` the gradient of ``"l2"`` and ``"l1"`` is the subgradient 0.
+    """
+    v = rows(v.to(accumulate_dtype(v.dtype)), lead)
+    if norm == "l2_squared":
+        return v.square().sum(-1)
+    return torch.linalg.vector_norm(v, ord=1 if norm == "l1" else 2, dim=-1)
+
+
+def attached_zeros(output: Tensor) -> Tensor:
+    """Zeros ``[N]`` in the graph of ``output``.
+
+    The sum of an empty slice: exact even if ``output`` holds NaN or infinities, where
+    ``0 * output.sum()`` would not be.
+    """
+    dtype = accumulate_dtype(output.dtype)
+    return output[:0].sum(dtype=dtype).expand(output.shape[0])
+
+
+def vjp(output: Tensor, x: Tensor, w: Tensor, chunk_size: int | None = None) -> Iterator[Tensor]:
+    """``Jᵀ w_k`` for cotangents ``w`` ``[K, *output.shape]``, in pieces ``[k, *x.shape]``.
+
+    A piece is one batched pass (``is_grads_batched``) over ``chunk_size`` cotangents, a piece of
+    one cotangent a plain pass without vmap. All of it stays in the graph, ``w`` included.
+    """
+    for piece in w.split(chunk_size or len(w)):
+        batched = len(piece) > 1
+        (v,) = torch.autograd.grad(
+            output,
+            x,
+            piece if batched else piece[0],
+            create_graph=True,
+            allow_unused=True,
+            is_grads_batched=batched,
+        )
+        if v is None:
+            raise RuntimeError(
+                "output does not depend on x: pass the very tensor that went into the model, and "
+                "see that the model does not detach it"
+            )
+        yield v if batched else v.unsqueeze(0)
+
+
+def check_modes() -> None:
+    """A gradient needs autograd switched on."""
+    for mode, active in (
+        ("inference mode", torch.is_inference_mode_enabled()),
+        ("torch.no_grad()", not torch.is_grad_enabled()),
+    ):
+        if active:
+            raise RuntimeError(
+                f"the penalty needs the gradient of output with respect to x, and {mode} is "
+                "active: leave it, or put model and penalty under torch.inference_mode(False) and "
+                "torch.enable_grad()"
+            )
+
+
+def check_graph(x: Tensor, output: Tensor) -> None:
+    """``output`` must be a function of ``x`` in one graph, sample by sample."""
+    _checks.floating("x", x)
+    _checks.batch("output", output, "x", x.shape[0])
+    if not x.requires_grad:
+        raise RuntimeError(
+            "x does not require grad: call x.requires_grad_() before the model, or use the model "
+            "form penalty(model, x)"
+        )
+    if not output.is_floating_point():
+        raise TypeError(f"output has dtype {output.dtype}: it must be floating point")
+    if output.grad_fn is None:
+        raise RuntimeError(
+            "output has no grad_fn: it was detached, computed under torch.no_grad(), or x and "
+            "output are swapped"
+        )
+    if output.numel() == 0 and output.shape[0] > 0:
+        raise ValueError(f"output has shape {tuple(output.shape)}: it holds no numbers per sample")
+
+
+def call_model(model: Callable[..., Any], x: Tensor) -> Tensor:
+    """``model(x)``, which must be a tensor."""
+    output = model(x)
+    if not isinstance(output, Tensor):
+        raise TypeError(
+            f"output of the model is {type(output).__name__}: it must be a torch.Tensor; wrap the "
+            "model in a function that returns the tensor to penalise"
+        )
+    return output
+
+
+def run_model(model: Callable[..., Any], x: Tensor, at: str | None) -> tuple[Tensor, Tensor]:
+    """``(hidden, output)`` of the model, ``hidden`` the tensor to differentiate by.
+
+    ``at=None``: the input, made to require grad if it does not. Otherwise the output of the
+    submodule of that name. The model goes on from a copy of it, so that an in-place operation that
+    follows (ReLU(inplace=True)) cannot change which tensor is meant.
+    """
+    _checks.tensor("x", x)
+    if at is None:
+        _checks.floating("x", x)
+        if not x.requires_grad:
+            x = x.detach().requires_grad_()
+        return x, call_model(model, x)
+
+    caught: list[Tensor] = []
+
+    def catch(module: nn.Module, args: Any, hidden: Any) -> Tensor:
+        hidden = _checks.floating(f"the output of at={at!r}", hidden)
+        caught.append(hidden if hidden.requires_grad else hidden.detach().requires_grad_())
+        return caught[-1].clone()
+
+    handle = submodule(model, at).register_forward_hook(catch)
+    try:
+        output = call_model(model, x)
+    finally:
+        handle.remove()
+    if len(caught) != 1:
+        raise RuntimeError(
+            f"at={at!r} ran {len(caught)} times in one call of the model: it must run exactly once"
+        )
+    return caught[0], output
+
+
+def submodule(model: Callable[..., Any], at: str) -> nn.Module:
+    """The submodule called ``at``."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"at={at!r} names a submodule, and model is {type(model).__name__}: it must be an "
+            "nn.Module"
+        )
+    found = dict(model.named_modules(remove_duplicate=False)).get(at)
+    if found is None or at == "":
+        names = ", ".join(name for name, _ in model.named_modules() if name)
+        raise ValueError(f"at={at!r} is not a submodule of the model: it has {names or 'none'}")
+    return found

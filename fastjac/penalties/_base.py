@@ -1,0 +1,243 @@
+"""What all penalties share: options, the two call forms, reduction, and the two derived forms.
+
+A penalty defines per-sample values ``R_n``; what the caller gets is ``weight * reduce_n R_n``.
+The functional and the class signature are derived from the class, so that an option is written
+down once, in an ``__init__``.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any, TypedDict
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Unpack
+
+from fastjac.penalties import _autograd, _checks
+
+REDUCTIONS = ("mean", "sum", "none")
+
+
+class PenaltyOptions(TypedDict, total=False):
+    weight: float
+    reduction: str
+    every: int
+
+
+class InputOptions(PenaltyOptions, total=False):
+    at: str | None
+
+
+class ProjectionOptions(InputOptions, total=False):
+    norm: str
+
+
+class RandomOptions(ProjectionOptions, total=False):
+    generator: torch.Generator | None
+    chunk_size: int | None
+
+
+class Penalty(nn.Module):
+    """Base of the penalties: ``weight * reduce_n R_n``.
+
+    Two call forms, told apart by the first argument:
+
+    * a tensor: ``penalty(x, output, *targets) -> value``, on a graph that exists already;
+    * a callable: ``penalty(model, x, *targets) -> (output, value)``; an ``x`` that does not require
+      grad is detached and made to.
+
+    Options of every penalty:
+
+    * ``weight``: factor of the value. The attribute may be assigned (schedules).
+    * ``reduction``: ``"mean"`` over the samples, ``"sum"``, or ``"none"`` for ``[N]``. An empty
+      batch gives 0.
+    * ``every``: in training mode compute at calls 1, 1 + k, 1 + 2k, … of this module, multiplied by
+      k. The other calls cost nothing and return an exact zero that is attached to the graph of
+      ``output``. The count starts anew in a new process. In ``eval()`` mode each call computes, and
+      nothing is multiplied.
+
+    The value has the dtype of the gradient it measures, half precision promoted to float32. There
+    are no parameters, and the ``state_dict`` is empty.
+    """
+
+    needs_grad = True
+
+    def __init__(self, *, weight: float = 1.0, reduction: str = "mean", every: int = 1) -> None:
+        super().__init__()
+        self.weight = _checks.number("weight", weight)
+        self.reduction = _checks.choice("reduction", reduction, REDUCTIONS)
+        self.every = _checks.count("every", every)
+        self._calls = 0
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.__signature__ = inspect.Signature(options_of(cls))  # type: ignore[attr-defined]
+
+    def forward(
+        self, model_or_x: Any, x_or_output: Tensor, *targets: Any, **named: Any
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """``(x, output, *targets) -> value`` or ``(model, x, *targets) -> (output, value)``."""
+        graph = isinstance(model_or_x, Tensor)
+        if not graph and not callable(model_or_x):
+            raise TypeError(
+                f"the first argument is {type(model_or_x).__name__}: pass x (a Tensor, followed by "
+                "output) or a model (a callable, followed by x)"
+            )
+        due = not self.training or self._calls % self.every == 0
+        if due and self.needs_grad:
+            _autograd.check_modes()
+        if not due:
+            output = x_or_output if graph else _autograd.call_model(model_or_x, x_or_output)
+            values = _autograd.attached_zeros(_checks.tensor("output", output))
+        elif graph:
+            output, values = x_or_output, self.graph_form(model_or_x, x_or_output, *targets, **named)
+        else:
+            output, values = self.model_form(model_or_x, x_or_output, *targets, **named)
+        self._calls += self.training
+        value = self._reduce(values)
+        return value if graph else (output, value)
+
+    def graph_form(self, x: Tensor, output: Tensor, *targets: Any, **named: Any) -> Tensor:
+        """Per-sample values of an existing graph."""
+        return self.per_sample(x, output, *targets, **named)
+
+    def model_form(
+        self, model: Callable[..., Any], x: Tensor, *targets: Any, **named: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Run the model; its output and the per-sample values."""
+        output = _autograd.call_model(model, _checks.tensor("x", x))
+        return output, self.graph_form(x, output, *targets, **named)
+
+    def per_sample(self, x: Tensor, output: Tensor, *targets: Any, **named: Any) -> Tensor:
+        """``R_n``, as ``[N]``."""
+        raise TypeError(f"{type(self).__name__} does not define per_sample")
+
+    @classmethod
+    def call_parameters(cls) -> list[inspect.Parameter]:
+        """What a call takes, with ``x, output`` or ``model, x`` first."""
+        return parameters_of(cls.per_sample)
+
+    def _reduce(self, values: Tensor) -> Tensor:
+        factor = self.weight * (self.every if self.training else 1)
+        if self.reduction == "none":
+            return factor * values
+        # The mean over no samples would be 0/0.
+        mean = self.reduction == "mean" and len(values) > 0
+        return factor * (values.mean() if mean else values.sum())
+
+    def extra_repr(self) -> str:
+        """The options that are not at their defaults."""
+        shown = []
+        for option in options_of(type(self)):
+            value = getattr(self, option.name)
+            if value is not option.default and value != option.default:
+                shown.append(f"{option.name}={value!r}")
+        return ", ".join(shown)
+
+
+class InputPenalty(Penalty):
+    """Base of the penalties on the gradient with respect to an input or hidden tensor.
+
+    ``at`` names a submodule: in the model form the gradient is taken with respect to its output
+    instead of ``x`` (which may then be of an integer dtype). In the graph form pass the hidden
+    tensor itself as ``x``.
+    """
+
+    def __init__(self, *, at: str | None = None, **options: Unpack[PenaltyOptions]) -> None:
+        super().__init__(**options)
+        if at is not None and not isinstance(at, str):
+            raise TypeError(f"at is {type(at).__name__}: it must be the name of a submodule")
+        self.at = at
+
+    def graph_form(self, x: Tensor, output: Tensor, *targets: Any, **named: Any) -> Tensor:
+        if self.at is not None:
+            raise ValueError(
+                f"at={self.at!r} is for the model form: here pass the hidden tensor itself as x"
+            )
+        return self._checked(x, output, *targets, **named)
+
+    def model_form(
+        self, model: Callable[..., Any], x: Tensor, *targets: Any, **named: Any
+    ) -> tuple[Tensor, Tensor]:
+        x, output = _autograd.run_model(model, x, self.at)
+        return output, self._checked(x, output, *targets, **named)
+
+    def _checked(self, x: Tensor, output: Tensor, *targets: Any, **named: Any) -> Tensor:
+        _autograd.check_graph(x, output)
+        return self.per_sample(x, output, *targets, **named)
+
+
+class ModelPenalty(Penalty):
+    """Base of the penalties that must run the model themselves: no graph form."""
+
+    def graph_form(self, x: Tensor, output: Tensor, *targets: Any, **named: Any) -> Tensor:
+        raise TypeError(
+            f"the first argument is a Tensor: {type(self).__name__} runs the model itself and has "
+            "no graph form; pass (model, x, ...)"
+        )
+
+    def model_form(
+        self, model: Callable[..., Any], x: Tensor, *targets: Any, **named: Any
+    ) -> tuple[Tensor, Tensor]:
+        raise TypeError(f"{type(self).__name__} does not define model_form")
+
+    @classmethod
+    def call_parameters(cls) -> list[inspect.Parameter]:
+        return parameters_of(cls.model_form)
+
+
+def parameters_of(method: Callable[..., Any]) -> list[inspect.Parameter]:
+    """The parameters of a method but ``self``."""
+    return list(inspect.signature(method).parameters.values())[1:]
+
+
+def options_of(cls: type[Penalty]) -> list[inspect.Parameter]:
+    """The options of a penalty: the keyword parameters of its ``__init__``.
+
+    Where an ``__init__`` passes ``**options`` on, those of the next class that has one follow.
+    """
+    found: dict[str, inspect.Parameter] = {}
+    for base in cls.__mro__:
+        if "__init__" not in vars(base):
+            continue
+        passed_on = False
+        for parameter in parameters_of(vars(base)["__init__"]):
+            if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+                passed_on = True
+            else:
+                found.setdefault(parameter.name, parameter)
+        if not passed_on:
+            break
+    return sorted(found.values(), key=lambda p: p.kind)
+
+
+def functional_of(cls: type[Penalty], name: str) -> Callable[..., Any]:
+    """The function ``name(x, output, *targets, **options)`` of a penalty class."""
+    first, second, *rest = cls.call_parameters()
+    arguments = [p.replace(kind=inspect.Parameter.POSITIONAL_ONLY) for p in (first, second)] + rest
+    options = [
+        p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in options_of(cls) if p.name != "every"
+    ]
+    option_names = frozenset(p.name for p in options)
+    known = option_names | {p.name for p in rest}
+
+    def function(*args: Any, **kwargs: Any) -> Any:
+        unknown = kwargs.keys() - known
+        if unknown:
+            raise TypeError(f"{name}() got an unexpected keyword argument {min(unknown)!r}")
+        chosen = {key: kwargs.pop(key) for key in option_names & kwargs.keys()}
+        return cls(**chosen)(*args, **kwargs)
+
+    function.__name__ = function.__qualname__ = name
+    function.__module__ = cls.__module__
+    function.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        sorted([*arguments, *options], key=lambda p: p.kind), return_annotation="Tensor | tuple[Tensor, Tensor]"
+    )
+    function.__doc__ = (
+        f"The function of :class:`{cls.__name__}`: ``{cls.__name__}(**options)(...)`` in one call.\n"
+        "\n    Takes the arguments of either call form and, by keyword, the options of the class\n"
+        f"    (all but ``every``).\n\n    {(cls.__doc__ or '').strip()}\n    "
+    )
+    return function

@@ -1,0 +1,54 @@
+"""ConfidencePenalty: the negative entropy of the prediction."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastjac import reference
+from fastjac.penalties import _autograd, _checks
+from fastjac.penalties._base import Penalty
+from fastjac.penalties._spec import PenaltySpec, logits_example
+
+
+class ConfidencePenalty(Penalty):
+    """``R_n = Σ_i p_i log p_i``, ``p = softmax(g_n)``: minus the entropy of the prediction.
+
+    A function of the output alone, here because the papers compare with it. ``x`` gives the batch
+    size to check and nothing else: it may be of any dtype. No gradient is taken to get the value,
+    so that it can also be had under ``torch.no_grad()``.
+
+    Arguments:
+        x: ``[N, ...]``. output: logits ``[N, ...]``, flattened to ``[N, m]``, ``m >= 2``; ``-inf``
+        marks a class that is not there.
+
+    Options:
+        weight, reduction, every: as for all penalties.
+
+    Half precision is computed in float32. Differentiable to any order.
+
+    Source: Pereyra et al. 2017, arXiv 1701.06548.
+    """
+
+    needs_grad = False
+
+    def per_sample(self, x: Tensor, output: Tensor) -> Tensor:
+        _checks.batch("output", output, "x", len(_checks.tensor("x", x)))
+        if not output.is_floating_point():
+            raise TypeError(f"output has dtype {output.dtype}: it must be floating point logits")
+        logits = _autograd.rows(output.to(_autograd.accumulate_dtype(output.dtype)))
+        _checks.classes("ConfidencePenalty", logits)
+        log_p = logits.log_softmax(1)
+        p = log_p.exp()
+        # 0 · log 0 is 0, also for the gradient.
+        return (p * torch.where(p > 0, log_p, 0)).sum(1)
+
+
+SPEC = PenaltySpec.of(
+    ConfidencePenalty,
+    reference.confidence_penalty,
+    source="Pereyra et al. 2017, arXiv 1701.06548",
+    kind="output",
+    example=logits_example,
+)
+confidence_penalty = SPEC.functional

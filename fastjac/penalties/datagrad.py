@@ -1,0 +1,50 @@
+"""DataGrad: the input gradient of the cross-entropy (double backpropagation)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from fastjac import reference
+from fastjac.penalties import _checks
+from fastjac.penalties._projection import ProjectionPenalty
+from fastjac.penalties._spec import PenaltySpec, classifier_example
+
+
+class DataGrad(ProjectionPenalty):
+    """Double backpropagation: ``R_n = ‖J_nᵀ (softmax(g_n) − y_n)‖²``.
+
+    This is ``‖∂ℓ_n/∂x_n‖²`` for the cross-entropy ``ℓ_n`` of sample n, never of the batch mean,
+    whose gradient carries ``1/N``. ``softmax(g) − y`` depends on the parameters and is
+    differentiated through.
+
+    Arguments:
+        x: ``[N, ...]`` floating point, requires grad. output: logits ``[N, ...]``, flattened to
+        ``[N, m]``, ``m >= 2``. target: class indices ``[N]`` int64, or probabilities ``[N, m]``
+        whose rows sum to 1 (the formula needs that; it is not checked).
+
+    Options:
+        norm: ``"l2_squared"``, ``"l2"`` or ``"l1"``. at, weight, reduction, every: as for all
+        penalties.
+
+    Sums of squares of half precision are taken in float32. Differentiable as often as the network.
+
+    Source: Drucker & LeCun 1991; Ororbia et al. 2017, arXiv 1601.07213; as a projection: Varga,
+    Csiszárik, Zombori 2017, arXiv 1712.09936, claim 2.
+    """
+
+    def cotangents(self, logits: Tensor, target: Any) -> tuple[Tensor, float]:
+        _checks.classes("DataGrad", logits)
+        y = _checks.class_rows(target, logits)
+        return (logits.softmax(1) - y).unsqueeze(0), 1.0
+
+
+SPEC = PenaltySpec.of(
+    DataGrad,
+    reference.datagrad,
+    source="Drucker & LeCun 1991; Ororbia et al. 2017, arXiv 1601.07213",
+    example=classifier_example,
+    cases=({"norm": "l2"}, {"norm": "l1"}),
+)
+datagrad = SPEC.functional

@@ -1,0 +1,88 @@
+"""FiniteDifferenceDataGrad: DataGrad by a second forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from typing_extensions import Unpack
+
+from fastjac import reference
+from fastjac.penalties import _autograd, _checks
+from fastjac.penalties._base import ModelPenalty, PenaltyOptions
+from fastjac.penalties._spec import Example, PenaltySpec, classifier_example, model_arguments
+
+
+class FiniteDifferenceDataGrad(ModelPenalty):
+    """``R_n = ((ℓ_n(x_n + ε v_n/‖v_n‖) − ℓ_n(x_n)) / ε)²``, ``v_n = ∂ℓ_n/∂x_n`` held constant.
+
+    ``ℓ_n`` is the cross-entropy of sample n. Tends to DataGrad as ``ε → 0`` and needs no second
+    derivatives, only a second forward pass. A sample with ``v_n = 0`` contributes 0.
+
+    The gradient is that of the formula with ``v`` constant, which is not the derivative of the
+    value as ``v`` moves along with the parameters.
+
+    Arguments:
+        model: a callable, run twice, which must do the same both times (no dropout, no BatchNorm
+        in training mode). x: ``[N, ...]`` floating point. target: class indices ``[N]`` int64, or
+        probabilities ``[N, m]``. There is no graph form.
+
+    Options:
+        eps: ``ε > 0``. The difference of two losses loses digits: keep ``ε`` well above the
+        resolution of the dtype. weight, reduction, every: as for all penalties.
+
+    Half-precision losses are computed in float32. Differentiable as often as the network.
+
+    Source: Ororbia, Kifer, Giles 2017, arXiv 1601.07213.
+    """
+
+    needs_grad = True
+
+    def __init__(self, eps: float = 1e-2, **options: Unpack[PenaltyOptions]) -> None:
+        super().__init__(**options)
+        self.eps = _checks.number("eps", eps)
+        if self.eps <= 0:
+            raise ValueError(f"eps is {eps}: it must be positive")
+
+    def model_form(
+        self, model: Callable[..., Any], x: Tensor, target: Any
+    ) -> tuple[Tensor, Tensor]:
+        start, output = _autograd.run_model(model, x, None)
+        _autograd.check_graph(start, output)
+        loss = cross_entropy(output, target)
+        if len(x) == 0:
+            return output, _autograd.attached_zeros(output)
+        (v,) = torch.autograd.grad(loss.sum(), start, retain_graph=True, allow_unused=True)
+        if v is None:
+            raise RuntimeError("output does not depend on x: see that the model does not detach it")
+        length = _autograd.measure(v, "l2", lead=1)
+        moved = length > 0
+        step = self.eps / torch.where(moved, length, 1)
+        shift = v * step.to(v.dtype).view(-1, *[1] * (x.dim() - 1))
+        slope = (cross_entropy(_autograd.call_model(model, x + shift), target) - loss) / self.eps
+        return output, torch.where(moved, slope.square(), 0)
+
+
+def cross_entropy(output: Tensor, target: Any) -> Tensor:
+    """The loss per sample, ``[N]``."""
+    logits = _autograd.rows(output.to(_autograd.accumulate_dtype(output.dtype)))
+    _checks.classes("FiniteDifferenceDataGrad", logits)
+    return -(_checks.class_rows(target, logits) * logits.log_softmax(1)).sum(1)
+
+
+def finite_difference_example(dtype: torch.dtype, generator: torch.Generator) -> Example:
+    """A classifier, called by the reference itself."""
+    return replace(classifier_example(dtype, generator), reference_arguments=model_arguments)
+
+
+SPEC = PenaltySpec.of(
+    FiniteDifferenceDataGrad,
+    reference.finite_difference_datagrad,
+    source="Ororbia, Kifer, Giles 2017, arXiv 1601.07213",
+    example=finite_difference_example,
+    cases=({"eps": 0.3},),
+)
+finite_difference_datagrad = SPEC.functional

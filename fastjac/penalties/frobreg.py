@@ -1,0 +1,42 @@
+"""FrobReg: the full input Jacobian of the logits."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from fastjac import reference
+from fastjac.penalties._projection import ExactPenalty, unit_rows
+from fastjac.penalties._spec import PenaltySpec, logits_example
+
+
+class FrobReg(ExactPenalty):
+    """Frobenius regularisation: ``R_n = ‖J_n‖_F²``, exact, by m cotangents in one batched VJP.
+
+    For a single dense layer this is weight decay.
+
+    Arguments:
+        x: ``[N, ...]`` floating point, requires grad. output: ``[N, ...]``, flattened to
+        ``[N, m]``.
+
+    Options:
+        norm: ``"l2_squared"``, or ``"l2"`` / ``"l1"`` for the sum over the rows of ``J_n`` of
+        their norms. chunk_size: rows per batched pass; 1 avoids vmap. at, weight, reduction,
+        every: as for all penalties.
+
+    Sums of squares of half precision are taken in float32. Differentiable as often as the network.
+
+    Source: Varga, Csiszárik, Zombori 2017, arXiv 1712.09936, section 5.1.
+    """
+
+    def cotangents(self, logits: Tensor) -> tuple[Tensor, float]:
+        return unit_rows(logits), 1.0
+
+
+SPEC = PenaltySpec.of(
+    FrobReg,
+    reference.frobreg,
+    source="Varga, Csiszárik, Zombori 2017, arXiv 1712.09936, section 5.1",
+    example=logits_example,
+    cases=({"norm": "l2"}, {"norm": "l1"}),
+)
+frobreg = SPEC.functional

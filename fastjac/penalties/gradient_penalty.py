@@ -1,0 +1,98 @@
+"""GradientPenalty and Eikonal: the input gradient of a scalar function at a given length."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from typing_extensions import Unpack
+
+from fastjac import reference
+from fastjac.penalties import _autograd, _checks
+from fastjac.penalties._base import InputOptions, InputPenalty
+from fastjac.penalties._spec import PenaltySpec, critic_example
+
+
+class GradientPenalty(InputPenalty):
+    """``R_n = (‖∇_x f_n‖ − c)²``, or one-sided ``max(0, ‖∇_x f_n‖ − c)²``, for scalar outputs.
+
+    ``c = 1`` is the penalty of WGAN-GP (there at points between real and generated samples, which
+    the caller makes), ``c = 0`` the zero-centred penalty R1, computed without a square root. Where
+    the gradient is exactly zero, the derivative of the norm is taken as 0.
+
+    Arguments:
+        x: ``[N, ...]`` floating point, requires grad. output: ``[N]`` or ``[N, 1]``.
+
+    Options:
+        center: ``c >= 0``. one_sided: penalise gradients longer than ``c`` alone. at, weight,
+        reduction, every: as for all penalties.
+
+    Sums of squares of half precision are taken in float32. Differentiable as often as the network.
+
+    Source: Gulrajani et al. 2017, arXiv 1704.00028; one-sided: Petzka et al. 2018,
+    arXiv 1709.08894; c = 0: Mescheder, Geiger, Nowozin 2018, arXiv 1801.04406.
+    """
+
+    def __init__(
+        self, center: float = 1.0, *, one_sided: bool = False, **options: Unpack[InputOptions]
+    ) -> None:
+        super().__init__(**options)
+        self.center = _checks.number("center", center)
+        if self.center < 0:
+            raise ValueError(f"center is {center}: it must not be negative, for norms are not")
+        self.one_sided = _checks.flag("one_sided", one_sided)
+
+    def per_sample(self, x: Tensor, output: Tensor) -> Tensor:
+        if output.numel() != len(x):
+            raise ValueError(
+                f"output has shape {tuple(output.shape)}: {type(self).__name__} is for scalar "
+                "functions, [N] or [N, 1]; for more columns use FrobReg or SpectReg"
+            )
+        if len(x) == 0:
+            return _autograd.attached_zeros(output)
+        (gradient,) = _autograd.vjp(output, x, torch.ones_like(output).unsqueeze(0))
+        if self.center == 0:
+            return _autograd.measure(gradient, "l2_squared")[0]
+        excess = _autograd.measure(gradient, "l2")[0] - self.center
+        return (excess.clamp(min=0) if self.one_sided else excess).square()
+
+
+class Eikonal(GradientPenalty):
+    """``R_n = (‖∇_x f_n‖ − 1)²``: the eikonal term of a signed distance function.
+
+    Arguments:
+        x: ``[N, ...]`` floating point, requires grad. output: ``[N]`` or ``[N, 1]``.
+
+    Options:
+        at, weight, reduction, every: as for all penalties.
+
+    GradientPenalty with ``center=1``; the notes there hold here.
+
+    Source: Gropp et al. 2020, arXiv 2002.10099.
+    """
+
+    def __init__(
+        self,
+        *,
+        at: str | None = None,
+        weight: float = 1.0,
+        reduction: str = "mean",
+        every: int = 1,
+    ) -> None:
+        super().__init__(1.0, at=at, weight=weight, reduction=reduction, every=every)
+
+
+GRADIENT_PENALTY = PenaltySpec.of(
+    GradientPenalty,
+    reference.gradient_penalty,
+    source="Gulrajani et al. 2017, arXiv 1704.00028",
+    example=critic_example,
+    cases=({"center": 0.0}, {"center": 0.3, "one_sided": True}, {"one_sided": True}),
+)
+EIKONAL = PenaltySpec.of(
+    Eikonal,
+    reference.eikonal,
+    source="Gropp et al. 2020, arXiv 2002.10099",
+    example=critic_example,
+)
+gradient_penalty = GRADIENT_PENALTY.functional
+eikonal = EIKONAL.functional

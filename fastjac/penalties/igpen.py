@@ -1,0 +1,79 @@
+"""IGPen: the input gradient of any per-sample loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+from typing_extensions import Unpack
+
+from fastjac import reference
+from fastjac.penalties._base import ProjectionOptions
+from fastjac.penalties._projection import ProjectionPenalty
+from fastjac.penalties._spec import PenaltySpec, classifier_example
+
+
+class IGPen(ProjectionPenalty):
+    """Input-gradient penalty: ``R_n = ‖∂ℓ_n/∂x_n‖²``, ``ℓ = loss_fn(output, *targets)`` ``[N]``.
+
+    The loss must be per sample. The gradient of a batch mean carries ``1/N``, its square ``1/N²``,
+    and the weight would depend on the batch size; a loss of another shape than ``[N]`` is refused.
+
+    Arguments:
+        x: ``[N, ...]`` floating point, requires grad. output: ``[N, ...]``, handed to ``loss_fn``
+        as it is. targets: whatever ``loss_fn`` takes after it.
+
+    Options:
+        loss_fn: default is the cross-entropy per sample, which makes this DataGrad.
+        norm: ``"l2_squared"``, ``"l2"`` or ``"l1"``. at, weight, reduction, every: as for all
+        penalties.
+
+    Sums of squares of half precision are taken in float32. Differentiable as often as network and
+    loss.
+
+    Source: Drucker & LeCun 1991; Ross & Doshi-Velez 2018, arXiv 1711.09404.
+    """
+
+    def __init__(
+        self,
+        loss_fn: Callable[..., Tensor] | None = None,
+        **options: Unpack[ProjectionOptions],
+    ) -> None:
+        super().__init__(**options)
+        if loss_fn is not None and not callable(loss_fn):
+            raise TypeError(f"loss_fn is {type(loss_fn).__name__}: it must be callable")
+        self.loss_fn = loss_fn
+
+    def cotangents(self, logits: Tensor, *targets: Any) -> tuple[Tensor, float]:
+        return logits.new_ones(1, *logits.shape), 1.0
+
+    def per_sample(self, x: Tensor, output: Tensor, *targets: Any, **named: Any) -> Tensor:
+        loss_fn = self.loss_fn or partial(F.cross_entropy, reduction="none")
+        loss = loss_fn(output, *targets, **named)
+        if not isinstance(loss, Tensor) or loss.shape != (len(x),):
+            shape = list(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+            raise ValueError(
+                f"loss_fn returned {shape}: it must return one loss per sample, [{len(x)}] (for "
+                "torch's losses reduction='none'). The gradient of a batch mean is 1/N of the "
+                "sample's own, and its square would be 1/N² of the penalty"
+            )
+        if not loss.requires_grad:
+            raise RuntimeError("loss_fn returned a loss with no grad_fn: it must not detach output")
+        return super().per_sample(x, loss)
+
+
+SPEC = PenaltySpec.of(
+    IGPen,
+    reference.igpen,
+    source="Drucker & LeCun 1991; Ross & Doshi-Velez 2018, arXiv 1711.09404",
+    example=classifier_example,
+    cases=(
+        {"norm": "l2"},
+        {"norm": "l1"},
+        {"loss_fn": partial(F.multi_margin_loss, reduction="none")},
+    ),
+)
+igpen = SPEC.functional

@@ -1,0 +1,73 @@
+"""JacobianReg: the preset that equals facebookresearch/jacobian_regularizer."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastjac import reference
+from fastjac.penalties._projection import RandomPenalty
+from fastjac.penalties._spec import PenaltySpec, logits_example
+
+
+class JacobianReg(RandomPenalty):
+    """``R_n = m/(2K) Σ_k ‖J_nᵀ v_kn‖²``, ``v`` uniform on the unit sphere.
+
+    Unbiased for ``½ ‖J_n‖_F²``. With ``reduction="mean"`` it is the value of
+    ``jacobian.JacobianReg(n)(x, y)`` of facebookresearch/jacobian_regularizer, as one batched VJP,
+    for outputs of any rank and dtype, with a generator.
+
+    Arguments:
+        x: ``[N, ...]`` floating point, requires grad. output: ``[N, ...]``, flattened to
+        ``[N, m]``. projection: ``[K, N, m]`` or ``[N, m]``, used as the ``v`` (unit vectors, if the
+        value is to mean the same).
+
+    Options:
+        n_proj: K; -1 for the exact ``½ ‖J_n‖_F²``. generator: on the device of ``output``; the
+        draw is ``v = r/‖r‖``, ``r = torch.randn(K, N, m)``. chunk_size: cotangents per batched
+        pass. at, weight, reduction, every: as for all penalties.
+
+    Sums of squares of half precision are taken in float32. Differentiable as often as the network.
+
+    Source: Hoffman, Roberts, Yaida 2019, arXiv 1908.02729, algorithm 1.
+    """
+
+    def __init__(
+        self,
+        n_proj: int = 1,
+        *,
+        generator: torch.Generator | None = None,
+        chunk_size: int | None = None,
+        at: str | None = None,
+        weight: float = 1.0,
+        reduction: str = "mean",
+        every: int = 1,
+    ) -> None:
+        super().__init__(
+            n_proj,
+            generator=generator,
+            chunk_size=chunk_size,
+            at=at,
+            weight=weight,
+            reduction=reduction,
+            every=every,
+        )
+
+    def draw(self, k: int, logits: Tensor, dtype: torch.dtype) -> Tensor:
+        r = torch.randn(
+            (k, *logits.shape), dtype=dtype, device=logits.device, generator=self.generator
+        )
+        return r / torch.linalg.vector_norm(r, dim=-1, keepdim=True)
+
+    def scales(self, m: int) -> tuple[float, float]:
+        return m / 2, 1 / 2
+
+
+SPEC = PenaltySpec.of(
+    JacobianReg,
+    reference.jacobian_reg,
+    source="Hoffman, Roberts, Yaida 2019, arXiv 1908.02729, algorithm 1",
+    example=logits_example,
+    cases=({"n_proj": 3}, {"n_proj": -1}),
+)
+jacobian_reg = SPEC.functional

@@ -1,0 +1,78 @@
+"""OneHot and RandomOneHot: one row of the input Jacobian."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastjac import reference
+from fastjac.penalties import _checks
+from fastjac.penalties._projection import ProjectionPenalty, RandomPenalty
+from fastjac.penalties._spec import PenaltySpec, classifier_example, logits_example
+
+
+class OneHot(ProjectionPenalty):
+    """True-label projection: ``R_n = ‖J_nᵀ y_n‖²``, the gradient of the true label's logit.
+
+    Arguments:
+        x: ``[N, ...]`` floating point, requires grad. output: ``[N, ...]``, flattened to
+        ``[N, m]``. target: class indices ``[N]`` int64, or any weights ``[N, m]``.
+
+    Options:
+        norm: ``"l2_squared"``, ``"l2"`` or ``"l1"``. at, weight, reduction, every: as for all
+        penalties.
+
+    Sums of squares of half precision are taken in float32. Differentiable as often as the network.
+
+    Source: Varga, Csiszárik, Zombori 2017, arXiv 1712.09936, section 5.1.
+    """
+
+    def cotangents(self, logits: Tensor, target: Any) -> tuple[Tensor, float]:
+        return _checks.class_rows(target, logits).unsqueeze(0), 1.0
+
+
+class RandomOneHot(RandomPenalty):
+    """Random row: ``R_n = 1/K Σ_k ‖J_nᵀ w_kn‖²``, ``w = √m e_i``, ``i`` uniform.
+
+    Unbiased for ``‖J_n‖_F²``.
+
+    Arguments:
+        x: ``[N, ...]`` floating point, requires grad. output: ``[N, ...]``, flattened to
+        ``[N, m]``. projection: ``[K, N, m]`` or ``[N, m]``, used as the ``w`` themselves.
+
+    Options:
+        n_proj: K; -1 for the exact ``‖J_n‖_F²``. norm: ``"l2_squared"``, ``"l2"`` or ``"l1"``.
+        generator: on the device of ``output``; the draw is ``torch.randint(m, (K, N))``.
+        chunk_size: cotangents per batched pass. at, weight, reduction, every: as for all penalties.
+
+    Sums of squares of half precision are taken in float32. Differentiable as often as the network.
+
+    Source: Varga, Csiszárik, Zombori 2017, arXiv 1712.09936, section 5.1.
+    """
+
+    def draw(self, k: int, logits: Tensor, dtype: torch.dtype) -> Tensor:
+        n, m = logits.shape
+        index = torch.randint(m, (k, n, 1), device=logits.device, generator=self.generator)
+        w = torch.zeros(k, n, m, dtype=dtype, device=logits.device)
+        return w.scatter_(2, index, math.sqrt(m))
+
+
+ONEHOT = PenaltySpec.of(
+    OneHot,
+    reference.onehot,
+    source="Varga, Csiszárik, Zombori 2017, arXiv 1712.09936, section 5.1",
+    example=classifier_example,
+    cases=({"norm": "l2"}, {"norm": "l1"}),
+)
+RANDOM_ONEHOT = PenaltySpec.of(
+    RandomOneHot,
+    reference.random_onehot,
+    source="Varga, Csiszárik, Zombori 2017, arXiv 1712.09936, section 5.1",
+    example=logits_example,
+    cases=({"n_proj": 4}, {"n_proj": -1}, {"n_proj": 2, "norm": "l2"}, {"norm": "l1"}),
+)
+onehot = ONEHOT.functional
+random_onehot = RANDOM_ONEHOT.functional

@@ -1,0 +1,79 @@
+"""Sobolev: match given input gradients."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from typing_extensions import Unpack
+
+from fastjac import reference
+from fastjac.penalties import _autograd, _checks
+from fastjac.penalties._base import InputOptions, InputPenalty
+from fastjac.penalties._projection import unit_rows
+from fastjac.penalties._spec import Example, PenaltySpec, logits_example, randn
+
+
+class Sobolev(InputPenalty):
+    """Sobolev training: ``R_n = ‖J_n − T_n‖_F²`` for given Jacobians ``T``.
+
+    Arguments:
+        x: ``[N, ...]`` floating point, requires grad. output: ``[N, ...]``, flattened to
+        ``[N, m]``. target_grad: ``[N, m, *x.shape[1:]]``, or the shape of ``x`` if ``m = 1``;
+        dtype and device of ``x``.
+
+    Options:
+        chunk_size: rows of ``J`` per batched pass; 1 avoids vmap. at, weight, reduction, every: as
+        for all penalties.
+
+    Sums of squares of half precision are taken in float32. Differentiable as often as the network.
+
+    Source: Czarnecki et al. 2017, arXiv 1706.04859.
+    """
+
+    def __init__(
+        self, *, chunk_size: int | None = None, **options: Unpack[InputOptions]
+    ) -> None:
+        super().__init__(**options)
+        self.chunk_size = _checks.chunk_size(chunk_size)
+
+    def per_sample(self, x: Tensor, output: Tensor, target_grad: Any) -> Tensor:
+        logits = _autograd.rows(output)
+        n, m = logits.shape
+        goal = _checks.batch("target_grad", target_grad, "x", n)
+        _checks.like("target_grad", goal, "x", x)
+        if goal.shape != (n, m, *x.shape[1:]) and (m != 1 or goal.shape != x.shape):
+            or_x = " or the shape of x" if m == 1 else ""
+            raise ValueError(
+                f"target_grad has shape {tuple(goal.shape)}: it must be [N, m, *x.shape[1:]] = "
+                f"{(n, m, *x.shape[1:])}{or_x}"
+            )
+        if n == 0:
+            return _autograd.attached_zeros(output)
+        goal = goal.reshape(n, m, *x.shape[1:]).transpose(0, 1)
+        w = unit_rows(logits).reshape(m, *output.shape)
+        pieces = _autograd.vjp(output, x, w, self.chunk_size)
+        goals = goal.split(self.chunk_size or m)
+        total = [
+            _autograd.measure(v - t, "l2_squared").sum(0)
+            for v, t in zip(pieces, goals, strict=True)
+        ]
+        return torch.stack(total).sum(0)
+
+
+def sobolev_example(dtype: torch.dtype, generator: torch.Generator) -> Example:
+    """A Jacobian of three rows for each of three samples."""
+    return replace(
+        logits_example(dtype, generator), targets=(randn((3, 3, 4), dtype, generator),)
+    )
+
+
+SPEC = PenaltySpec.of(
+    Sobolev,
+    reference.sobolev,
+    source="Czarnecki et al. 2017, arXiv 1706.04859",
+    example=sobolev_example,
+)
+sobolev = SPEC.functional

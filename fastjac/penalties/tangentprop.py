@@ -1,0 +1,75 @@
+"""TangentProp: the directional derivative along given tangents."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from typing_extensions import Unpack
+
+from fastjac import reference
+from fastjac.penalties import _autograd, _checks
+from fastjac.penalties._base import InputOptions, InputPenalty
+from fastjac.penalties._spec import Example, PenaltySpec, logits_example, randn
+
+
+class TangentProp(InputPenalty):
+    """``R_n = 1/K Σ_k ‖J_n t_kn‖²`` for directions ``t`` the output should not change along.
+
+    The JVP is taken on the given graph as a VJP of a VJP: with ``v(u) = Jᵀu``, which is linear,
+    ``J t = (∂v/∂u)ᵀ t``. The K tangents are one batched pass.
+
+    Arguments:
+        x: ``[N, ...]`` floating point, requires grad. output: ``[N, ...]``. tangents: the shape of
+        ``x``, or ``[K, *x.shape]``; dtype and device of ``x``.
+
+    Options:
+        chunk_size: tangents per batched pass; 1 avoids vmap. at, weight, reduction, every: as for
+        all penalties.
+
+    Sums of squares of half precision are taken in float32. A value is twice differentiated already:
+    its gradient asks the network's operations for third derivatives of their graph.
+
+    Source: Simard, Victorri, LeCun, Denker 1991.
+    """
+
+    def __init__(
+        self, *, chunk_size: int | None = None, **options: Unpack[InputOptions]
+    ) -> None:
+        super().__init__(**options)
+        self.chunk_size = _checks.chunk_size(chunk_size)
+
+    def per_sample(self, x: Tensor, output: Tensor, tangents: Any) -> Tensor:
+        tangents = _checks.tensor("tangents", tangents)
+        _checks.like("tangents", tangents, "x", x)
+        t = tangents.unsqueeze(0) if tangents.shape == x.shape else tangents
+        if t.shape[1:] != x.shape or len(t) == 0:
+            raise ValueError(
+                f"tangents has shape {tuple(tangents.shape)}: it must be that of x, "
+                f"{tuple(x.shape)}, or [K, *x.shape]"
+            )
+        if len(x) == 0:
+            return _autograd.attached_zeros(output)
+        u = torch.zeros_like(output, requires_grad=True)
+        (v,) = _autograd.vjp(output, x, u.unsqueeze(0))
+        pieces = _autograd.vjp(v.squeeze(0), u, t, self.chunk_size)
+        total = [_autograd.measure(jt, "l2_squared").sum(0) for jt in pieces]
+        return torch.stack(total).sum(0) / len(t)
+
+
+def tangent_example(dtype: torch.dtype, generator: torch.Generator) -> Example:
+    """Two tangents for each of three samples."""
+    return replace(
+        logits_example(dtype, generator), targets=(randn((2, 3, 4), dtype, generator),)
+    )
+
+
+SPEC = PenaltySpec.of(
+    TangentProp,
+    reference.tangentprop,
+    source="Simard, Victorri, LeCun, Denker 1991",
+    example=tangent_example,
+)
+tangentprop = SPEC.functional

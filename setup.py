@@ -1,0 +1,248 @@
+"""Builds the native libraries of fastjac.
+
+Two plain shared libraries, loaded with ``torch.ops.load_library``: ``_cpu.so`` (C++) and
+``_cuda.so`` (nvcc). Both speak torch's stable ABI, so one binary serves every torch from 2.10 on
+and every Python. A ninja file states every command; ``build/native/build.ninja`` can be read and
+rerun by hand.
+
+Nothing is fatal that need not be: without torch, a compiler or nvcc the package installs as Python
+only, and ``_build.json`` keeps the reason, which ``fastjac info`` prints. A compiler that is there
+but fails is an error.
+
+Environment:
+    FASTJAC_CPU=auto|0            0 leaves the C++ library out
+    FASTJAC_CUDA=auto|0|1         auto builds it if torch has CUDA and nvcc is found; 1 builds it
+                                  wherever nvcc is (a compile check on a machine with CPU torch)
+    TORCH_CUDA_ARCH_LIST          default 8.0;9.0;10.0+PTX
+    CUDA_HOME, CXX, MAX_JOBS      as usual
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
+
+ROOT = Path(__file__).resolve().parent
+BUILD = ROOT / "build" / "native"
+TORCH_TARGET = "0x020a000000000000"  # the oldest torch supported: 2.10
+ARCHITECTURES = "8.0;9.0;10.0+PTX"
+ISA_FLAGS = {
+    "baseline": "",
+    "avx2": "-mavx2 -mfma -mf16c",
+    "avx512": "-mavx512f -mavx512dq -mavx512bw -mavx512vl -mfma -mf16c -mprefer-vector-width=512",
+}
+# No -ffast-math: these three change no result (no errno, no FP traps; a*b+c may fuse).
+CXX_FLAGS = (
+    "-std=c++17 -O3 -g1 -fPIC -Wall -Wextra -fvisibility=hidden"
+    " -fno-math-errno -fno-trapping-math -ffp-contract=fast"
+)
+NVCC_FLAGS = "-std=c++17 -O3 -lineinfo -Xcompiler -fPIC,-fvisibility=hidden --expt-relaxed-constexpr"
+
+
+def load(name: str):
+    """A module of the package by path: importing the package would import torch."""
+    spec = importlib.util.spec_from_file_location(f"_{name}", ROOT / "fastjac" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def generate(package: Path) -> str:
+    """Writes the C++ header and the Triton functions of the activation table; returns its hash."""
+    activations, codegen = load("activations"), load("codegen")
+    table_hash = activations.table_hash()
+    header = BUILD / "generated" / "activations.h"
+    for path, text in (
+        (header, codegen.cpp_header(activations.TABLE, table_hash)),
+        (package / "kernels" / "_phi.py", codegen.triton_module(activations.TABLE)),
+    ):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.exists() or path.read_text() != text:  # keep ninja's timestamps
+            path.write_text(text)
+    return table_hash
+
+
+def torch_include() -> tuple[Path | None, str]:
+    """(torch's include directory, reason if it can't be used)."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or not spec.submodule_search_locations:
+        return None, "torch was not importable at build time: pip install --no-build-isolation"
+    include = Path(next(iter(spec.submodule_search_locations))) / "include"
+    if not (include / "torch/csrc/stable/library.h").exists():
+        return None, "torch is older than 2.10 (no stable ABI headers)"
+    return include, ""
+
+
+def cuda_home() -> Path | None:
+    for home in (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"):
+        if home and (Path(home) / "bin" / "nvcc").exists():
+            return Path(home)
+    return None
+
+
+def gencode(arch_list: str) -> str:
+    flags = []
+    for entry in arch_list.replace(" ", ";").split(";"):
+        number = entry.removesuffix("+PTX").replace(".", "")
+        if not entry:
+            continue
+        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+        if entry.endswith("+PTX"):
+            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+    return " ".join(flags)
+
+
+class Ninja:
+    """A ninja file in the making: compile() returns the object, link() the library."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self.targets: list[str] = []
+
+    def rule(self, name: str, command: str, depfile: bool = True) -> None:
+        self.lines += [f"rule {name}", f"  command = {command}", f"  description = {name} $out"]
+        if depfile:
+            self.lines += ["  depfile = $out.d", "  deps = gcc"]
+
+    def compile(self, rule: str, source: Path, tag: str = "", flags: str = "") -> str:
+        out = f"{source.parent.name}_{source.stem}{'_' + tag if tag else ''}.o"
+        self.lines += [f"build {out}: {rule} {source}", f"  flags = {flags}"]
+        return out
+
+    def link(self, rule: str, objects: list[str], out: Path) -> None:
+        self.lines.append(f"build {out}: {rule} {' '.join(objects)}")
+        self.targets.append(str(out))
+
+    def run(self) -> None:
+        (BUILD / "build.ninja").write_text("\n".join(self.lines) + "\n")
+        ninja = shutil.which("ninja")
+        if ninja is None:
+            import ninja as package  # the wheel; its script may be off PATH
+
+            ninja = str(Path(package.BIN_DIR) / "ninja")
+        jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
+        subprocess.check_call([ninja, "-C", str(BUILD), *jobs, *self.targets])
+
+
+def version_line(compiler: str) -> str:
+    text = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
+    return next((line for line in text.splitlines() if "release" in line), text.split("\n")[0])
+
+
+class NativeBuild(build_ext):
+    """``build_ext`` that generates, then runs ninja; the list of Extensions only marks the wheel."""
+
+    def run(self) -> None:
+        inplace = self.inplace or getattr(self, "editable_mode", False)
+        package = ROOT / "fastjac" if inplace else Path(self.build_lib) / "fastjac"
+        BUILD.mkdir(parents=True, exist_ok=True)
+        info = {"table_hash": generate(package)}
+        include, why = torch_include()
+        ninja = Ninja()
+        info["cpu"] = self.add_cpu(ninja, package, include, why)
+        info["cuda"] = self.add_cuda(ninja, package, include, why)
+        if ninja.targets:
+            ninja.run()
+        (package / "_build.json").write_text(json.dumps(info, indent=2) + "\n")
+
+    def add_cpu(self, ninja: Ninja, package: Path, include: Path | None, why: str) -> dict:
+        cxx = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
+        if os.environ.get("FASTJAC_CPU", "auto") == "0":
+            return {"built": False, "why": "left out by FASTJAC_CPU=0"}
+        if include is None:
+            return {"built": False, "why": why}
+        if not cxx or not shutil.which(cxx):
+            return {"built": False, "why": "no C++ compiler found (set CXX or install g++)"}
+        includes = f"-I{ROOT}/csrc/common -I{BUILD}/generated"
+        ninja.rule("cxx", f"{cxx} -MMD -MF $out.d {CXX_FLAGS} {includes} $flags -c $in -o $out")
+        # DT_NEEDED only: torch is in the process before the library is loaded, so no rpath.
+        torch_libs = f"-L{include.parent}/lib -Wl,--no-as-needed -ltorch_cpu -lc10"
+        ninja.rule("link", f"{cxx} -shared -o $out $in {torch_libs}", depfile=False)
+        isas = list(ISA_FLAGS) if platform.machine() in ("x86_64", "AMD64") else ["baseline"]
+        objects = []
+        for source in sorted((ROOT / "csrc/cpu").glob("*.cpp")):
+            if source.stem.endswith("_kernels"):
+                for isa in isas:
+                    flags = f"-DFASTJAC_ISA={isa} {ISA_FLAGS[isa]}"
+                    objects.append(ninja.compile("cxx", source, isa, flags))
+            else:
+                flags = f"-DTORCH_TARGET_VERSION={TORCH_TARGET} -isystem {include}"
+                objects.append(ninja.compile("cxx", source, flags=flags))
+        ninja.link("link", objects, package / "_cpu.so")
+        return {"built": True, "compiler": version_line(cxx), "instruction_sets": isas}
+
+    def add_cuda(self, ninja: Ninja, package: Path, include: Path | None, why: str) -> dict:
+        wish = os.environ.get("FASTJAC_CUDA", "auto")
+        home = cuda_home()
+        if wish not in ("auto", "0", "1"):
+            raise SystemExit(f"FASTJAC_CUDA={wish!r}: use auto, 0 or 1")
+        if wish == "0":
+            return {"built": False, "why": "left out by FASTJAC_CUDA=0"}
+        if include is None or home is None:
+            why = why or "nvcc not found (set CUDA_HOME)"
+            if wish == "1":
+                raise SystemExit(f"FASTJAC_CUDA=1, but {why}")
+            return {"built": False, "why": why}
+        torch_cuda = (include.parent / "lib" / "libtorch_cuda.so").exists()
+        if wish == "auto" and not torch_cuda:
+            return {
+                "built": False,
+                "why": "this torch has no CUDA (FASTJAC_CUDA=1 compiles all the same, as a check)",
+            }
+        archs = os.environ.get("TORCH_CUDA_ARCH_LIST") or ARCHITECTURES
+        flags = (
+            f"{NVCC_FLAGS} {gencode(archs)} -I{ROOT}/csrc/common -I{BUILD}/generated"
+            f" -isystem {include} -DTORCH_TARGET_VERSION={TORCH_TARGET} -DUSE_CUDA"
+        )
+        ninja.rule("nvcc", f"{home}/bin/nvcc -MMD -MF $out.d {flags} $flags -c $in -o $out")
+        # cudart goes in statically: torch's own may be of another minor version.
+        torch_libs = f"-L{include.parent}/lib -Xlinker --no-as-needed -ltorch_cpu -lc10" + (
+            " -ltorch_cuda -lc10_cuda" if torch_cuda else ""
+        )
+        ninja.rule("nvlink", f"{home}/bin/nvcc -shared -o $out $in {torch_libs}", depfile=False)
+        sources = sorted((ROOT / "csrc/cuda").glob("*.cu"))
+        objects = [ninja.compile("nvcc", source) for source in sources]
+        ninja.link("nvlink", objects, package / "_cuda.so")
+        return {
+            "built": True,
+            "compiler": version_line(f"{home}/bin/nvcc"),
+            "architectures": archs,
+            "torch_had_cuda": torch_cuda,
+        }
+
+    def get_outputs(self) -> list[str]:
+        package = Path(self.build_lib) / "fastjac"
+        names = ("_cpu.so", "_cuda.so", "_build.json", "kernels/_phi.py")
+        return [str(package / name) for name in names if (package / name).exists()]
+
+    def get_output_mapping(self) -> dict[str, str]:
+        return {}
+
+
+class PythonBuild(build_py):
+    """Keeps what an editable install left in the source tree out of a wheel built later."""
+
+    def build_package_data(self) -> None:
+        generated = {"_build.json", "_cpu.so", "_cuda.so"}
+        self.data_files = [
+            (package, src, build, [f for f in files if Path(f).name not in generated])
+            for package, src, build, files in self.data_files
+        ]
+        super().build_package_data()
+
+
+setup(
+    ext_modules=[Extension("fastjac._native", sources=[])],
+    cmdclass={"build_ext": NativeBuild, "build_py": PythonBuild},
+)
