@@ -1,11 +1,38 @@
 """fastjac: fused kernels for Jacobian and gradient-norm regularisation in PyTorch."""
 
+from typing import TYPE_CHECKING, Any
+
+from fastjac import check, info, nn, penalties, reference
 from fastjac._version import __version__
 from fastjac.dispatch import explain
+from fastjac.functional import FUNCTIONS as _FUNCTIONS
 from fastjac.native import backend as _backend
+from fastjac.nn import Act, fuse, unfuse
 from fastjac.ops import act
+from fastjac.penalties import *  # noqa: F403
+from fastjac.penalties import __all__ as _penalties
 
-for _name in ("cpu", "cuda"):
+for _name in ("cpu", "cuda"):  # before any op runs: the kernels register with torch's dispatcher
     _backend(_name)
 
-__all__ = ["__version__", "act", "explain"]
+globals().update(_FUNCTIONS)
+
+__all__ = [
+    "Act",
+    "__version__",
+    "act",
+    "check",
+    "explain",
+    "fuse",
+    "info",
+    "nn",
+    "penalties",
+    "reference",
+    "unfuse",
+    *_FUNCTIONS,
+    *_penalties,
+]
+
+if TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Any: ...

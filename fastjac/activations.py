@@ -15,9 +15,11 @@ comparisons inside ``a if condition else b`` (both sides are evaluated, so neith
 ======================= ==================================================================
 ``exp expm1 log1p``     as in libm; ``log1p`` is accurate for arguments > -1
 ``sin cos abs``         as in libm
-``normcdf(z, e)``       Φ(z) of the standard normal, given ``e = exp(-z²/2)``, which a backend
-                        may use to save the second exponential
+``tanh(z, e)``          tanh(z), given ``e = exp(-2|z|)``
+``normcdf(z, e)``       Φ(z) of the standard normal, given ``e = exp(-z²/2)``
 ======================= ==================================================================
+
+The given exponential may save a backend from computing it again; it need not be used.
 
 The expressions are chosen for the tails: ``1 - σ(z)`` is formed as its own quotient and never as a
 difference, and every exponential has a non-positive argument, so nothing overflows for finite ``z``.
@@ -52,7 +54,8 @@ class Activation:
         let: intermediate values, in order; an expression may use the ones above it.
         params: parameter names and their defaults, at most `MAX_PARAMS`.
         torch_kwargs: keyword arguments of `torch` that the row fixes.
-        kinks: points where φ or φ' is not differentiable (tests step around them).
+        kinks: points where φ, φ' or φ'' is not differentiable. The value there is a convention, and
+            the row's is torch's; finite differences step around them.
     """
 
     name: str
@@ -95,11 +98,15 @@ class Activation:
         values += [0.0] * (MAX_PARAMS - len(values))
         return values[0], values[1]
 
+    def torch_function_object(self) -> Callable:
+        """The function that `torch` names."""
+        path, _, attribute = self.torch.rpartition(".")
+        return getattr(importlib.import_module(path), attribute)
+
     def torch_function(self, **given: float) -> Callable:
         """The plain-torch φ with parameters bound: the truth of every test, and ``reference``."""
         self.param_values(given)  # names checked
-        path, _, attribute = self.torch.rpartition(".")
-        function = getattr(importlib.import_module(path), attribute)
+        function = self.torch_function_object()
         kwargs = {**self.torch_kwargs, **self.params, **given}
         return lambda z: function(z, **kwargs)
 
@@ -160,8 +167,8 @@ _ROWS = (
         derivatives=(
             "z if z > 0 else alpha * expm1(n)",
             "1 if z > 0 else e",
-            "0 if z > 0 else e",
-            "0 if z > 0 else e",
+            "0 if z >= 0 else e",
+            "0 if z >= 0 else e",
         ),
         kinks=(0.0,),
     ),
@@ -173,8 +180,8 @@ _ROWS = (
         derivatives=(
             f"{_SELU_SCALE!r} * z if z > 0 else {_SELU_SCALE * _SELU_ALPHA!r} * expm1(n)",
             f"{_SELU_SCALE!r} if z > 0 else e",
-            "0 if z > 0 else e",
-            "0 if z > 0 else e",
+            "0 if z >= 0 else e",
+            "0 if z >= 0 else e",
         ),
         kinks=(0.0,),
     ),
@@ -187,14 +194,15 @@ _ROWS = (
         derivatives=(
             "z if z > 0 else alpha * expm1(n)",
             "1 if z > 0 else e",
-            "0 if z > 0 else e / alpha",
-            "0 if z > 0 else e / (alpha * alpha)",
+            "0 if z >= 0 else e / alpha",
+            "0 if z >= 0 else e / (alpha * alpha)",
         ),
         kinks=(0.0,),
     ),
     Activation(
         name="gelu",
         torch="torch.nn.functional.gelu",
+        torch_kwargs={"approximate": "none"},
         module="GELU",
         let={
             "e": "exp(-0.5 * z * z)",
@@ -270,10 +278,10 @@ _ROWS = (
         torch="torch.tanh",
         module="Tanh",
         let={
-            "m": "expm1(-2 * abs(z))",
-            "i": "1 / (2 + m)",
-            "t": "m * i if z < 0 else -m * i",
-            "q": "4 * (1 + m) * i * i",  # 1 - tanh², with no cancellation in the tails
+            "e": "exp(-2 * abs(z))",
+            "t": "tanh(z, e)",
+            "i": "1 / (1 + e)",
+            "q": "1 - t * t if t * t < 0.5 else 4 * e * i * i",  # no cancellation in the tails
         },
         derivatives=("t", "q", "-2 * t * q", "2 * q * (2 * t * t - q)"),
     ),
@@ -282,7 +290,7 @@ _ROWS = (
         torch="torch.sigmoid",
         module="Sigmoid",
         let={**_logistic("z"), "sr": "s * r"},
-        derivatives=("s", "sr", "sr * (r - s)", "sr * (1 - 6 * sr)"),
+        derivatives=("s", "sr", "sr * (r - s)", "sr * ((r - s) * (r - s) - 2 * sr)"),
     ),
     Activation(
         name="softplus",
@@ -301,12 +309,12 @@ _ROWS = (
         name="softsign",
         torch="torch.nn.functional.softsign",
         module="Softsign",
-        let={"i": "1 / (1 + abs(z))", "i2": "i * i"},
+        let={"a": "1 + abs(z)", "i2": "1 / (a * a)"},
         derivatives=(
-            "z / (1 + abs(z))",
+            "z / a",
             "i2",
-            "(2 if z < 0 else (-2 if z > 0 else 0)) * i2 * i",
-            "6 * i2 * i2",
+            "(2 if z < 0 else (-2 if z > 0 else 0)) * i2 / a",
+            "6 * i2 * i2 if abs(z) > 0 else 0",
         ),
         kinks=(0.0,),
     ),
@@ -315,8 +323,8 @@ _ROWS = (
         torch="torch.nn.functional.hardswish",
         module="Hardswish",
         derivatives=(
-            f"z * (0 if z <= -3 else (6 if z >= 3 else z + 3)) * {1 / 6!r}",
-            f"0 if z <= -3 else (1 if z >= 3 else z * {1 / 3!r} + 0.5)",
+            "z * (0 if z <= -3 else (6 if z >= 3 else z + 3)) / 6",
+            "0 if z <= -3 else (1 if z >= 3 else z / 3 + 0.5)",
             f"0 if z <= -3 else (0 if z >= 3 else {1 / 3!r})",
             "0",
         ),

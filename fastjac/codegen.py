@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-FUNCTIONS = {"exp", "expm1", "log1p", "sin", "cos", "abs", "normcdf"}
+FUNCTIONS = {"exp", "expm1", "log1p", "sin", "cos", "abs", "tanh", "normcdf"}
 _ARITHMETIC = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/"}
 _COMPARISONS = {ast.Lt: "<", ast.LtE: "<=", ast.Gt: ">", ast.GtE: ">="}
 
@@ -32,12 +32,12 @@ CPP = Dialect(
     where=lambda condition, yes, no: f"math::where({condition}, {yes}, {no})",
 )
 
-# A Python number meets a Triton tensor at the tensor's dtype, so literals stay bare; the sum with
-# 0 * z turns a lone literal into a tensor of the right shape, where a `where` cannot do it.
+# Every Triton literal is made at z's dtype: two bare Python numbers in a `where` meet as float32,
+# which would cost a float64 kernel nine digits.
 TRITON = Dialect(
-    literal=lambda value: repr(value),
+    literal=lambda value: f"tl.full([], {value!r}, z.dtype)",
     call=lambda name, args: f"_math.{name}({', '.join(args)})",
-    where=lambda condition, yes, no: f"_math.where({condition}, {yes}, {no})",
+    where=lambda condition, yes, no: f"tl.where({condition}, {yes}, {no})",
 )
 
 
@@ -90,7 +90,7 @@ def cpp_header(table: Mapping[str, Any], table_hash: str) -> str:
     out = [
         "// Generated from fastjac/activations.py by fastjac/codegen.py. Do not edit.",
         "#pragma once",
-        '#include "math.h"',
+        '#include "functions.h"',
         "",
         f'#define FASTJAC_TABLE_HASH "{table_hash}"',
         "",
@@ -126,7 +126,7 @@ def cpp_header(table: Mapping[str, Any], table_hash: str) -> str:
 
 
 def triton_module(table: Mapping[str, Any]) -> str:
-    """The Triton functions ``phi(z, p0, p1, FN, K)``; FN is the row's index, K the order."""
+    """The Triton function ``phi(z, p0, p1, FN, K)``: FN the row's index, K the order, constants."""
     out = [
         '"""Generated from fastjac/activations.py by fastjac/codegen.py. Do not edit."""',
         "",
@@ -138,12 +138,12 @@ def triton_module(table: Mapping[str, Any]) -> str:
         "",
         "",
         "@triton.jit",
-        "def phi(z, p0, p1, FN: tl.constexpr, K: tl.constexpr):",
+        "def phi(z, p0: tl.constexpr, p1: tl.constexpr, FN: tl.constexpr, K: tl.constexpr):",
     ]
     for index, row in enumerate(table.values()):
         out.append(f"    {'if' if index == 0 else 'elif'} FN == {index}:  # {row.name}")
         for parameter, argument in zip(row.params, ("p0", "p1"), strict=False):
-            out.append(f"        {parameter} = {argument}")
+            out.append(f"        {parameter} = tl.full([], {argument}, z.dtype)")
         for order in range(len(row.derivatives)):
             out.append(f"        {'if' if order == 0 else 'elif'} K == {order}:")
             for name, expression in statements(row, order, TRITON):

@@ -7,7 +7,7 @@ a named one runs or raises its reason, and never falls back. `explain` shows the
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,12 +28,27 @@ class Choice:
     chosen: bool = False
 
 
-class Op:
-    """An op's name and its implementations, best first; registered in `OPS` on creation."""
+@dataclass(frozen=True)
+class Example:
+    """A call of an op for ``fastjac check`` and the tests: float64 inputs and what to compute.
 
-    def __init__(self, name: str, implementations: Sequence[str]) -> None:
+    ``call(inputs, impl)`` returns named outputs, the derivatives among them.
+    """
+
+    label: str
+    inputs: dict[str, Tensor]
+    call: Callable[[dict[str, Tensor], str], dict[str, Tensor]]
+
+
+class Op:
+    """An op's name, its implementations, best first, and its examples; listed in `OPS`."""
+
+    def __init__(
+        self, name: str, implementations: Sequence[str], examples: Callable[[], Iterator[Example]]
+    ) -> None:
         self.name = name
         self.implementations = tuple(implementations)
+        self.examples = examples
         OPS[name] = self
 
     def __repr__(self) -> str:

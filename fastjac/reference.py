@@ -16,6 +16,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -58,7 +60,6 @@ def one_hot(target: Tensor, logits: Tensor) -> Tensor:
     return F.one_hot(target, logits.shape[1]).to(logits.dtype)
 
 
-
 def spectreg(
     x: Tensor,
     output: Tensor,
@@ -84,10 +85,8 @@ def spectreg(
     else:
         rows = 1 if shared else n
         r = torch.randn(n_proj, rows, m, dtype=x.dtype, device=x.device, generator=generator)
-        if normalize:
-            w = r / r.norm(dim=-1, keepdim=True)
-        else:
-            w = r / math.sqrt(m) if scale else r
+        length = r.norm(dim=-1, keepdim=True) if normalize else math.sqrt(m) if scale else 1
+        w = r / length
     return projected(x, output, w.expand(-1, n, m), norm).mean(0)
 
 
@@ -101,14 +100,14 @@ def datagrad(x: Tensor, output: Tensor, target: Tensor, *, norm: str = "l2_squar
 def igpen(
     x: Tensor,
     output: Tensor,
-    *targets: Tensor,
+    *targets: Any,
     loss_fn: Callable[..., Tensor] | None = None,
     norm: str = "l2_squared",
 ) -> Tensor:
     """``R_n = ‖∂ℓ_n/∂x_n‖²`` of a per-sample loss ``ℓ = loss_fn(output, *targets)`` ``[N]``."""
-    loss = loss_fn(output, *targets) if loss_fn else F.cross_entropy(
-        output, *targets, reduction="none"
-    )
+    if loss_fn is None:
+        loss_fn = partial(F.cross_entropy, reduction="none")
+    loss = loss_fn(output, *targets)
     return measure(jacobian(x, loss)[:, 0], norm)
 
 
@@ -156,14 +155,20 @@ def jacobian_reg(
     projection: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """``R_n = m/(2K) Σ_k ‖J_nᵀ v_kn‖²``, ``v`` uniform on the sphere; ``n_proj=-1``: ``½‖J‖_F²``."""
+    """``R_n = m/(2K) Σ_k ‖J_nᵀ v_kn‖²``, ``v`` uniform on the sphere.
+
+    ``n_proj=-1``: the expectation ``½‖J‖_F²``.
+    """
     if n_proj == -1:
         return frobreg(x, output) / 2
     m = flat(output).shape[1]
-    return m / 2 * spectreg(
-        x, output, n_proj=n_proj, normalize=True, projection=projection, generator=generator
+    return (
+        m
+        / 2
+        * spectreg(
+            x, output, n_proj=n_proj, normalize=True, projection=projection, generator=generator
+        )
     )
-
 
 
 def gradient_penalty(
@@ -218,7 +223,6 @@ def confidence_penalty(x: Tensor, output: Tensor) -> Tensor:
     """``R_n = Σ_i p_i log p_i``, ``p = softmax(g_n)``: minus the entropy. ``x`` is not used."""
     log_p = flat(output).log_softmax(1)
     return torch.special.xlogy(log_p.exp(), log_p.exp()).sum(1)
-
 
 
 def derivative(activation: Activation, z: Tensor) -> Tensor:
@@ -291,6 +295,6 @@ def accumulated_dreg(
     """
     if tangent is None:
         tangent = torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator)
-    _, pushed = torch.func.jvp(lambda inputs: tuple(activations(inputs)), (x,), (tangent,))
+    pushed = torch.func.jvp(lambda inputs: tuple(activations(inputs)), (x,), (tangent,))[1]
     counted = pushed if include_output else pushed[:-1]
     return torch.stack([flat(t).square().sum(1) for t in counted]).sum(0)

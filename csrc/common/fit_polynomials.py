@@ -1,4 +1,4 @@
-"""Fits the float polynomials of ``math.h``; run it to reproduce the constants and their errors.
+"""Fits the float polynomials of ``functions.h``; run it to reproduce the constants and their errors.
 
 Each is a minimax fit in the relative error of the whole function (Lawson's iteratively reweighted
 least squares, in double), the coefficients then rounded to float. Needs numpy and scipy only.
@@ -50,6 +50,12 @@ if __name__ == "__main__":
     show(
         "cos c",
         *fit(lambda t: powers(2)(t * t), (np.cos(r) - 1 + r * r / 2) / r**4, r**4 / np.cos(r), r),
+    )
+
+    # tanh(z) = z + z³ p(z²) on [0, 0.6]
+    z = nodes(1e-3, 0.6)
+    show(
+        "tanh p", *fit(lambda t: powers(4)(t * t), (np.tanh(z) - z) / z**3, z**3 / np.tanh(z), z)
     )
 
     # Φ(-a) exp(a²/2) = erfcx(a/√2)/2 on [0, 14.5] (below that exp(-a²/2) is 0 in float),

@@ -4,7 +4,7 @@
 #pragma once
 
 #include "dtype.h"
-#include "math.h"
+#include "functions.h"
 
 #ifdef __F16C__
 #include <immintrin.h>

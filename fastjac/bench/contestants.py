@@ -62,12 +62,14 @@ class Contestant:
         setup: makes it ready; the first call of the step may still compile.
         why_not: ``(case, device, dtype)`` -> None if it takes part, else the reason.
         compiles: its set-up and first call count as compile time.
+        impl: what it asks of the fused ops; empty if it uses none of them.
     """
 
     name: str
     setup: Callable[[Problem], Prepared]
     why_not: Callable[[Case, torch.device, torch.dtype], str | None] = lambda *_: None
     compiles: bool = False
+    impl: str = ""
 
 
 # ---- training steps
@@ -136,29 +138,29 @@ def compiled_step(problem: StepProblem, backend: str = "inductor") -> Prepared:
     return Prepared(step, gradients, release)
 
 
-def fastjac_penalty(problem: StepProblem) -> nn.Module:
-    """The public penalty of a problem."""
+def fastjac_penalty(problem: StepProblem) -> tuple[nn.Module, dict[str, Tensor | None]]:
+    """The public penalty of a problem, and what its call takes beside model and input."""
     weight = problem.weight
     if problem.penalty == "spectreg":
-        return fastjac.SpectReg(weight=weight, projection=problem.projection)
+        return fastjac.SpectReg(weight=weight), {"projection": problem.projection}
+    if problem.penalty == "datagrad":
+        return fastjac.DataGrad(weight=weight), {"target": problem.target}
     made: dict[str, Callable[..., nn.Module]] = {
-        "datagrad": fastjac.DataGrad,
         "frobreg": fastjac.FrobReg,
         "jacreg": fastjac.JacReg,
         "gradient-penalty": fastjac.GradientPenalty,
         "dreg": fastjac.DREG,
     }
-    return made[problem.penalty](weight=weight)
+    return made[problem.penalty](weight=weight), {}
 
 
 def fastjac_step(problem: StepProblem, impl: str = "auto") -> Prepared:
     """``output, value = penalty(model, x)`` on the fused model, loss plus value, backward."""
     model = fastjac.fuse(copy.deepcopy(problem.model), impl=impl)
-    penalty = fastjac_penalty(problem)
-    targets = (problem.target,) if problem.penalty == "datagrad" else ()
+    penalty, named = fastjac_penalty(problem)
 
     def objective(model: nn.Module) -> Tensor:
-        output, value = penalty(model, problem.x, *targets)
+        output, value = penalty(model, problem.x, **named)
         return problem.loss(output, problem.target) + value
 
     return training_step(model, objective)
@@ -216,10 +218,10 @@ def autograd_phase(
         g = problem.g[k].detach().requires_grad_(problem.phase == "double")
         a = phi(z)
         if problem.phase == "backward":
-            outputs, inputs, cotangent = a, (z,), g
+            outputs, inputs, cotangent = a, [z], g
         else:
             (outputs,) = torch.autograd.grad(a, z, g, create_graph=True)
-            inputs, cotangent = (z, g), problem.u[k]
+            inputs, cotangent = [z, g], problem.u[k]
             if not outputs.requires_grad:
                 raise RuntimeError(f"{problem.fn}: its VJP has no graph to differentiate again")
         calls.append(
@@ -293,7 +295,7 @@ def all_contestants() -> tuple[Contestant, ...]:
             "compiled", by_kind(compiled_step, compiled_phase), _cannot_compile, compiles=True
         ),
         Contestant("jacobianreg", by_kind(jacobian_reg_step, eager_phase), _not_jacobian_reg),
-        Contestant("fastjac", by_kind(fastjac_step, fastjac_phase)),
+        Contestant("fastjac", by_kind(fastjac_step, fastjac_phase), impl="auto"),
         *(
             Contestant(
                 f"fastjac:{impl}",
@@ -302,6 +304,7 @@ def all_contestants() -> tuple[Contestant, ...]:
                     functools.partial(fastjac_phase, impl=impl),
                 ),
                 functools.partial(_cannot_run, impl),
+                impl=impl,
             )
             for impl in IMPLS
         ),

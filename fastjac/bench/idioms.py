@@ -1,4 +1,4 @@
-"""The penalties in plain torch, as a user of torch writes them today: eager and under torch.compile.
+"""The penalties in plain torch, as its users write them today: eager and under torch.compile.
 
 Nothing here calls fastjac. :data:`INPUT_JACOBIAN` states each input-Jacobian penalty once, as the
 cotangents ``w`` of the network's output and the per-sample value of ``v = J^T w``; the contestants
@@ -90,8 +90,11 @@ def eager_objective(problem: StepProblem, model: nn.Module) -> Tensor:
 
 
 def eager_dreg(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Output and ``mean_n sum_l sum_i phi'(z_lni)^2 ||W_l[i]||^2`` of a Sequential, by hooks-free
-    walking: ``phi'`` is ``autograd.grad(a, z, 1, create_graph=True)``."""
+    """Output and ``mean_n sum_l sum_i phi'(z_lni)^2 ||W_l[i]||^2`` of a Sequential.
+
+    ``phi'`` is ``autograd.grad(a, z, 1, create_graph=True)``, which was faster than writing it out
+    (784-4x512-10, batch 128, 2 cores: 10.3 against 11.9 ms).
+    """
 
     def derivative(activation: nn.Module, z: Tensor, a: Tensor) -> Tensor:
         return torch.autograd.grad(a, z, torch.ones_like(a), create_graph=True)[0]
@@ -179,7 +182,8 @@ def functional_objective(problem: StepProblem, model: nn.Module) -> Callable[...
     def objective(
         parameters: dict[str, Tensor], x: Tensor, target: Tensor, projection: Tensor | None
     ) -> Tensor:
-        output, pullback = torch.func.vjp(
+        pullback: Callable[[Tensor], tuple[Tensor]]
+        output, pullback = torch.func.vjp(  # type: ignore[misc]  # no has_aux: two values
             lambda x: torch.func.functional_call(model, parameters, (x,)), x
         )
         w = penalty.cotangents(output, target, projection)

@@ -47,12 +47,17 @@ class StepProblem:
 
     def double(self) -> StepProblem:
         """The same problem in float64 (class indices stay integers)."""
-        wide = {
-            name: value.double()
-            for name in ("x", "target", "projection")
-            if isinstance(value := getattr(self, name), Tensor) and value.is_floating_point()
-        }
-        return replace(self, model=copy.deepcopy(self.model).double(), **wide)
+
+        def widen(tensor: Tensor) -> Tensor:
+            return tensor.double() if tensor.is_floating_point() else tensor
+
+        return replace(
+            self,
+            model=copy.deepcopy(self.model).double(),
+            x=widen(self.x),
+            target=widen(self.target),
+            projection=None if self.projection is None else widen(self.projection),
+        )
 
 
 @dataclass
@@ -105,9 +110,10 @@ def mlp(sizes: Sequence[int], activation: type[nn.Module] = nn.GELU) -> nn.Seque
 
 
 def lenet() -> nn.Sequential:
-    """LeNet-5 of the 2017 gradient-regularization paper (61706 parameters; max pooling, ReLU) for ``[N, 1, 28, 28]``.
+    """LeNet-5 of the 2017 gradient-regularization paper for ``[N, 1, 28, 28]``: 61706 parameters.
 
-    Its dropout is left out: the gate compares gradients, so the network must be deterministic.
+    Max pooling and ReLU. Its dropout is left out: the gate compares gradients, so the network must
+    be deterministic.
     """
     return nn.Sequential(
         *(nn.Conv2d(1, 6, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2)),

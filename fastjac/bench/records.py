@@ -37,7 +37,10 @@ class Record:
         rel_err, rel_err_limit: relative L2 error of the gradients against float64, and the gate.
         compile_s: set-up and first call of a contestant that compiles.
         gbps, copy_gbps, pct_copy: elementwise only. Bytes the op must move over its time; the same
-            of ``Tensor.copy_`` on buffers of that size in the same rounds; their ratio in percent.
+            of ``Tensor.clone`` on buffers of that size in the same rounds; their ratio in percent.
+            An op that reads more than it writes can pass 100: a CPU reads a line to write it.
+        impl: the implementation of the fused ops that a fastjac contestant ran; ``fastjac`` alone
+            takes what ``impl="auto"`` chooses.
         message: what went wrong.
         torch, triton, fastjac, machine, commit: versions and processor or GPU name.
     """
@@ -66,6 +69,7 @@ class Record:
     gbps: float | None = None
     copy_gbps: float | None = None
     pct_copy: float | None = None
+    impl: str = ""
     message: str = ""
     torch: str = ""
     triton: str = ""
@@ -78,7 +82,7 @@ COLUMNS = tuple(field.name for field in fields(Record))
 _INTEGERS = ("threads", "n_rounds")
 _TEXTS = (
     *("case", "penalty", "kind", "suite", "activation", "phase", "contestant", "status"),
-    *("device", "dtype", "message", "torch", "triton", "fastjac", "machine", "commit"),
+    *("device", "dtype", "impl", "message", "torch", "triton", "fastjac", "machine", "commit"),
 )
 
 
@@ -92,18 +96,24 @@ def to_json(records: Iterable[Record]) -> str:
     return json.dumps(rows, indent=1)
 
 
-def append_csv(records: Sequence[Record], path: Path) -> None:
-    """Add the records to a CSV file, which is made with a header line if it is not there.
+def check_csv(path: Path) -> bool:
+    """Whether records may be added to the file; True if it needs a header line first.
 
     Raises:
         ValueError: the file has other columns.
     """
-    new = not path.exists() or path.stat().st_size == 0
-    if not new:
-        with path.open(newline="") as file:
-            header = next(csv.reader(file))
-        if tuple(header) != COLUMNS:
-            raise ValueError(f"{path} has other columns than this version writes; name a new file")
+    if not path.exists() or path.stat().st_size == 0:
+        return True
+    with path.open(newline="") as file:
+        header = next(csv.reader(file))
+    if tuple(header) != COLUMNS:
+        raise ValueError(f"{path} has other columns than this version writes; name a new file")
+    return False
+
+
+def append_csv(records: Sequence[Record], path: Path) -> None:
+    """Add the records to a CSV file, which is made with a header line if it is not there."""
+    new = check_csv(path)
     with path.open("a", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)
         if new:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import itertools
 import os
 import time
 import traceback
@@ -13,6 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from fastjac import dispatch
 from fastjac.bench import contestants as entrants
 from fastjac.bench.cases import Case
 from fastjac.bench.contestants import Contestant, Prepared
@@ -20,7 +23,7 @@ from fastjac.bench.measure import Samples, Step, interleave, peak_bytes
 from fastjac.bench.problems import ElementwiseProblem, Problem, StepProblem
 from fastjac.bench.records import Record, versions
 
-COPY = "Tensor.copy_"
+COPY = "Tensor.clone"
 #: rounds below which an interrupted case is dropped
 ENOUGH_ROUNDS = 3
 
@@ -43,7 +46,7 @@ class Options:
         sample_s: shortest sample; a shorter step is repeated within it.
     """
 
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     dtype: torch.dtype = torch.float32
     threads: int = field(default_factory=available_cores)
     quick: bool = False
@@ -199,7 +202,10 @@ def open_gate(problem: Problem, dtype: torch.dtype) -> Gate:
         eager = entrants.eager_step(problem), entrants.eager_step(wide)
     else:
         assert isinstance(wide, ElementwiseProblem)
-        plain = tuple(entrants.forward_phase(p, p.phi) for p in (problem, wide))
+        plain = (
+            entrants.forward_phase(problem, problem.phi),
+            entrants.forward_phase(wide, wide.phi),
+        )
         eager = entrants.eager_phase(problem), entrants.eager_phase(wide)
     # 8 eps of float32: what a sum of rounded terms differs by when its order changes. A 16-bit
     # contestant has to stay within twice eager's error, with no such floor.
@@ -262,6 +268,8 @@ def _run_case(
     for contestant in contestants:
         watcher.stage(f"{contestant.name}: {'compiling' if contestant.compiles else 'checking'}")
         record = mine[contestant.name] = new_record(contestant)
+        if contestant.impl:
+            record.impl = dispatch.OPS["act"].select(contestant.impl, options.device, options.dtype)
         ready = _admit(contestant, problem, gate, record)
         if ready is not None:
             prepared[contestant.name] = ready
@@ -288,18 +296,23 @@ def _run_case(
             ready.release()
             mine[name].peak_mb = peak_bytes(ready.step, options.device) / 1e6
             ready.release()
+    except Exception as error:  # out of memory, say: the other cases still count
+        for name in prepared:
+            mine[name].status, mine[name].message = "failed", f"while timed: {_short(error)}"
+        records.extend(mine.values())
+        samples.seconds.clear()
     finally:
         if samples.n_rounds >= ENOUGH_ROUNDS or samples.n_rounds >= options.min_rounds:
             _fill_in(mine, prepared, samples, problem)
             records.extend(mine.values())
 
 
-def _admit(
-    contestant: Contestant, problem: Problem, gate: Gate, record: Record
-) -> Prepared | None:
+def _admit(contestant: Contestant, problem: Problem, gate: Gate, record: Record) -> Prepared | None:
     """Set a contestant up and let it through the gate, or say in its record why not."""
+    device = torch.device(record.device)
+    cache = _fresh_compile_cache(device) if contestant.compiles else contextlib.nullcontext()
     try:
-        with _fresh_compile_cache() if contestant.compiles else contextlib.nullcontext():
+        with cache:
             began = time.perf_counter()
             prepared = contestant.setup(problem)
             gradients = prepared.gradients()
@@ -327,26 +340,25 @@ def _short(error: Exception) -> str:
 
 
 @contextlib.contextmanager
-def _fresh_compile_cache() -> Iterator[None]:
-    """Compile time without what an earlier run left on disk."""
+def _fresh_compile_cache(device: torch.device) -> Iterator[None]:
+    """Compile time without what an earlier run left on disk, and without torch's own start-up."""
     from torch._inductor.utils import fresh_cache
 
+    _start_compiler(device)
     with fresh_cache():
         yield
 
 
+@functools.cache
+def _start_compiler(device: torch.device) -> None:
+    """A first, trivial torch.compile: it imports the compiler and probes the processor."""
+    torch.compile(torch.sin, fullgraph=True)(torch.ones(8, device=device))
+
+
 def _copy_step(problem: ElementwiseProblem) -> Callable[[], object]:
-    """Copies between buffers of the op's size, taken in turn like the op's."""
-    sources = problem.z
-    targets = [torch.empty_like(sources[0]) for _ in range(2)]
-    count = 0
-
-    def step() -> None:
-        nonlocal count
-        targets[count % 2].copy_(sources[count % len(sources)])
-        count += 1
-
-    return step
+    """Copies of the op's buffers in turn, into memory allocated like the op's own results."""
+    turn = itertools.cycle(problem.z)
+    return lambda: next(turn).clone()
 
 
 def _fill_in(

@@ -17,6 +17,8 @@ autograd formula; on top of them a pair of ``autograd.Function``s that call each
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -24,11 +26,10 @@ from torch import Tensor
 from torch.library import Library, register_autograd, register_fake, register_vmap
 
 from fastjac.activations import IDS, MAX_ORDER, TABLE, Activation, get
-from fastjac.dispatch import Op
+from fastjac.dispatch import Example, Op
 from fastjac.ops._autograd import Function, below_autograd
 
 _LIBRARY = Library("fastjac", "FRAGMENT")
-_OP = Op("act", ("cuda", "triton", "cpu", "reference"))
 
 # `act` has C++ kernels for CPU and CUDA tensors, `act_triton` the Triton ones; same schema.
 _SUFFIXES = ("", "_triton")
@@ -43,6 +44,33 @@ for _suffix in _SUFFIXES:
         " float p1) -> (Tensor, Tensor)",
         tags=(torch.Tag.pt2_compliant_tag,),
     )
+
+
+def _examples() -> Iterator[Example]:
+    """Every activation: all orders, and the two results of every double backward."""
+    z = torch.linspace(-12, 12, 1537, dtype=torch.float64)
+    z = torch.cat([z, torch.linspace(-1, 1, 511, dtype=torch.float64)])  # kinks at 0, ±3 included
+    g, v = torch.cos(3 * z + 1), torch.sin(5 * z + 2)
+
+    def call(inputs: dict[str, Tensor], impl: str, fn: str) -> dict[str, Tensor]:
+        z, g = (inputs[name].detach().requires_grad_() for name in "zg")
+        outputs = {"order 0, no g": act(z, fn=fn, impl=impl)}
+        for order in range(MAX_ORDER + 1):
+            wrt = {"z": z, "g": g} if order < MAX_ORDER else {"g": g}
+            z_in = z if "z" in wrt else z.detach()
+            outputs[f"order {order}"] = out = act(z_in, g, order, fn, impl=impl)
+            # Torch has no edge to z where a derivative is constant; the kernels return zeros.
+            grads = torch.autograd.grad(
+                out, list(wrt.values()), inputs["v"], materialize_grads=True
+            )
+            outputs |= {f"order {order}, grad_{n}": x for n, x in zip(wrt, grads, strict=True)}
+        return {name: out.detach() for name, out in outputs.items()}
+
+    for fn in TABLE:
+        yield Example(fn, {"z": z, "g": g, "v": v}, functools.partial(call, fn=fn))
+
+
+_OP = Op("act", ("cuda", "triton", "cpu", "reference"), _examples)
 
 
 def act(
@@ -70,8 +98,8 @@ def act(
         Tensor of z's shape, dtype and memory format.
 
     Gradients: reverse and forward mode, until φ''' is used up: orders 0, 1, 2 and 3 can be
-    differentiated 3, 2, 1 and 0 times in z, each of them any number of times in g. One more
-    raises RuntimeError. ``impl="reference"`` differentiates as far as torch does.
+    differentiated 3, 2, 1 and 0 times in z, and are linear in g. One more raises RuntimeError, in
+    the backward of an output whose z requires grad. ``impl="reference"`` goes as far as torch does.
 
     Raises:
         TypeError: z or g is not a floating-point tensor, dtypes differ, or an unknown parameter.
@@ -327,3 +355,16 @@ def _register(suffix: str) -> None:
 
 for _suffix in _SUFFIXES:
     _register(_suffix)
+
+
+def _triton_kernel(name: str) -> Any:
+    def launch(*args):
+        from fastjac.kernels import act as kernels  # needs Triton, which may not be installed
+
+        return getattr(kernels, name)(*args)
+
+    return launch
+
+
+for _name in ("act", "act_backward"):
+    _LIBRARY.impl(f"{_name}_triton", _triton_kernel(_name), "CompositeExplicitAutograd")

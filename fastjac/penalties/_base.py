@@ -39,6 +39,31 @@ class RandomOptions(ProjectionOptions, total=False):
     chunk_size: int | None
 
 
+def parameters_of(method: Callable[..., Any]) -> list[inspect.Parameter]:
+    """The parameters of a method but ``self``."""
+    return list(inspect.signature(method).parameters.values())[1:]
+
+
+def options_of(cls: type[Penalty]) -> list[inspect.Parameter]:
+    """The options of a penalty: the keyword parameters of its ``__init__``.
+
+    Where an ``__init__`` passes ``**options`` on, those of the next class that has one follow.
+    """
+    found: dict[str, inspect.Parameter] = {}
+    for base in cls.__mro__:
+        if "__init__" not in vars(base):
+            continue
+        passed_on = False
+        for parameter in parameters_of(vars(base)["__init__"]):
+            if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+                passed_on = True
+            else:
+                found.setdefault(parameter.name, parameter)
+        if not passed_on:
+            break
+    return sorted(found.values(), key=lambda p: p.kind)
+
+
 class Penalty(nn.Module):
     """Base of the penalties: ``weight * reduce_n R_n``.
 
@@ -92,7 +117,8 @@ class Penalty(nn.Module):
             output = x_or_output if graph else _autograd.call_model(model_or_x, x_or_output)
             values = _autograd.attached_zeros(_checks.tensor("output", output))
         elif graph:
-            output, values = x_or_output, self.graph_form(model_or_x, x_or_output, *targets, **named)
+            output = x_or_output
+            values = self.graph_form(model_or_x, output, *targets, **named)
         else:
             output, values = self.model_form(model_or_x, x_or_output, *targets, **named)
         self._calls += self.training
@@ -188,31 +214,6 @@ class ModelPenalty(Penalty):
         return parameters_of(cls.model_form)
 
 
-def parameters_of(method: Callable[..., Any]) -> list[inspect.Parameter]:
-    """The parameters of a method but ``self``."""
-    return list(inspect.signature(method).parameters.values())[1:]
-
-
-def options_of(cls: type[Penalty]) -> list[inspect.Parameter]:
-    """The options of a penalty: the keyword parameters of its ``__init__``.
-
-    Where an ``__init__`` passes ``**options`` on, those of the next class that has one follow.
-    """
-    found: dict[str, inspect.Parameter] = {}
-    for base in cls.__mro__:
-        if "__init__" not in vars(base):
-            continue
-        passed_on = False
-        for parameter in parameters_of(vars(base)["__init__"]):
-            if parameter.kind is inspect.Parameter.VAR_KEYWORD:
-                passed_on = True
-            else:
-                found.setdefault(parameter.name, parameter)
-        if not passed_on:
-            break
-    return sorted(found.values(), key=lambda p: p.kind)
-
-
 def functional_of(cls: type[Penalty], name: str) -> Callable[..., Any]:
     """The function ``name(x, output, *targets, **options)`` of a penalty class."""
     first, second, *rest = cls.call_parameters()
@@ -233,10 +234,11 @@ def functional_of(cls: type[Penalty], name: str) -> Callable[..., Any]:
     function.__name__ = function.__qualname__ = name
     function.__module__ = cls.__module__
     function.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-        sorted([*arguments, *options], key=lambda p: p.kind), return_annotation="Tensor | tuple[Tensor, Tensor]"
+        sorted([*arguments, *options], key=lambda p: p.kind),
+        return_annotation="Tensor | tuple[Tensor, Tensor]",
     )
     function.__doc__ = (
-        f"The function of :class:`{cls.__name__}`: ``{cls.__name__}(**options)(...)`` in one call.\n"
+        f"The function of :class:`{cls.__name__}`: ``{cls.__name__}(**options)(...)``.\n"
         "\n    Takes the arguments of either call form and, by keyword, the options of the class\n"
         f"    (all but ``every``).\n\n    {(cls.__doc__ or '').strip()}\n    "
     )

@@ -123,8 +123,8 @@ def class_rows(target: Any, logits: Tensor) -> Tensor:
     if target.is_floating_point():
         if target.numel() != logits.numel():
             raise ValueError(
-                f"target has shape {tuple(target.shape)}: probabilities must be [{n}, {m}] like the "
-                "flattened output"
+                f"target has shape {tuple(target.shape)}: probabilities must be [{n}, {m}] like "
+                "the flattened output"
             )
         return target.reshape(n, m).to(logits.dtype)
     if target.dtype != torch.int64:
@@ -137,7 +137,7 @@ def class_rows(target: Any, logits: Tensor) -> Tensor:
             f"target has shape {tuple(target.shape)}: class indices must be [{n}], one per sample"
         )
     # Elsewhere the look at the values would wait for the device; scatter_ asserts there instead.
-    if target.device.type == "cpu" and n and not (0 <= target.min() and target.max() < m):
+    if target.device.type == "cpu" and n and (target.min() < 0 or target.max() >= m):
         raise ValueError(
             f"target has class indices from {target.min()} to {target.max()}: they must lie in "
             f"[0, {m}); leave samples to be ignored out of the batch"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -93,7 +94,7 @@ def mlp(
 ) -> nn.Sequential:
     """Linear layers of these widths with an activation between; leaves the global RNG alone."""
     layers: list[nn.Module] = []
-    for c_in, c_out in zip(widths[:-1], widths[1:], strict=True):
+    for c_in, c_out in pairwise(widths):
         linear = nn.Linear(c_in, c_out, device="meta", dtype=dtype).to_empty(device="cpu")
         with torch.no_grad():
             linear.weight.copy_(randn((c_out, c_in), dtype, gen) / c_in**0.5)
@@ -144,12 +145,12 @@ def walk(model: nn.Module, x: Tensor) -> list[tuple[Tensor, Tensor, nn.Module | 
     for linear, phi in zip(modules[::2], [*modules[1::2], None], strict=True):
         z = linear(a)
         a = z if phi is None else phi(z)
-        steps.append((z, linear.weight, phi, a))
+        weight = linear.weight
+        assert isinstance(weight, Tensor)
+        steps.append((z, weight, phi, a))
     return steps
 
 
-def sequential_layers(
-    model: nn.Module, x: Tensor
-) -> list[tuple[Tensor, Tensor, nn.Module | None]]:
+def sequential_layers(model: nn.Module, x: Tensor) -> list[tuple[Tensor, Tensor, nn.Module | None]]:
     """``(z, W, φ)`` of each linear layer, found by reading the list of modules, not by hooks."""
     return [(z, weight, phi) for z, weight, phi, _a in walk(model, x)]

@@ -73,7 +73,7 @@ SPEC = PenaltySpec.of(
     cases=(
         {"norm": "l2"},
         {"norm": "l1"},
-        {"loss_fn": partial(F.multi_margin_loss, reduction="none")},
+        {"loss_fn": partial(F.cross_entropy, reduction="none", label_smoothing=0.1)},
     ),
 )
 igpen = SPEC.functional

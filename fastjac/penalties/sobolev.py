@@ -33,9 +33,7 @@ class Sobolev(InputPenalty):
     Source: Czarnecki et al. 2017, arXiv 1706.04859.
     """
 
-    def __init__(
-        self, *, chunk_size: int | None = None, **options: Unpack[InputOptions]
-    ) -> None:
+    def __init__(self, *, chunk_size: int | None = None, **options: Unpack[InputOptions]) -> None:
         super().__init__(**options)
         self.chunk_size = _checks.chunk_size(chunk_size)
 
@@ -65,9 +63,7 @@ class Sobolev(InputPenalty):
 
 def sobolev_example(dtype: torch.dtype, generator: torch.Generator) -> Example:
     """A Jacobian of three rows for each of three samples."""
-    return replace(
-        logits_example(dtype, generator), targets=(randn((3, 3, 4), dtype, generator),)
-    )
+    return replace(logits_example(dtype, generator), targets=(randn((3, 3, 4), dtype, generator),))
 
 
 SPEC = PenaltySpec.of(

@@ -58,7 +58,9 @@ class SpectReg(RandomPenalty):
         self.scale = _checks.flag("scale", scale)
         self.shared = _checks.flag("shared", shared)
         if self.normalize and not self.scale:
-            raise ValueError("scale=False has no meaning with normalize=True: w = r/‖r‖ has no 1/√m")
+            raise ValueError(
+                "scale is False and normalize True: w = r/‖r‖ has no 1/√m to leave out"
+            )
 
     def draw(self, k: int, logits: Tensor, dtype: torch.dtype) -> Tensor:
         n, m = logits.shape

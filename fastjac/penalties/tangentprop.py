@@ -35,9 +35,7 @@ class TangentProp(InputPenalty):
     Source: Simard, Victorri, LeCun, Denker 1991.
     """
 
-    def __init__(
-        self, *, chunk_size: int | None = None, **options: Unpack[InputOptions]
-    ) -> None:
+    def __init__(self, *, chunk_size: int | None = None, **options: Unpack[InputOptions]) -> None:
         super().__init__(**options)
         self.chunk_size = _checks.chunk_size(chunk_size)
 
@@ -61,9 +59,7 @@ class TangentProp(InputPenalty):
 
 def tangent_example(dtype: torch.dtype, generator: torch.Generator) -> Example:
     """Two tangents for each of three samples."""
-    return replace(
-        logits_example(dtype, generator), targets=(randn((2, 3, 4), dtype, generator),)
-    )
+    return replace(logits_example(dtype, generator), targets=(randn((2, 3, 4), dtype, generator),))
 
 
 SPEC = PenaltySpec.of(

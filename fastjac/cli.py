@@ -1,0 +1,257 @@
+"""The ``fastjac`` command: ``info``, ``check``, ``bench``.
+
+Exit codes: 0, 1 (a check missed, a benchmark contestant was wrong or failed), 2 (bad arguments),
+130 (Ctrl-C; what was finished is reported and written).
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Callable
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+
+if TYPE_CHECKING:
+    import torch
+
+    from fastjac.bench import Options, Outcome, Record
+
+app = typer.Typer(
+    name="fastjac",
+    help="Fused Jacobian and gradient-norm regularisation for PyTorch.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+JsonOption = Annotated[
+    str | None,
+    typer.Option("--json", metavar="FILE", help="Write JSON there; - is standard output."),
+]
+
+
+class Device(str, Enum):
+    """Where the benchmark runs."""
+
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class Dtype(str, Enum):
+    """What the benchmark computes in."""
+
+    float32 = "float32"
+    float64 = "float64"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+def main() -> None:
+    """Entry point of the ``fastjac`` command."""
+    app()
+
+
+@app.command()
+def info(json_file: JsonOption = None) -> None:
+    """Show versions, how the kernels were built, and which implementations can run here."""
+    # by name: `fastjac.info` may also be a function of the package
+    module = importlib.import_module("fastjac.info")
+    if json_file is None:
+        module.render(Console())
+        return
+    _write_json(module.collect(), json_file)
+
+
+@app.command()
+def check(
+    op: Annotated[str | None, typer.Option(help="Only this op or penalty.")] = None,
+    impl: Annotated[str | None, typer.Option(help="Only this implementation.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Only this dtype, float32 say.")] = None,
+    device: Annotated[str | None, typer.Option(help="Only this device.")] = None,
+    json_file: JsonOption = None,
+) -> None:
+    """Compare every op and penalty with its reference on this machine; exit 1 on a miss."""
+    module = importlib.import_module("fastjac.check")
+    console = _console(json_file)
+    try:
+        records = module.run(op=op, impl=impl, dtype=dtype, device=device)
+    except ValueError as error:
+        _usage_error(error)
+    module.render(records, console)
+    if json_file is not None:
+        _write_json(records, json_file)
+    if not records:
+        _usage_error("no check matches these filters, so nothing was checked")
+    if not all(record["ok"] for record in records):
+        raise typer.Exit(1)
+
+
+@app.command()
+def bench(
+    quick: Annotated[
+        bool, typer.Option("--quick", help="The quick suite: under three minutes on two cores.")
+    ] = False,
+    case: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Only this case; * matches; may be repeated."),
+    ] = None,
+    suite: Annotated[str | None, typer.Option(metavar="NAME", help="Only this suite.")] = None,
+    contestant: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Only this contestant (and plain); may be repeated."),
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="CPU threads; default all available cores.")
+    ] = None,
+    device: Annotated[Device, typer.Option(help="Where to run.")] = Device.cpu,
+    dtype: Annotated[Dtype, typer.Option(help="Dtype of networks and data.")] = Dtype.float32,
+    json_file: JsonOption = None,
+    csv_file: Annotated[
+        Path | None,
+        typer.Option("--csv", metavar="FILE", help="Add the records to this CSV file."),
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Draw PNG plots into this folder.")
+    ] = None,
+    list_only: Annotated[
+        bool, typer.Option("--list", help="List cases and contestants, run nothing.")
+    ] = False,
+    from_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--from",
+            metavar="FILE",
+            exists=True,
+            dir_okay=False,
+            help="Show and plot the records of this JSON or CSV file, run nothing.",
+        ),
+    ] = None,
+) -> None:
+    """Time penalties and ops against plain, eager and compiled torch.
+
+    Every contestant's gradients are first compared with a float64 reference; one that misses is
+    shown as WRONG, not timed, and makes the exit code 1.
+    """
+    from fastjac.bench import plots, records, report
+
+    console = _console(json_file)
+    try:
+        if plot is not None:
+            plots.require_matplotlib()
+        if from_file is not None:
+            loaded = records.load(from_file)
+            report.render(loaded, console)
+            _draw(loaded, plot, console)
+            return
+        options = _options(quick, threads, device, dtype)
+        cases, contestants = _selection(case, suite, contestant, options)
+        if csv_file is not None:
+            records.check_csv(csv_file)
+    except (ValueError, RuntimeError) as error:
+        _usage_error(error)
+    if list_only:
+        report.render_list(cases, contestants, options, console)
+        return
+    outcome = _run(cases, contestants, options)
+    report.render(outcome.records, console)
+    if json_file is not None:
+        _write_text(records.to_json(outcome.records), json_file)
+    if csv_file is not None:
+        _writing(csv_file, lambda: records.append_csv(outcome.records, csv_file))
+    _draw(outcome.records, plot, console)
+    if outcome.interrupted:
+        console.print("interrupted: what is shown was finished", style="yellow")
+        raise typer.Exit(130)
+    if outcome.bad:
+        raise typer.Exit(1)
+
+
+def _options(quick: bool, threads: int | None, device: Device, dtype: Dtype) -> Options:
+    import torch
+
+    from fastjac.bench.runner import Options, available_cores
+
+    if device is Device.cuda and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch finds no CUDA device here; use --device cpu")
+    pace: dict[str, Any] = {"budget_s": 0.2, "max_rounds": 40, "min_rounds": 5} if quick else {}
+    chosen: torch.dtype = getattr(torch, dtype.value)
+    return Options(
+        device=torch.device(device.value),
+        dtype=chosen,
+        threads=threads or available_cores(),
+        quick=quick,
+        **pace,
+    )
+
+
+def _selection(
+    names: list[str] | None, suite: str | None, contestant: list[str] | None, options: Options
+) -> tuple[list[Any], list[Any]]:
+    """Cases and contestants of a command line; ``--quick`` alone means the quick suite."""
+    from fastjac.bench import select_cases, select_contestants
+    from fastjac.bench.runner import contestants_of
+
+    if options.quick and suite is None:
+        suite = "quick"
+    cases = select_cases(names or (), suite)
+    contestants = select_contestants(contestant or ())
+    if contestant:  # a case in which only the implied plain step is left has nothing to say
+        asked = set(contestant)
+        cases = [
+            case
+            for case in cases
+            if asked & {c.name for c in contestants_of(case, contestants, options)}
+        ]
+    if not cases:
+        raise ValueError(f"--contestant {' '.join(contestant or ())}: takes part in no chosen case")
+    return cases, contestants
+
+
+def _run(cases: list[Any], contestants: list[Any], options: Options) -> Outcome:
+    from fastjac.bench import report, run
+
+    with report.ProgressBar(cases, contestants, options, Console(stderr=True)) as bar:
+        return run(cases, contestants, options, bar)
+
+
+def _draw(records: list[Record], folder: Path | None, console: Console) -> None:
+    if folder is None:
+        return
+    from fastjac.bench import plots
+
+    for path in _writing(folder, lambda: plots.draw(records, folder)):
+        console.print(f"wrote {path}", highlight=False, soft_wrap=True)
+
+
+def _console(json_file: str | None) -> Console:
+    """Standard output, unless the JSON goes there; wide tables where no terminal limits them."""
+    console = Console(stderr=json_file == "-")
+    return console if console.is_terminal else Console(stderr=json_file == "-", width=140)
+
+
+def _write_json(value: object, target: str) -> None:
+    _write_text(json.dumps(value, indent=1, default=str), target)
+
+
+def _write_text(text: str, target: str) -> None:
+    if target == "-":
+        typer.echo(text)
+    else:
+        _writing(Path(target), lambda: Path(target).write_text(text + "\n"))
+
+
+def _writing(path: Path, write: Callable[[], Any]) -> Any:
+    try:
+        return write()
+    except OSError as error:
+        _usage_error(f"cannot write {path}: {error.strerror or error}")
+
+
+def _usage_error(error: object) -> NoReturn:
+    Console(stderr=True).print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
+    raise typer.Exit(2)

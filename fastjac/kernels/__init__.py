@@ -1,0 +1,1 @@
+"""Triton kernels, a file per op; imported only when a Triton implementation is first used."""

@@ -1,0 +1,165 @@
+"""The activation as a module, and `fuse`, which puts it into a model that exists.
+
+After ``fuse(model)`` anyone's ``autograd.grad(..., create_graph=True)`` runs the fused double
+backward: nothing else about the model or the code around it changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastjac.activations import TABLE, get
+from fastjac.dispatch import OPS
+from fastjac.functional import FUNCTIONS
+from fastjac.ops import act
+
+
+class Act(nn.Module):
+    """φ(z) as a module: `fastjac.act` of order 0.
+
+    Args:
+        fn: the activation, a key of `fastjac.activations.TABLE`.
+        impl: implementation, as in `fastjac.act`.
+        **params: the activation's parameters.
+
+    Shapes, dtypes, gradient orders and errors as `fastjac.act`. Has no parameters or buffers, so
+    a ``state_dict`` does not change where it replaces torch's module.
+    """
+
+    def __init__(self, fn: str, *, impl: str = "auto", **params: float) -> None:
+        super().__init__()
+        get(fn).param_values(params)  # raises on an unknown name
+        self.fn, self.impl, self.params = fn, impl, dict(params)
+        self._replaced: tuple[nn.Module, ...] = ()  # in a tuple: not a submodule
+
+    def forward(self, z: Tensor) -> Tensor:
+        return act(z, fn=self.fn, impl=self.impl, **self.params)
+
+    def derivative(self, z: Tensor, g: Tensor | None = None, order: int = 1) -> Tensor:
+        """φ^(order)(z) · g."""
+        return act(z, g, order, self.fn, impl=self.impl, **self.params)
+
+    def extra_repr(self) -> str:
+        options = [f"{name}={value}" for name, value in self.params.items()]
+        if self.impl != "auto":
+            options.append(f"impl={self.impl!r}")
+        return ", ".join([self.fn, *options])
+
+
+def activation_of(module: nn.Module) -> Act | None:
+    """The `Act` that computes what a torch activation module does; None if the table has none.
+
+    Exact types only: a subclass may have changed the forward.
+    """
+    if isinstance(module, Act):
+        return module
+    for row in TABLE.values():
+        if row.module is None or type(module) is not getattr(nn, row.module):
+            continue
+        if all(getattr(module, name) == value for name, value in row.torch_kwargs.items()):
+            return Act(row.name, **{name: getattr(module, name) for name in row.params})
+    return None
+
+
+# The plain functions that a model may hold as an attribute (nn.TransformerEncoderLayer does).
+_HELD: dict[Callable[..., Any], str] = {}
+for _row in TABLE.values():
+    for _function in (_row.torch_function_object(), getattr(torch, _row.name, None)):
+        if _function is not None:
+            _HELD.setdefault(_function, _row.name)
+
+
+def fuse(model: nn.Module, *, impl: str = "auto") -> nn.Module:
+    """Replaces the activations of a model, in place, by the fused ones; returns the model.
+
+    Replaced are modules of exactly a ``torch.nn`` activation type of the table, wherever they are
+    nested, and torch activation functions held as attributes (``nn.TransformerEncoderLayer``).
+    Activations called as functions inside a ``forward`` cannot be seen: write ``fastjac.gelu(z)``
+    there. Outputs, ``state_dict``, hooks and module sharing stay; ``inplace=True`` is dropped, since
+    the pre-activation is kept for the derivatives. Calling it twice changes nothing.
+
+    Args:
+        model: any module; if it is itself an activation, its replacement is returned.
+        impl: implementation that the activations will ask for, as in `fastjac.act`.
+
+    Raises:
+        TypeError: model is not a module.
+        ValueError: unknown impl.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if impl not in ("auto", *OPS["act"].implementations):
+        raise ValueError(
+            f"impl={impl!r}; choose from {', '.join(('auto', *OPS['act'].implementations))}"
+        )
+    replaced: dict[nn.Module, nn.Module] = {}
+
+    def replacement(module: nn.Module) -> nn.Module:
+        if module not in replaced:
+            new = None if isinstance(module, Act) else activation_of(module)
+            if new is not None:
+                new.impl, new._replaced = impl, (module,)
+                new.training = module.training
+                _share_hooks(module, new)
+            replaced[module] = new or module
+        return replaced[module]
+
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if child is not None:
+                parent._modules[name] = replacement(child)
+        for name, value in list(vars(parent).items()):
+            if callable(value) and not isinstance(value, nn.Module) and _hashable(value):
+                fn = _HELD.get(value)
+                if fn is not None:
+                    setattr(parent, name, _Held(value, fn, impl))
+    return replacement(model)
+
+
+def unfuse(model: nn.Module) -> nn.Module:
+    """Undoes `fuse`: puts the replaced activations back, in place; returns the model."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+
+    def original(module: nn.Module) -> nn.Module:
+        if isinstance(module, Act) and module._replaced:
+            module._replaced[0].training = module.training
+            return module._replaced[0]
+        return module
+
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if child is not None:
+                parent._modules[name] = original(child)
+        for name, value in list(vars(parent).items()):
+            if isinstance(value, _Held):
+                setattr(parent, name, value.replaced)
+    return original(model)
+
+
+class _Held:
+    """A function attribute's stand-in; remembers what it replaced. Picklable."""
+
+    def __init__(self, replaced: Callable[..., Any], fn: str, impl: str) -> None:
+        self.replaced, self.fn, self.impl = replaced, fn, impl
+
+    def __call__(self, z: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return FUNCTIONS[self.fn](z, *args, impl=self.impl, **kwargs)
+
+    def __repr__(self) -> str:
+        return f"fastjac.{self.fn}"
+
+
+def _hashable(value: object) -> bool:
+    return type(value).__hash__ is not None
+
+
+def _share_hooks(old: nn.Module, new: nn.Module) -> None:
+    """Both modules hold the same hook dictionaries, so handles taken before still remove hooks."""
+    for name, value in vars(old).items():
+        if "hooks" in name:
+            vars(new)[name] = value

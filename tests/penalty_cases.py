@@ -1,0 +1,83 @@
+"""The registry's cases as pytest parameters, and one call of each."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastjac.penalties import PENALTIES, Example, PenaltySpec
+
+SPECS = [pytest.param(spec, id=name) for name, spec in PENALTIES.items()]
+CASES = [
+    pytest.param(spec, options, id=f"{name}-{k}" + "".join(f"-{o}" for o in options))
+    for name, spec in PENALTIES.items()
+    for k, options in enumerate(spec.cases)
+]
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def takes(spec: PenaltySpec, option: str) -> bool:
+    return option in inspect.signature(spec.functional).parameters
+
+
+def specs_with(option: str) -> list[Any]:
+    return [p for p in SPECS if takes(p.values[0], option)]
+
+
+@dataclass
+class Call:
+    """One example of a penalty with one set of options, in float64; ``x`` requires grad."""
+
+    spec: PenaltySpec
+    options: dict[str, Any] = field(default_factory=dict)
+    seed: int = 0
+    dtype: torch.dtype = torch.float64
+
+    def __post_init__(self) -> None:
+        self.example: Example = self.spec.example(self.dtype, seeded(self.seed))
+        self.options = {**self.example.options, **self.options}
+        self.model = self.example.model
+        self.x = self.example.x.clone().requires_grad_()
+        self.targets = self.example.targets
+
+    @property
+    def inputs(self) -> list[Tensor]:
+        """What to differentiate by: ``x`` and all parameters."""
+        return [self.x, *self.model.parameters()]
+
+    def random(self) -> dict[str, Any]:
+        """A fresh generator of the same seed for each evaluation, where there is one."""
+        return {"generator": seeded(7)} if takes(self.spec, "generator") else {}
+
+    def model_form(self, **options: Any) -> tuple[Tensor, Tensor]:
+        options = {"reduction": "none", **self.options, **self.random(), **options}
+        return self.spec.functional(self.model, self.x, *self.targets, **options)
+
+    def values(self, **options: Any) -> Tensor:
+        return self.model_form(**options)[1]
+
+    def module(self, **options: Any) -> Any:
+        return self.spec.module(**{**self.options, **self.random(), **options})
+
+    def reference(self, **options: Any) -> Tensor:
+        arguments = self.example.reference_arguments(self.model, self.x)
+        return self.spec.reference(
+            *arguments, *self.targets, **{**self.options, **self.random(), **options}
+        )
+
+
+def gradients(value: Tensor, inputs: list[Tensor]) -> list[Tensor]:
+    """Of the sum of a value; zeros where it does not depend on an input."""
+    return list(
+        torch.autograd.grad(
+            value.sum(), inputs, retain_graph=True, allow_unused=True, materialize_grads=True
+        )
+    )

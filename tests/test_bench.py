@@ -1,0 +1,592 @@
+"""The benchmark's own claims: nothing wrong is timed, memory is measured, nobody is favoured."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import io
+import json
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+from rich.console import Console
+from torch import nn
+
+from fastjac.activations import TABLE
+from fastjac.bench import Case, Contestant, Options, Prepared, Record, plots, report, run
+from fastjac.bench import cases as registry
+from fastjac.bench import contestants as entrants
+from fastjac.bench import records as storage
+from fastjac.bench.idioms import INPUT_JACOBIAN
+from fastjac.bench.measure import Samples, interleave, order_of_round, peak_bytes
+from fastjac.bench.problems import (
+    StepProblem,
+    away_from_kinks,
+    elementwise_problem,
+    lenet,
+    mlp,
+    small_resnet,
+    step_problem,
+)
+from fastjac.bench.runner import contestants_of, open_gate, relative_error
+
+CPU = torch.device("cpu")
+FAST = Options(threads=1, budget_s=0.0, min_rounds=3, max_rounds=3, sample_s=1e-5)
+PENALTIES = (*INPUT_JACOBIAN, "dreg")
+
+
+def tiny_problem(penalty: str, dtype: torch.dtype = torch.float32) -> StepProblem:
+    outputs = 1 if penalty == "gradient-penalty" else 3
+    network = functools.partial(mlp, [6, 8, 7, outputs])
+    return step_problem(network, (5, 6), penalty, device=CPU, dtype=dtype, outputs=outputs)
+
+
+def tiny_case(penalty: str = "spectreg", name: str | None = None) -> Case:
+    return Case(
+        name or f"{penalty}-tiny",
+        penalty,
+        "step",
+        ("tiny",),
+        lambda device, dtype: tiny_problem(penalty, dtype),
+    )
+
+
+def tiny_activation(fn: str = "gelu", phase: str = "double") -> Case:
+    return Case(
+        *(f"act-{fn}-{phase}", "act", "elementwise", ("tiny",)),
+        lambda device, dtype: elementwise_problem(
+            *(fn, TABLE[fn].torch_function(), phase), device=device, dtype=dtype, shape=(16, 9)
+        ),
+        activation=fn,
+        phase=phase,
+    )
+
+
+def named(*names: str) -> list[Contestant]:
+    return entrants.select_contestants(names)
+
+
+@pytest.fixture(autouse=True)
+def small_buffers(monkeypatch):
+    """Three buffers are enough where nothing is measured."""
+    monkeypatch.setattr("fastjac.bench.problems.last_level_cache", lambda device: 0)
+
+
+# ---- contestants
+
+
+@pytest.mark.parametrize("penalty", PENALTIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+def test_every_contestant_passes_the_gate(penalty, dtype):
+    options = replace(FAST, dtype=dtype)
+    contestants = [c for c in entrants.all_contestants() if not c.compiles]
+    outcome = run([tiny_case(penalty)], contestants, options)
+    assert [(r.contestant, r.message) for r in outcome.bad] == []
+    assert {"plain", "eager", "fastjac", "fastjac:reference"} <= {
+        r.contestant for r in outcome.records
+    }
+
+
+@pytest.mark.parametrize("penalty", PENALTIES)
+def test_the_compiled_form_is_one_graph_and_right(penalty):
+    # aot_eager: what Dynamo and AOTAutograd make of the form, without seconds of code generation
+    problem = tiny_problem(penalty)
+    gate = open_gate(problem, torch.float32)
+    prepared = entrants.compiled_step(problem, backend="aot_eager")
+    error, limit = gate.error("compiled", prepared.gradients())
+    assert error <= limit
+
+
+def test_the_compiled_form_takes_batch_norm():
+    network = functools.partial(
+        lambda: nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.GELU(), nn.Linear(8, 3))
+    )
+    problem = step_problem(network, (5, 6), "spectreg", device=CPU, dtype=torch.float32, outputs=3)
+    gate = open_gate(problem, torch.float32)
+    error, limit = gate.error(
+        "compiled", entrants.compiled_step(problem, backend="aot_eager").gradients()
+    )
+    assert error <= limit
+    assert problem.model[1].track_running_stats  # its own copy was changed, not the problem
+
+
+def test_plain_computes_no_input_gradient():
+    problem = tiny_problem("spectreg")
+    seen = []
+    problem.model.register_forward_pre_hook(lambda module, args: seen.append(args[0].requires_grad))
+    entrants.plain_step(problem).step()
+    assert seen == [False]
+
+
+@pytest.mark.parametrize("phase", registry.PHASES)
+@pytest.mark.parametrize("fn", [fn for fn in TABLE if fn != "identity"])
+def test_every_activation_passes_the_gate(fn, phase):
+    outcome = run([tiny_activation(fn, phase)], named("eager", "fastjac"), FAST)
+    assert [(r.contestant, r.message) for r in outcome.bad] == []
+    assert [r.contestant for r in outcome.records] == ["plain", "eager", "fastjac"]
+
+
+@pytest.mark.parametrize("phase", ["backward", "double"])
+def test_no_forward_is_timed(phase):
+    calls = []
+    problem = elementwise_problem(
+        *("gelu", TABLE["gelu"].torch_function(), phase),
+        device=CPU,
+        dtype=torch.float32,
+        shape=(4, 3),
+    )
+    phi = problem.phi
+
+    def counting(z):
+        calls.append(1)
+        return phi(z)
+
+    prepared = entrants.autograd_phase(problem, counting)
+    before = len(calls)
+    for _ in range(7):
+        prepared.step()
+    assert before == len(problem.z) and len(calls) == before
+
+
+def test_buffers_are_used_in_turn():
+    problem = elementwise_problem(
+        *("gelu", TABLE["gelu"].torch_function(), "forward"),
+        device=CPU,
+        dtype=torch.float32,
+        shape=(4, 3),
+    )
+    seen = []
+
+    def spy(z):
+        seen.append(z.data_ptr())
+        return z
+
+    prepared = entrants.forward_phase(problem, spy)
+    for _ in range(2 * len(problem.z)):
+        prepared.step()
+    pointers = [z.data_ptr() for z in problem.z]
+    assert seen == 2 * pointers and len(set(pointers)) >= 3
+
+
+def test_compiled_needs_a_compiler(monkeypatch):
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    (compiled,) = (c for c in entrants.all_contestants() if c.name == "compiled")
+    assert "compiler" in (compiled.why_not(tiny_case(), CPU, torch.float32) or "")
+
+
+# ---- gate
+
+
+def _planted(name: str, gradients) -> Contestant:
+    """A contestant whose step may not be run outside the gate."""
+
+    def setup(problem):
+        def step():
+            raise AssertionError("a wrong contestant was timed")
+
+        return Prepared(step, lambda: gradients(problem))
+
+    return Contestant(name, setup)
+
+
+def _without_second_order(problem):
+    """The penalty's VJP without create_graph: the bug that drops the second-order term."""
+    model = copy.deepcopy(problem.model)
+    x = problem.x.detach().requires_grad_()
+    output = model(x)
+    (v,) = torch.autograd.grad(output, x, problem.projection, retain_graph=True)
+    value = v.square().sum(1).mean()
+    (problem.loss(output, problem.target) + problem.weight * value).backward()
+    return [p.grad for p in model.parameters()]
+
+
+def _slightly_off(problem):
+    gradients = list(entrants.eager_step(problem).gradients())
+    return [gradients[0] * (1 + 2e-5), *gradients[1:]]
+
+
+def _not_a_number(problem):
+    return [g * float("nan") for g in entrants.eager_step(problem).gradients()]
+
+
+@pytest.mark.parametrize("gradients", [_without_second_order, _slightly_off, _not_a_number])
+def test_a_wrong_contestant_is_caught_and_never_timed(gradients):
+    contestants = [*named("eager"), _planted("planted", gradients)]
+    outcome = run([tiny_case()], contestants, FAST)
+    (bad,) = outcome.bad
+    assert (bad.case, bad.contestant, bad.status) == ("spectreg-tiny", "planted", "wrong")
+    assert bad.median_ms is None and not bad.rel_err <= bad.rel_err_limit
+    assert [r.contestant for r in outcome.records if r.median_ms] == ["plain", "eager"]
+
+
+def test_a_failing_contestant_leaves_the_others_alone():
+    def setup(problem):
+        raise RuntimeError("no such kernel\nsecond line")
+
+    outcome = run([tiny_case()], [*named("eager"), Contestant("broken", setup)], FAST)
+    (bad,) = outcome.bad
+    assert (bad.contestant, bad.status) == ("broken", "failed")
+    assert "no such kernel" in bad.message and "\n" not in bad.message
+    assert [r.contestant for r in outcome.records if r.status == "ok"] == ["plain", "eager"]
+
+
+@pytest.mark.parametrize("penalty", PENALTIES)
+def test_penalty_and_loss_weigh_alike(penalty):
+    problem = tiny_problem(penalty, torch.float64)
+    open_gate(problem, torch.float64)
+    loss = entrants.plain_step(problem).gradients()
+    both = entrants.eager_step(problem).gradients()
+    shares = [sum(float(g.square().sum()) for g in gs) ** 0.5 for gs in (loss, both)]
+    added = sum(float((b - a).square().sum()) for a, b in zip(loss, both, strict=True)) ** 0.5
+    assert 0.7 < added / shares[0] < 1.42
+
+
+def test_the_limit_is_eagers_own_error_or_rounding():
+    gate = open_gate(tiny_problem("spectreg", torch.bfloat16), torch.bfloat16)
+    assert 1e-4 < gate.limit < 0.1  # eager's own in bfloat16, twice
+    assert open_gate(tiny_problem("spectreg"), torch.float32).limit == 1e-6
+
+
+def test_relative_error():
+    truth = [torch.tensor([3.0, 4.0], dtype=torch.float64)]
+    assert relative_error([torch.tensor([3.0, 4.5])], truth) == pytest.approx(0.1)
+    assert relative_error([torch.tensor([3.0, float("nan")])], truth) == float("inf")
+    with pytest.raises(ValueError, match="shapes"):
+        relative_error([torch.zeros(3)], truth)
+
+
+# ---- measurement
+
+
+def test_rounds_are_interleaved_and_rotated():
+    order = []
+    steps = {name: functools.partial(order.append, name) for name in "abc"}
+    samples = Samples()
+    interleave(
+        *(steps, CPU),
+        budget_s=0,
+        min_rounds=4,
+        max_rounds=4,
+        sample_s=0,
+        samples=samples,
+    )
+    assert {name: len(s) for name, s in samples.seconds.items()} == {"a": 4, "b": 4, "c": 4}
+    # repeats within a sample are adjacent; between samples the contestants take turns
+    turns = [name for k, name in enumerate(order) if k == 0 or order[k - 1] != name]
+    assert "".join(turns).endswith("abc" + "bca" + "cab" + "abc")
+    assert [order_of_round("abc", k) for k in (0, 1, 2)] == [list("abc"), list("bca"), list("cab")]
+
+
+def test_a_sample_is_long_enough():
+    samples = Samples()
+    began: list[int] = []
+    interleave(
+        *({"short": lambda: began.append(1)}, CPU),
+        budget_s=0,
+        min_rounds=2,
+        max_rounds=2,
+        sample_s=5e-3,
+        samples=samples,
+    )
+    # two samples of 5 ms of a call that takes well under 10 us
+    assert len(began) > 2 * 500
+
+
+def test_quantiles_of_complete_rounds_only():
+    samples = Samples({"a": [1.0, 2.0, 3.0, 4.0, 100.0], "b": [1.0] * 4})
+    assert samples.n_rounds == 4
+    p20, median, p80 = samples.quantiles_ms("a")
+    assert (p20, median, p80) == pytest.approx((1600, 2500, 3400))
+
+
+def test_peak_memory_of_a_known_pattern():
+    mb = 1 << 20
+
+    def step():
+        a = torch.empty(4 * mb, dtype=torch.uint8)
+        b = torch.empty(2 * mb, dtype=torch.uint8)
+        del a
+        c = torch.empty(1 * mb, dtype=torch.uint8)
+        return b, c
+
+    assert peak_bytes(step, CPU) == 6 * mb
+
+
+def test_peak_memory_sees_the_cpp_backward():
+    x = torch.randn(1 << 18, requires_grad=True)  # 1 MiB
+
+    def step():
+        x.grad = None
+        x.exp().sum().backward()  # saves exp(x), then allocates the gradient in C++
+
+    step()
+    x.grad = None
+    assert 2 << 20 <= peak_bytes(step, CPU) < (2 << 20) + 4096
+
+
+def test_peak_memory_leaves_stderr_alone(capfd):
+    peak_bytes(lambda: torch.empty(10), CPU)
+    print("after", file=__import__("sys").stderr)
+    assert capfd.readouterr().err == "after\n"
+
+
+def _interrupting(at_call: int) -> Contestant:
+    def setup(problem):
+        calls = 0
+
+        def step():
+            nonlocal calls
+            calls += 1
+            if calls == at_call:
+                raise KeyboardInterrupt
+
+        return Prepared(step, entrants.eager_step(problem).gradients)
+
+    return Contestant("interrupting", setup)
+
+
+def test_ctrl_c_keeps_finished_cases():
+    cases = [tiny_case(name="first"), tiny_case(name="second"), tiny_case(name="third")]
+    seen = []
+
+    def setup(problem):
+        seen.append(problem)
+        return _interrupting(1 if len(seen) == 2 else 10**9).setup(problem)
+
+    outcome = run(cases, [*named("eager"), Contestant("interrupting", setup)], FAST)
+    assert outcome.interrupted
+    assert {r.case for r in outcome.records} == {"first"}
+    assert all(r.median_ms and r.peak_mb is not None for r in outcome.records)
+
+
+def test_ctrl_c_keeps_the_current_case_once_it_has_rounds():
+    options = replace(FAST, min_rounds=50, max_rounds=50, sample_s=0)
+    outcome = run([tiny_case()], [*named("eager"), _interrupting(30)], options)
+    assert outcome.interrupted
+    assert {r.contestant for r in outcome.records} == {"plain", "eager", "interrupting"}
+    assert all(3 <= r.n_rounds < 50 and r.median_ms for r in outcome.records)
+
+
+def test_settings_are_restored():
+    before = torch.get_num_threads(), torch.backends.cudnn.allow_tf32
+    run([tiny_case()], named("plain"), replace(FAST, threads=before[0] + 1))
+    assert (torch.get_num_threads(), torch.backends.cudnn.allow_tf32) == before
+
+
+# ---- records
+
+
+def test_record_schema():
+    outcome = run([tiny_case(), tiny_activation()], named("eager", "fastjac"), FAST)
+    rows = json.loads(storage.to_json(outcome.records))
+    wanted = (
+        "case penalty contestant device dtype threads median_ms p20_ms p80_ms overhead peak_mb "
+        "rel_err suite n_rounds compile_s gbps pct_copy torch machine commit"
+    )
+    for row in rows:
+        assert set(wanted.split()) <= row.keys()
+        assert (row["device"], row["dtype"], row["threads"]) == ("cpu", "float32", 1)
+        assert row["p20_ms"] <= row["median_ms"] <= row["p80_ms"]
+        assert row["torch"] == torch.__version__ and row["machine"]
+    plain, eager, ours = rows[:3]
+    assert plain["overhead"] == 1 and plain["gbps"] is None
+    assert eager["overhead"] == pytest.approx(eager["median_ms"] / plain["median_ms"])
+    assert ours["vs_eager"] == pytest.approx(eager["median_ms"] / ours["median_ms"])
+    assert (eager["impl"], ours["impl"] != "") == ("", True)
+    act = rows[5]
+    # double backward: three tensors read and two written, of 16 x 9 float32
+    assert act["gbps"] == pytest.approx(5 * 16 * 9 * 4 / act["median_ms"] / 1e6)
+    assert act["pct_copy"] == pytest.approx(100 * act["gbps"] / act["copy_gbps"])
+    assert act["peak_mb"] >= 2 * 16 * 9 * 4 / 1e6
+
+
+def _record(case="c", contestant="eager", **values) -> Record:
+    base = Record(
+        *(case, "spectreg", "step", "quick step", "", "", contestant, "ok", "cpu", "float32", 2)
+    )
+    return replace(base, n_rounds=5, torch="2.13", machine="M, 1", **values)
+
+
+def test_csv_and_json_come_back(tmp_path):
+    records = [_record(median_ms=1.5, rel_err=1e-7), _record(contestant="fastjac", message='a,"b"')]
+    path = tmp_path / "r.csv"
+    storage.append_csv(records[:1], path)
+    storage.append_csv(records[1:], path)
+    assert path.read_text().count("contestant") == 1
+    assert storage.load(path) == records
+    (tmp_path / "r.json").write_text(storage.to_json(records))
+    assert storage.load(tmp_path / "r.json") == records
+
+
+def test_infinite_errors_are_valid_json():
+    row = json.loads(storage.to_json([_record(rel_err=float("inf"))]))[0]
+    assert row["rel_err"] is None
+
+
+def test_other_files_are_refused(tmp_path):
+    path = tmp_path / "other.csv"
+    path.write_text("a,b\n1,2\n")
+    with pytest.raises(ValueError, match="other columns"):
+        storage.append_csv([_record()], path)
+    assert path.read_text() == "a,b\n1,2\n"
+    with pytest.raises(ValueError, match="not a list of benchmark records"):
+        storage.load(path)
+
+
+# ---- registry
+
+
+def test_registered_names():
+    names = {case.name for case in registry.all_cases()}
+    assert len(names) == len(registry.all_cases())
+    steps = """
+        spectreg-mlp-b512-w2048 spectreg-mlp-b128-w512 spectreg-mlp-b100-w64 datagrad-mlp-b128-w512
+        frobreg-mlp-b128-w512 jacreg-mlp-b128-w512 dreg-mlp-b128-w512 dreg-mlp-b512-w1024
+        dreg-mlp-b4096-w256 gradient-penalty-mlp-b128-w512 spectreg-relu-mlp-b128-w512
+        spectreg-lenet spectreg-resnet
+    """
+    assert set(steps.split()) <= names
+    assert {
+        f"act-{fn}-{phase}" for fn in TABLE if fn != "identity" for phase in registry.PHASES
+    } <= names
+    assert [c.name for c in entrants.all_contestants()] == [
+        *("plain", "eager", "compiled", "jacobianreg", "fastjac"),
+        *("fastjac:reference", "fastjac:cpu", "fastjac:triton", "fastjac:cuda"),
+    ]
+
+
+def test_quick_suite_runs_its_own_contestants():
+    options = replace(FAST, quick=True)
+    quick = registry.select_cases(suite="quick")
+    assert all(case.quick for case in quick)
+    compiled = 0
+    for case in quick:
+        entered = [c.name for c in contestants_of(case, entrants.all_contestants(), options)]
+        assert {"plain", "eager", "fastjac"} <= set(entered)
+        compiled += "compiled" in entered
+    assert 1 <= compiled <= 4  # each costs ten seconds
+
+
+def test_select_cases():
+    assert [c.name for c in registry.select_cases(["act-gelu-*"])] == [
+        f"act-gelu-{phase}" for phase in registry.PHASES
+    ]
+    with pytest.raises(ValueError, match=r"did you mean dreg-mlp-b128-w512.*valid names"):
+        registry.select_cases(["dreg-mlp-b128-w51"])
+    with pytest.raises(ValueError, match="the suites are quick"):
+        registry.select_cases(suite="all")
+    with pytest.raises(ValueError, match="not in the suite"):
+        registry.select_cases(["spectreg-lenet"], "act")
+    with pytest.raises(ValueError, match="valid names are: plain, eager"):
+        entrants.select_contestants(["torch"])
+    assert [c.name for c in named("fastjac")] == ["plain", "fastjac"]
+
+
+def test_networks():
+    assert sum(p.numel() for p in lenet().parameters()) == 61706  # the paper's count
+    assert lenet()(torch.zeros(2, 1, 28, 28)).shape == (2, 10)
+    assert small_resnet()(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
+    widths = [m.out_features for m in mlp([784, 512, 512, 10]) if isinstance(m, nn.Linear)]
+    assert widths == [512, 512, 10]
+
+
+def test_problems_are_seeded_and_leave_the_generator_alone():
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    first, second = tiny_problem("spectreg"), tiny_problem("spectreg")
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(first.x, second.x) and torch.equal(first.projection, second.projection)
+    assert torch.equal(first.model[0].weight, second.model[0].weight)
+
+
+def test_samples_at_a_kink_are_dropped():
+    model = nn.Sequential(nn.Linear(2, 1, bias=False), nn.ReLU(), nn.Linear(1, 1))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor([[1.0, -1.0]]))
+    at_kink = torch.tensor([[1.0, 1.0], [2.0, 2.0 + 1e-7]])
+    clear = torch.tensor([[1.0, 0.5], [0.7, 0.1]])
+    candidates = torch.stack([at_kink[0], clear[0], at_kink[1], clear[1]])
+    assert torch.equal(away_from_kinks(model, candidates, 2), clear)
+
+
+# ---- report and plots
+
+
+def _pair(case, ratio, **values):
+    shared = {"p20_ms": 1.0, "p80_ms": 9.0, "rel_err": 1e-7, **values}
+    return [
+        _record(case, "plain", median_ms=4.0, overhead=1.0, peak_mb=3.0, **shared),
+        _record(case, "eager", median_ms=8.0, overhead=2.0, vs_eager=1.0, peak_mb=6.0, **shared),
+        _record(
+            *(case, "fastjac"),
+            median_ms=8 / ratio,
+            overhead=2 / ratio,
+            vs_eager=ratio,
+            peak_mb=4.0,
+            **shared,
+        ),
+    ]
+
+
+def _elementwise_records():
+    shared = {"kind": "elementwise", "activation": "gelu", "gbps": 5.0, "copy_gbps": 10.0}
+    return [
+        replace(r, pct_copy=50.0, phase=phase, **shared)
+        for phase in registry.PHASES
+        for r in _pair(f"act-gelu-{phase}", 4.5)
+    ]
+
+
+@pytest.mark.parametrize("width", [80, 140])
+def test_tables_show_the_ratio_and_what_is_wrong(width):
+    wrong = replace(
+        _record("case-b", "compiled"), status="wrong", message="relative error 3.00e-01"
+    )
+    records = [*_pair("case-a", 1.25), wrong, *_elementwise_records()]
+    console = Console(width=width, record=True, file=io.StringIO())
+    report.render(records, console)
+    text = console.export_text()
+    assert "vs eager" in text and "1.25×" in text and "4.50×" in text
+    assert "WRONG case-b, compiled: relative error 3.00e-01" in text.replace("\n", " ")
+    assert ("p20 - p80" in text) == (width == 140)
+    assert max(map(len, text.splitlines())) <= width
+
+
+def test_estimate_grows_with_compiling_contestants():
+    few = report.expected_seconds(named("eager"), FAST)
+    assert report.expected_seconds(named("eager", "compiled"), FAST) > few + 5
+
+
+def test_plots_are_drawn_from_records(tmp_path):
+    records = [*_pair("case-a", 1.25), *_elementwise_records()]
+    written = plots.draw(records, tmp_path / "new" / "folder")
+    assert [p.name for p in written] == [
+        f"{kind}-cpu-float32-2t.png" for kind in ("overhead", "speedup", "bandwidth", "memory")
+    ]
+    assert all(p.read_bytes().startswith(b"\x89PNG") for p in written)
+
+
+def test_plots_keep_machines_apart_and_take_the_last_record(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        plots, "PAINTERS", {"p": lambda figure, rows: bool(seen.append(rows)) or True}
+    )
+    old, new = _pair("case-a", 1.0), _pair("case-a", 2.0)
+    other = [replace(r, machine="Other GPU") for r in old]
+    bad = replace(_record("case-b"), status="wrong")
+    written = plots.draw([*old, *other, *new, bad], tmp_path)
+    assert [p.name for p in written] == [
+        "p-cpu-float32-2t-m-1.png",
+        "p-cpu-float32-2t-other-gpu.png",
+    ]
+    assert seen == [new, other]
+
+
+def test_nothing_to_plot_draws_nothing(tmp_path):
+    assert plots.draw([replace(_record(), status="failed")], tmp_path) == []
+
+
+def test_every_contestant_has_a_colour():
+    assert {c.name for c in entrants.all_contestants()} <= plots.COLOURS.keys()
+    assert set(asdict(_record())) == set(storage.COLUMNS)

@@ -1,0 +1,260 @@
+"""What the papers claim, as tests. Statistical ones state their confidence.
+
+An estimate is accepted within five of its own standard errors, taken from the sample: the mean of
+thousands of independent values is normal to good accuracy, so a true claim fails with probability
+below 6e-7, and with the fixed seeds below it does not fail at all. A claim that is wrong by 5 %
+would fail: each test also checks that its standard error is below 1 %.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastjac.penalties import (
+    DREG,
+    accumulated_dreg,
+    datagrad,
+    dreg,
+    finite_difference_datagrad,
+    frobreg,
+    igpen,
+    jacobian_reg,
+    onehot,
+    random_onehot,
+    spectreg,
+)
+
+close = partial(torch.testing.assert_close, rtol=1e-11, atol=1e-13)
+DRAWS = 40_000
+
+
+def network(activation: type[nn.Module], *widths: int) -> nn.Sequential:
+    torch.manual_seed(1)
+    layers: list[nn.Module] = []
+    for k in range(len(widths) - 1):
+        layers += [nn.Linear(widths[k], widths[k + 1]), activation()]
+    return nn.Sequential(*layers[:-1]).double()
+
+
+def batch(n: int, *shape: int) -> Tensor:
+    generator = torch.Generator().manual_seed(2)
+    return torch.randn(n, *shape, dtype=torch.float64, generator=generator)
+
+
+def copies(x: Tensor) -> Tensor:
+    """One sample many times: the per-sample values are then independent draws."""
+    return x[:1].repeat(DRAWS, *[1] * (x.dim() - 1)).requires_grad_()
+
+
+def assert_mean(values: Tensor, expected: Tensor) -> None:
+    error = values.std() / len(values) ** 0.5
+    assert error < 0.01 * expected.abs()
+    assert (values.mean() - expected).abs() < 5 * error
+
+
+@pytest.mark.parametrize(
+    ("penalty", "options", "per_frobenius"),
+    [
+        (spectreg, {"scale": False}, 1.0),
+        (spectreg, {}, 1 / 4),
+        (spectreg, {"normalize": True}, 1 / 4),
+        (random_onehot, {}, 1.0),
+        (jacobian_reg, {}, 1 / 2),
+        (spectreg, {"n_proj": 3}, 1 / 4),
+    ],
+    ids=["gaussian", "scaled", "normalised", "one-hot", "jacobian-reg", "three"],
+)
+def test_random_projections_are_unbiased(
+    penalty: Any, options: dict[str, Any], per_frobenius: float
+) -> None:
+    """Claim 1: ``E ‖Jᵀr‖² = ‖J‖_F²``, and by how much the other draws are scaled."""
+    model, x = network(nn.Tanh, 3, 5, 4), batch(1, 3)
+    exact = frobreg(model, x)[1].detach()
+    seed = torch.Generator().manual_seed(3)
+    values = penalty(model, copies(x), generator=seed, reduction="none", **options)[1]
+    assert_mean(values.detach(), per_frobenius * exact)
+
+
+def test_normalised_projection_bounds_the_spectral_norm_from_below() -> None:
+    model, x = network(nn.Tanh, 3, 5, 4), batch(1, 3)
+    jacobian = torch.autograd.functional.jacobian(model, x[0])
+    values = spectreg(model, copies(x), normalize=True, norm="l2", reduction="none")[1]
+    largest = torch.linalg.matrix_norm(jacobian, 2)
+    assert values.max() <= largest * (1 + 1e-12)
+    # 40 000 directions on the sphere in four dimensions come close to the best one.
+    assert values.max() > 0.99 * largest
+
+
+def test_datagrad_is_the_projection_by_p_minus_y() -> None:
+    """Claim 2."""
+    model, x = network(nn.Tanh, 4, 6, 3), batch(5, 4)
+    target = torch.tensor([0, 1, 2, 1, 0])
+    x.requires_grad_()
+    output = model(x)
+    value = datagrad(x, output, target, reduction="none")
+    w = output.softmax(1) - F.one_hot(target, 3)
+    close(spectreg(x, output, projection=w, reduction="none"), value)
+    loss = F.cross_entropy(output, target, reduction="none")
+    (v,) = torch.autograd.grad(loss.sum(), x, create_graph=True)
+    close(v.square().sum(1), value)
+    close(igpen(x, output, target, reduction="none"), value)
+
+
+def test_frobreg_of_one_dense_layer_is_weight_decay() -> None:
+    linear, x = nn.Linear(4, 3).double(), batch(5, 4)
+    value = frobreg(linear, x)[1]
+    close(value, linear.weight.square().sum())
+    (gradient,) = torch.autograd.grad(value, linear.weight)
+    close(gradient, 2 * linear.weight)
+    values = spectreg(linear, copies(x), scale=False, reduction="none")[1]
+    assert_mean(values.detach(), linear.weight.detach().square().sum())
+
+
+@pytest.mark.parametrize("penalty", [frobreg, spectreg, random_onehot])
+def test_relu_networks_give_the_biases_no_gradient(penalty: Any) -> None:
+    model, x = network(nn.ReLU, 4, 6, 5, 3), batch(7, 4)
+    value = penalty(model, x)[1]
+    for name, parameter in model.named_parameters():
+        (gradient,) = torch.autograd.grad(
+            value, parameter, retain_graph=True, allow_unused=True, materialize_grads=True
+        )
+        assert torch.equal(gradient, torch.zeros_like(gradient)) == name.endswith("bias")
+
+
+def test_smooth_networks_give_the_biases_a_gradient() -> None:
+    model, x = network(nn.Tanh, 4, 6, 5, 3), batch(7, 4)
+    value = frobreg(model, x)[1]
+    hidden = [model[0].bias, model[2].bias]
+    assert all(g.abs().sum() > 0 for g in torch.autograd.grad(value, hidden))
+
+
+def test_frobreg_is_the_sum_of_all_one_hot_projections() -> None:
+    model, x = network(nn.GELU, 4, 6, 3), batch(5, 4)
+    rows = [onehot(model, x, torch.full((5,), k), reduction="none")[1] for k in range(3)]
+    exact = frobreg(model, x, reduction="none")[1]
+    close(sum(rows), exact)
+    close(spectreg(model, x, n_proj=-1, reduction="none")[1], exact / 3)
+    close(random_onehot(model, x, n_proj=-1, reduction="none")[1], exact)
+
+
+def test_finite_differences_tend_to_datagrad() -> None:
+    model, x = network(nn.Tanh, 4, 6, 3), batch(5, 4)
+    target = torch.tensor([0, 1, 2, 1, 0])
+    exact = datagrad(model, x, target)[1]
+
+    def error(eps: float) -> Tensor:
+        return (finite_difference_datagrad(model, x, target, eps=eps)[1] - exact).abs()
+
+    # First order in ε: ten times smaller steps are ten times closer, to a few per cent.
+    for eps in (1e-2, 1e-3, 1e-4):
+        assert 9 < error(eps) / error(eps / 10) < 11
+    assert error(1e-5) < 1e-4 * exact
+
+
+def layer_jacobian(layer: nn.Module, activation: nn.Module, a: Tensor) -> Tensor:
+    """The Jacobian of one layer for one sample, ``[outputs, inputs]``, by torch.func."""
+    j = torch.func.jacrev(lambda t: activation(layer(t.unsqueeze(0)))[0].flatten())(a)
+    return j.flatten(1)
+
+
+@pytest.mark.parametrize("activation", [nn.Tanh, nn.GELU, nn.SiLU, nn.ReLU])
+def test_dreg_of_dense_layers_is_the_sum_of_their_jacobians(activation: type[nn.Module]) -> None:
+    model, x = network(activation, 4, 6, 5, 3), batch(5, 4)
+    expected = []
+    for sample in x:
+        a, squares = sample, []
+        for k in (0, 2):
+            squares.append(layer_jacobian(model[k], model[k + 1], a).square().sum())
+            a = model[k + 1](model[k](a.unsqueeze(0)))[0]
+        expected.append(sum(squares))
+    close(dreg(model, x, reduction="none")[1], torch.stack(expected))
+
+
+@pytest.mark.parametrize(
+    "conv",
+    [
+        nn.Conv1d(2, 3, 3),
+        nn.Conv2d(2, 3, (2, 3)),
+        nn.Conv2d(4, 6, 3, groups=2),
+        nn.Conv2d(2, 3, 2, stride=2, dilation=2),
+        nn.Conv3d(1, 2, 2),
+        nn.ConvTranspose2d(2, 3, 2, stride=2),
+    ],
+    ids=["1d", "2d", "grouped", "strided-dilated", "3d", "transposed"],
+)
+def test_dreg_of_convolutions_without_padding_is_their_jacobian(conv: nn.Module) -> None:
+    """Every output position sees all taps; the transposed one is compared per tap it sees."""
+    torch.manual_seed(0)
+    model = nn.Sequential(conv, nn.Tanh(), nn.Flatten()).double()
+    x = batch(2, conv.in_channels, *[5] * len(conv.kernel_size))
+    expected = torch.stack([layer_jacobian(conv, nn.Tanh(), a).square().sum() for a in x])
+    values = dreg(model, x, reduction="none")[1]
+    if not conv.transposed:
+        close(values, expected)
+        return
+    # Kernel 2 and stride 2: each output position sees one of the four taps. DREG counts them all,
+    # so its value is the exact one of the four-tap average only if the taps are equal.
+    assert (values > expected).all()
+    with torch.no_grad():
+        conv.weight.copy_(conv.weight.mean((2, 3), keepdim=True).expand_as(conv.weight))
+    expected = torch.stack([layer_jacobian(conv, nn.Tanh(), a).square().sum() for a in x])
+    close(dreg(model, x, reduction="none")[1], 4 * expected)
+
+
+def test_dreg_counts_taps_on_padding_and_interior_positions_exactly() -> None:
+    torch.manual_seed(0)
+    conv = nn.Conv1d(2, 3, 3, padding=1).double()
+    x = batch(1, 2, 7)
+    rows = layer_jacobian(conv, nn.Tanh(), x[0]).square().sum(1).reshape(3, 7)
+    slope = (1 - conv(x)[0].tanh() ** 2) ** 2
+    counted = slope * conv.weight.square().sum((1, 2)).unsqueeze(1)
+    close(counted[:, 1:-1], rows[:, 1:-1])
+    assert (counted[:, [0, -1]] > rows[:, [0, -1]]).all()
+    close(dreg(nn.Sequential(conv, nn.Tanh()), x)[1], counted.sum())
+
+
+def test_dreg_of_a_grouped_transposed_convolution_without_stride() -> None:
+    """Interior positions of a stride-1 transposed convolution see all taps of their group."""
+    torch.manual_seed(0)
+    conv = nn.ConvTranspose1d(4, 6, 3, groups=2).double()
+    x = batch(1, 4, 8)
+    rows = layer_jacobian(conv, nn.Tanh(), x[0]).square().sum(1).reshape(6, 10)[:, 2:-2]
+    crop = nn.ConvTranspose1d(4, 6, 3, groups=2, padding=2).double()
+    crop.load_state_dict(conv.state_dict())
+    close(dreg(nn.Sequential(crop, nn.Tanh()), x)[1], rows.sum())
+
+
+def test_dreg_gradients_in_closed_form() -> None:
+    """``∂R/∂W[i] = 2 s_i W[i]`` and ``∂R/∂z = (2/N) r φ' φ''`` of the batch mean."""
+    linear, x = nn.Linear(4, 6).double(), batch(5, 4)
+    value = DREG()(nn.Sequential(linear, nn.Tanh()), x)[1]
+    by_weight, by_bias = torch.autograd.grad(value, [linear.weight, linear.bias])
+    t = linear(x).tanh()
+    slope = 1 - t * t
+    s, r = slope.square().mean(0), linear.weight.square().sum(1)
+    by_z = 2 / 5 * r * slope * (-2 * t * slope)
+    close(by_bias, by_z.sum(0))
+    close(by_weight, 2 * s.unsqueeze(1) * linear.weight + by_z.T @ x)
+
+
+def test_accumulated_dreg_is_unbiased() -> None:
+    model, x = network(nn.Tanh, 3, 5, 4, 2), batch(1, 3)
+    ends = [model[:2], model[:4]]
+    exact = sum(torch.autograd.functional.jacobian(end, x[0]).square().sum() for end in ends)
+    seed = torch.Generator().manual_seed(3)
+    values = accumulated_dreg(model, copies(x), generator=seed, reduction="none")[1]
+    assert_mean(values.detach(), exact)
+
+
+def test_relu_penalty_is_bounded_by_the_product_of_layer_norms() -> None:
+    """Section 5.2: the Frobenius norm is submultiplicative and the slope of ReLU at most 1."""
+    model, x = network(nn.ReLU, 4, 6, 5, 3), batch(50, 4)
+    values = frobreg(model, x, reduction="none")[1]
+    bound = torch.stack([model[k].weight.square().sum() for k in (0, 2, 4)]).prod()
+    assert values.max() < bound

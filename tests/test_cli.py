@@ -1,0 +1,198 @@
+"""The command line: exit codes, files, messages."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from test_bench import FAST, _interrupting, _planted, _slightly_off, tiny_activation, tiny_case
+from typer.testing import CliRunner
+
+import fastjac.bench.cases
+import fastjac.bench.contestants
+from fastjac import cli
+from fastjac.bench import records as storage
+
+runner = CliRunner()
+
+
+def invoke(*args: str):
+    return runner.invoke(cli.app, [*map(str, args)])
+
+
+def flat(result) -> str:
+    """Output of both streams on one line."""
+    return " ".join(result.output.split())
+
+
+@pytest.fixture(autouse=True)
+def tiny_registry(monkeypatch):
+    cases = (tiny_case("spectreg"), tiny_case("dreg"), tiny_activation("gelu", "double"))
+    monkeypatch.setattr(fastjac.bench.cases, "all_cases", lambda: cases)
+    monkeypatch.setattr("fastjac.bench.problems.last_level_cache", lambda device: 0)
+    monkeypatch.setattr(cli, "_options", lambda quick, threads, device, dtype: FAST)
+
+
+@pytest.fixture
+def plant(monkeypatch):
+    """Add a contestant to the registry."""
+
+    def add(contestant):
+        names = ("plain", "eager", "fastjac")
+        known = [c for c in fastjac.bench.contestants.all_contestants() if c.name in names]
+        everyone = (*known, contestant)
+        monkeypatch.setattr(fastjac.bench.contestants, "all_contestants", lambda: everyone)
+
+    return add
+
+
+def test_json_on_standard_output_is_nothing_but_json():
+    result = invoke("bench", "--case", "spectreg-tiny", "--contestant", "eager", "--json", "-")
+    assert result.exit_code == 0, result.output
+    rows = json.loads(result.stdout)
+    assert [(r["case"], r["contestant"]) for r in rows] == [
+        ("spectreg-tiny", "plain"),
+        ("spectreg-tiny", "eager"),
+    ]
+    assert "Training step" in result.stderr
+
+
+def test_files_are_written(tmp_path):
+    args = ("bench", "--contestant", "eager", "--contestant", "fastjac")
+    files = ("--json", tmp_path / "r.json", "--csv", tmp_path / "r.csv", "--plot", tmp_path / "p")
+    result = invoke(*args, *files)
+    assert result.exit_code == 0, result.output
+    from_json, from_csv = (storage.load(tmp_path / name) for name in ("r.json", "r.csv"))
+    assert len(from_json) == 9 and from_csv == from_json
+    kinds = sorted(path.name.partition("-")[0] for path in (tmp_path / "p").iterdir())
+    assert kinds == ["bandwidth", "memory", "overhead", "speedup"]
+    assert "vs eager" in result.stdout and "overhead-cpu-float32" in result.stdout
+
+
+def test_records_of_a_file_are_shown_and_plotted(tmp_path, monkeypatch):
+    invoke("bench", "--contestant", "eager", "--csv", tmp_path / "r.csv")
+    monkeypatch.setattr(cli, "_run", lambda *_: pytest.fail("measured again"))
+    result = invoke("bench", "--from", tmp_path / "r.csv", "--plot", tmp_path / "p")
+    assert result.exit_code == 0, result.output
+    assert "dreg-tiny" in result.stdout and list((tmp_path / "p").glob("overhead-*.png"))
+
+
+def test_a_wrong_contestant_makes_the_exit_code_1_and_is_named(plant, tmp_path):
+    plant(_planted("planted", _slightly_off))
+    args = ("bench", "--case", "spectreg-tiny", "--json", tmp_path / "r.json")
+    result = invoke(*args)
+    assert result.exit_code == 1, result.output
+    assert "WRONG spectreg-tiny, planted: relative error" in flat(result)
+    statuses = {r.contestant: r.status for r in storage.load(tmp_path / "r.json")}
+    assert statuses == {"plain": "ok", "eager": "ok", "fastjac": "ok", "planted": "wrong"}
+
+
+def test_ctrl_c_exits_130_and_writes_what_is_done(plant, tmp_path):
+    calls = 0
+
+    def setup(problem):
+        nonlocal calls
+        calls += 1
+        return _interrupting(10**9 if calls == 1 else 1).setup(problem)
+
+    plant(fastjac.bench.Contestant("late", setup))
+    result = invoke("bench", "--csv", tmp_path / "r.csv")
+    assert result.exit_code == 130, result.output
+    assert "interrupted" in flat(result)
+    assert {r.case for r in storage.load(tmp_path / "r.csv")} == {"spectreg-tiny"}
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--case", "spectreg-tin"], "did you mean spectreg-tiny? valid names are: spectreg-tiny,"),
+        (["--suite", "fast"], "suite 'fast' does not exist; the suites are tiny"),
+        (["--contestant", "egaer"], "did you mean eager? valid names are: plain, eager, compiled"),
+        (["--contestant", "jacobianreg", "--case", "dreg*"], "takes part in no chosen case"),
+    ],
+)
+def test_unknown_names_are_answered_with_the_known_ones(args, message):
+    result = invoke("bench", *args)
+    assert result.exit_code == 2
+    assert message in flat(result)
+
+
+def test_cuda_without_a_device_is_refused(monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    result = invoke("bench", "--device", "cuda", "--list")
+    assert result.exit_code == 2 and "finds no CUDA device" in flat(result)
+
+
+def test_a_foreign_csv_is_refused_before_measuring(tmp_path, monkeypatch):
+    monkeypatch.setattr(cli, "_run", lambda *_: pytest.fail("measured before the check"))
+    path = tmp_path / "other.csv"
+    path.write_text("a,b\n")
+    result = invoke("bench", "--csv", path)
+    assert result.exit_code == 2 and "other columns" in flat(result)
+
+
+def test_an_unwritable_file_is_an_error(tmp_path):
+    result = invoke("bench", "--contestant", "plain", "--json", tmp_path / "no" / "r.json")
+    assert result.exit_code == 2 and "cannot write" in flat(result)
+
+
+def test_missing_matplotlib_is_said_before_measuring(monkeypatch, tmp_path):
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
+    monkeypatch.setattr(cli, "_run", lambda *_: pytest.fail("measured before the check"))
+    result = invoke("bench", "--plot", tmp_path)
+    assert result.exit_code == 2 and "pip install 'fastjac[plot]'" in flat(result)
+
+
+def test_list_names_cases_contestants_and_reasons():
+    result = invoke("bench", "--list")
+    assert result.exit_code == 0
+    assert "dreg-tiny" in flat(result) and "plain eager compiled fastjac" in flat(result)
+    assert "jacobianreg is left out: JacobianReg cannot express" in flat(result)
+
+
+def test_options_reach_the_run(monkeypatch):
+    monkeypatch.undo()
+    options = cli._options(True, 1, cli.Device.cpu, cli.Dtype.bfloat16)
+    assert (options.quick, options.threads, options.dtype_name) == (True, 1, "bfloat16")
+    assert options.budget_s < cli._options(False, 1, cli.Device.cpu, cli.Dtype.float32).budget_s
+
+
+def test_info_as_json():
+    result = invoke("info", "--json", "-")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)
+
+
+def test_info_as_text():
+    result = invoke("info")
+    assert result.exit_code == 0 and fastjac.__version__ in result.stdout
+
+
+@pytest.mark.parametrize(("ok", "code"), [(True, 0), (False, 1)])
+def test_check_exits_1_on_a_miss(monkeypatch, tmp_path, ok, code):
+    asked = {}
+
+    def fake_run(**filters):
+        asked.update(filters)
+        return [{"ok": True}, {"ok": ok}]
+
+    monkeypatch.setattr("fastjac.check.run", fake_run)
+    monkeypatch.setattr("fastjac.check.render", lambda records, console: None)
+    result = invoke("check", "--op", "act", "--dtype", "float32", "--json", tmp_path / "c.json")
+    assert result.exit_code == code, result.output
+    assert asked == {"op": "act", "impl": None, "dtype": "float32", "device": None}
+    assert json.loads((tmp_path / "c.json").read_text())[1] == {"ok": ok}
+
+
+def test_a_check_of_nothing_does_not_pass(monkeypatch):
+    monkeypatch.setattr("fastjac.check.run", lambda **filters: [])
+    monkeypatch.setattr("fastjac.check.render", lambda records, console: None)
+    result = invoke("check", "--op", "nonsense")
+    assert result.exit_code == 2 and "nothing was checked" in flat(result)
+
+
+@pytest.mark.parametrize("command", ["info", "check", "bench"])
+def test_help(command):
+    result = invoke(command, "--help")
+    assert result.exit_code == 0 and "--json" in result.output

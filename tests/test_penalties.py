@@ -1,0 +1,564 @@
+"""Every penalty of the registry: values, derivatives of both orders, forms, options."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import math
+import pickle
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from penalty_cases import CASES, SPECS, Call, gradients, seeded, specs_with, takes
+from torch import Tensor, nn
+from torch.autograd import gradcheck, gradgradcheck
+
+import fastjac.penalties as package
+from fastjac import reference
+from fastjac.penalties import (
+    DREG,
+    PENALTIES,
+    DataGrad,
+    FrobReg,
+    IGPen,
+    JacobianReg,
+    Penalty,
+    PenaltySpec,
+    SpectReg,
+    confidence_penalty,
+    datagrad,
+    finite_difference_datagrad,
+    frobreg,
+    gradient_penalty,
+    jacobian_reg,
+    sobolev,
+    spectreg,
+    tangentprop,
+)
+
+# Both sides sum the same few dozen products of float64 numbers in another order: some ten roundings
+# of 1.1e-16. Gradients may cancel, so they also get a floor relative to numbers of order 1.
+close = partial(torch.testing.assert_close, rtol=1e-12, atol=1e-15)
+close_gradients = partial(torch.testing.assert_close, rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize(("spec", "options"), CASES)
+def test_equals_reference(spec: PenaltySpec, options: dict[str, Any]) -> None:
+    call = Call(spec, options)
+    value, truth = call.values(), call.reference()
+    assert value.shape == (3,)
+    assert truth.abs().sum() > 0
+    close(value, truth)
+    close_gradients(gradients(value, call.inputs), gradients(truth, call.inputs))
+
+
+class Runner(nn.Module):
+    """A penalty called inside a module, for functional_call to put the parameters in."""
+
+    def __init__(self, call: Call) -> None:
+        super().__init__()
+        self.call, self.model = call, call.model
+
+    def forward(self, x: Tensor) -> Tensor:
+        penalty = self.call.module(reduction="none")
+        return penalty(self.model, x, *self.call.targets)[1]
+
+
+# Finite differences see the perturbation direction move with the parameters, which the penalty
+# holds constant by definition: its gradient is tested below.
+DIFFERENTIABLE = [p for p in CASES if p.values[0].name != "finite_difference_datagrad"]
+
+
+@pytest.mark.parametrize(("spec", "options"), DIFFERENTIABLE)
+def test_first_and_second_derivative(spec: PenaltySpec, options: dict[str, Any]) -> None:
+    call = Call(spec, options)
+    runner = Runner(call)
+    names = [name for name, _ in runner.named_parameters()]
+
+    def values(x: Tensor, *parameters: Tensor) -> Tensor:
+        state = dict(zip(names, parameters, strict=True))
+        return torch.func.functional_call(runner, state, (x,))
+
+    inputs = tuple(t.detach().clone().requires_grad_() for t in call.inputs)
+    torch.manual_seed(0)
+    assert gradcheck(values, inputs)
+    grad_outputs = (torch.randn(3, dtype=torch.float64, requires_grad=True),)
+    assert gradgradcheck(values, inputs, grad_outputs)
+
+
+def test_finite_difference_gradient_holds_the_direction_constant() -> None:
+    call = Call(PENALTIES["finite_difference_datagrad"], {"eps": 0.3})
+    (target,) = call.targets
+    loss = F.cross_entropy(call.model(call.x), target, reduction="none")
+    (v,) = torch.autograd.grad(loss.sum(), call.x)
+    moved = call.x.detach() + 0.3 * F.normalize(v)
+    leaf = call.x.detach()
+
+    def constant_direction(*parameters: Tensor) -> Tensor:
+        names = [name for name, _ in call.model.named_parameters()]
+        state = dict(zip(names, parameters, strict=True))
+        run = partial(torch.func.functional_call, call.model, state)
+        ends = [F.cross_entropy(run(t), target, reduction="none") for t in (moved, leaf)]
+        return ((ends[0] - ends[1]) / 0.3) ** 2
+
+    parameters = list(call.model.parameters())
+    assert gradcheck(constant_direction, tuple(parameters))
+    expected = gradients(constant_direction(*parameters), parameters)
+    close_gradients(gradients(call.values(), parameters), expected)
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_call_forms_agree(spec: PenaltySpec) -> None:
+    call = Call(spec)
+    output, value = call.model_form(reduction="mean")
+    close(output, call.model(call.x))
+    close(call.module()(call.model, call.x, *call.targets)[1], value)
+    plain = call.x.detach().clone()
+    close(call.module()(call.model, plain, *call.targets)[1], value)
+    assert not plain.requires_grad
+    if spec.kind != "layer-wise" and spec.name != "finite_difference_datagrad":
+        output = call.model(call.x)
+        graph = call.module()(call.x, output, *call.targets)
+        close(graph, value)
+        options = {**call.options, **call.random()}
+        close(spec.functional(call.x, output, *call.targets, **options), value)
+        close_gradients(gradients(graph, call.inputs), gradients(value, call.inputs))
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_reductions_and_weight(spec: PenaltySpec) -> None:
+    call = Call(spec)
+    values = call.values()
+    close(call.values(reduction="mean"), values.mean())
+    close(call.values(reduction="sum"), values.sum())
+    close(call.values(reduction="none", weight=-2.5), -2.5 * values)
+    penalty = call.module(weight=3.0)
+    close(penalty(call.model, call.x, *call.targets)[1], 3 * values.mean())
+    penalty.weight = 0.5
+    penalty.generator = seeded(7)
+    close(penalty(call.model, call.x, *call.targets)[1], 0.5 * values.mean())
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("spec", SPECS)
+def test_every_third_call(spec: PenaltySpec, reduction: str) -> None:
+    call = Call(spec)
+    penalty = call.module(every=3, reduction=reduction)
+    value = call.values(reduction=reduction)
+    runs = 0
+
+    def model(x: Tensor) -> Tensor:
+        nonlocal runs
+        runs += 1
+        return call.model(x)
+
+    seen = []
+    for _ in range(7):
+        if "generator" in call.random():
+            penalty.generator = seeded(7)
+        arguments = call.model if spec.kind == "layer-wise" else model
+        output, now = penalty(arguments, call.x, *call.targets)
+        close(output, call.model(call.x))
+        seen.append(now)
+    for k, now in enumerate(seen):
+        if k % 3 == 0:
+            close(now, 3 * value)
+        else:
+            assert now.shape == value.shape
+            assert torch.equal(now, torch.zeros_like(value))
+            # Attached: every parameter gets a gradient, and it is zero.
+            for g in torch.autograd.grad(now.sum(), list(call.model.parameters())):
+                assert torch.equal(g, torch.zeros_like(g))
+    penalty.eval()
+    for _ in range(2):
+        if "generator" in call.random():
+            penalty.generator = seeded(7)
+        close(penalty(call.model, call.x, *call.targets)[1], value)
+
+
+def test_skipped_call_is_zero_for_nan_outputs_too() -> None:
+    penalty = SpectReg(every=2)
+    x = torch.ones(3, 2, requires_grad=True)
+    penalty(x, x * 2)
+    skipped = penalty(x, x * float("nan"))
+    assert skipped.item() == 0
+    assert skipped.requires_grad
+
+
+@pytest.mark.parametrize("spec", specs_with("generator"))
+def test_generator(spec: PenaltySpec) -> None:
+    call = Call(spec)
+    state = torch.get_rng_state()
+    first, same, other = (call.values(generator=seeded(s)) for s in (1, 1, 2))
+    assert torch.equal(first, same)
+    assert not torch.equal(first, other)
+    assert torch.equal(state, torch.get_rng_state())
+    unseeded = []
+    for seed in (5, 5, 6):
+        torch.manual_seed(seed)
+        unseeded.append(call.values(generator=None))
+    assert torch.equal(unseeded[0], unseeded[1])
+    assert not torch.equal(unseeded[0], unseeded[2])
+    penalty = call.module(generator=seeded(1), reduction="none")
+    drawn = [penalty(call.model, call.x)[1] for _ in range(2)]
+    assert torch.equal(drawn[0], first)
+    assert not torch.equal(drawn[0], drawn[1])
+
+
+@pytest.mark.parametrize("size", [1, 2, 100])
+@pytest.mark.parametrize("spec", specs_with("chunk_size"))
+def test_chunk_size_changes_nothing(spec: PenaltySpec, size: int) -> None:
+    options = {"n_proj": 5} if takes(spec, "n_proj") else {}
+    call = Call(spec, options)
+    whole, pieces = call.values(), call.values(chunk_size=size)
+    close(pieces, whole)
+    close_gradients(gradients(pieces, call.inputs), gradients(whole, call.inputs))
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_empty_batch_and_single_sample(spec: PenaltySpec) -> None:
+    call = Call(spec)
+
+    def samples(count: int, t: Tensor) -> Tensor:
+        # Tangents [K, N, ...] have the samples in dimension 1.
+        return t[:, :count] if spec.name == "tangentprop" else t[:count]
+
+    for reduction in ("mean", "sum", "none"):
+        penalty = call.module(reduction=reduction)
+        targets = [samples(0, t) for t in call.targets]
+        output, value = penalty(call.model, call.x[:0], *targets)
+        assert len(output) == 0
+        assert value.shape == ((0,) if reduction == "none" else ())
+        assert torch.equal(value, torch.zeros_like(value))
+        assert value.requires_grad
+
+    call.x = call.x[:1].detach().requires_grad_()
+    call.targets = tuple(samples(1, t) for t in call.targets)
+    close(call.values(), call.reference())
+
+
+class Reshaped(nn.Module):
+    """``x`` ``[N, 2, 3]`` to an output of a given shape per sample."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.shape, width = shape, math.prod(shape)
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, width)).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x.flatten(1)).reshape(len(x), *self.shape)
+
+
+SCALAR = [PENALTIES["gradient_penalty"], PENALTIES["eikonal"]]
+SOFTMAX = [PENALTIES["datagrad"], PENALTIES["jacreg"]]
+SHAPED = [
+    pytest.param(spec.values[0], shape, id=f"{spec.id}-{shape}")
+    for spec in specs_with("at")
+    for shape in ((), (1,), (4,), (2, 1, 2))
+    if not (spec.values[0] in SCALAR and shape not in ((), (1,)))
+    if not (spec.values[0] in SOFTMAX and shape in ((), (1,)))
+]
+
+
+@pytest.mark.parametrize(("spec", "shape"), SHAPED)
+def test_shapes_of_input_and_output(spec: PenaltySpec, shape: tuple[int, ...]) -> None:
+    model, gen, m = Reshaped(shape), seeded(), math.prod(shape)
+    x = torch.randn(3, 2, 3, dtype=torch.float64, generator=gen, requires_grad=True)
+    output = model(x)
+    targets: dict[str, Tensor] = {
+        "target": torch.randint(m, (3,), generator=gen),
+        "tangents": torch.randn(2, 3, 2, 3, dtype=torch.float64, generator=gen),
+        "target_grad": torch.randn(3, m, 2, 3, dtype=torch.float64, generator=gen),
+    }
+    used = [t for name, t in targets.items() if takes(spec, name)]
+    options: dict[str, Any] = {"n_proj": 2} if takes(spec, "n_proj") else {}
+    if spec.name == "igpen":
+        options = {"loss_fn": lambda output: output.square().reshape(3, -1).sum(1)}
+    values = []
+    for function in (partial(spec.functional, reduction="none"), spec.reference):
+        seed = {"generator": seeded(3)} if takes(spec, "generator") else {}
+        values.append(function(x, output, *used, **options, **seed))
+    close(*values)
+
+
+def test_one_tangent_and_one_target_grad_shaped_like_x() -> None:
+    call = Call(PENALTIES["tangentprop"])
+    (tangents,) = call.targets
+    value = tangentprop(call.model, call.x, tangents[0], reduction="none")[1]
+    close(value, torch.func.jvp(call.model, (call.x,), (tangents[0],))[1].square().sum(1))
+    model = Reshaped(())
+    x = torch.randn(3, 2, 3, dtype=torch.float64, generator=seeded(), requires_grad=True)
+    goal = torch.randn(3, 2, 3, dtype=torch.float64, generator=seeded(1))
+    value = sobolev(x, model(x), goal, reduction="none")
+    close(value, reference.sobolev(x, model(x), goal))
+
+
+@pytest.mark.parametrize("name", ["datagrad", "onehot", "finite_difference_datagrad"])
+def test_target_as_probabilities(name: str) -> None:
+    call = Call(PENALTIES[name])
+    (target,) = call.targets
+    by_index = call.values()
+    call.targets = (F.one_hot(target, 3).double(),)
+    close(call.values(), by_index)
+    call.targets = (torch.rand(3, 3, dtype=torch.float64, generator=seeded()).softmax(1),)
+    close(call.values(), call.reference())
+
+
+@pytest.mark.parametrize("name", ["spectreg", "random_onehot", "jacobian_reg"])
+def test_given_projection(name: str) -> None:
+    call = Call(PENALTIES[name])
+    w = torch.randn(2, 3, 3, dtype=torch.float64, generator=seeded(), requires_grad=True)
+    for projection in (w, w[0]):
+        value = call.values(projection=projection)
+        truth = call.reference(projection=projection)
+        close(value, truth)
+        close_gradients(gradients(value, [w]), gradients(truth, [w]))
+    output = call.model(call.x)
+    penalty = call.module(reduction="none")
+    close(penalty(call.x, output, projection=w), call.values(projection=w))
+
+
+def test_given_tangent() -> None:
+    call = Call(PENALTIES["accumulated_dreg"])
+    u = torch.randn(3, 4, dtype=torch.float64, generator=seeded())
+    close(call.values(tangent=u), call.reference(tangent=u))
+
+
+@pytest.mark.parametrize("spec", specs_with("at"))
+def test_batch_norm_in_eval_mode(spec: PenaltySpec) -> None:
+    call = Call(spec)
+    norm = nn.BatchNorm1d(5).double()
+    with torch.no_grad():
+        for t in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
+            t.copy_(torch.rand(5, generator=seeded(), dtype=torch.float64) + 0.5)
+    call.model = nn.Sequential(call.model[0], norm, *call.model[1:]).eval()
+    value, truth = call.values(), call.reference()
+    close(value, truth)
+    close_gradients(gradients(value, call.inputs), gradients(truth, call.inputs))
+
+
+@pytest.mark.parametrize("spec", specs_with("at"))
+def test_at_a_hidden_layer(spec: PenaltySpec) -> None:
+    call = Call(spec)
+    call.model = nn.ModuleDict({"below": nn.Linear(4, 4).double(), "above": call.model})
+    call.model.forward = lambda x: call.model["above"](call.model["below"](x))
+    hidden = call.model["below"](call.x)
+    truth = spec.reference(
+        hidden, call.model["above"](hidden), *call.targets, **call.options, **call.random()
+    )
+    output, value = call.model_form(at="below")
+    close(output, call.model(call.x))
+    close(value, truth)
+    close_gradients(gradients(value, call.inputs), gradients(truth, call.inputs))
+    assert not call.model["below"]._forward_hooks
+    with pytest.raises(ValueError, match="at='below' is for the model form"):
+        call.module(at="below")(hidden, hidden, *call.targets)
+
+
+def test_at_an_embedding_with_integer_inputs() -> None:
+    model = nn.Sequential(nn.Embedding(7, 4), nn.Flatten(), nn.Linear(8, 3)).double()
+    tokens = torch.tensor([[1, 2], [3, 4], [5, 6]])
+    value = FrobReg(at="0")(model, tokens)[1]
+    close(value, model[2].weight.square().sum())
+    model[0].requires_grad_(False)
+    close(FrobReg(at="0")(model, tokens)[1], value)
+
+
+def test_at_a_layer_whose_output_is_overwritten() -> None:
+    model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(inplace=True), nn.Linear(5, 3)).double()
+    x = torch.randn(6, 4, dtype=torch.float64, generator=seeded())
+    slope = (model[0](x) > 0).double()
+    rows = model[2].weight * slope.unsqueeze(1)
+    close(FrobReg(at="0")(model, x)[1], rows.square().sum((1, 2)).mean())
+
+
+def test_x_that_requires_grad_is_used_as_is() -> None:
+    scale = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+    x = scale * torch.randn(3, 4, dtype=torch.float64, generator=seeded())
+    value = FrobReg()(lambda t: t**2, x)[1]
+    (g,) = torch.autograd.grad(value, scale)
+    close(g, value.detach())  # the value is 4 s² ‖r‖², so its derivative at s = 2 is the value
+
+
+class Peer:
+    """facebookresearch/jacobian_regularizer, in the words of its algorithm, with given vectors."""
+
+    def __init__(self, n: int) -> None:
+        self.n = n
+
+    def __call__(self, x: Tensor, y: Tensor, vectors: list[Tensor]) -> Tensor:
+        samples, classes = y.shape
+        rounds = classes if self.n == -1 else self.n
+        total = torch.zeros((), dtype=y.dtype)
+        for k in range(rounds):
+            if self.n == -1:
+                v = torch.zeros_like(y)
+                v[:, k] = 1
+            else:
+                v = vectors[k]
+            (product,) = torch.autograd.grad(
+                y.reshape(-1), x, v.reshape(-1), create_graph=True, retain_graph=True
+            )
+            total = total + classes * product.norm() ** 2 / (rounds * samples)
+        return total / 2
+
+
+@pytest.mark.parametrize("n", [1, 3, -1])
+def test_jacobian_reg_is_the_peers(n: int) -> None:
+    call = Call(PENALTIES["jacobian_reg"])
+    output = call.model(call.x)
+    vectors = [
+        F.normalize(torch.randn(3, 3, generator=seeded(k)).double()) for k in range(max(n, 0))
+    ]
+    given = {"projection": torch.stack(vectors)} if vectors else {}
+    ours, theirs = JacobianReg(n)(call.x, output, **given), Peer(n)(call.x, output, vectors)
+    close(ours, theirs)
+    close_gradients(gradients(ours, call.inputs), gradients(theirs, call.inputs))
+
+
+def test_jacobian_reg_draws_unit_vectors() -> None:
+    x = torch.randn(3, 4, dtype=torch.float64, generator=seeded(), requires_grad=True)
+    # The Jacobian is the identity: ‖Jᵀv‖ = 1 for every unit v, whatever was drawn.
+    close(jacobian_reg(x, x * 1, n_proj=5), torch.tensor(4 / 2, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("norm", ["l2", "l1"])
+def test_zero_gradients_have_the_subgradient_zero(norm: str) -> None:
+    linear = nn.Linear(3, 2).double()
+    x = torch.randn(4, 3, dtype=torch.float64, generator=seeded(), requires_grad=True)
+    output = linear(x) * 0
+    for value in (
+        FrobReg(norm=norm)(x, output),
+        SpectReg(norm=norm)(x, output),
+        gradient_penalty(x, output[:, 0], center=1.0),
+    ):
+        (g,) = torch.autograd.grad(value, linear.weight)
+        assert torch.equal(g, torch.zeros_like(g))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("spec", SPECS)
+def test_half_precision_is_accumulated_in_float32(spec: PenaltySpec, dtype: torch.dtype) -> None:
+    half, double = Call(spec, dtype=dtype), Call(spec)
+    value = half.values()
+    assert value.dtype == torch.float32
+    # Three rounded layers forward and back: a few dozen units of the half format's eps on numbers
+    # of order 1; a sum of squares in float16 would overflow beyond 65504 (next test).
+    if "generator" not in half.random() and spec.name != "finite_difference_datagrad":
+        tolerance = 32 * torch.finfo(dtype).eps
+        torch.testing.assert_close(value.double(), double.values(), rtol=tolerance, atol=tolerance)
+
+
+def test_float16_squares_do_not_overflow() -> None:
+    x = torch.ones(2, 4, dtype=torch.float16, requires_grad=True)
+    value = frobreg(x, x * 300)
+    close(value, torch.tensor(4 * 300.0**2))
+
+
+def test_gradient_of_a_batch_mean_is_refused_and_its_square_would_be_wrong() -> None:
+    call = Call(PENALTIES["igpen"])
+    with pytest.raises(ValueError, match=r"loss_fn returned \[\]"):
+        IGPen(F.cross_entropy)(call.model, call.x, *call.targets)
+    # The trap itself: a batch twice as large, made of the same samples twice, must not change R.
+    doubled = call.x.detach().repeat(2, 1)
+    twice = datagrad(call.model, doubled, call.targets[0].repeat(2))[1]
+    close(twice, datagrad(call.model, call.x, *call.targets)[1])
+
+
+def test_confidence_penalty_of_masked_classes() -> None:
+    logits = torch.tensor([[0.3, -float("inf"), 1.0]], dtype=torch.float64, requires_grad=True)
+    value = confidence_penalty(logits, logits)
+    close(value, confidence_penalty(logits, logits[:, [0, 2]]))
+    (g,) = torch.autograd.grad(value, logits)
+    assert g.isfinite().all()
+    assert g[0, 1] == 0
+    with torch.no_grad():
+        close(confidence_penalty(torch.zeros(1, dtype=torch.int64), logits), value)
+
+
+def test_finite_difference_sample_without_gradient_contributes_zero() -> None:
+    model = nn.Linear(2, 2, bias=False).double()
+    with torch.no_grad():
+        model.weight.copy_(torch.eye(2))
+    # At x = (500, 0) the probability of class 0 is exactly 1 in float64, so v = 0.
+    x = torch.tensor([[500.0, 0.0], [0.1, 0.2]], dtype=torch.float64)
+    noisy = iter([0.0, 1.0])
+    values = finite_difference_datagrad(
+        lambda t: model(t) + next(noisy) * torch.tensor([0.0, 0.5]),
+        x,
+        torch.tensor([0, 0]),
+        reduction="none",
+    )[1]
+    assert values[0] == 0
+    assert values[1] > 0
+    (g,) = torch.autograd.grad(values.sum(), model.weight)
+    assert g.isfinite().all()
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_module_is_stateless_and_can_be_copied(spec: PenaltySpec) -> None:
+    call = Call(spec)
+    penalty = spec.module(**call.options, weight=0.5, reduction="none", every=2)
+    assert penalty.state_dict() == {}
+    for twin in (copy.deepcopy(penalty), pickle.loads(pickle.dumps(penalty))):
+        assert repr(twin) == repr(penalty)
+        torch.manual_seed(0)
+        expected = penalty(call.model, call.x, *call.targets)[1]
+        torch.manual_seed(0)
+        close(twin(call.model, call.x, *call.targets)[1], expected)
+        penalty = copy.deepcopy(twin)
+        penalty._calls = 0
+    assert pickle.loads(pickle.dumps(spec.functional)) is spec.functional
+
+
+def test_module_with_a_generator_can_be_copied() -> None:
+    penalty = SpectReg(generator=seeded(3), reduction="none")
+    call = Call(PENALTIES["spectreg"])
+    twins = [copy.deepcopy(penalty), pickle.loads(pickle.dumps(penalty))]
+    expected = penalty(call.model, call.x)[1]
+    for twin in twins:
+        close(twin(call.model, call.x)[1], expected)
+
+
+def test_repr_shows_what_is_not_default() -> None:
+    assert repr(SpectReg()) == "SpectReg()"
+    assert repr(SpectReg(3, norm="l1", weight=0.1)) == "SpectReg(n_proj=3, norm='l1', weight=0.1)"
+    assert repr(DREG(layer_weights=[1, 2])) == "DREG(layer_weights=(1.0, 2.0))"
+
+
+def test_registry_lists_every_penalty_and_option() -> None:
+    classes = {
+        value
+        for value in vars(package).values()
+        if inspect.isclass(value) and issubclass(value, Penalty) and value is not Penalty
+    }
+    assert {spec.module for spec in PENALTIES.values()} == classes
+    common = {"weight", "reduction", "every", "at", "chunk_size", "generator"}
+    for name, spec in PENALTIES.items():
+        assert spec.name == name == spec.functional.__name__ == spec.reference.__name__
+        assert getattr(package, name) is spec.functional
+        assert {name, spec.module.__name__} <= set(package.__all__)
+        options = set(inspect.signature(spec.module).parameters)
+        assert options - common == {option for case in spec.cases for option in case}
+        called = set(inspect.signature(spec.functional).parameters)
+        assert options - {"every"} <= called
+        for documented in (spec.module.__doc__, spec.functional.__doc__):
+            assert documented is not None
+            for word in ("R_n", "Source", "Arguments", "Options"):
+                assert word in documented, (name, word)
+            for option in called | options:
+                assert option in documented, (name, option)
+    signature = inspect.signature(spectreg)
+    assert list(signature.parameters)[:3] == ["x", "output", "projection"]
+    assert signature.parameters["n_proj"].kind is inspect.Parameter.KEYWORD_ONLY
+
+
+def test_target_by_keyword() -> None:
+    call = Call(PENALTIES["datagrad"])
+    output, (target,) = call.model(call.x), call.targets
+    close(datagrad(call.x, output, target=target), datagrad(call.x, output, target))
+    close(DataGrad()(call.x, output, target=target), datagrad(call.x, output, target))
