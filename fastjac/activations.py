@@ -323,7 +323,7 @@ _ROWS = (
         torch="torch.nn.functional.hardswish",
         module="Hardswish",
         derivatives=(
-            "z * (0 if z <= -3 else (6 if z >= 3 else z + 3)) / 6",
+            "z * ((0 if z <= -3 else (6 if z >= 3 else z + 3)) / 6)",
             "0 if z <= -3 else (1 if z >= 3 else z / 3 + 0.5)",
             f"0 if z <= -3 else (0 if z >= 3 else {1 / 3!r})",
             "0",

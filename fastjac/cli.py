@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
 if TYPE_CHECKING:
     import torch
@@ -67,15 +68,21 @@ def info(json_file: JsonOption = None) -> None:
     _write_json(module.collect(), json_file)
 
 
+Names = list[str] | None
+
+
 @app.command()
 def check(
-    op: Annotated[str | None, typer.Option(help="Only this op or penalty.")] = None,
-    impl: Annotated[str | None, typer.Option(help="Only this implementation.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="Only this dtype, float32 say.")] = None,
-    device: Annotated[str | None, typer.Option(help="Only this device.")] = None,
+    op: Annotated[Names, typer.Option(metavar="NAME", help="Only this op.")] = None,
+    impl: Annotated[Names, typer.Option(metavar="NAME", help="Only this implementation.")] = None,
+    dtype: Annotated[Names, typer.Option(metavar="NAME", help="Only this dtype.")] = None,
+    device: Annotated[Names, typer.Option(metavar="NAME", help="Only this device.")] = None,
     json_file: JsonOption = None,
 ) -> None:
-    """Compare every op and penalty with its reference on this machine; exit 1 on a miss."""
+    """Compare every fused op with its float64 reference on this machine; exit 1 on a miss.
+
+    Each option may be repeated.
+    """
     module = importlib.import_module("fastjac.check")
     console = _console(json_file)
     try:
@@ -85,9 +92,10 @@ def check(
     module.render(records, console)
     if json_file is not None:
         _write_json(records, json_file)
-    if not records:
-        _usage_error("no check matches these filters, so nothing was checked")
-    if not all(record["ok"] for record in records):
+    verdicts = [record["ok"] for record in records if record["ok"] is not None]
+    if not verdicts:
+        _usage_error("nothing was checked: no combination that these options leave can run here")
+    if not all(verdicts):
         raise typer.Exit(1)
 
 
@@ -97,12 +105,12 @@ def bench(
         bool, typer.Option("--quick", help="The quick suite: under three minutes on two cores.")
     ] = False,
     case: Annotated[
-        list[str] | None,
+        Names,
         typer.Option(metavar="NAME", help="Only this case; * matches; may be repeated."),
     ] = None,
     suite: Annotated[str | None, typer.Option(metavar="NAME", help="Only this suite.")] = None,
     contestant: Annotated[
-        list[str] | None,
+        Names,
         typer.Option(metavar="NAME", help="Only this contestant (and plain); may be repeated."),
     ] = None,
     threads: Annotated[
@@ -214,8 +222,13 @@ def _selection(
 
 def _run(cases: list[Any], contestants: list[Any], options: Options) -> Outcome:
     from fastjac.bench import report, run
+    from fastjac.bench.runner import busy
 
-    with report.ProgressBar(cases, contestants, options, Console(stderr=True)) as bar:
+    console = Console(stderr=True)
+    warning = busy(options.threads)
+    if warning is not None:
+        console.print(Text(f"warning: {warning}", style="yellow"), soft_wrap=True)
+    with report.ProgressBar(cases, contestants, options, console) as bar:
         return run(cases, contestants, options, bar)
 
 
@@ -225,7 +238,7 @@ def _draw(records: list[Record], folder: Path | None, console: Console) -> None:
     from fastjac.bench import plots
 
     for path in _writing(folder, lambda: plots.draw(records, folder)):
-        console.print(f"wrote {path}", highlight=False, soft_wrap=True)
+        console.print(f"wrote {path}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _console(json_file: str | None) -> Console:
@@ -253,5 +266,6 @@ def _writing(path: Path, write: Callable[[], Any]) -> Any:
 
 
 def _usage_error(error: object) -> NoReturn:
-    Console(stderr=True).print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
+    message = Text.assemble(("error: ", "red"), str(error))  # brackets in it are not markup
+    Console(stderr=True).print(message, soft_wrap=True)
     raise typer.Exit(2)

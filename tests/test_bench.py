@@ -29,7 +29,7 @@ from fastjac.bench.problems import (
     small_resnet,
     step_problem,
 )
-from fastjac.bench.runner import contestants_of, open_gate, relative_error
+from fastjac.bench.runner import busy, contestants_of, open_gate, relative_error
 
 CPU = torch.device("cpu")
 FAST = Options(threads=1, budget_s=0.0, min_rounds=3, max_rounds=3, sample_s=1e-5)
@@ -368,6 +368,13 @@ def test_ctrl_c_keeps_the_current_case_once_it_has_rounds():
     assert all(3 <= r.n_rounds < 50 and r.median_ms for r in outcome.records)
 
 
+def test_a_busy_machine_is_warned_about(monkeypatch):
+    monkeypatch.setattr("fastjac.bench.runner.available_cores", lambda: 4)
+    monkeypatch.setattr("os.getloadavg", lambda: (2.5, 0, 0))
+    assert busy(2) is None
+    assert "load 2.5, 4 cores, 3 threads" in (busy(3) or "")
+
+
 def test_settings_are_restored():
     before = torch.get_num_threads(), torch.backends.cudnn.allow_tf32
     run([tiny_case()], named("plain"), replace(FAST, threads=before[0] + 1))
@@ -474,7 +481,7 @@ def test_select_cases():
     ]
     with pytest.raises(ValueError, match=r"did you mean dreg-mlp-b128-w512.*valid names"):
         registry.select_cases(["dreg-mlp-b128-w51"])
-    with pytest.raises(ValueError, match="the suites are quick"):
+    with pytest.raises(ValueError, match="the suites are step, input-jacobian, quick"):
         registry.select_cases(suite="all")
     with pytest.raises(ValueError, match="not in the suite"):
         registry.select_cases(["spectreg-lenet"], "act")

@@ -110,8 +110,8 @@ def peak_bytes(step: Step, device: torch.device) -> int:
     Blocks that exist before the call and are freed in it are not subtracted on the CPU, so callers
     release gradients first.
     """
-    gc.collect()
     if device.type == "cuda":
+        gc.collect()
         torch.cuda.synchronize(device)
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)

@@ -6,7 +6,6 @@ import csv
 import functools
 import json
 import math
-import platform
 import subprocess
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 
 import fastjac
+from fastjac.info import cpu_name
 
 
 @dataclass
@@ -168,18 +168,6 @@ def versions(device_type: str) -> dict[str, str]:
         "machine": name,
         "commit": commit(),
     }
-
-
-def cpu_name() -> str:
-    """Model name of the processor."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    for line in lines:
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def commit() -> str:

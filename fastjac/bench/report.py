@@ -43,7 +43,7 @@ def render(records: Sequence[Record], console: Console) -> None:
         where = f"{machine}, {threads} threads" if device == "cpu" else machine
         first = mine[0]
         built = f"torch {first.torch}, fastjac {first.fastjac} {first.commit}".rstrip()
-        console.print(f"\n[bold]{where}[/bold], {dtype} ({built})", highlight=False)
+        console.print(Text.assemble("\n", (where, "bold"), f", {dtype} ({built})"))
         for kind in TITLES:
             rows = [record for record in mine if record.kind == kind]
             if rows:

@@ -33,6 +33,18 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def busy(threads: int) -> str | None:
+    """A warning if other processes take the cores that the run wants; None if they are free."""
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    cores = available_cores()
+    if load + threads <= cores + 0.7:
+        return None
+    return (
+        f"other work is running here (load {load:.1f}, {cores} cores, {threads} threads wanted): "
+        "expect wide p20 - p80 ranges, and do not quote these times"
+    )
+
+
 @dataclass(frozen=True)
 class Options:
     """How a run measures.

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -69,6 +70,8 @@ def is_activation(module: nn.Module) -> bool:
 def activation_derivative(module: nn.Module, z: Tensor) -> Tensor:
     """``φ'(z)`` elementwise, differentiable in ``z`` and in the activation's own parameters."""
     phi: Callable[[Tensor], Tensor] = getattr(module, "fastjac_activation", module.forward)
+    if isinstance(module, nn.Hardsigmoid):
+        phi = hardsigmoid
     # The copy is for in-place activations, which may not write to the input of vjp.
     value, pull = torch.func.vjp(lambda t: phi(t.clone()), z)[:2]
     if value.shape != z.shape:
@@ -78,6 +81,11 @@ def activation_derivative(module: nn.Module, z: Tensor) -> Tensor:
         )
     (slope,) = pull(torch.ones_like(value))
     return slope
+
+
+def hardsigmoid(z: Tensor) -> Tensor:
+    """The same function in operations that torch can differentiate twice."""
+    return F.relu6(z + 3) / 6
 
 
 def weight_rows(module: nn.Module) -> Tensor:
