@@ -262,7 +262,20 @@ def fc(forward: Any, **modules: nn.Module) -> Model:
     return Model(forward, fc=nn.Linear(4, 4), act=nn.Sigmoid(), head=nn.Linear(4, 2), **modules)
 
 
+class HiddenWrite(nn.Module):
+    """In place without the attribute that says so."""
+
+    def forward(self, z: Tensor) -> Tensor:
+        return z.tanh_()
+
+    fastjac_activation = staticmethod(torch.tanh)
+
+
 REFUSED = {
+    "hidden-write": (
+        lambda: sequential(nn.Linear(4, 5), HiddenWrite(), nn.Linear(5, 2)),
+        "layer net.0: .* modified in place after",
+    ),
     "no-layer": (lambda: sequential(nn.Linear(4, 2)), "model has no layer to penalise.*net.0"),
     "no-linear": (lambda: sequential(nn.Tanh()), "model has no layer to penalise.*none at all"),
     "folded-batch": (

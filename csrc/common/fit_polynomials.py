@@ -58,10 +58,9 @@ if __name__ == "__main__":
         "tanh p", *fit(lambda t: powers(4)(t * t), (np.tanh(z) - z) / z**3, z**3 / np.tanh(z), z)
     )
 
-    # Φ(-a) exp(a²/2) = erfcx(a/√2)/2 on [0, 14.5] (below that exp(-a²/2) is 0 in float),
-    # a polynomial in t = 1 / (1 + a k).
-    # k = 0.3 with degree 8 is the cheapest that stays under half an ulp (others: 0.25 and 0.35 need
-    # degree 9 for that, 0.2 and 0.4 do not reach it).
-    a = nodes(0, 14.5)
+    # Φ(-a) exp(a²/2) = erfcx(a/√2)/2 = ½ - s p(s) on [0, 14.5] (below that exp(-a²/2) is 0 in
+    # float), s = 0.3 a / (1 + 0.3 a). Written around ½ so that Φ keeps its last digit near z = 0.
+    a = nodes(1e-6, 14.5)
     target = 0.5 * erfcx(a / np.sqrt(2))
-    show("mills", *fit(powers(8), target, 1 / target, 1 / (1 + 0.3 * a)))
+    s = 0.3 * a / (1 + 0.3 * a)
+    show("mills", *fit(powers(7), (target - 0.5) / s, s / target, s))

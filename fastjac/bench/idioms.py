@@ -158,13 +158,12 @@ def jacobian_reg_objective(problem: StepProblem, model: nn.Module) -> Tensor:
 def functional_objective(problem: StepProblem, model: nn.Module) -> Callable[..., Tensor]:
     """``(parameters, x, target, projection) -> loss + penalty`` over ``torch.func``, to compile.
 
-    BatchNorm's running statistics are switched off in ``model``: torch.func refuses to update them
+    BatchNorm's running statistics are taken out of ``model``: torch.func refuses to update them
     inside a transform. The outputs in training mode do not depend on them.
     """
     loss, weight = problem.loss, problem.weight
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.track_running_stats = False
             module.running_mean = module.running_var = module.num_batches_tracked = None
     if problem.penalty == "dreg":
         layers = _DregModule(model)

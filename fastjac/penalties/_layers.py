@@ -183,7 +183,8 @@ class LayerCollector:
         if pair is not None:
             self._paired.add(id(pair.z))
             self._pairs.append(replace(pair, post=post))
-            self._versions[id(post)] = post._version
+            # Not over the version of z: a module that wrote to z and returned it is found out.
+            self._versions.setdefault(id(post), post._version)
 
     def _changed(self, t: Tensor) -> bool:
         return t._version != self._versions[id(t)]

@@ -1,0 +1,105 @@
+"""csrc/common/functions.h: the error of every float function, in units in the last place."""
+
+import ctypes
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy.special import ndtr
+
+COMMON = Path(__file__).resolve().parent.parent / "csrc" / "common"
+SOURCE = """
+#include "functions.h"
+using namespace fastjac::math;
+#define MAP(name, expression)                                              \\
+  extern "C" void map_##name(const float* in, float* out, long n) {        \\
+    for (long i = 0; i < n; ++i) { const float x = in[i]; out[i] = expression; } \\
+  }
+MAP(exp, exp(x)) MAP(expm1, expm1(x)) MAP(log1p, log1p(x)) MAP(sin, sin(x)) MAP(cos, cos(x))
+MAP(tanh, tanh(x, exp(-2.0f * abs(x)))) MAP(normcdf, normcdf(x, exp(-0.5f * x * x)))
+"""
+# name, truth in double, range, bound in ulp: what the comments in functions.h state.
+CASES = [
+    ("exp", np.exp, (-87.3, 88.7), 1.1),
+    ("expm1", np.expm1, (-20, 88.3), 1.5),
+    ("log1p", np.log1p, (-0.9, 1e4), 1.5),
+    ("tanh", np.tanh, (-10, 10), 1.5),
+]
+
+
+@pytest.fixture(scope="module", params=["baseline", "native"])
+def library(request, tmp_path_factory):
+    cxx = shutil.which("c++")
+    if cxx is None:
+        pytest.skip("no C++ compiler")
+    folder = tmp_path_factory.mktemp("functions")
+    (folder / "f.cpp").write_text(SOURCE)
+    flags = ["-march=native"] if request.param == "native" else []
+    subprocess.run(
+        [cxx, "-std=c++17", "-O2", "-ffp-contract=fast", *flags, "-shared", "-fPIC",
+         f"-I{COMMON}", str(folder / "f.cpp"), "-o", str(folder / "f.so")],
+        check=True,
+    )  # fmt: skip
+    return ctypes.CDLL(str(folder / "f.so"))
+
+
+def apply(library, name, x):
+    x = np.ascontiguousarray(x, dtype=np.float32)
+    out = np.full_like(x, np.nan)
+    pointer = ctypes.POINTER(ctypes.c_float)
+    getattr(library, f"map_{name}")(
+        x.ctypes.data_as(pointer), out.ctypes.data_as(pointer), ctypes.c_long(x.size)
+    )
+    return out
+
+
+def points(lo, hi):
+    rng = np.random.default_rng(0)
+    wide = rng.uniform(lo, hi, 400_000)
+    near = rng.uniform(-1, 1, 200_000) * np.exp(rng.uniform(-30, 0, 200_000))
+    return np.concatenate([wide, near[(near > lo) & (near < hi)]]).astype(np.float32)
+
+
+@pytest.mark.parametrize(("name", "truth", "span", "bound"), CASES, ids=lambda c: str(c)[:8])
+def test_error_in_ulp(library, name, truth, span, bound):
+    x = points(*span)
+    want = truth(x.astype(np.float64))
+    ulp = np.spacing(np.abs(want).astype(np.float32)).astype(np.float64)
+    error = np.abs(apply(library, name, x) - want) / ulp
+    print(f"{name}: {error.max():.2f} ulp, at {x[error.argmax()]!r}")
+    assert error.max() <= bound
+
+
+@pytest.mark.parametrize(("name", "truth"), [("sin", np.sin), ("cos", np.cos)])
+@pytest.mark.parametrize("limit", [1e1, 1e4, 1e8])
+def test_absolute_error_of_sin_and_cos(library, name, truth, limit):
+    x = points(-limit, limit)
+    error = np.abs(apply(library, name, x) - truth(x.astype(np.float64)))
+    assert error.max() <= 1e-7
+    assert np.abs(apply(library, name, np.float32([1e20, -3e38]))).max() <= 1
+
+
+def test_relative_error_of_normcdf(library):
+    """Relative: the tail does not cancel. It grows with z², as the rounding of exp(-z²/2)'s argument."""
+    x = points(-12.9, 12.9)
+    want = ndtr(x.astype(np.float64))
+    error = np.abs(apply(library, "normcdf", x) / want - 1)
+    assert (error <= 3e-7 + np.square(x) * 6e-8).all()
+    assert error[np.abs(x) < 0.5].max() <= 2.5e-7
+
+
+def test_limits(library):
+    inf = np.float32([np.inf, -np.inf, np.nan, 0.0])
+    for name, truth in (("exp", np.exp), ("expm1", np.expm1), ("tanh", np.tanh)):
+        np.testing.assert_array_equal(apply(library, name, inf), truth(inf))
+    with np.errstate(over="ignore"):
+        big = np.float32([89.5, 1e4, -104.5, -1e4])
+        np.testing.assert_array_equal(apply(library, "exp", big), np.exp(big))
+    subnormal = np.float32([-88.0, -95.0, -103.0])
+    np.testing.assert_allclose(
+        apply(library, "exp", subnormal), np.exp(subnormal.astype(np.float64)), rtol=0, atol=1.5e-45
+    )
+    with np.errstate(invalid="ignore"):
+        np.testing.assert_array_equal(apply(library, "sin", inf), np.sin(inf))
