@@ -19,13 +19,43 @@ def abs(x):
 
 
 @triton.jit
+def _sin_cos(x, quadrant: tl.constexpr):
+    # x - k π/2 in float64 with π/2 in three parts (exact to |k| = 2^20), then Taylor to degree 17.
+    # tl.sin would bring libdevice's slow path, whose local memory spills registers on sm_100.
+    wide = x.to(tl.float64)
+    k = tl.floor(wide * 0.6366197723675814 + 0.5)
+    r = wide - k * 1.5707963267341256 - k * 6.077100506303966e-11 - k * 2.0222662487959506e-21
+    r = tl.where(r < -0.8, -0.8, tl.where(r > 0.8, 0.8, r)).to(x.dtype)
+    n = k.to(tl.int64) + quadrant
+    q = r * r
+    s = q * (1.0 / 355687428096000.0) - 1.0 / 1307674368000.0
+    s = s * q + 1.0 / 6227020800.0
+    s = s * q - 1.0 / 39916800.0
+    s = s * q + 1.0 / 362880.0
+    s = s * q - 1.0 / 5040.0
+    s = s * q + 1.0 / 120.0
+    s = s * q - 1.0 / 6.0
+    sine = s * q * r + r
+    c = q * (1.0 / 20922789888000.0) - 1.0 / 87178291200.0
+    c = c * q + 1.0 / 479001600.0
+    c = c * q - 1.0 / 3628800.0
+    c = c * q + 1.0 / 40320.0
+    c = c * q - 1.0 / 720.0
+    c = c * q + 1.0 / 24.0
+    c = c * q - 0.5
+    cosine = c * q + 1.0
+    value = tl.where((n & 1) != 0, cosine, sine)
+    return tl.where((n & 2) != 0, -value, value)
+
+
+@triton.jit
 def sin(x):
-    return tl.sin(x)
+    return _sin_cos(x, 0)
 
 
 @triton.jit
 def cos(x):
-    return tl.cos(x)
+    return _sin_cos(x, 1)
 
 
 @triton.jit
