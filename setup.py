@@ -46,7 +46,9 @@ CXX_FLAGS = (
     "-std=c++17 -O3 -g1 -fPIC -Wall -Wextra -fvisibility=hidden"
     " -fno-math-errno -fno-trapping-math -ffp-contract=fast"
 )
-NVCC_FLAGS = "-std=c++17 -O3 -lineinfo -Xcompiler -fPIC,-fvisibility=hidden --expt-relaxed-constexpr"
+NVCC_FLAGS = (
+    "-std=c++17 -O3 -lineinfo -Xcompiler -fPIC,-fvisibility=hidden --expt-relaxed-constexpr"
+)
 
 
 def load(name: str):
@@ -141,7 +143,7 @@ def version_line(compiler: str) -> str:
 
 
 class NativeBuild(build_ext):
-    """``build_ext`` that generates, then runs ninja; the list of Extensions only marks the wheel."""
+    """Generates, then runs ninja; the list of Extensions only marks the wheel as platform's."""
 
     def run(self) -> None:
         inplace = self.inplace or getattr(self, "editable_mode", False)

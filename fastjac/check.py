@@ -75,7 +75,7 @@ def run(
     chosen_impls = _chosen("impl", impl, impls)
     chosen_dtypes = _chosen("dtype", dtype, list(dtypes))
     chosen_devices = _chosen("device", device, devices)
-    records = []
+    records: list[dict[str, Any]] = []
     for op_name in chosen_ops:
         for device_name in chosen_devices:
             for dtype_name in chosen_dtypes:
@@ -110,7 +110,7 @@ def _compare(
         for impl in able:
             errors = eager if impl == "reference" else _errors(example.call(inputs, impl), truth)
             bounds = {k: max(tolerance(impl, dtype), eager[k]) for k in errors}
-            worst = max(errors, key=lambda k: errors[k] / bounds[k])  # noqa: B023
+            worst = max(errors, key=lambda k: errors[k] / bounds[k])
             yield _record(
                 op, example.label, impl, dtype, device,
                 error=errors[worst], worst_output=worst, eager_error=eager[worst],

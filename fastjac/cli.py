@@ -208,16 +208,17 @@ def _selection(
         suite = "quick"
     cases = select_cases(names or (), suite)
     contestants = select_contestants(contestant or ())
-    if contestant:  # a case in which only the implied plain step is left has nothing to say
-        asked = set(contestant)
-        cases = [
-            case
-            for case in cases
-            if asked & {c.name for c in contestants_of(case, contestants, options)}
-        ]
-    if not cases:
-        raise ValueError(f"--contestant {' '.join(contestant or ())}: takes part in no chosen case")
-    return cases, contestants
+    # a case in which only the implied plain step is left has nothing to say
+    asked = set(contestant or (c.name for c in contestants))
+    entered = [
+        case
+        for case in cases
+        if asked & {c.name for c in contestants_of(case, contestants, options)}
+    ]
+    if not entered:
+        what = f"--contestant {' '.join(contestant)}" if contestant else "--quick"
+        raise ValueError(f"{what}: no contestant is left for any of the chosen cases")
+    return entered, contestants
 
 
 def _run(cases: list[Any], contestants: list[Any], options: Options) -> Outcome:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-FUNCTIONS = {"exp", "expm1", "log1p", "sin", "cos", "abs", "tanh", "normcdf"}
+FUNCTIONS = {"exp", "exp_neg", "expm1", "log1p", "sin", "cos", "abs", "tanh", "normcdf"}
 _ARITHMETIC = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/"}
 _COMPARISONS = {ast.Lt: "<", ast.LtE: "<=", ast.Gt: ">", ast.GtE: ">="}
 
@@ -86,7 +86,7 @@ def statements(row: Any, order: int, dialect: Dialect) -> Iterator[tuple[str, st
 
 
 def cpp_header(table: Mapping[str, Any], table_hash: str) -> str:
-    """The header of functors: ``fastjac::Gelu::d<K>(z, p0, p1)`` for every row, and the id switch."""
+    """The header of functors, ``fastjac::Gelu::d<K>(z, p0, p1)`` for every row, and the switch."""
     out = [
         "// Generated from fastjac/activations.py by fastjac/codegen.py. Do not edit.",
         "#pragma once",

@@ -26,7 +26,8 @@ def _drop_in(row: Activation) -> Callable[..., Tensor]:
                 f"{row.name}() takes z and {len(names)} parameters ({', '.join(names) or 'none'}),"
                 f" got {len(args)} more positional arguments"
             )
-        return act(z, fn=row.name, impl=impl, **dict(zip(names, args, strict=False)), **params)
+        params.update(zip(names, args, strict=False))
+        return act(z, fn=row.name, impl=impl, **params)
 
     kind = inspect.Parameter
     function.__signature__ = inspect.Signature(  # type: ignore[attr-defined]

@@ -43,7 +43,9 @@ def collect() -> dict[str, Any]:
     ops = {
         op: {
             device: {
-                str(dtype).removeprefix("torch."): OPS[op].select("auto", torch.device(device), dtype)
+                str(dtype).removeprefix("torch."): OPS[op].select(
+                    "auto", torch.device(device), dtype
+                )
                 for dtype in FLOAT_DTYPES
             }
             for device in devices
@@ -84,7 +86,9 @@ def render(console: Any = None) -> None:
         f"  ·  GPU: {', '.join(machine['gpus']) or 'none'}",
         highlight=False,
     )
-    table = Table("backend", "built", "runs here", "details", title="Backends", title_justify="left")
+    table = Table(
+        "backend", "built", "runs here", "details", title="Backends", title_justify="left"
+    )
     for name, b in info["backends"].items():
         extra = {k: v for k, v in b.items() if k not in ("built", "runs", "why_not")}
         details = [f"{k}: {', '.join(v) if isinstance(v, list) else v}" for k, v in extra.items()]
@@ -103,5 +107,3 @@ def render(console: Any = None) -> None:
 
 def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-

@@ -57,7 +57,9 @@ def _library(name: str) -> Backend:
     try:
         torch.ops.load_library(str(_PACKAGE / f"_{name}.so"))
     except OSError as error:
-        return Backend(name, True, f"the {name} library does not load: {error.__cause__ or error}", details)
+        return Backend(
+            name, True, f"the {name} library does not load: {error.__cause__ or error}", details
+        )
     if name == "cuda" and not torch.cuda.is_available():
         return Backend(name, True, "torch finds no GPU", details)
     return Backend(name, True, None, details)

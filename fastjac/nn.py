@@ -33,7 +33,8 @@ class Act(nn.Module):
     def __init__(self, fn: str, *, impl: str = "auto", **params: float) -> None:
         super().__init__()
         get(fn).param_values(params)  # raises on an unknown name
-        self.fn, self.impl, self.params = fn, impl, dict(params)
+        self.fn, self.impl = fn, impl
+        self.params: dict[str, Any] = dict(params)
         self._replaced: tuple[nn.Module, ...] = ()  # in a tuple: not a submodule
 
     def forward(self, z: Tensor) -> Tensor:
@@ -79,8 +80,8 @@ def fuse(model: nn.Module, *, impl: str = "auto") -> nn.Module:
     Replaced are modules of exactly a ``torch.nn`` activation type of the table, wherever they are
     nested, and torch activation functions held as attributes (``nn.TransformerEncoderLayer``).
     Activations called as functions inside a ``forward`` cannot be seen: write ``fastjac.gelu(z)``
-    there. Outputs, ``state_dict``, hooks and module sharing stay; ``inplace=True`` is dropped, since
-    the pre-activation is kept for the derivatives. Calling it twice changes nothing.
+    there. Outputs, ``state_dict``, hooks and sharing of modules stay; ``inplace=True`` is dropped,
+    since the pre-activation is kept for the derivatives. Calling it twice changes nothing.
 
     Args:
         model: any module; if it is itself an activation, its replacement is returned.

@@ -292,7 +292,7 @@ SPECIAL = [0.0, -0.0, 1e-45, -1e-38, 1e-20, 88.0, -88.0, -104.0, 1e4, -1e4, 3e38
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("name", NAMES)
 def test_special_values(name, impl):
-    """Subnormal and huge |z| against float64; ±inf and NaN as torch, or the limit where torch has NaN.
+    """Subnormal and huge |z| against float64; ±inf and NaN as torch, or the limit for its NaN.
 
     sine at 3e38 is left out: there its argument is thirty-one digits of periods.
     """

@@ -32,6 +32,7 @@ def interpret(row: Activation, order: int, z: torch.Tensor, params: dict) -> tor
         **row.params,
         **params,
         "exp": torch.exp,
+        "exp_neg": torch.exp,
         "expm1": torch.expm1,
         "log1p": torch.log1p,
         "sin": torch.sin,
@@ -103,7 +104,7 @@ def test_a_row_with_too_many_parameters_is_refused():
         Activation("x", "torch.relu", ("z", "1", "0", "0"), params={"a": 1, "b": 2, "c": 3})
 
 
-NEW_ROW = '''
+NEW_ROW = """
     Activation(
         name="bent_identity",
         torch="fastjac.activations.bent_identity",
@@ -114,18 +115,18 @@ NEW_ROW = '''
     ),
 )
 
-TABLE:'''
-NEW_FUNCTION = '''
+TABLE:"""
+NEW_FUNCTION = """
 def bent_identity(z):
     return ((z * z + 1).sqrt() - 1) / 2 + z
 
 
-_ROWS ='''
+_ROWS ="""
 
 
 @pytest.mark.slow
 def test_adding_an_activation_is_one_row(tmp_path):
-    """In a copy of the project: one row (and its torch function), a rebuild, and it is everywhere."""
+    """In a copy of the project: one row (with its torch function), a rebuild, it is everywhere."""
     for part in ("csrc", "fastjac"):
         shutil.copytree(
             ROOT / part, tmp_path / part, ignore=shutil.ignore_patterns("*.so", "__pycache__")

@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
-import copy
 import functools
-import io
-import json
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import pytest
 import torch
-from rich.console import Console
+from bench_cases import (
+    CPU,
+    FAST,
+    PENALTIES,
+    interrupting,
+    named,
+    not_a_number,
+    planted,
+    slightly_off,
+    tiny_activation,
+    tiny_case,
+    tiny_problem,
+    without_second_order,
+)
 from torch import nn
 
 from fastjac.activations import TABLE
-from fastjac.bench import Case, Contestant, Options, Prepared, Record, measure, plots, report, run
+from fastjac.bench import Contestant, measure, run
 from fastjac.bench import cases as registry
 from fastjac.bench import contestants as entrants
-from fastjac.bench import records as storage
-from fastjac.bench.idioms import INPUT_JACOBIAN
+from fastjac.bench.gate import open_gate, relative_error
 from fastjac.bench.measure import Samples, interleave, order_of_round, peak_bytes
 from fastjac.bench.problems import (
-    StepProblem,
     away_from_kinks,
     elementwise_problem,
     lenet,
@@ -29,51 +37,13 @@ from fastjac.bench.problems import (
     small_resnet,
     step_problem,
 )
-from fastjac.bench.runner import busy, contestants_of, open_gate, relative_error
-
-CPU = torch.device("cpu")
-FAST = Options(threads=1, budget_s=0.0, min_rounds=3, max_rounds=3, sample_s=1e-5)
-PENALTIES = (*INPUT_JACOBIAN, "dreg")
-
-
-def tiny_problem(penalty: str, dtype: torch.dtype = torch.float32) -> StepProblem:
-    outputs = 1 if penalty == "gradient-penalty" else 3
-    network = functools.partial(mlp, [6, 8, 7, outputs])
-    return step_problem(network, (5, 6), penalty, device=CPU, dtype=dtype, outputs=outputs)
-
-
-def tiny_case(penalty: str = "spectreg", name: str | None = None) -> Case:
-    return Case(
-        name or f"{penalty}-tiny",
-        penalty,
-        "step",
-        ("tiny",),
-        lambda device, dtype: tiny_problem(penalty, dtype),
-    )
-
-
-def tiny_activation(fn: str = "gelu", phase: str = "double") -> Case:
-    return Case(
-        *(f"act-{fn}-{phase}", "act", "elementwise", ("tiny",)),
-        lambda device, dtype: elementwise_problem(
-            *(fn, TABLE[fn].torch_function(), phase), device=device, dtype=dtype, shape=(16, 9)
-        ),
-        activation=fn,
-        phase=phase,
-    )
-
-
-def named(*names: str) -> list[Contestant]:
-    return entrants.select_contestants(names)
+from fastjac.bench.runner import busy, contestants_of
 
 
 @pytest.fixture(autouse=True)
 def small_buffers(monkeypatch):
     """Three buffers are enough where nothing is measured."""
     monkeypatch.setattr("fastjac.bench.problems.last_level_cache", lambda device: 0)
-
-
-# ---- contestants
 
 
 @pytest.mark.parametrize("penalty", PENALTIES)
@@ -175,44 +145,9 @@ def test_compiled_needs_a_compiler(monkeypatch):
     assert "compiler" in (compiled.why_not(tiny_case(), CPU, torch.float32) or "")
 
 
-# ---- gate
-
-
-def _planted(name: str, gradients) -> Contestant:
-    """A contestant whose step may not be run outside the gate."""
-
-    def setup(problem):
-        def step():
-            raise AssertionError("a wrong contestant was timed")
-
-        return Prepared(step, lambda: gradients(problem))
-
-    return Contestant(name, setup)
-
-
-def _without_second_order(problem):
-    """The penalty's VJP without create_graph: the bug that drops the second-order term."""
-    model = copy.deepcopy(problem.model)
-    x = problem.x.detach().requires_grad_()
-    output = model(x)
-    (v,) = torch.autograd.grad(output, x, problem.projection, retain_graph=True)
-    value = v.square().sum(1).mean()
-    (problem.loss(output, problem.target) + problem.weight * value).backward()
-    return [p.grad for p in model.parameters()]
-
-
-def _slightly_off(problem):
-    gradients = list(entrants.eager_step(problem).gradients())
-    return [gradients[0] * (1 + 2e-5), *gradients[1:]]
-
-
-def _not_a_number(problem):
-    return [g * float("nan") for g in entrants.eager_step(problem).gradients()]
-
-
-@pytest.mark.parametrize("gradients", [_without_second_order, _slightly_off, _not_a_number])
+@pytest.mark.parametrize("gradients", [without_second_order, slightly_off, not_a_number])
 def test_a_wrong_contestant_is_caught_and_never_timed(gradients):
-    contestants = [*named("eager"), _planted("planted", gradients)]
+    contestants = [*named("eager"), planted("planted", gradients)]
     outcome = run([tiny_case()], contestants, FAST)
     (bad,) = outcome.bad
     assert (bad.case, bad.contestant, bad.status) == ("spectreg-tiny", "planted", "wrong")
@@ -254,9 +189,6 @@ def test_relative_error():
     assert relative_error([torch.tensor([3.0, float("nan")])], truth) == float("inf")
     with pytest.raises(ValueError, match="shapes"):
         relative_error([torch.zeros(3)], truth)
-
-
-# ---- measurement
 
 
 def test_rounds_are_interleaved_and_rotated():
@@ -334,28 +266,13 @@ def test_peak_memory_leaves_stderr_alone(capfd):
     assert capfd.readouterr().err == "after\n"
 
 
-def _interrupting(at_call: int) -> Contestant:
-    def setup(problem):
-        calls = 0
-
-        def step():
-            nonlocal calls
-            calls += 1
-            if calls == at_call:
-                raise KeyboardInterrupt
-
-        return Prepared(step, entrants.eager_step(problem).gradients)
-
-    return Contestant("interrupting", setup)
-
-
 def test_ctrl_c_keeps_finished_cases():
     cases = [tiny_case(name="first"), tiny_case(name="second"), tiny_case(name="third")]
     seen = []
 
     def setup(problem):
         seen.append(problem)
-        return _interrupting(1 if len(seen) == 2 else 10**9).setup(problem)
+        return interrupting(1 if len(seen) == 2 else 10**9).setup(problem)
 
     outcome = run(cases, [*named("eager"), Contestant("interrupting", setup)], FAST)
     assert outcome.interrupted
@@ -365,7 +282,7 @@ def test_ctrl_c_keeps_finished_cases():
 
 def test_ctrl_c_keeps_the_current_case_once_it_has_rounds():
     options = replace(FAST, min_rounds=50, max_rounds=50, sample_s=0)
-    outcome = run([tiny_case()], [*named("eager"), _interrupting(30)], options)
+    outcome = run([tiny_case()], [*named("eager"), interrupting(30)], options)
     assert outcome.interrupted
     assert {r.contestant for r in outcome.records} == {"plain", "eager", "interrupting"}
     assert all(3 <= r.n_rounds < 50 and r.median_ms for r in outcome.records)
@@ -382,69 +299,6 @@ def test_settings_are_restored():
     before = torch.get_num_threads(), torch.backends.cudnn.allow_tf32
     run([tiny_case()], named("plain"), replace(FAST, threads=before[0] + 1))
     assert (torch.get_num_threads(), torch.backends.cudnn.allow_tf32) == before
-
-
-# ---- records
-
-
-def test_record_schema():
-    outcome = run([tiny_case(), tiny_activation()], named("eager", "fastjac"), FAST)
-    rows = json.loads(storage.to_json(outcome.records))
-    wanted = (
-        "case penalty contestant device dtype threads median_ms p20_ms p80_ms overhead peak_mb "
-        "rel_err suite n_rounds compile_s gbps pct_copy torch machine commit"
-    )
-    for row in rows:
-        assert set(wanted.split()) <= row.keys()
-        assert (row["device"], row["dtype"], row["threads"]) == ("cpu", "float32", 1)
-        assert row["p20_ms"] <= row["median_ms"] <= row["p80_ms"]
-        assert row["torch"] == torch.__version__ and row["machine"]
-    plain, eager, ours = rows[:3]
-    assert plain["overhead"] == 1 and plain["gbps"] is None
-    assert eager["overhead"] == pytest.approx(eager["median_ms"] / plain["median_ms"])
-    assert ours["vs_eager"] == pytest.approx(eager["median_ms"] / ours["median_ms"])
-    assert (eager["impl"], ours["impl"] != "") == ("", True)
-    act = rows[5]
-    # double backward: three tensors read and two written, of 16 x 9 float32
-    assert act["gbps"] == pytest.approx(5 * 16 * 9 * 4 / act["median_ms"] / 1e6)
-    assert act["pct_copy"] == pytest.approx(100 * act["gbps"] / act["copy_gbps"])
-    assert act["peak_mb"] >= 2 * 16 * 9 * 4 / 1e6
-
-
-def _record(case="c", contestant="eager", **values) -> Record:
-    base = Record(
-        *(case, "spectreg", "step", "quick step", "", "", contestant, "ok", "cpu", "float32", 2)
-    )
-    return replace(base, n_rounds=5, torch="2.13", machine="M, 1", **values)
-
-
-def test_csv_and_json_come_back(tmp_path):
-    records = [_record(median_ms=1.5, rel_err=1e-7), _record(contestant="fastjac", message='a,"b"')]
-    path = tmp_path / "r.csv"
-    storage.append_csv(records[:1], path)
-    storage.append_csv(records[1:], path)
-    assert path.read_text().count("contestant") == 1
-    assert storage.load(path) == records
-    (tmp_path / "r.json").write_text(storage.to_json(records))
-    assert storage.load(tmp_path / "r.json") == records
-
-
-def test_infinite_errors_are_valid_json():
-    row = json.loads(storage.to_json([_record(rel_err=float("inf"))]))[0]
-    assert row["rel_err"] is None
-
-
-def test_other_files_are_refused(tmp_path):
-    path = tmp_path / "other.csv"
-    path.write_text("a,b\n1,2\n")
-    with pytest.raises(ValueError, match="other columns"):
-        storage.append_csv([_record()], path)
-    assert path.read_text() == "a,b\n1,2\n"
-    with pytest.raises(ValueError, match="not a list of benchmark records"):
-        storage.load(path)
-
-
-# ---- registry
 
 
 def test_registered_names():
@@ -518,85 +372,3 @@ def test_samples_at_a_kink_are_dropped():
     clear = torch.tensor([[1.0, 0.5], [0.7, 0.1]])
     candidates = torch.stack([at_kink[0], clear[0], at_kink[1], clear[1]])
     assert torch.equal(away_from_kinks(model, candidates, 2), clear)
-
-
-# ---- report and plots
-
-
-def _pair(case, ratio, **values):
-    shared = {"p20_ms": 1.0, "p80_ms": 9.0, "rel_err": 1e-7, **values}
-    return [
-        _record(case, "plain", median_ms=4.0, overhead=1.0, peak_mb=3.0, **shared),
-        _record(case, "eager", median_ms=8.0, overhead=2.0, vs_eager=1.0, peak_mb=6.0, **shared),
-        _record(
-            *(case, "fastjac"),
-            median_ms=8 / ratio,
-            overhead=2 / ratio,
-            vs_eager=ratio,
-            peak_mb=4.0,
-            **shared,
-        ),
-    ]
-
-
-def _elementwise_records():
-    shared = {"kind": "elementwise", "activation": "gelu", "gbps": 5.0, "copy_gbps": 10.0}
-    return [
-        replace(r, pct_copy=50.0, phase=phase, **shared)
-        for phase in registry.PHASES
-        for r in _pair(f"act-gelu-{phase}", 4.5)
-    ]
-
-
-@pytest.mark.parametrize("width", [80, 140])
-def test_tables_show_the_ratio_and_what_is_wrong(width):
-    wrong = replace(
-        _record("case-b", "compiled"), status="wrong", message="relative error 3.00e-01"
-    )
-    records = [*_pair("case-a", 1.25), wrong, *_elementwise_records()]
-    console = Console(width=width, record=True, file=io.StringIO())
-    report.render(records, console)
-    text = console.export_text()
-    assert "vs eager" in text and "1.25×" in text and "4.50×" in text
-    assert "WRONG case-b, compiled: relative error 3.00e-01" in text.replace("\n", " ")
-    assert ("p20 - p80" in text) == (width == 140)
-    assert max(map(len, text.splitlines())) <= width
-
-
-def test_estimate_grows_with_compiling_contestants():
-    few = report.expected_seconds(named("eager"), FAST)
-    assert report.expected_seconds(named("eager", "compiled"), FAST) > few + 5
-
-
-def test_plots_are_drawn_from_records(tmp_path):
-    records = [*_pair("case-a", 1.25), *_elementwise_records()]
-    written = plots.draw(records, tmp_path / "new" / "folder")
-    assert [p.name for p in written] == [
-        f"{kind}-cpu-float32-2t.png" for kind in ("overhead", "speedup", "bandwidth", "memory")
-    ]
-    assert all(p.read_bytes().startswith(b"\x89PNG") for p in written)
-
-
-def test_plots_keep_machines_apart_and_take_the_last_record(tmp_path, monkeypatch):
-    seen = []
-    monkeypatch.setattr(
-        plots, "PAINTERS", {"p": lambda figure, rows: bool(seen.append(rows)) or True}
-    )
-    old, new = _pair("case-a", 1.0), _pair("case-a", 2.0)
-    other = [replace(r, machine="Other GPU") for r in old]
-    bad = replace(_record("case-b"), status="wrong")
-    written = plots.draw([*old, *other, *new, bad], tmp_path)
-    assert [p.name for p in written] == [
-        "p-cpu-float32-2t-m-1.png",
-        "p-cpu-float32-2t-other-gpu.png",
-    ]
-    assert seen == [new, other]
-
-
-def test_nothing_to_plot_draws_nothing(tmp_path):
-    assert plots.draw([replace(_record(), status="failed")], tmp_path) == []
-
-
-def test_every_contestant_has_a_colour():
-    assert {c.name for c in entrants.all_contestants()} <= plots.COLOURS.keys()
-    assert set(asdict(_record())) == set(storage.COLUMNS)

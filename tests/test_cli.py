@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from test_bench import FAST, _interrupting, _planted, _slightly_off, tiny_activation, tiny_case
+from bench_cases import FAST, interrupting, planted, slightly_off, tiny_activation, tiny_case
 from typer.testing import CliRunner
 
 import fastjac.bench.cases
@@ -78,7 +78,7 @@ def test_records_of_a_file_are_shown_and_plotted(tmp_path, monkeypatch):
 
 
 def test_a_wrong_contestant_makes_the_exit_code_1_and_is_named(plant, tmp_path):
-    plant(_planted("planted", _slightly_off))
+    plant(planted("planted", slightly_off))
     args = ("bench", "--case", "spectreg-tiny", "--json", tmp_path / "r.json")
     result = invoke(*args)
     assert result.exit_code == 1, result.output
@@ -93,7 +93,7 @@ def test_ctrl_c_exits_130_and_writes_what_is_done(plant, tmp_path):
     def setup(problem):
         nonlocal calls
         calls += 1
-        return _interrupting(10**9 if calls == 1 else 1).setup(problem)
+        return interrupting(10**9 if calls == 1 else 1).setup(problem)
 
     plant(fastjac.bench.Contestant("late", setup))
     result = invoke("bench", "--csv", tmp_path / "r.csv")
@@ -111,7 +111,10 @@ def test_ctrl_c_exits_130_and_writes_what_is_done(plant, tmp_path):
         ),
         (["--suite", "fast"], "suite 'fast' does not exist; the suites are tiny"),
         (["--contestant", "egaer"], "did you mean eager? valid names are: plain, eager, compiled"),
-        (["--contestant", "jacobianreg", "--case", "dreg*"], "takes part in no chosen case"),
+        (
+            ["--contestant", "jacobianreg", "--case", "dreg*"],
+            "--contestant jacobianreg: no contestant is left",
+        ),
     ],
 )
 def test_unknown_names_are_answered_with_the_known_ones(args, message):

@@ -484,11 +484,12 @@ def test_finite_difference_sample_without_gradient_contributes_zero() -> None:
     model = nn.Linear(2, 2, bias=False).double()
     with torch.no_grad():
         model.weight.copy_(torch.eye(2))
-    # At x = (500, 0) the probability of class 0 is exactly 1 in float64, so v = 0.
+    # At x = (500, 0) the probability of class 0 is exactly 1 in float64, so v = 0. The model says
+    # something else when it is run again: the zero must not come from equal losses.
     x = torch.tensor([[500.0, 0.0], [0.1, 0.2]], dtype=torch.float64)
     noisy = iter([0.0, 1.0])
     values = finite_difference_datagrad(
-        lambda t: model(t) + next(noisy) * torch.tensor([0.0, 0.5]),
+        lambda t: model(t) + next(noisy) * torch.tensor([0.0, 600.0]),
         x,
         torch.tensor([0, 0]),
         reduction="none",

@@ -1,4 +1,4 @@
-"""Fits the float polynomials of ``functions.h``; run it to reproduce the constants and their errors.
+"""Fits the float polynomials of ``functions.h``: run it for the constants and their errors.
 
 Each is a minimax fit in the relative error of the whole function (Lawson's iteratively reweighted
 least squares, in double), the coefficients then rounded to float. Needs numpy and scipy only.
@@ -54,9 +54,7 @@ if __name__ == "__main__":
 
     # tanh(z) = z + z³ p(z²) on [0, 0.6]
     z = nodes(1e-3, 0.6)
-    show(
-        "tanh p", *fit(lambda t: powers(4)(t * t), (np.tanh(z) - z) / z**3, z**3 / np.tanh(z), z)
-    )
+    show("tanh p", *fit(lambda t: powers(4)(t * t), (np.tanh(z) - z) / z**3, z**3 / np.tanh(z), z))
 
     # Φ(-a) exp(a²/2) = erfcx(a/√2)/2 = ½ - s p(s) on [0, 14.5] (below that exp(-a²/2) is 0 in
     # float), s = 0.3 a / (1 + 0.3 a). Written around ½ so that Φ keeps its last digit near z = 0.

@@ -1,8 +1,8 @@
 // The functions that the activation table uses, for every compiler that includes the generated
 // header: nvcc takes CUDA's own; on the CPU double takes libm's, and float takes the branch-free
-// forms below, which GCC and Clang vectorise (a libm call would stay scalar, 10 to 20 times slower).
-// The constants come from fit_polynomials.py; the error of each function against libm in double,
-// over all its range, is printed by tests/test_math.py and held below the bound named here.
+// forms below, which GCC and Clang vectorise (a libm call would stay scalar, 10 to 20 times
+// slower). The constants come from fit_polynomials.py; the error of each function against libm in
+// double, over all its range, is printed by tests/test_math.py and held below the bound named here.
 #pragma once
 
 #include <cmath>
@@ -24,6 +24,7 @@ FASTJAC_HD T where(bool condition, T yes, T no) {
 }
 
 FASTJAC_HD double exp(double x) { return ::exp(x); }
+FASTJAC_HD double exp_neg(double x) { return ::exp(x); }
 FASTJAC_HD double expm1(double x) { return ::expm1(x); }
 FASTJAC_HD double log1p(double x) { return ::log1p(x); }
 // By sincos: a kernel that needs both then keeps one call, and less alive across it (nvcc spilled
@@ -45,6 +46,7 @@ FASTJAC_HD double normcdf(double z, double) { return 0.5 * ::erfc(-0.70710678118
 #ifdef __CUDA_ARCH__
 
 FASTJAC_HD float exp(float x) { return ::expf(x); }
+FASTJAC_HD float exp_neg(float x) { return ::expf(x); }
 FASTJAC_HD float expm1(float x) { return ::expm1f(x); }
 FASTJAC_HD float log1p(float x) { return ::log1pf(x); }
 FASTJAC_HD float sin(float x) { return ::sinf(x); }
@@ -106,6 +108,25 @@ FASTJAC_HD float exp(float x) {
   return (1.0f + (r + tail)) * power_of_two(half) * power_of_two(n - half);
 }
 
+// exp(x) for x <= 0, 1.2 ulp, subnormal results included: 14 instructions where exp takes 24, since
+// one bias of 2^64 keeps the scale factor normal for all of [-104, 0]. The bias rides in the rounding
+// constant, so shifting its bits makes the exponent field.
+FASTJAC_HD float exp_neg(float x) {
+  constexpr float magic = 12582912.0f + 191.0f;  // 191 = 127 + 64
+  const float clamped = where(x < -104.0f, -104.0f, x);
+  const float shifted = fma(clamped, 1.44269504088896341f, magic);
+  const float k = shifted - magic;
+  const float r = fma(k, -1.42860677e-06f, fma(k, -0.693145752f, clamped));
+  float p = 0.0013814602280035615f;
+  p = fma(p, r, 0.008368715643882751f);
+  p = fma(p, r, 0.04166838899254799f);
+  p = fma(p, r, 0.1666652113199234f);
+  p = fma(p, r, 0.4999999403953552f);
+  p = fma(p, r, 1.0f);
+  p = fma(p, r, 1.0f);
+  return p * from_bits(to_bits(shifted) << 23) * 0x1p-64f;
+}
+
 // 1.5 ulp. Scaled by 2^(n-1) and doubled, so that x just below ln(FLT_MAX) does not overflow early.
 FASTJAC_HD float expm1(float x) {
   const float clamped = where(x < -30.0f, -30.0f, where(x > 89.0f, 89.0f, x));
@@ -141,8 +162,8 @@ FASTJAC_HD float log1p(float x) {
 }
 
 // Polynomials of sin and cos on [-π/4, π/4] after a reduction in double: absolute error below 1e-7
-// while |x| < 1e8. Far beyond that neighbouring floats are periods apart; the clamp keeps the result
-// within [-1, 1] there.
+// while |x| < 1e8. Far beyond that neighbouring floats are periods apart; the clamp keeps the
+// result within [-1, 1] there.
 FASTJAC_HD float sin_cos(float x, int32_t quadrant) {
   constexpr double magic = 6755399441055744.0;  // 1.5 * 2^52
   const double wide = x;
@@ -178,13 +199,15 @@ FASTJAC_HD float tanh(float z, float e) {
   p = fma(p, square, -0.053783830255270004f);
   p = fma(p, square, 0.13331924378871918f);
   p = fma(p, square, -0.33333298563957214f);
-  const float large = 1.0f - 2.0f * e / (1.0f + e);
+  const float i = 1.0f / (1.0f + e);  // the table's own quotient: one division for both
+  const float large = fma(-2.0f * e, i, 1.0f);
   const float signed_large = from_bits(to_bits(large) | (to_bits(z) & INT32_MIN));
   return where(square < 0.36f, fma(p * square, z, z), signed_large);
 }
 
-// Φ(z) given e = exp(-z²/2): the tail is e times Mills' ratio ½ - s p(s) with s = 0.3|z|/(1 + 0.3|z|).
-// Relative error 3 eps for |z| < 1, 3e-6 at |z| = 13 (torch's 1 + erf has no digit left there).
+// Φ(z) given e = exp(-z²/2): the tail is e times Mills' ratio ½ - s p(s) with s = 0.3|z|/(1 +
+// 0.3|z|). Relative error 3 eps for |z| < 1, 3e-6 at |z| = 13 (torch's 1 + erf has no digit left
+// there).
 FASTJAC_HD float normcdf(float z, float e) {
   const float a = abs(z) * 0.3f;
   const float s = a / (1.0f + a);

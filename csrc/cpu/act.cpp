@@ -17,9 +17,8 @@ constexpr int64_t grain = 16384;
 void run(const ActCall& call, ActKernel kernel, int64_t numel) {
   STD_TORCH_CHECK(kernel(call, 0, 0), "fastjac: no activation with id ", call.fn,
                   " and derivative of order ", call.order, " in the compiled table");
-  torch::stable::parallel_for(0, numel, grain, [&](int64_t begin, int64_t end) {
-    kernel(call, begin, end);
-  });
+  torch::stable::parallel_for(0, numel, grain,
+                              [&](int64_t begin, int64_t end) { kernel(call, begin, end); });
 }
 
 const ActKernels& kernels() {

@@ -1,5 +1,5 @@
-// Compiled once per instruction set with FASTJAC_ISA naming it (setup.py); includes no torch header,
-// so nothing built with wider instructions is shared with the rest of the library.
+// Compiled once per instruction set with FASTJAC_ISA naming it (setup.py); includes no torch
+// header, so nothing built with wider instructions is shared with the rest of the library.
 #include "act_kernels.h"
 
 #include "activations.h"

@@ -19,9 +19,10 @@ inline Isa best_isa() {
 }
 
 #if defined(__x86_64__)
-#define FASTJAC_BEST_ISA(table)                                    \
-  (best_isa() == Isa::avx512 ? avx512::table                       \
-                             : best_isa() == Isa::avx2 ? avx2::table : baseline::table)
+#define FASTJAC_BEST_ISA(table)              \
+  (best_isa() == Isa::avx512 ? avx512::table \
+   : best_isa() == Isa::avx2 ? avx2::table   \
+                             : baseline::table)
 #else
 #define FASTJAC_BEST_ISA(table) (baseline::table)
 #endif

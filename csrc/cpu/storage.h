@@ -12,7 +12,9 @@
 
 namespace fastjac::storage {
 
-FASTJAC_HD float to_float(bfloat16 x) { return math::from_bits(static_cast<int32_t>(x.bits) << 16); }
+FASTJAC_HD float to_float(bfloat16 x) {
+  return math::from_bits(static_cast<int32_t>(x.bits) << 16);
+}
 
 // Round to nearest, ties to even; NaN stays NaN.
 FASTJAC_HD bfloat16 to_bfloat16(float x) {

@@ -1,8 +1,8 @@
 // `act` and `act_backward` for CUDA tensors (schemas and meaning: fastjac/ops/act.py).
 //
 // Bound by memory: 2 to 5 accesses and at most some 60 instructions an element. A thread moves 16
-// bytes at a time and keeps `unroll` such loads of each operand in flight; the grid is one pass over
-// the tensor, so no loop-carried index arithmetic.
+// bytes at a time and keeps `unroll` such loads of each operand in flight; the grid is one pass
+// over the tensor, so no loop-carried index arithmetic.
 #include <torch/csrc/stable/library.h>
 
 #include <tuple>
@@ -42,8 +42,8 @@ __device__ __forceinline__ void with_order(int order, F&& f) {
 
 template <class A, class S>
 __global__ void __launch_bounds__(threads)
-    act_kernel(const S* __restrict__ z, const S* __restrict__ g, S* __restrict__ out,
-               int64_t numel, int order, compute_t<S> p0, compute_t<S> p1) {
+    act_kernel(const S* __restrict__ z, const S* __restrict__ g, S* __restrict__ out, int64_t numel,
+               int order, compute_t<S> p0, compute_t<S> p1) {
   using T = compute_t<S>;
   const int64_t first = (int64_t(blockIdx.x) * threads + threadIdx.x) * Pack<S>::size;
   if (first >= numel) return;

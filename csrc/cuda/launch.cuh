@@ -29,11 +29,12 @@ class Stream {
 };
 
 // The one way a kernel is launched, so that a build without a GPU can define it differently.
-#define FASTJAC_LAUNCH(kernel, grid, block, stream, ...)                                     \
-  do {                                                                                       \
-    kernel<<<(grid), (block), 0, (stream)>>>(__VA_ARGS__);                                   \
-    const cudaError_t status = cudaGetLastError();                                           \
-    STD_TORCH_CHECK(status == cudaSuccess, "fastjac: launch failed: ", cudaGetErrorString(status)); \
+#define FASTJAC_LAUNCH(kernel, grid, block, stream, ...)                     \
+  do {                                                                       \
+    kernel<<<(grid), (block), 0, (stream)>>>(__VA_ARGS__);                   \
+    const cudaError_t status = cudaGetLastError();                           \
+    STD_TORCH_CHECK(status == cudaSuccess,                                   \
+                    "fastjac: launch failed: ", cudaGetErrorString(status)); \
   } while (false)
 
 template <class S>

@@ -72,9 +72,6 @@ class Contestant:
     impl: str = ""
 
 
-# ---- training steps
-
-
 def training_step(model: nn.Module, objective: Callable[[nn.Module], Tensor]) -> Prepared:
     """Gradients to None, objective, backward; no optimiser."""
     parameters = list(model.parameters())
@@ -165,8 +162,6 @@ def fastjac_step(problem: StepProblem, impl: str = "auto") -> Prepared:
 
     return training_step(model, objective)
 
-
-# ---- one phase of one activation
 
 Phi = Callable[[Tensor], Tensor]
 
@@ -269,9 +264,6 @@ def fastjac_phase(problem: ElementwiseProblem, impl: str = "auto") -> Prepared:
         lambda z: fastjac.act(z, fn=problem.fn, impl=impl),
         lambda z, g: fastjac.act(z, g, 1, problem.fn, impl=impl),
     )
-
-
-# ---- registry
 
 
 def by_kind(

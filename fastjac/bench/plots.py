@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastjac.bench.records import Record
-from fastjac.bench.report import number, ratio
+from fastjac.bench.report import number, place, ratio
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -111,9 +111,8 @@ def draw(records: Iterable[Record], folder: Path) -> list[Path]:
 
 def _where(records: Sequence[Record]) -> str:
     first = records[0]
-    threads = f", {first.threads} threads" if first.device == "cpu" else ""
     built = f"torch {first.torch}, fastjac {first.fastjac} {first.commit}".strip()
-    return f"{first.machine}{threads}, {first.dtype}; {built}"
+    return f"{place(first)}, {first.dtype}; {built}"
 
 
 def _contestants(records: Iterable[Record]) -> list[str]:

@@ -39,11 +39,10 @@ def render(records: Sequence[Record], console: Console) -> None:
     runs = dict.fromkeys((r.machine, r.device, r.dtype, r.threads) for r in records)
     for run in runs:
         mine = [r for r in records if (r.machine, r.device, r.dtype, r.threads) == run]
-        machine, device, dtype, threads = run
-        where = f"{machine}, {threads} threads" if device == "cpu" else machine
+        where = place(mine[0])
         first = mine[0]
         built = f"torch {first.torch}, fastjac {first.fastjac} {first.commit}".rstrip()
-        console.print(Text.assemble("\n", (where, "bold"), f", {dtype} ({built})"))
+        console.print(Text.assemble("\n", (where, "bold"), f", {first.dtype} ({built})"))
         for kind in TITLES:
             rows = [record for record in mine if record.kind == kind]
             if rows:
@@ -129,6 +128,13 @@ def _versus(value: float | None) -> Text:
         return Text("")
     style = "green" if value > 1.02 else "red" if value < 0.98 else ""
     return Text(ratio(value), style=style)
+
+
+def place(record: Record) -> str:
+    """Processor and threads, or GPU."""
+    if record.device != "cpu":
+        return record.machine
+    return f"{record.machine}, {record.threads} thread{'s' if record.threads > 1 else ''}"
 
 
 def number(value: float | None) -> str:

@@ -14,6 +14,11 @@ def exp(x):
 
 
 @triton.jit
+def exp_neg(x):
+    return tl.exp(x)
+
+
+@triton.jit
 def abs(x):
     return tl.abs(x)
 

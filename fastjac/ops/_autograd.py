@@ -1,4 +1,4 @@
-"""What every op's ``autograd.Function`` shares: two places where torch's own ``apply`` falls short."""
+"""What every op's ``autograd.Function`` shares: two places where torch's ``apply`` falls short."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Function(torch.autograd.Function):
         if any(isinstance(a, Tensor) and is_legacy_batchedtensor(a) for a in args):
             return cls._apply_batched(*args)
         args = unwrap_dead_wrappers(args)
-        return super(torch.autograd.Function, cls).apply(*args)
+        return super(torch.autograd.Function, cls).apply(*args)  # type: ignore[misc]
 
     @classmethod
     def _apply_batched(cls, *args: Any) -> Any:
@@ -50,7 +50,9 @@ class Function(torch.autograd.Function):
 
         def call(*slices: Tensor) -> Any:
             left = iter(slices)
-            return cls.apply(*(next(left) if b else v for v, b in zip(values, batched, strict=True)))
+            return cls.apply(
+                *(next(left) if b else v for v, b in zip(values, batched, strict=True))
+            )
 
         out = torch.func.vmap(call)(*mapped)
         if isinstance(out, tuple):

@@ -7,7 +7,7 @@ The op is its own derivative. With a cotangent ``v`` of the result,
 
 and ``act_backward`` writes both in one pass over ``z, g, v``. The forward of a layer is
 ``act(z, None, 0)``, its VJP ``act(z, δ, 1)``, the double backward of a gradient penalty
-``act_backward(z, δ, v, 1)``: five memory passes, where eager torch takes 11 (tanh) to 85 (GELU-tanh).
+``act_backward(z, δ, v, 1)``: five memory passes; eager torch takes 11 (tanh) to 85 (GELU-tanh).
 
 Wiring (each part is there because leaving it out went wrong silently or loudly on torch 2.13):
 forward and backward are registered torch ops with fake kernels, vmap rules and a dispatcher-level

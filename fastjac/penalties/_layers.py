@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from fastjac.nn import activation_of
+
 LINEAR = (nn.Linear,)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 CONVOLUTION = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
@@ -64,11 +66,17 @@ class Layer:
 
 def is_activation(module: nn.Module) -> bool:
     """A module whose derivative can be taken elementwise."""
-    return isinstance(module, ACTIVATIONS) or callable(getattr(module, "fastjac_activation", None))
+    return activation_of(module) is not None or isinstance(module, ACTIVATIONS) or callable(getattr(module, "fastjac_activation", None))
 
 
 def activation_derivative(module: nn.Module, z: Tensor) -> Tensor:
-    """``φ'(z)`` elementwise, differentiable in ``z`` and in the activation's own parameters."""
+    """``φ'(z)`` elementwise, differentiable in ``z`` and in the activation's own parameters.
+
+    By the fused op where the activation table has the module.
+    """
+    fused = activation_of(module)
+    if fused is not None:
+        return fused.derivative(z)
     phi: Callable[[Tensor], Tensor] = getattr(module, "fastjac_activation", module.forward)
     if isinstance(module, nn.Hardsigmoid):
         phi = hardsigmoid

@@ -1,0 +1,101 @@
+"""Tiny cases and planted contestants for the tests of the benchmark and its command."""
+
+from __future__ import annotations
+
+import copy
+import functools
+
+import torch
+
+from fastjac.activations import TABLE
+from fastjac.bench import Case, Contestant, Options, Prepared
+from fastjac.bench import contestants as entrants
+from fastjac.bench.idioms import INPUT_JACOBIAN
+from fastjac.bench.problems import (
+    StepProblem,
+    elementwise_problem,
+    mlp,
+    step_problem,
+)
+
+CPU = torch.device("cpu")
+FAST = Options(threads=1, budget_s=0.0, min_rounds=3, max_rounds=3, sample_s=1e-5)
+PENALTIES = (*INPUT_JACOBIAN, "dreg")
+
+
+def tiny_problem(penalty: str, dtype: torch.dtype = torch.float32) -> StepProblem:
+    outputs = 1 if penalty == "gradient-penalty" else 3
+    network = functools.partial(mlp, [6, 8, 7, outputs])
+    return step_problem(network, (5, 6), penalty, device=CPU, dtype=dtype, outputs=outputs)
+
+
+def tiny_case(penalty: str = "spectreg", name: str | None = None) -> Case:
+    return Case(
+        name or f"{penalty}-tiny",
+        penalty,
+        "step",
+        ("tiny",),
+        lambda device, dtype: tiny_problem(penalty, dtype),
+    )
+
+
+def tiny_activation(fn: str = "gelu", phase: str = "double") -> Case:
+    return Case(
+        *(f"act-{fn}-{phase}", "act", "elementwise", ("tiny",)),
+        lambda device, dtype: elementwise_problem(
+            *(fn, TABLE[fn].torch_function(), phase), device=device, dtype=dtype, shape=(16, 9)
+        ),
+        activation=fn,
+        phase=phase,
+    )
+
+
+def named(*names: str) -> list[Contestant]:
+    return entrants.select_contestants(names)
+
+
+def planted(name: str, gradients) -> Contestant:
+    """A contestant whose step may not be run outside the gate."""
+
+    def setup(problem):
+        def step():
+            raise AssertionError("a wrong contestant was timed")
+
+        return Prepared(step, lambda: gradients(problem))
+
+    return Contestant(name, setup)
+
+
+def without_second_order(problem):
+    """The penalty's VJP without create_graph: the bug that drops the second-order term."""
+    model = copy.deepcopy(problem.model)
+    x = problem.x.detach().requires_grad_()
+    output = model(x)
+    (v,) = torch.autograd.grad(output, x, problem.projection, retain_graph=True)
+    value = v.square().sum(1).mean()
+    (problem.loss(output, problem.target) + problem.weight * value).backward()
+    return [p.grad for p in model.parameters()]
+
+
+def slightly_off(problem):
+    gradients = list(entrants.eager_step(problem).gradients())
+    return [gradients[0] * (1 + 2e-5), *gradients[1:]]
+
+
+def not_a_number(problem):
+    return [g * float("nan") for g in entrants.eager_step(problem).gradients()]
+
+
+def interrupting(at_call: int) -> Contestant:
+    def setup(problem):
+        calls = 0
+
+        def step():
+            nonlocal calls
+            calls += 1
+            if calls == at_call:
+                raise KeyboardInterrupt
+
+        return Prepared(step, entrants.eager_step(problem).gradients)
+
+    return Contestant("interrupting", setup)

@@ -1,0 +1,34 @@
+"""The README says what the code does: its table is generated, its example runs."""
+
+import re
+from pathlib import Path
+
+import fastjac.support
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_support_table_is_the_registries():
+    assert fastjac.support.update(README) == README, "run: python -m fastjac.support README.md"
+
+
+def test_example_runs():
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    scope: dict = {}
+    exec(code, scope)
+    assert scope["value"].item() > 0
+    assert all(p.grad is not None for p in scope["model"].parameters())
+
+
+def test_quick_start_is_two_one_line_commands_and_ci_runs_the_second():
+    blocks = re.findall(r"```sh\n(.*?)```", README.split("## Quick start")[1], re.DOTALL)
+    assert all(block.count("\n") == 1 for block in blocks[:2])
+    assert blocks[0].rstrip().endswith("fastjac bench --quick") and "pytest" in blocks[1]
+    assert "block 2" in (ROOT / ".ci/run").read_text()
+
+
+def test_public_names_have_docstrings():
+    for name in fastjac.__all__:
+        value = getattr(fastjac, name)
+        assert name.startswith("__") or isinstance(value, dict) or value.__doc__, name
