@@ -147,7 +147,7 @@ class NativeBuild(build_ext):
 
     def run(self) -> None:
         inplace = self.inplace or getattr(self, "editable_mode", False)
-        package = ROOT / "fastjac" if inplace else Path(self.build_lib) / "fastjac"
+        package = ROOT / "fastjac" if inplace else Path(self.build_lib).resolve() / "fastjac"
         BUILD.mkdir(parents=True, exist_ok=True)
         info = {"table_hash": generate(package)}
         include, why = torch_include()

@@ -127,7 +127,7 @@ def report(scores: dict[str, Tensor], picked: dict[str, list[float]], console: C
             gain = row - scores[BASELINE]
             mean, error = mean_and_error(gain)
             cells += [f"{mean:+.2f}", f"{error:.2f}", f"{(gain > 0).sum()}/{seeds}"]
-            cells += [f"{min(picked[name]):g}–{max(picked[name]):g}"]
+            cells += ["–".join(f"{w:g}" for w in sorted({min(picked[name]), max(picked[name])}))]
         table.add_row(*cells)
     console.print(table)
 

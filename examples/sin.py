@@ -175,6 +175,7 @@ def main(
 ) -> None:
     """Fit sin(5x) from noisy points under each SpectReg weight; writes two pictures and a CSV."""
     seeds, steps = seeds or (2 if quick else 10), steps or (400 if quick else 3000)
+    torch.set_num_threads(1)  # the matrices are too small for two
     out.mkdir(parents=True, exist_ok=True)
     console, checked = Console(), min(steps, 300)
     difference = largest_difference(checked)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import pytest
@@ -18,6 +19,12 @@ CASES = [
     for name, spec in PENALTIES.items()
     for k, options in enumerate(spec.cases)
 ]
+
+
+# Both sides sum the same few dozen products of float64 numbers in another order: some ten roundings
+# of 1.1e-16. Gradients may cancel, so they also get a floor relative to numbers of order 1.
+close = partial(torch.testing.assert_close, rtol=1e-12, atol=1e-15)
+close_gradients = partial(torch.testing.assert_close, rtol=1e-11, atol=1e-13)
 
 
 def seeded(seed: int = 0) -> torch.Generator:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -32,6 +32,12 @@ def measure(v: Tensor, norm: str, lead: int = 2) -> Tensor:
     if norm == "l2_squared":
         return v.square().sum(-1)
     return torch.linalg.vector_norm(v, ord=1 if norm == "l1" else 2, dim=-1)
+
+
+def total(pieces: Iterable[Tensor]) -> Tensor:
+    """The sum over K of pieces ``[k, N]``, as ``[N]``; a single one costs no operation."""
+    sums = [piece.sum(0) if len(piece) > 1 else piece.squeeze(0) for piece in pieces]
+    return sums[0] if len(sums) == 1 else torch.stack(sums).sum(0)
 
 
 def attached_zeros(output: Tensor) -> Tensor:
@@ -70,16 +76,13 @@ def vjp(output: Tensor, x: Tensor, w: Tensor, chunk_size: int | None = None) -> 
 
 def check_modes() -> None:
     """A gradient needs autograd switched on."""
-    for mode, active in (
-        ("inference mode", torch.is_inference_mode_enabled()),
-        ("torch.no_grad()", not torch.is_grad_enabled()),
-    ):
-        if active:
-            raise RuntimeError(
-                f"the penalty needs the gradient of output with respect to x, and {mode} is "
-                "active: leave it, or put model and penalty under torch.inference_mode(False) and "
-                "torch.enable_grad()"
-            )
+    if torch.is_grad_enabled():  # False in inference mode too, which dynamo cannot ask about
+        return
+    mode = "inference mode" if torch.is_inference_mode_enabled() else "torch.no_grad()"
+    raise RuntimeError(
+        f"the penalty needs the gradient of output with respect to x, and {mode} is active: leave "
+        "it, or put model and penalty under torch.inference_mode(False) and torch.enable_grad()"
+    )
 
 
 def check_graph(x: Tensor, output: Tensor) -> None:
@@ -93,7 +96,8 @@ def check_graph(x: Tensor, output: Tensor) -> None:
         )
     if not output.is_floating_point():
         raise TypeError(f"output has dtype {output.dtype}: it must be floating point")
-    if output.grad_fn is None:
+    # Dynamo knows requires_grad of a tensor it traces, not grad_fn.
+    if not output.requires_grad or not (torch.compiler.is_compiling() or output.grad_fn):
         raise RuntimeError(
             "output has no grad_fn: it was detached, computed under torch.no_grad(), or x and "
             "output are swapped"

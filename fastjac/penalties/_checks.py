@@ -136,8 +136,10 @@ def class_rows(target: Any, logits: Tensor) -> Tensor:
         raise ValueError(
             f"target has shape {tuple(target.shape)}: class indices must be [{n}], one per sample"
         )
-    # Elsewhere the look at the values would wait for the device; scatter_ asserts there instead.
-    if target.device.type == "cpu" and n and (target.min() < 0 or target.max() >= m):
+    # On a GPU the look at the values would wait for the device, in a compiled graph it would break
+    # it; scatter_ itself checks the range there.
+    look = target.device.type == "cpu" and n > 0 and not torch.compiler.is_compiling()
+    if look and (target.min() < 0 or target.max() >= m):
         raise ValueError(
             f"target has class indices from {target.min()} to {target.max()}: they must lie in "
             f"[0, {m}); leave samples to be ignored out of the batch"

@@ -66,7 +66,11 @@ class Layer:
 
 def is_activation(module: nn.Module) -> bool:
     """A module whose derivative can be taken elementwise."""
-    return activation_of(module) is not None or isinstance(module, ACTIVATIONS) or callable(getattr(module, "fastjac_activation", None))
+    return (
+        activation_of(module) is not None
+        or isinstance(module, ACTIVATIONS)
+        or callable(getattr(module, "fastjac_activation", None))
+    )
 
 
 def activation_derivative(module: nn.Module, z: Tensor) -> Tensor:

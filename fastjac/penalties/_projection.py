@@ -44,7 +44,7 @@ class ProjectionPenalty(InputPenalty):
             return _autograd.attached_zeros(output)
         w = w.reshape(len(w), *output.shape)
         pieces = _autograd.vjp(output, x, w, self.chunk_size)
-        total = torch.stack([_autograd.measure(v, self.norm).sum(0) for v in pieces]).sum(0)
+        total = _autograd.total(_autograd.measure(v, self.norm) for v in pieces)
         return total if scale == 1 else scale * total
 
 

@@ -120,7 +120,9 @@ class DREG(ModelPenalty):
             slope = slope.movedim(1, -1)
         n, *places, units = slope.shape
         per_unit = slope.square().reshape(n, math.prod(places), units).sum(1)
-        value = per_unit @ _row_norms(weight).to(dtype) if self.use_weight else per_unit.sum(1)
+        if self.use_weight:  # not a matrix product, which autocast would round to half precision
+            per_unit = per_unit * _row_norms(weight)
+        value = per_unit.sum(1)
         count = {"sum": 1, "units": units, "elements": weight.numel()}[self.over]
         if self.positions == "mean":
             count *= math.prod(places)

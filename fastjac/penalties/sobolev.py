@@ -54,11 +54,9 @@ class Sobolev(InputPenalty):
         w = unit_rows(logits).reshape(m, *output.shape)
         pieces = _autograd.vjp(output, x, w, self.chunk_size)
         goals = goal.split(self.chunk_size or m)
-        total = [
-            _autograd.measure(v - t, "l2_squared").sum(0)
-            for v, t in zip(pieces, goals, strict=True)
-        ]
-        return torch.stack(total).sum(0)
+        return _autograd.total(
+            _autograd.measure(v - t, "l2_squared") for v, t in zip(pieces, goals, strict=True)
+        )
 
 
 def sobolev_example(dtype: torch.dtype, generator: torch.Generator) -> Example:

@@ -53,8 +53,7 @@ class TangentProp(InputPenalty):
         u = torch.zeros_like(output, requires_grad=True)
         (v,) = _autograd.vjp(output, x, u.unsqueeze(0))
         pieces = _autograd.vjp(v.squeeze(0), u, t, self.chunk_size)
-        total = [_autograd.measure(jt, "l2_squared").sum(0) for jt in pieces]
-        return torch.stack(total).sum(0) / len(t)
+        return _autograd.total(_autograd.measure(jt, "l2_squared") for jt in pieces) / len(t)
 
 
 def tangent_example(dtype: torch.dtype, generator: torch.Generator) -> Example:
