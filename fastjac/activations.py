@@ -23,7 +23,7 @@ comparisons inside ``a if condition else b`` (both sides are evaluated, so neith
 The given exponential may save a backend from computing it again; it need not be used.
 
 The expressions are chosen for the tails: ``1 - σ(z)`` is formed as its own quotient and never as a
-difference, and every exponential has a non-positive argument, so nothing overflows for finite ``z``.
+difference, and every exponential has a non-positive argument, so that nothing overflows.
 At ±inf and NaN a result is what torch's kernels give, or the limit where torch's formula gives NaN.
 """
 

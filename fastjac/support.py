@@ -41,7 +41,8 @@ def markdown() -> str:
     for name, row in TABLE.items():
         params = ", ".join(f"`{k}={v:g}`" for k, v in row.params.items())
         kwargs = ", ".join(f'{k}="{v}"' for k, v in row.torch_kwargs.items())
-        function = row.torch.removeprefix("fastjac.activations.") + (f"(…, {kwargs})" if kwargs else "")
+        function = row.torch.removeprefix("fastjac.activations.")
+        function += f"(…, {kwargs})" if kwargs else ""
         module = f"`nn.{row.module}{f'({kwargs})' if kwargs else ''}`" if row.module else "–"
         activations.append((f"`{name}`", f"`{function}`", params or "–", module))
     ops = [("op", "implementations, best first", "dtypes")]

@@ -109,8 +109,8 @@ FASTJAC_HD float exp(float x) {
 }
 
 // exp(x) for x <= 0, 1.2 ulp, subnormal results included: 14 instructions where exp takes 24, since
-// one bias of 2^64 keeps the scale factor normal for all of [-104, 0]. The bias rides in the rounding
-// constant, so shifting its bits makes the exponent field.
+// one bias of 2^64 keeps the scale factor normal for all of [-104, 0]. The bias rides in the
+// rounding constant, so shifting its bits makes the exponent field.
 FASTJAC_HD float exp_neg(float x) {
   constexpr float magic = 12582912.0f + 191.0f;  // 191 = 127 + 64
   const float clamped = where(x < -104.0f, -104.0f, x);

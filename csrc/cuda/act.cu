@@ -3,8 +3,6 @@
 // Bound by memory: 2 to 5 accesses and at most some 60 instructions an element. A thread moves 16
 // bytes at a time and keeps `unroll` such loads of each operand in flight; the grid is one pass
 // over the tensor, so no loop-carried index arithmetic.
-#include <torch/csrc/stable/library.h>
-
 #include <tuple>
 
 #include "activations.h"
@@ -156,7 +154,7 @@ std::tuple<Tensor, Tensor> act_backward(const Tensor& z, const Tensor& g, const 
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(fastjac, CUDA, m) {
+FASTJAC_CUDA_LIBRARY(m) {
   m.impl("act", TORCH_BOX(&act));
   m.impl("act_backward", TORCH_BOX(&act_backward));
 }

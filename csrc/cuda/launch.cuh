@@ -4,14 +4,34 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+
+#ifndef FASTJAC_HOST_SHIM
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/tensor.h>
+#endif
 
 #include "dtype.h"
 #include "functions.h"
 
 namespace fastjac {
+
+// The one way a kernel is launched and an op registered. With FASTJAC_HOST_SHIM the very same
+// sources are compiled for the CPU and run there, thread by thread (tests/shim); the ops then take
+// CPU tensors and stand in the namespace fastjac_host.
+#ifdef FASTJAC_HOST_SHIM
+
+struct Stream {
+  explicit Stream(const torch::stable::Tensor&) {}
+};
+
+#define FASTJAC_LAUNCH(kernel, grid, block, stream, ...) \
+  fastjac::host::launch((grid), (block), [&] { kernel(__VA_ARGS__); })
+
+#define FASTJAC_CUDA_LIBRARY(m) STABLE_TORCH_LIBRARY_IMPL(fastjac_host, CPU, m)
+
+#else
 
 // torch's current stream on the tensor's device, that device made current while it lives.
 class Stream {
@@ -28,14 +48,17 @@ class Stream {
   cudaStream_t stream_ = nullptr;
 };
 
-// The one way a kernel is launched, so that a build without a GPU can define it differently.
-#define FASTJAC_LAUNCH(kernel, grid, block, stream, ...)                     \
-  do {                                                                       \
-    kernel<<<(grid), (block), 0, (stream)>>>(__VA_ARGS__);                   \
-    const cudaError_t status = cudaGetLastError();                           \
-    STD_TORCH_CHECK(status == cudaSuccess,                                   \
-                    "fastjac: launch failed: ", cudaGetErrorString(status)); \
+#define FASTJAC_LAUNCH(kernel, grid, block, stream, ...)                       \
+  do {                                                                         \
+    kernel<<<(grid), (block), 0, (stream)>>>(__VA_ARGS__);                     \
+    const cudaError_t launched = cudaGetLastError();                           \
+    STD_TORCH_CHECK(launched == cudaSuccess,                                   \
+                    "fastjac: launch failed: ", cudaGetErrorString(launched)); \
   } while (false)
+
+#define FASTJAC_CUDA_LIBRARY(m) STABLE_TORCH_LIBRARY_IMPL(fastjac, CUDA, m)
+
+#endif
 
 template <class S>
 struct Compute {

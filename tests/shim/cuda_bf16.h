@@ -1,0 +1,7 @@
+#pragma once
+
+#include "../../csrc/cpu/storage.h"
+
+using __nv_bfloat16 = fastjac::bfloat16;
+inline float __bfloat162float(__nv_bfloat16 x) { return fastjac::storage::to_float(x); }
+inline __nv_bfloat16 __float2bfloat16_rn(float x) { return fastjac::storage::to_bfloat16(x); }
