@@ -270,3 +270,7 @@ def _usage_error(error: object) -> NoReturn:
     message = Text.assemble(("error: ", "red"), str(error))  # brackets in it are not markup
     Console(stderr=True).print(message, soft_wrap=True)
     raise typer.Exit(2)
+
+
+if __name__ == "__main__":
+    main()

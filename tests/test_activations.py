@@ -108,7 +108,8 @@ NEW_ROW = """
     Activation(
         name="bent_identity",
         torch="fastjac.activations.bent_identity",
-        let={"i": "1 / (z * z + 1)", "q": "exp(-0.5 * log1p(z * z))"},
+        let={"i": "1 / (z * z + 1)", "a": "abs(z)", "b": "a if a < 1 else 1 / a",
+             "q": "exp(-0.5 * log1p(b * b)) * (1 if a < 1 else b)"},
         derivatives=(
             "(1 / q - 1) / 2 + z", "z * q / 2 + 1", "q * i / 2", "-1.5 * z * q * i * i",
         ),

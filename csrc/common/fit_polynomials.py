@@ -39,10 +39,10 @@ if __name__ == "__main__":
     target = (np.expm1(r) - r) / r**2
     show("exp q", *fit(powers(4), target, r**2 / np.exp(r), r))
 
-    # log(1 + f) = f - f²/2 + f³ w(f) on [√½ - 1, √2 - 1]
-    f = nodes(-0.2929, 0.4143)
-    target = (np.log1p(f) - f + f * f / 2) / f**3
-    show("log w", *fit(powers(7), target, np.abs(f**3 / np.log1p(f)), f))
+    # log1p(x) = 2 atanh(s) = 2s + s³ p(s²), s = x / (2 + x), for x in [0, 1]
+    s = nodes(1e-3, 1 / 3)
+    target = (2 * np.arctanh(s) - 2 * s) / s**3
+    show("log1p p", *fit(lambda t: powers(4)(t * t), target, s**3 / (2 * np.arctanh(s)), s))
 
     # sin(r) = r + r³ s(r²), cos(r) = 1 - r²/2 + r⁴ c(r²) on [0, π/4]
     r = nodes(1e-3, np.pi / 4 + 1e-3)

@@ -86,9 +86,9 @@ def expm1(x):
 
 @triton.jit
 def log1p(x):
-    # The rounding of u = 1 + x is put back to first order; inf and NaN pass through.
+    # For 0 <= x <= 1. The rounding of u = 1 + x is put back to first order.
     u = 1.0 + x
-    return tl.where(u < 3.0e38, tl.log(u) + (x - (u - 1.0)) / u, x)
+    return tl.log(u) + (x - (u - 1.0)) / u
 
 
 @triton.jit

@@ -76,12 +76,13 @@ def is_activation(module: nn.Module) -> bool:
 def activation_derivative(module: nn.Module, z: Tensor) -> Tensor:
     """``φ'(z)`` elementwise, differentiable in ``z`` and in the activation's own parameters.
 
-    By the fused op where the activation table has the module.
+    By the fused op where the activation table has the module, unless it states its own φ.
     """
-    fused = activation_of(module)
+    own = getattr(module, "fastjac_activation", None)
+    fused = activation_of(module) if own is None else None
     if fused is not None:
         return fused.derivative(z)
-    phi: Callable[[Tensor], Tensor] = getattr(module, "fastjac_activation", module.forward)
+    phi: Callable[[Tensor], Tensor] = own or module.forward
     if isinstance(module, nn.Hardsigmoid):
         phi = hardsigmoid
     # The copy is for in-place activations, which may not write to the input of vjp.
