@@ -164,6 +164,7 @@ def draw_weights(runs: Runs, seeds: int, path: Path) -> None:
         axis.set_title(name, fontsize=9, loc="left")
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(color="#eceef0")
+    axes[0, 0].locator_params(axis="y", integer=True)
     figure.supylabel("test accuracy, %; mean ± standard error", fontsize=10)
     figure.supxlabel("weight of the penalty (dashed: no penalty)", fontsize=10)
     figure.savefig(path, dpi=130)
@@ -187,9 +188,8 @@ def main(
     }
     report(scores, picked, Console())
     with (out / "digits.csv").open("w", newline="") as file:
-        rows = csv.writer(file)
-        rows.writerow(["penalty", "weight", "seed", "validation", "test"])
-        rows.writerows([*key, f"{v:.2f}", f"{t:.2f}"] for key, (v, t) in runs.items())
+        csv.writer(file).writerow(["penalty", "weight", "seed", "validation", "test"])
+        csv.writer(file).writerows([*key, *(f"{v:.2f}" for v in row)] for key, row in runs.items())
     draw_gains(scores, out / "digits_gain.png")
     draw_weights(runs, seeds, out / "digits_weights.png")
     print(f"wrote digits.csv, digits_gain.png and digits_weights.png to {out}")

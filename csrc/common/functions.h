@@ -179,7 +179,7 @@ FASTJAC_HD float sin_cos(float x, int32_t quadrant) {
 FASTJAC_HD float sin(float x) { return sin_cos(x, 0); }
 FASTJAC_HD float cos(float x) { return sin_cos(x, 1); }
 
-// tanh(z) given e = exp(-2|z|), 1 ulp: 1 - 2e/(1+e) has nothing left to cancel above 0.6.
+// tanh(z) given e = exp(-2|z|), 1.6 ulp: 1 - 2e/(1+e) has nothing left to cancel above 0.6.
 FASTJAC_HD float tanh(float z, float e) {
   const float square = z * z;
   float p = -0.005895158275961876f;
