@@ -171,14 +171,14 @@ def draw_weights(runs: Runs, seeds: int, path: Path) -> None:
 
 
 def main(
-    quick: Annotated[bool, typer.Option("--quick", help="2 seeds, 100 steps.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="2 seeds, 60 steps.")] = False,
     seeds: Annotated[int | None, typer.Option(min=2, help="Splits; default 10.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Of AdamW; default 300.")] = None,
     jobs: Annotated[int, typer.Option(min=1, help="Processes.")] = min(os.cpu_count() or 1, 8),
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("results"),
 ) -> None:
     """Compare the classification penalties on few digits; writes two pictures and a CSV."""
-    seeds, steps = seeds or (2 if quick else 10), steps or (100 if quick else 300)
+    seeds, steps = seeds or (2 if quick else 10), steps or (60 if quick else 300)
     out.mkdir(parents=True, exist_ok=True)
     runs = run_all(seeds, steps, jobs)
     picked = {name: chosen(runs, name, seeds) for name in WEIGHTS}

@@ -167,14 +167,14 @@ def draw_curves(curves: Tensor, errors: Tensor, path: Path) -> None:
 
 
 def main(
-    quick: Annotated[bool, typer.Option("--quick", help="2 seeds, 400 steps.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="2 seeds, 300 steps.")] = False,
     seeds: Annotated[int | None, typer.Option(min=2, help="Training sets; default 10.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Of Adam; default 2000.")] = None,
     jobs: Annotated[int, typer.Option(min=1, help="Processes.")] = min(os.cpu_count() or 1, 8),
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("results"),
 ) -> None:
     """Fit sin(5x) from noisy points under each SpectReg weight; writes two pictures and a CSV."""
-    seeds, steps = seeds or (2 if quick else 10), steps or (400 if quick else 2000)
+    seeds, steps = seeds or (2 if quick else 10), steps or (300 if quick else 2000)
     torch.set_num_threads(1)  # the matrices are too small for two
     out.mkdir(parents=True, exist_ok=True)
     console, checked = Console(), min(steps, 300)

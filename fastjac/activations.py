@@ -33,6 +33,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -88,6 +89,16 @@ class Activation:
         """Whether φ^(order) is identically zero, as known from the row; also past `MAX_ORDER`."""
         return self.zero_from <= min(order, MAX_ORDER)
 
+    def has_zeros(self, order: int) -> bool:
+        """Whether φ^(order) is exactly zero on a piece of the line (ReLU' for z ≤ 0).
+
+        There the product with a cotangent is zero too, whatever the cotangent, as torch has it:
+        ``relu(z).sqrt()`` has an infinite one at z ≤ 0.
+        """
+        return order <= MAX_ORDER and bool(
+            re.search(r"(^|[(\s])0 if |else 0\b|^0$", self.derivatives[order])
+        )
+
     def param_values(self, given: Mapping[str, float]) -> tuple[float, float]:
         """The kernels' scalar arguments: defaults overridden by ``given``, padded with zeros."""
         unknown = sorted(set(given) - set(self.params))
@@ -96,6 +107,12 @@ class Activation:
             raise TypeError(
                 f"activation {self.name!r} has no parameter {unknown[0]!r}; its parameters: {known}"
             )
+        for name, value in given.items():
+            if not isinstance(value, (int, float)):
+                raise TypeError(
+                    f"{name} is {type(value).__name__}: activation parameters are numbers, and a"
+                    " tensor would get no gradient; pass a float (or scale z to learn one)"
+                )
         values = [float(given.get(name, default)) for name, default in self.params.items()]
         values += [0.0] * (MAX_PARAMS - len(values))
         return values[0], values[1]

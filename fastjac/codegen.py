@@ -98,11 +98,13 @@ def cpp_header(table: Mapping[str, Any], table_hash: str) -> str:
     ]
     for row in table.values():
         params = list(row.params) + [""] * (2 - len(row.params))
+        zeros = ", ".join(str(row.has_zeros(k)).lower() for k in range(len(row.derivatives)))
         signature = ", ".join(f"[[maybe_unused]] T {p}" if p else "T" for p in params)
         out += [
             "",
             f"struct {_camel(row.name)} {{",
             f"  static constexpr int zero_from = {row.zero_from};",
+            f"  static constexpr bool has_zeros[] = {{{zeros}}};",
             "  template <int K, class T>",
             f"  FASTJAC_HD static T d([[maybe_unused]] T z, {signature}) {{",
         ]
@@ -111,7 +113,23 @@ def cpp_header(table: Mapping[str, Any], table_hash: str) -> str:
             for name, expression in statements(row, order, CPP):
                 out.append(f"      const T {name} = {expression};" if name else
                            f"      return {expression};")  # fmt: skip
-        out += ["    }", "  }", "};"]
+        out += [
+            "    }",
+            "  }",
+            "  // d<K>(z) * g, zero wherever the derivative is, though g be inf or NaN.",
+            "  template <int K, class T>",
+            "  FASTJAC_HD static T times([[maybe_unused]] T z, [[maybe_unused]] T g, T p0, T p1) {",
+            "    if constexpr (K >= zero_from) {",
+            "      return T(0);",
+            "    } else if constexpr (has_zeros[K]) {",
+            "      const T slope = d<K>(z, p0, p1);",
+            "      return math::where(slope == T(0), T(0), slope * g);",
+            "    } else {",
+            "      return d<K>(z, p0, p1) * g;",
+            "    }",
+            "  }",
+            "};",
+        ]
     out += [
         "",
         "// Calls visitor(Functor{}) for the activation with this id; false if there is none.",

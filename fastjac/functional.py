@@ -26,6 +26,10 @@ def _drop_in(row: Activation) -> Callable[..., Tensor]:
                 f"{row.name}() takes z and {len(names)} parameters ({', '.join(names) or 'none'}),"
                 f" got {len(args)} more positional arguments"
             )
+        if "inplace" in params:
+            raise TypeError(
+                f"{row.name}() has no inplace: z is kept for the derivatives; leave it out"
+            )
         params.update(zip(names, args, strict=False))
         return act(z, fn=row.name, impl=impl, **params)
 

@@ -56,7 +56,7 @@ def activation_of(module: nn.Module) -> Act | None:
 
     Exact types only: a subclass may have changed the forward.
     """
-    if isinstance(module, Act):
+    if type(module) is Act:
         return module
     for row in TABLE.values():
         if row.module is None or type(module) is not getattr(nn, row.module):
@@ -69,7 +69,11 @@ def activation_of(module: nn.Module) -> Act | None:
 # The plain functions that a model may hold as an attribute (nn.TransformerEncoderLayer does).
 _HELD: dict[Callable[..., Any], str] = {}
 for _row in TABLE.values():
-    for _function in (_row.torch_function_object(), getattr(torch, _row.name, None)):
+    for _function in (
+        _row.torch_function_object(),
+        getattr(torch, _row.name, None),
+        getattr(nn.functional, _row.name, None),
+    ):
         if _function is not None:
             _HELD.setdefault(_function, _row.name)
 
@@ -128,8 +132,10 @@ def unfuse(model: nn.Module) -> nn.Module:
 
     def original(module: nn.Module) -> nn.Module:
         if isinstance(module, Act) and module._replaced:
-            module._replaced[0].training = module.training
-            return module._replaced[0]
+            old = module._replaced[0]
+            old.training = module.training
+            _share_hooks(module, old)
+            return old
         return module
 
     for parent in list(model.modules()):
@@ -149,6 +155,9 @@ class _Held:
         self.replaced, self.fn, self.impl = replaced, fn, impl
 
     def __call__(self, z: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        kwargs.pop("inplace", None)  # z is kept for the derivatives, so it is not written over
+        if args and isinstance(args[-1], bool):
+            args = args[:-1]
         return FUNCTIONS[self.fn](z, *args, impl=self.impl, **kwargs)
 
     def __repr__(self) -> str:
@@ -160,7 +169,10 @@ def _hashable(value: object) -> bool:
 
 
 def _share_hooks(old: nn.Module, new: nn.Module) -> None:
-    """Both modules hold the same hook dictionaries, so handles taken before still remove hooks."""
+    """Both modules hold the same hook dictionaries, so handles taken before still remove hooks.
+
+    With the flag that says what kind of backward hooks they are.
+    """
     for name, value in vars(old).items():
-        if "hooks" in name:
+        if "hook" in name:
             vars(new)[name] = value

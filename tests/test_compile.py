@@ -85,7 +85,7 @@ from fastjac.kernels import act
 
 arch, folder = int(sys.argv[1]), Path(sys.argv[2])
 print(get_ptxas(arch).path)
-CONSTANTS = ("p0", "p1", "FN", "K", "HAS_G", "COMPUTE", "BLOCK")
+CONSTANTS = ("p0", "p1", "FN", "K", "ZEROS", "ZEROS_NEXT", "HAS_G", "COMPUTE", "BLOCK")
 names = {tl.float32: "fp32", tl.float64: "fp64"}
 
 def compile(kernel, tag, pointer, **constants):
@@ -109,8 +109,9 @@ for fn, (name, row) in enumerate(TABLE.items()):
             continue
         for k in range(3):
             compile(act.act_kernel, f"{name}_{k}", pointer, K=k, HAS_G=k > 0, COMPUTE=compute,
-                    **common)
-        compile(act.act_backward_kernel, f"{name}_1", pointer, K=1, COMPUTE=compute, **common)
+                    ZEROS=row.has_zeros(k), **common)
+        compile(act.act_backward_kernel, f"{name}_1", pointer, K=1, COMPUTE=compute,
+                ZEROS=row.has_zeros(1), ZEROS_NEXT=row.has_zeros(2), **common)
 """
 
 

@@ -12,23 +12,12 @@ namespace {
 constexpr int64_t run = 1024;
 
 template <class A, int K, class T>
-FASTJAC_HD T derivative(T z, T p0, T p1) {
-  if constexpr (K >= A::zero_from) {
-    return T(0);
-  } else {
-    return A::template d<K>(z, p0, p1);
-  }
-}
-
-template <class A, int K, class T>
 void forward_loop(const T* __restrict z, const T* __restrict g, const T*, T* __restrict out, T*,
                   int64_t n, T p0, T p1) {
-  if constexpr (K >= A::zero_from) {  // exactly zero, also where g is inf or NaN
-    for (int64_t i = 0; i < n; ++i) out[i] = T(0);
-  } else if (g == nullptr) {
-    for (int64_t i = 0; i < n; ++i) out[i] = derivative<A, K>(z[i], p0, p1);
+  if (g == nullptr) {
+    for (int64_t i = 0; i < n; ++i) out[i] = A::template times<K>(z[i], T(1), p0, p1);
   } else {
-    for (int64_t i = 0; i < n; ++i) out[i] = derivative<A, K>(z[i], p0, p1) * g[i];
+    for (int64_t i = 0; i < n; ++i) out[i] = A::template times<K>(z[i], g[i], p0, p1);
   }
 }
 
@@ -36,8 +25,8 @@ template <class A, int K, class T>
 void backward_loop(const T* __restrict z, const T* __restrict g, const T* __restrict v,
                    T* __restrict out, T* __restrict out_g, int64_t n, T p0, T p1) {
   for (int64_t i = 0; i < n; ++i) {
-    out[i] = derivative<A, K + 1>(z[i], p0, p1) * g[i] * v[i];
-    out_g[i] = derivative<A, K>(z[i], p0, p1) * v[i];
+    out[i] = A::template times<K + 1>(z[i], g[i] * v[i], p0, p1);
+    out_g[i] = A::template times<K>(z[i], v[i], p0, p1);
   }
 }
 

@@ -14,15 +14,6 @@ namespace {
 
 constexpr int threads = 256;
 
-template <class A, int K, class T>
-__device__ __forceinline__ T derivative(T z, T p0, T p1) {
-  if constexpr (K >= A::zero_from) {
-    return T(0);
-  } else {
-    return A::template d<K>(z, p0, p1);
-  }
-}
-
 // The order is a run-time argument, the same for every thread of a launch: a uniform branch, and a
 // quarter of the instantiations. f(integral_constant) is called for order < Orders.
 template <int Orders, class F>
@@ -51,8 +42,8 @@ __global__ void __launch_bounds__(threads)
   with_order<4>(order, [&](auto k) {
 #pragma unroll
     for (int i = 0; i < Pack<S>::size; ++i) {
-      T value = derivative<A, k()>(widen(z_pack.at[i]), p0, p1);
-      if (g != nullptr && k() < A::zero_from) value *= widen(g_pack.at[i]);
+      const T factor = g == nullptr ? T(1) : T(widen(g_pack.at[i]));
+      const T value = A::template times<k()>(T(widen(z_pack.at[i])), factor, p0, p1);
       out_pack.at[i] = narrow<S>(value);
     }
   });
@@ -75,8 +66,8 @@ __global__ void __launch_bounds__(threads)
 #pragma unroll
     for (int i = 0; i < Pack<S>::size; ++i) {
       const T zi = widen(z_pack.at[i]), gi = widen(g_pack.at[i]), vi = widen(v_pack.at[i]);
-      grad_z_pack.at[i] = narrow<S>(derivative<A, k() + 1>(zi, p0, p1) * gi * vi);
-      grad_g_pack.at[i] = narrow<S>(derivative<A, k()>(zi, p0, p1) * vi);
+      grad_z_pack.at[i] = narrow<S>(A::template times<k() + 1>(zi, gi * vi, p0, p1));
+      grad_g_pack.at[i] = narrow<S>(A::template times<k()>(zi, vi, p0, p1));
     }
   });
   store_pack(grad_z_pack, grad_z, first, numel);

@@ -7,25 +7,38 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastjac.activations import TABLE
 from fastjac.kernels._phi import phi
 
 # Elementwise and bound by memory: 8 elements a thread give 16- or 32-byte accesses.
 BLOCK = 1024
 NUM_WARPS = 4
 
+_ROWS = list(TABLE.values())
+
+
+@triton.jit
+def times(slope, g, ZEROS: tl.constexpr):
+    # Zero wherever the derivative is, though g be inf or NaN.
+    product = slope * g
+    if ZEROS:
+        product = tl.where(slope == 0, slope, product)
+    return product
+
 
 @triton.jit
 def act_kernel(
     z_ptr, g_ptr, out_ptr, numel,
     p0: tl.constexpr, p1: tl.constexpr, FN: tl.constexpr, K: tl.constexpr,
-    HAS_G: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr,
+    ZEROS: tl.constexpr, HAS_G: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = offsets < numel
     z = tl.load(z_ptr + offsets, inside, other=0.0).to(COMPUTE)
     out = tl.zeros([BLOCK], COMPUTE) + phi(z, p0, p1, FN, K)
     if HAS_G:
-        out *= tl.load(g_ptr + offsets, inside, other=0.0).to(COMPUTE)
+        g = tl.load(g_ptr + offsets, inside, other=0.0).to(COMPUTE)
+        out = times(out, g, ZEROS)
     tl.store(out_ptr + offsets, out.to(out_ptr.dtype.element_ty), inside)
 
 
@@ -33,15 +46,15 @@ def act_kernel(
 def act_backward_kernel(
     z_ptr, g_ptr, v_ptr, grad_z_ptr, grad_g_ptr, numel,
     p0: tl.constexpr, p1: tl.constexpr, FN: tl.constexpr, K: tl.constexpr,
-    COMPUTE: tl.constexpr, BLOCK: tl.constexpr,
+    ZEROS: tl.constexpr, ZEROS_NEXT: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = offsets < numel
     z = tl.load(z_ptr + offsets, inside, other=0.0).to(COMPUTE)
     g = tl.load(g_ptr + offsets, inside, other=0.0).to(COMPUTE)
     v = tl.load(v_ptr + offsets, inside, other=0.0).to(COMPUTE)
-    grad_z = phi(z, p0, p1, FN, K + 1) * g * v
-    grad_g = phi(z, p0, p1, FN, K) * v
+    grad_z = times(phi(z, p0, p1, FN, K + 1), g * v, ZEROS_NEXT)
+    grad_g = times(phi(z, p0, p1, FN, K), v, ZEROS)
     tl.store(grad_z_ptr + offsets, grad_z.to(grad_z_ptr.dtype.element_ty), inside)
     tl.store(grad_g_ptr + offsets, grad_g.to(grad_g_ptr.dtype.element_ty), inside)
 
@@ -63,7 +76,7 @@ def act(z: Tensor, g: Tensor | None, order: int, fn: int, p0: float, p1: float) 
     g_dense = z_dense if g is None else _with_strides_of(g, out)
     act_kernel[(triton.cdiv(z.numel(), BLOCK),)](
         z_dense, g_dense, out, z.numel(), p0, p1, fn, order,
-        HAS_G=g is not None, COMPUTE=compute_dtype(z.dtype), BLOCK=BLOCK, num_warps=NUM_WARPS,
+        ZEROS=_ROWS[fn].has_zeros(order), HAS_G=g is not None, COMPUTE=compute_dtype(z.dtype), BLOCK=BLOCK, num_warps=NUM_WARPS,
     )  # fmt: skip
     return out
 
@@ -77,6 +90,7 @@ def act_backward(
     dense = [_with_strides_of(t, grad_z) for t in (z, g, v)]
     act_backward_kernel[(triton.cdiv(z.numel(), BLOCK),)](
         *dense, grad_z, grad_g, z.numel(), p0, p1, fn, order,
+        ZEROS=_ROWS[fn].has_zeros(order), ZEROS_NEXT=_ROWS[fn].has_zeros(order + 1),
         COMPUTE=compute_dtype(z.dtype), BLOCK=BLOCK, num_warps=NUM_WARPS,
     )  # fmt: skip
     return grad_z, grad_g

@@ -10,9 +10,10 @@ and ``act_backward`` writes both in one pass over ``z, g, v``. The forward of a 
 ``act_backward(z, δ, v, 1)``: five memory passes; eager torch takes 11 (tanh) to 85 (GELU-tanh).
 
 Wiring (each part is there because leaving it out went wrong silently or loudly on torch 2.13):
-forward and backward are registered torch ops with fake kernels, vmap rules and a dispatcher-level
-autograd formula; on top of them a pair of ``autograd.Function``s that call each other carries
-``torch.func`` transforms, and enters ``torch.compile`` through ``allow_in_graph``.
+forward and backward are registered torch ops with fake kernels and vmap rules; a pair of
+``autograd.Function``s that call each other carries eager autograd, forward mode and ``torch.func``,
+and enters ``torch.compile`` through ``allow_in_graph``; the raw ops' autograd key leads to the same
+Functions.
 """
 
 from __future__ import annotations
@@ -23,11 +24,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import Library, register_autograd, register_fake, register_vmap
+from torch.library import Library, register_fake, register_vmap
 
 from fastjac.activations import IDS, MAX_ORDER, TABLE, Activation, get
 from fastjac.dispatch import Example, Op
-from fastjac.ops._autograd import Function, below_autograd
+from fastjac.ops._autograd import Add, Function, Multiply, below_autograd
 
 _LIBRARY = Library("fastjac", "FRAGMENT")
 
@@ -154,65 +155,36 @@ def _elementwise_derivative(f: Any) -> Any:
     return lambda z: torch.func.grad(lambda z: f(z).sum())(z)
 
 
-# ---- the formulas, for both levels of autograd below; `call` and `call_backward` are that level's
+# ---- derivatives
 
 
-def _past_last_order(fn: int, order: int) -> RuntimeError:
-    name = list(TABLE)[fn]
-    return RuntimeError(
-        f"act: derivative of order {order} of {name!r} was asked for, the kernels go to"
-        f" {MAX_ORDER}; impl='reference' differentiates any number of times"
-    )
+def _row(fn: int) -> Activation:
+    return list(TABLE.values())[fn]
 
 
-def _zeros(z: Tensor) -> Tensor:
-    return z.new_zeros(()).expand(z.shape)  # a dense tensor of zeros would cost a memory pass
-
-
-def _vjp(call, call_backward, z, g, v, order, fn, needs_z, needs_g):
-    """(∂z, ∂g) of act(z, g, order) for the cotangent v; None where not needed."""
-    grad_z = grad_g = None
-    row = list(TABLE.values())[fn]
-    if needs_z and row.is_zero(order + 1):  # piecewise linear: nothing to compute
-        grad_z, needs_z = _zeros(z), False
-    if needs_z and order + 1 > MAX_ORDER:
-        raise _past_last_order(fn, order + 1)
-    if needs_z and needs_g:
-        grad_z, grad_g = call_backward(z, g, v, order)
-    elif needs_z:
-        grad_z = call(z, v if g is None else g * v, order + 1)
-    elif needs_g:
-        grad_g = call(z, v, order)
-    return grad_z, grad_g
-
-
-def _vjp_of_backward(call, z, g, v, p, q, order, fn, needs):
-    """(∂z, ∂g, ∂v) of act_backward(z, g, v, order) for the cotangents p, q of its two results."""
-    needs_z, needs_g, needs_v = needs
-    grad_z = grad_g = grad_v = None
-    if needs_z:
-        grad_z = call(z, v * q, order + 1)
-        if not list(TABLE.values())[fn].is_zero(order + 2):
-            if order + 2 > MAX_ORDER:
-                raise _past_last_order(fn, order + 2)
-            grad_z = grad_z + call(z, g * v * p, order + 2)
-    if needs_g:
-        grad_g = call(z, v * p, order + 1)
-    if needs_v:
-        grad_v = call(z, g * p, order + 1) + call(z, q, order)
-    return grad_z, grad_g, grad_v
-
-
-# ---- autograd.Function level: eager, torch.func and torch.compile
+def _derivative(z, g, order, fn, *rest):
+    """φ^(order)(z) · g as a differentiable call; zero past the last piece of a polynomial row."""
+    row = _row(fn)
+    if row.is_zero(order):
+        return z.new_zeros(()).expand(z.shape)  # a dense tensor of zeros would cost a memory pass
+    if order > MAX_ORDER:
+        raise RuntimeError(
+            f"act: derivative of order {order} of {row.name!r} was asked for, the kernels go to"
+            f" {MAX_ORDER}; impl='reference' differentiates any number of times"
+        )
+    return _Act.apply(z, g, order, fn, *rest)
 
 
 class _Act(Function):
+    """act(z, g, k); by its tangents and cotangents it is made of itself and `_ActBackward`."""
+
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(z, g, order, fn, p0, p1, suffix):
+    def forward(z, g, order, *rest):
+        *constants, suffix = rest
         with below_autograd():
-            return _RAW["act" + suffix](z, g, order, fn, p0, p1)
+            return _RAW["act" + suffix](z, g, order, *constants)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -224,58 +196,77 @@ class _Act(Function):
     def backward(ctx, v):
         z, g = ctx.saved_tensors
         order, *rest = ctx.constants
-        grads = _vjp(
-            lambda z, g, k: _Act.apply(z, g, k, *rest),
-            lambda z, g, v, k: _ActBackward.apply(z, g, v, k, *rest),
-            *(z, g, v, order, rest[0]),
-            needs_z=ctx.needs_input_grad[0],
-            needs_g=ctx.needs_input_grad[1],
-        )
-        return (*grads, None, None, None, None, None)
+        needs_z, needs_g = ctx.needs_input_grad[:2]
+        grad_z = grad_g = None
+        if needs_z and needs_g and order < MAX_ORDER and not _row(rest[0]).is_zero(order + 1):
+            grad_z, grad_g = _ActBackward.apply(z, g, v, order, *rest)
+        else:
+            if needs_z:
+                grad_z = _derivative(z, v if g is None else g * v, order + 1, *rest)
+            if needs_g:
+                grad_g = _derivative(z, v, order, *rest)
+        return grad_z, grad_g, *[None] * (1 + len(rest))
 
     @staticmethod
     def jvp(ctx, z_t, g_t, *_):
         z, g = ctx.saved_tensors
         order, *rest = ctx.constants
-        out = None
+        terms = []
         if z_t is not None:
-            grads = _vjp(
-                lambda z, g, k: _Act.apply(z, g, k, *rest),
-                None,
-                *(z, g, z_t, order, rest[0]),
-                needs_z=True,
-                needs_g=False,
-            )
-            out = grads[0]
+            factor = z_t if g is None else Multiply.apply(g, z_t)
+            terms.append(_derivative(z, factor, order + 1, *rest))
         if g_t is not None:
-            from_g = _Act.apply(z, g_t, order, *rest)
-            out = from_g if out is None else out + from_g
-        return out
+            terms.append(_derivative(z, g_t, order, *rest))
+        return functools.reduce(Add.apply, terms)
 
 
 class _ActBackward(Function):
+    """(φ^(k+1)(z) · g · v, φ^(k)(z) · v) in one pass."""
+
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(z, g, v, order, fn, p0, p1, suffix):
+    def forward(z, g, v, order, *rest):
+        *constants, suffix = rest
         with below_autograd():
-            return _RAW["act_backward" + suffix](z, g, v, order, fn, p0, p1)
+            return _RAW["act_backward" + suffix](z, g, v, order, *constants)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         z, g, v, *ctx.constants = inputs
         ctx.save_for_backward(z, g, v)
+        ctx.save_for_forward(z, g, v)
 
     @staticmethod
     def backward(ctx, p, q):
         z, g, v = ctx.saved_tensors
         order, *rest = ctx.constants
-        grads = _vjp_of_backward(
-            lambda z, g, k: _Act.apply(z, g, k, *rest),
-            *(z, g, v, p, q, order, rest[0]),
-            needs=ctx.needs_input_grad[:3],
-        )
-        return (*grads, None, None, None, None, None)
+        needs_z, needs_g, needs_v = ctx.needs_input_grad[:3]
+        grad_z = grad_g = grad_v = None
+        if needs_z:
+            grad_z = _derivative(z, v * q, order + 1, *rest)
+            grad_z = grad_z + _derivative(z, g * v * p, order + 2, *rest)
+        if needs_g:
+            grad_g = _derivative(z, v * p, order + 1, *rest)
+        if needs_v:
+            grad_v = _derivative(z, g * p, order + 1, *rest) + _derivative(z, q, order, *rest)
+        return grad_z, grad_g, grad_v, *[None] * (1 + len(rest))
+
+    @staticmethod
+    def jvp(ctx, z_t, g_t, v_t, *_):
+        z, g, v = ctx.saved_tensors
+        order, *rest = ctx.constants
+        multiply, first, second = Multiply.apply, [], []
+        if z_t is not None:
+            first.append(_derivative(z, multiply(multiply(g, v), z_t), order + 2, *rest))
+            second.append(_derivative(z, multiply(v, z_t), order + 1, *rest))
+        if g_t is not None:
+            first.append(_derivative(z, multiply(v, g_t), order + 1, *rest))
+        if v_t is not None:
+            first.append(_derivative(z, multiply(g, v_t), order + 1, *rest))
+            second.append(_derivative(z, v_t, order, *rest))
+        zeros = [torch.zeros_like(z)]
+        return functools.reduce(Add.apply, first), functools.reduce(Add.apply, second or zeros)
 
 
 @torch.compiler.allow_in_graph
@@ -283,78 +274,40 @@ def _act_in_graph(z, g, order, fn, p0, p1, suffix):
     return _Act.apply(z, g, order, fn, p0, p1, suffix)
 
 
-# ---- dispatcher level: the raw ops, for whoever calls torch.ops.fastjac.* and for opcheck
+# ---- the raw ops: fake kernels, vmap rules, and an autograd key that leads to the Functions, so
+# that torch.ops.fastjac.* called directly (an exported program does) loses no derivative
 
 
-def _register(suffix: str) -> None:
-    act_name, backward_name = f"fastjac::act{suffix}", f"fastjac::act_backward{suffix}"
-    raw = _RAW["act" + suffix] = getattr(torch.ops.fastjac, "act" + suffix).default
-    raw_backward = getattr(torch.ops.fastjac, "act_backward" + suffix).default
-    _RAW["act_backward" + suffix] = raw_backward
+def _register(name: str, function: type[Function], operands: int, suffix: str) -> None:
+    op = getattr(torch.ops.fastjac, name + suffix).default
+    _RAW[name + suffix] = op
 
-    @register_fake(act_name, lib=_LIBRARY)
-    def _(z, g, order, fn, p0, p1):
-        return torch.empty_like(z)
+    def fake(z, *args):
+        outs = [torch.empty_like(z) for _ in range(len(op._schema.returns))]
+        return tuple(outs) if len(outs) > 1 else outs[0]
 
-    @register_fake(backward_name, lib=_LIBRARY)
-    def _(z, g, v, order, fn, p0, p1):
-        return torch.empty_like(z), torch.empty_like(z)
+    def through_function(*args):
+        if torch._C._are_functorch_transforms_active():
+            raise RuntimeError(
+                f"torch.ops.fastjac.{name}{suffix} (from an exported program, say) cannot be"
+                " transformed by torch.func: call fastjac.act, or use torch.autograd"
+            )
+        return function.apply(*args, suffix)
 
-    def setup(ctx, inputs, output):
-        z, g, *ctx.constants = inputs
-        ctx.save_for_backward(z, g)
+    def batched(info, in_dims, *args):
+        def moved(x, dim):
+            if x is None:
+                return None
+            if dim is None:
+                return x.unsqueeze(0).expand(info.batch_size, *x.shape)
+            return x.movedim(dim, 0)
 
-    def backward(ctx, v):
-        z, g = ctx.saved_tensors
-        order, *rest = ctx.constants
-        grads = _vjp(
-            lambda z, g, k: raw(z, g, k, *rest),
-            lambda z, g, v, k: raw_backward(z, g, v, k, *rest),
-            *(z, g, v, order, rest[0]),
-            needs_z=ctx.needs_input_grad[0],
-            needs_g=ctx.needs_input_grad[1],
-        )
-        return (*grads, None, None, None, None)
+        out = op(*map(moved, args[:operands], in_dims[:operands]), *args[operands:])
+        return out, (0, 0) if isinstance(out, tuple) else 0
 
-    register_autograd(act_name, backward, setup_context=setup, lib=_LIBRARY)
-
-    def setup_backward(ctx, inputs, output):
-        z, g, v, *ctx.constants = inputs
-        ctx.save_for_backward(z, g, v)
-
-    def backward_of_backward(ctx, p, q):
-        z, g, v = ctx.saved_tensors
-        order, *rest = ctx.constants
-        grads = _vjp_of_backward(
-            lambda z, g, k: raw(z, g, k, *rest),
-            *(z, g, v, p, q, order, rest[0]),
-            needs=ctx.needs_input_grad[:3],
-        )
-        return (*grads, None, None, None, None)
-
-    register_autograd(
-        backward_name, backward_of_backward, setup_context=setup_backward, lib=_LIBRARY
-    )
-
-    def batched(op, tensors: int):
-        def rule(info, in_dims, *args):
-            moved = [
-                None if x is None
-                else x.unsqueeze(0).expand(info.batch_size, *x.shape) if dim is None
-                else x.movedim(dim, 0)
-                for x, dim in zip(args[:tensors], in_dims[:tensors], strict=True)
-            ]  # fmt: skip
-            out = op(*moved, *args[tensors:])
-            return out, (0, 0) if isinstance(out, tuple) else 0
-
-        return rule
-
-    register_vmap(act_name, batched(raw, 2), lib=_LIBRARY)
-    register_vmap(backward_name, batched(raw_backward, 3), lib=_LIBRARY)
-
-
-for _suffix in _SUFFIXES:
-    _register(_suffix)
+    register_fake(f"fastjac::{name}{suffix}", fake, lib=_LIBRARY)
+    register_vmap(f"fastjac::{name}{suffix}", batched, lib=_LIBRARY)
+    _LIBRARY.impl(name + suffix, through_function, "Autograd")
 
 
 def _triton_kernel(name: str) -> Any:
@@ -366,5 +319,8 @@ def _triton_kernel(name: str) -> Any:
     return launch
 
 
+for _suffix in _SUFFIXES:
+    _register("act", _Act, 2, _suffix)
+    _register("act_backward", _ActBackward, 3, _suffix)
 for _name in ("act", "act_backward"):
     _LIBRARY.impl(f"{_name}_triton", _triton_kernel(_name), "CompositeExplicitAutograd")

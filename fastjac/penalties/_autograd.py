@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastjac.ops._autograd import Function
 from fastjac.penalties import _checks
 
 NORMS = ("l2_squared", "l2", "l1")
@@ -55,17 +56,32 @@ def vjp(output: Tensor, x: Tensor, w: Tensor, chunk_size: int | None = None) -> 
 
     A piece is one batched pass (``is_grads_batched``) over ``chunk_size`` cotangents, a piece of
     one cotangent a plain pass without vmap. All of it stays in the graph, ``w`` included.
+
+    A graph that holds somebody's ``autograd.Function`` (a compiled model is one) is gone through one
+    cotangent at a time: under a batched pass torch would drop the second-order term of such a
+    Function with no error (seen on torch 2.13); alone it is exact, or raises.
     """
-    for piece in w.split(chunk_size or len(w)):
+    size = chunk_size or len(w)
+    if size > 1 and not torch.compiler.is_compiling() and holds_foreign_function(output):
+        size = 1
+    for piece in w.split(size):
         batched = len(piece) > 1
-        (v,) = torch.autograd.grad(
-            output,
-            x,
-            piece if batched else piece[0],
-            create_graph=True,
-            allow_unused=True,
-            is_grads_batched=batched,
-        )
+        try:
+            (v,) = torch.autograd.grad(
+                output,
+                x,
+                piece if batched else piece[0],
+                create_graph=True,
+                allow_unused=True,
+                is_grads_batched=batched,
+            )
+        except RuntimeError as error:
+            if not batched:
+                raise
+            raise RuntimeError(
+                f"the batched pass over {len(piece)} cotangents failed; if an operation of the model "
+                f"cannot be batched, chunk_size=1 goes one by one. Torch said: {error}"
+            ) from error
         if v is None:
             raise RuntimeError(
                 "output does not depend on x: pass the very tensor that went into the model, and "
@@ -74,8 +90,29 @@ def vjp(output: Tensor, x: Tensor, w: Tensor, chunk_size: int | None = None) -> 
         yield v if batched else v.unsqueeze(0)
 
 
+def holds_foreign_function(output: Tensor) -> bool:
+    """Whether the graph of ``output`` has a node of a Python ``autograd.Function`` not ours."""
+    seen, left = set(), [output.grad_fn]
+    while left:
+        node = left.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        forward = getattr(node, "_forward_cls", None)
+        if forward is not None and not issubclass(forward, Function):
+            return True
+        left += [following for following, _ in node.next_functions]
+    return False
+
+
 def check_modes() -> None:
-    """A gradient needs autograd switched on."""
+    """A gradient needs autograd switched on, and the graph that ``torch.func`` hides."""
+    if torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            "the penalty reads autograd's graph, which does not exist inside a torch.func "
+            "transform: call it outside, or write it with torch.func.vjp (fastjac.reference shows "
+            "the formula)"
+        )
     if torch.is_grad_enabled():  # False in inference mode too, which dynamo cannot ask about
         return
     mode = "inference mode" if torch.is_inference_mode_enabled() else "torch.no_grad()"
@@ -138,6 +175,11 @@ def run_model(model: Callable[..., Any], x: Tensor, at: str | None) -> tuple[Ten
         caught.append(hidden if hidden.requires_grad else hidden.detach().requires_grad_())
         return caught[-1].clone()
 
+    if hasattr(model, "_orig_mod"):
+        raise TypeError(
+            f"at={at!r} names a submodule, and model is torch.compile'd, whose submodules do not "
+            "run: pass the module before compiling"
+        )
     handle = submodule(model, at).register_forward_hook(catch)
     try:
         output = call_model(model, x)

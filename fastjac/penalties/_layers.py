@@ -9,6 +9,7 @@ pre-activation. The hooks are gone when the model returns or raises.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -19,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from fastjac.nn import activation_of
+from fastjac.nn import Act, activation_of
 
 LINEAR = (nn.Linear,)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -68,7 +69,7 @@ def is_activation(module: nn.Module) -> bool:
     """A module whose derivative can be taken elementwise."""
     return (
         activation_of(module) is not None
-        or isinstance(module, ACTIVATIONS)
+        or isinstance(module, (Act, *ACTIVATIONS))
         or callable(getattr(module, "fastjac_activation", None))
     )
 
@@ -122,6 +123,11 @@ class LayerCollector:
                 f"model is {type(model).__name__}: layer-wise penalties look at submodules, so it "
                 "must be an nn.Module"
             )
+        if hasattr(model, "_orig_mod"):
+            raise TypeError(
+                "model is a torch.compile'd module, whose submodules do not run: pass the module "
+                "before compiling, or compile its blocks in place (block.compile())"
+            )
         if torch.is_inference_mode_enabled():
             raise RuntimeError(
                 "inference mode is active: its tensors keep no track of in-place changes; use "
@@ -139,6 +145,7 @@ class LayerCollector:
         self._paired: set[int] = set()
         self._undo = ExitStack()
         self._grad = torch.is_grad_enabled()
+        self._thread = threading.get_ident()  # hooks fire for every thread that runs the model
 
     def __enter__(self) -> LayerCollector:
         with self._undo as undo:
@@ -164,12 +171,16 @@ class LayerCollector:
         self._undo.close()
 
     def _saw_linear(self, module: nn.Module, args: Any, z: Any) -> None:
+        if threading.get_ident() != self._thread:
+            return
         self._idle.pop(module, None)
         last = isinstance(module, LINEAR)
         self._calls[id(z)] = Layer(self._names[module], z, weight_rows(module), last)
         self._versions[id(z)] = z._version
 
     def _enter_activation(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        if threading.get_ident() != self._thread:
+            return None
         z = args[0] if args else next(iter(kwargs.values()), None)
         call = None if self._open else self._calls.get(id(z))
         if call is not None and self._changed(call.z):
@@ -192,6 +203,8 @@ class LayerCollector:
         return args, {**kwargs, next(iter(kwargs)): call.z.clone()}
 
     def _leave_activation(self, module: nn.Module, args: Any, post: Any) -> None:
+        if threading.get_ident() != self._thread:
+            return
         pair = self._open.pop()
         if pair is not None:
             self._paired.add(id(pair.z))
