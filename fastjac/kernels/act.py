@@ -76,7 +76,8 @@ def act(z: Tensor, g: Tensor | None, order: int, fn: int, p0: float, p1: float) 
     g_dense = z_dense if g is None else _with_strides_of(g, out)
     act_kernel[(triton.cdiv(z.numel(), BLOCK),)](
         z_dense, g_dense, out, z.numel(), p0, p1, fn, order,
-        ZEROS=_ROWS[fn].has_zeros(order), HAS_G=g is not None, COMPUTE=compute_dtype(z.dtype), BLOCK=BLOCK, num_warps=NUM_WARPS,
+        ZEROS=_ROWS[fn].has_zeros(order), HAS_G=g is not None,
+        COMPUTE=compute_dtype(z.dtype), BLOCK=BLOCK, num_warps=NUM_WARPS,
     )  # fmt: skip
     return out
 

@@ -57,8 +57,8 @@ def vjp(output: Tensor, x: Tensor, w: Tensor, chunk_size: int | None = None) -> 
     A piece is one batched pass (``is_grads_batched``) over ``chunk_size`` cotangents, a piece of
     one cotangent a plain pass without vmap. All of it stays in the graph, ``w`` included.
 
-    A graph that holds somebody's ``autograd.Function`` (a compiled model is one) is gone through one
-    cotangent at a time: under a batched pass torch would drop the second-order term of such a
+    A graph that holds somebody's ``autograd.Function`` (a compiled model is one) is gone through
+    one cotangent at a time: under a batched pass torch would drop the second-order term of such a
     Function with no error (seen on torch 2.13); alone it is exact, or raises.
     """
     size = chunk_size or len(w)
@@ -79,8 +79,8 @@ def vjp(output: Tensor, x: Tensor, w: Tensor, chunk_size: int | None = None) -> 
             if not batched:
                 raise
             raise RuntimeError(
-                f"the batched pass over {len(piece)} cotangents failed; if an operation of the model "
-                f"cannot be batched, chunk_size=1 goes one by one. Torch said: {error}"
+                f"the batched pass over {len(piece)} cotangents failed; if an operation of the "
+                f"model cannot be batched, chunk_size=1 goes one by one. Torch said: {error}"
             ) from error
         if v is None:
             raise RuntimeError(

@@ -1,0 +1,231 @@
+"""Places where torch loses a derivative without an error, and what fastjac does there."""
+
+import threading
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.autograd import forward_ad
+from torch.func import grad, hessian, jacfwd, jacrev, jvp
+
+import fastjac
+from fastjac.activations import TABLE
+
+X = torch.tensor([0.3, -0.7, 1.9], dtype=torch.float64)
+
+
+class Cube(torch.autograd.Function):
+    """Somebody's own Function, correct and twice differentiable: its backward is a Function too."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(z):
+        return z**3
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, v):
+        return CubeBackward.apply(ctx.saved_tensors[0], v)
+
+
+class CubeBackward(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(z, v):
+        return 3 * z * z * v
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, p):
+        z, v = ctx.saved_tensors
+        return 6 * z * v * p, 3 * z * z * p
+
+
+class Cubed(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 6), nn.Linear(6, 3)
+        self.function = function
+
+    def forward(self, x):
+        return self.second(self.function(self.first(x)))
+
+
+@pytest.mark.parametrize("penalty", [fastjac.FrobReg(), fastjac.JacReg(), fastjac.SpectReg(-1)])
+def test_many_cotangents_through_a_foreign_function(penalty):
+    torch.manual_seed(0)
+    ours = Cubed(Cube.apply).double()
+    plain = Cubed(lambda z: z**3).double()
+    plain.load_state_dict(ours.state_dict())
+    x = torch.randn(5, 4, dtype=torch.float64)
+    grads = []
+    for model in (ours, plain):
+        _, value = penalty(model, x)
+        grads.append(torch.autograd.grad(value, list(model.parameters()), materialize_grads=True))
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.slow
+def test_many_cotangents_through_a_compiled_model_raise(no_stale_graphs):
+    model = nn.Sequential(nn.Linear(4, 6), nn.GELU(), nn.Linear(6, 3))
+    compiled = torch.compile(model, backend="aot_eager")
+    with pytest.raises(RuntimeError, match="double backward"):
+        fastjac.SpectReg(4)(compiled, torch.randn(5, 4))[1].backward()
+
+
+def times_square(act):
+    return lambda z: act(z) * z * z
+
+
+NESTED = [
+    (fastjac.tanh, torch.tanh),
+    (fastjac.silu, F.silu),
+    (lambda z: fastjac.act(z, z * z, fn="gelu"), times_square(F.gelu)),
+]
+
+
+@pytest.mark.parametrize(("ours", "torchs"), NESTED)
+def test_forward_mode_nests(ours, torchs):
+    def derivative(f):
+        return lambda z: jvp(f, (z,), (torch.ones_like(z),))[1]
+
+    for _ in range(3):
+        ours, torchs = derivative(ours), derivative(torchs)
+        torch.testing.assert_close(ours(X), torchs(X), rtol=1e-11, atol=1e-12)
+
+
+def test_triple_jacfwd():
+    got = jacfwd(jacfwd(jacfwd(fastjac.silu)))(X)
+    torch.testing.assert_close(got, jacfwd(jacfwd(jacfwd(F.silu)))(X), rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "second", [hessian, lambda f: jacfwd(jacrev(f)), lambda f: jacrev(grad(f))]
+)
+def test_second_derivative_of_a_gradient_penalty(second):
+    def penalty(act):
+        return lambda z: grad(lambda u: act(u).sum())(z).square().sum()
+
+    got, truth = second(penalty(fastjac.silu))(X), second(penalty(F.silu))(X)
+    torch.testing.assert_close(got, truth, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("impl", ["cpu", "triton", "reference"])
+@pytest.mark.parametrize("name", ["relu", "hardswish"])
+@pytest.mark.parametrize("order", [1, 2])
+def test_a_zero_slope_stays_zero_for_an_infinite_cotangent(name, order, impl):
+    z = torch.tensor([-4.0, -3.0, 4.0])
+    for bad in (float("inf"), float("nan")):
+        out = fastjac.act(z, torch.full_like(z, bad), order, name, impl="cpu")
+        slope = fastjac.act(z, None, order, name, impl="reference")
+        assert torch.equal(out == 0, slope == 0)
+    x = z.clone().requires_grad_()
+    fastjac.relu(x, impl=impl).sqrt().sum().backward()
+    torch.testing.assert_close(x.grad, torch.tensor([0.0, 0.0, 0.25]))
+
+
+def test_raw_op_keeps_forward_mode_and_refuses_torch_func():
+    raw = torch.ops.fastjac.act.default
+    fn = list(TABLE).index("gelu")
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(X, torch.ones_like(X))
+        got = forward_ad.unpack_dual(raw(dual, None, 0, fn, 0.0, 0.0)).tangent
+    torch.testing.assert_close(got, jvp(F.gelu, (X,), (torch.ones_like(X),))[1])
+    with pytest.raises(RuntimeError, match="cannot be transformed by torch.func"):
+        grad(lambda z: raw(z, None, 0, fn, 0.0, 0.0).sum())(X)
+
+
+def test_fuse_keeps_full_backward_hooks_both_ways():
+    model = nn.Sequential(nn.Linear(3, 4), nn.GELU(), nn.Linear(4, 2))
+    calls = []
+    model[1].register_full_backward_hook(lambda *_: calls.append(1))
+    for _ in range(3):
+        model(torch.randn(2, 3)).sum().backward()
+        model = fastjac.unfuse(model) if isinstance(model[1], fastjac.Act) else fastjac.fuse(model)
+    assert len(calls) == 3
+
+
+def test_layerwise_penalties_of_one_model_in_several_threads():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 8), nn.SiLU(), nn.Linear(8, 2))
+    x = torch.randn(6, 4)
+    truth = fastjac.dreg(model, x)[1].item()
+    values = []
+
+    def work():
+        penalty = fastjac.DREG()
+        values.extend(penalty(model, x)[1].item() for _ in range(40))
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(values) == 160 and values == pytest.approx([truth] * 160, rel=1e-6)
+
+
+def test_a_tensor_as_activation_parameter_is_refused():
+    omega = nn.Parameter(torch.tensor(30.0))
+    for call in (
+        lambda: fastjac.sine(X, omega),
+        lambda: fastjac.sine(X, omega, impl="reference"),
+        lambda: fastjac.Act("sine", omega=omega),
+    ):
+        with pytest.raises(
+            TypeError, match="omega is Parameter: activation parameters are numbers"
+        ):
+            call()
+
+
+def test_a_subclass_of_act_is_penalised_with_its_own_derivative():
+    class Tripled(fastjac.Act):
+        def forward(self, z):
+            return 3 * super().forward(z)
+
+    linear, x = nn.Linear(3, 4), torch.randn(5, 3)
+    once = fastjac.dreg(nn.Sequential(linear, fastjac.Act("gelu"), nn.Linear(4, 1)), x)[1]
+    tripled = fastjac.dreg(nn.Sequential(linear, Tripled("gelu"), nn.Linear(4, 1)), x)[1]
+    torch.testing.assert_close(tripled, 9 * once)
+
+
+def test_compiled_modules_are_refused_by_name():
+    compiled = torch.compile(nn.Sequential(nn.Linear(3, 4), nn.GELU(), nn.Linear(4, 2)))
+    with pytest.raises(TypeError, match="torch.compile'd module"):
+        fastjac.dreg(compiled, torch.randn(2, 3))
+    with pytest.raises(TypeError, match="at='0' names a submodule.*torch.compile'd"):
+        fastjac.FrobReg(at="0")(compiled, torch.randn(2, 3))
+
+
+def test_penalties_inside_torch_func_say_what_to_do():
+    model = nn.Linear(3, 2)
+    with pytest.raises(RuntimeError, match="torch.func transform: call it outside"):
+        grad(lambda x: fastjac.frobreg(model, x)[1])(torch.randn(2, 3))
+
+
+def test_held_functions_take_inplace_and_drop_ins_refuse_it():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.act, self.other = F.relu, F.tanh
+
+        def forward(self, z):
+            return self.other(self.act(z, inplace=True)) + self.act(z, True)
+
+    z = torch.randn(4)
+    model = Net()
+    truth = model(z.clone())
+    fastjac.fuse(model)
+    assert repr(model.other) == "fastjac.tanh"
+    torch.testing.assert_close(model(z.clone()), truth)
+    with pytest.raises(TypeError, match="relu\\(\\) has no inplace"):
+        fastjac.relu(z, inplace=True)
