@@ -6,8 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._functorch import is_legacy_batchedtensor
-from torch._functorch.utils import unwrap_dead_wrappers
+from torch._C._functorch import is_legacy_batchedtensor, unwrap_if_dead
 
 below_autograd = torch._C._AutoDispatchBelowAutograd
 """Inside ``Function.forward``: skips the raw op's own autograd formula (5 µs of Python a call)."""
@@ -32,10 +31,14 @@ class Function(torch.autograd.Function):
     def apply(cls, *args: Any) -> Any:
         if torch._C._are_functorch_transforms_active():
             return super().apply(*args)
-        if any(isinstance(a, Tensor) and is_legacy_batchedtensor(a) for a in args):
-            return cls._apply_batched(*args)
-        args = unwrap_dead_wrappers(args)
-        return super(torch.autograd.Function, cls).apply(*args)  # type: ignore[misc]
+        live = []
+        for a in args:
+            if isinstance(a, Tensor):
+                if is_legacy_batchedtensor(a):
+                    return cls._apply_batched(*args)
+                a = unwrap_if_dead(a)  # left over from a torch.func transform that has ended
+            live.append(a)
+        return super(torch.autograd.Function, cls).apply(*live)  # type: ignore[misc]
 
     @classmethod
     def _apply_batched(cls, *args: Any) -> Any:
