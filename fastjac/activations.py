@@ -15,7 +15,7 @@ comparisons inside ``a if condition else b`` (both sides are evaluated, so neith
 ======================= ==================================================================
 ``exp expm1``           as in libm
 ``log1p(x)``            log(1 + x) for 0 ≤ x ≤ 1
-``exp_neg(x)``          exp(x) for x ≤ 0, at 60% of the cost of ``exp`` on a CPU
+``exp_neg(x)``          exp(x) for x ≤ 0, cheaper than ``exp`` on a CPU
 ``sin cos abs``         as in libm
 ``tanh(z, e)``          tanh(z), given ``e = exp(-2|z|)``
 ``normcdf(z, e)``       Φ(z) of the standard normal, given ``e = exp(-z²/2)``
@@ -365,6 +365,9 @@ _ROWS = (
 
 TABLE: dict[str, Activation] = {row.name: row for row in _ROWS}
 """Every activation by name, in the order of the kernels' ids."""
+
+ROWS: tuple[Activation, ...] = _ROWS
+"""The same by the kernels' ids."""
 
 IDS: dict[str, int] = {name: index for index, name in enumerate(TABLE)}
 

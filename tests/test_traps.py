@@ -125,9 +125,10 @@ def test_second_derivative_of_a_gradient_penalty(second):
 @pytest.mark.parametrize("order", [1, 2])
 def test_a_zero_slope_stays_zero_for_an_infinite_cotangent(name, order, impl):
     z = torch.tensor([-4.0, -3.0, 4.0])
-    for bad in (float("inf"), float("nan")):
-        out = fastjac.act(z, torch.full_like(z, bad), order, name, impl="cpu")
-        slope = fastjac.act(z, None, order, name, impl="reference")
+    slope = fastjac.act(z, None, order, name, impl="reference")
+    # The reference multiplies as written, 0 * inf; torch's own backward, below, does not.
+    for bad in () if impl == "reference" else (float("inf"), float("nan")):
+        out = fastjac.act(z, torch.full_like(z, bad), order, name, impl=impl)
         assert torch.equal(out == 0, slope == 0)
     x = z.clone().requires_grad_()
     fastjac.relu(x, impl=impl).sqrt().sum().backward()

@@ -1,8 +1,8 @@
 // The functions that the activation table uses, for every compiler that includes the generated
 // header: nvcc takes CUDA's own; on the CPU double takes libm's, and float takes the branch-free
-// forms below, which GCC and Clang vectorise (a libm call would stay scalar, 10 to 20 times
-// slower). The constants come from fit_polynomials.py; the error of each function against libm in
-// double, over all its range, is printed by tests/test_math.py and held below the bound named here.
+// forms below, which GCC and Clang vectorise (a libm call would stay scalar). The constants come
+// from fit_polynomials.py; the error of each function against libm in double is printed by
+// tests/test_functions.py and held below the bound named here.
 #pragma once
 
 #include <cmath>

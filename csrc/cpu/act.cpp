@@ -10,8 +10,7 @@
 namespace fastjac {
 namespace {
 
-// Elements per thread below which a second thread costs more than it saves: 3 µs to wake one is
-// about 8k elements of the cheapest transcendental.
+// Fewest elements a thread is woken for.
 constexpr int64_t grain = 16384;
 
 void run(const ActCall& call, ActKernel kernel, int64_t numel) {

@@ -1,8 +1,7 @@
 // `act` and `act_backward` for CUDA tensors (schemas and meaning: fastjac/ops/act.py).
 //
-// Bound by memory: 2 to 5 accesses and at most some 60 instructions an element. A thread moves 16
-// bytes at a time and keeps `unroll` such loads of each operand in flight; the grid is one pass
-// over the tensor, so no loop-carried index arithmetic.
+// Bound by memory, 2 to 5 accesses an element: a thread moves 16 bytes of each operand, and the
+// grid is one pass over the tensor, so there is no loop-carried index arithmetic.
 #include <tuple>
 
 #include "activations.h"

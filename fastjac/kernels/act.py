@@ -7,14 +7,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastjac.activations import TABLE
+from fastjac.activations import MAX_ORDER, ROWS
 from fastjac.kernels._phi import phi
 
 # Elementwise and bound by memory: 8 elements a thread give 16- or 32-byte accesses.
 BLOCK = 1024
 NUM_WARPS = 4
 
-_ROWS = list(TABLE.values())
+# Per row and order, once: `has_zeros` reads the expression.
+_ZEROS = [[row.has_zeros(k) for k in range(MAX_ORDER + 1)] for row in ROWS]
 
 
 @triton.jit
@@ -76,7 +77,7 @@ def act(z: Tensor, g: Tensor | None, order: int, fn: int, p0: float, p1: float) 
     g_dense = z_dense if g is None else _with_strides_of(g, out)
     act_kernel[(triton.cdiv(z.numel(), BLOCK),)](
         z_dense, g_dense, out, z.numel(), p0, p1, fn, order,
-        ZEROS=_ROWS[fn].has_zeros(order), HAS_G=g is not None,
+        ZEROS=_ZEROS[fn][order], HAS_G=g is not None,
         COMPUTE=compute_dtype(z.dtype), BLOCK=BLOCK, num_warps=NUM_WARPS,
     )  # fmt: skip
     return out
@@ -91,7 +92,7 @@ def act_backward(
     dense = [_with_strides_of(t, grad_z) for t in (z, g, v)]
     act_backward_kernel[(triton.cdiv(z.numel(), BLOCK),)](
         *dense, grad_z, grad_g, z.numel(), p0, p1, fn, order,
-        ZEROS=_ROWS[fn].has_zeros(order), ZEROS_NEXT=_ROWS[fn].has_zeros(order + 1),
+        ZEROS=_ZEROS[fn][order], ZEROS_NEXT=_ZEROS[fn][order + 1],
         COMPUTE=compute_dtype(z.dtype), BLOCK=BLOCK, num_warps=NUM_WARPS,
     )  # fmt: skip
     return grad_z, grad_g

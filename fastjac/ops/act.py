@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.library import Library, register_fake, register_vmap
 
-from fastjac.activations import IDS, MAX_ORDER, TABLE, Activation, get
+from fastjac.activations import IDS, MAX_ORDER, ROWS, TABLE, Activation, get
 from fastjac.dispatch import Example, Op
 from fastjac.ops._autograd import Add, Function, Multiply, below_autograd
 
@@ -158,13 +158,9 @@ def _elementwise_derivative(f: Any) -> Any:
 # ---- derivatives
 
 
-def _row(fn: int) -> Activation:
-    return list(TABLE.values())[fn]
-
-
 def _derivative(z, g, order, fn, *rest):
     """φ^(order)(z) · g as a differentiable call; zero past the last piece of a polynomial row."""
-    row = _row(fn)
+    row = ROWS[fn]
     if row.is_zero(order):
         return z.new_zeros(()).expand(z.shape)  # a dense tensor of zeros would cost a memory pass
     if order > MAX_ORDER:
@@ -198,7 +194,7 @@ class _Act(Function):
         order, *rest = ctx.constants
         needs_z, needs_g = ctx.needs_input_grad[:2]
         grad_z = grad_g = None
-        if needs_z and needs_g and order < MAX_ORDER and not _row(rest[0]).is_zero(order + 1):
+        if needs_z and needs_g and order < MAX_ORDER and not ROWS[rest[0]].is_zero(order + 1):
             grad_z, grad_g = _ActBackward.apply(z, g, v, order, *rest)
         else:
             if needs_z:
