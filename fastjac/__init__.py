@@ -8,7 +8,7 @@ from fastjac.dispatch import explain
 from fastjac.functional import FUNCTIONS as _FUNCTIONS
 from fastjac.native import backend as _backend
 from fastjac.nn import Act, fuse, unfuse
-from fastjac.ops import act
+from fastjac.ops import act, act_stats, row_sqnorm
 from fastjac.penalties import *  # noqa: F403
 from fastjac.penalties import __all__ as _penalties
 
@@ -21,6 +21,7 @@ __all__ = [
     "Act",
     "__version__",
     "act",
+    "act_stats",
     "check",
     "explain",
     "fuse",
@@ -28,6 +29,7 @@ __all__ = [
     "nn",
     "penalties",
     "reference",
+    "row_sqnorm",
     "unfuse",
     *_FUNCTIONS,
     *_penalties,

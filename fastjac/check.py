@@ -103,7 +103,7 @@ def _compare(
         else:
             yield _record(op, "all", impl, dtype, device, why_not=reason)
     for example in OPS[op].examples():
-        inputs = {k: v.to(device=device, dtype=dtype) for k, v in example.inputs.items()}
+        inputs = example.to(device, dtype)
         wide = {k: v.double() for k, v in inputs.items()}
         truth = example.call(wide, "reference")
         eager = _errors(example.call(inputs, "reference"), truth)

@@ -32,12 +32,22 @@ class Choice:
 class Example:
     """A call of an op for ``fastjac check`` and the tests: float64 inputs and what to compute.
 
-    ``call(inputs, impl)`` returns named outputs, the derivatives among them.
+    ``call(inputs, impl)`` returns named outputs, the derivatives among them. The ``wide`` inputs
+    are float32 where the others are of 16 bits.
     """
 
     label: str
     inputs: dict[str, Tensor]
     call: Callable[[dict[str, Tensor], str], dict[str, Tensor]]
+    wide: tuple[str, ...] = ()
+
+    def to(self, device: torch.device | str, dtype: torch.dtype) -> dict[str, Tensor]:
+        """The inputs on a device, in a dtype."""
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        return {
+            name: t.to(device, wide if name in self.wide else dtype)
+            for name, t in self.inputs.items()
+        }
 
 
 class Op:

@@ -2,7 +2,8 @@
 
 Made from the activation table, one function a row, with torch's parameter names and order. Each
 takes ``impl`` beside them and is `fastjac.act` of order 0, so the VJP and the double backward that
-``autograd.grad(create_graph=True)`` asks for are the fused ones.
+``autograd.grad(create_graph=True)`` asks for are the fused ones. In a model that `fastjac.DREG` is
+attached to they also tell the penalty about the layer, which ``F.gelu`` cannot.
 """
 
 from __future__ import annotations
@@ -15,6 +16,18 @@ from torch import Tensor
 
 from fastjac.activations import TABLE, Activation
 from fastjac.ops import act
+
+OBSERVERS: list[Callable[..., Tensor | None]] = []
+"""Layer-wise penalties that watch a model: each is shown ``(z, fn, impl, params, a)`` and returns
+``φ(z)`` (or the ``a`` that it was given) where it wants the statistic of that activation."""
+
+
+def activate(z: Tensor, fn: str, impl: str, params: dict[str, Any]) -> Tensor:
+    """``φ(z)``: how every activation of ours is called, so that penalties see it."""
+    a = None
+    for observe in OBSERVERS:
+        a = observe(z, fn, impl, params, a)
+    return act(z, fn=fn, impl=impl, **params) if a is None else a
 
 
 def _drop_in(row: Activation) -> Callable[..., Tensor]:
@@ -31,7 +44,7 @@ def _drop_in(row: Activation) -> Callable[..., Tensor]:
                 f"{row.name}() has no inplace: z is kept for the derivatives; leave it out"
             )
         params.update(zip(names, args, strict=False))
-        return act(z, fn=row.name, impl=impl, **params)
+        return activate(z, row.name, impl, params)
 
     kind = inspect.Parameter
     function.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
@@ -64,7 +77,7 @@ def gelu(z: Tensor, approximate: str = "none", *, impl: str = "auto") -> Tensor:
     """
     if approximate not in ("none", "tanh"):
         raise ValueError(f"approximate={approximate!r}; choose 'none' or 'tanh'")
-    return act(z, fn="gelu" if approximate == "none" else "gelu_tanh", impl=impl)
+    return activate(z, "gelu" if approximate == "none" else "gelu_tanh", impl, {})
 
 
 FUNCTIONS["gelu"] = gelu

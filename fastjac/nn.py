@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fastjac.activations import TABLE, get
 from fastjac.dispatch import OPS
-from fastjac.functional import FUNCTIONS
+from fastjac.functional import FUNCTIONS, activate
 from fastjac.ops import act
 
 
@@ -38,6 +38,10 @@ class Act(nn.Module):
         self._replaced: tuple[nn.Module, ...] = ()  # in a tuple: not a submodule
 
     def forward(self, z: Tensor) -> Tensor:
+        return activate(z, self.fn, self.impl, self.params)
+
+    def compute(self, z: Tensor) -> Tensor:
+        """``φ(z)`` unseen by the penalties that watch the model."""
         return act(z, fn=self.fn, impl=self.impl, **self.params)
 
     def derivative(self, z: Tensor, g: Tensor | None = None, order: int = 1) -> Tensor:
@@ -76,6 +80,103 @@ for _row in TABLE.values():
     ):
         if _function is not None:
             _HELD.setdefault(_function, _row.name)
+
+
+def held_functions(module: nn.Module) -> list[tuple[str, Callable[..., Any], str]]:
+    """The torch activation functions that a module holds: (attribute, function, its row)."""
+    found = []
+    for name, value in vars(module).items():
+        if callable(value) and not isinstance(value, nn.Module) and _hashable(value):
+            fn = _HELD.get(value)
+            if fn is not None:
+                found.append((name, value, fn))
+    return found
+
+
+class LinearAct(nn.Linear):
+    """``φ(x Wᵀ + b)``: ``nn.Linear`` with its activation; the GEMM is torch's.
+
+    Under `fastjac.DREG` the activation, the penalty's statistic and the gradients of both are one
+    pass each. In any other model ``nn.Linear`` followed by an activation module gets the same.
+
+    Args:
+        in_features, out_features, bias, device, dtype: as ``nn.Linear``, whose parameters, names
+            in the ``state_dict`` and initialisation these are.
+        fn, impl, **params: the activation, as `Act`.
+
+    Shapes: ``[N, ..., in_features]`` to ``[N, ..., out_features]``. Gradients and errors as
+    `fastjac.act`.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        fn: str = "gelu",
+        *,
+        bias: bool = True,
+        impl: str = "auto",
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        **params: float,
+    ) -> None:
+        super().__init__(in_features, out_features, bias, device, dtype)
+        self.act = Act(fn, impl=impl, **params)
+
+    def pre_activation(self, x: Tensor) -> Tensor:
+        """``x Wᵀ + b``."""
+        return super().forward(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.pre_activation(x))
+
+
+class _ConvAct(nn.modules.conv._ConvNd):
+    """``φ(W ∗ x + b)``: torch's convolution of the same number of dimensions with its activation.
+
+    Args:
+        in_channels, out_channels, kernel_size, **options: as torch's module, whose parameters,
+            names in the ``state_dict`` and initialisation these are.
+        fn, impl, params: the activation, as `LinearAct`; its parameters as a dictionary.
+
+    Gradients and errors as `fastjac.act`. See `LinearAct`.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Any,
+        fn: str = "gelu",
+        *,
+        impl: str = "auto",
+        params: dict[str, float] | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(in_channels, out_channels, kernel_size, **options)
+        self.act = Act(fn, impl=impl, **(params or {}))
+
+    def pre_activation(self, x: Tensor) -> Tensor:
+        """``W ∗ x + b``."""
+        return super().forward(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.pre_activation(x))
+
+
+class ConvAct1d(_ConvAct, nn.Conv1d):
+    __doc__ = str(_ConvAct.__doc__)
+
+
+class ConvAct2d(_ConvAct, nn.Conv2d):
+    __doc__ = str(_ConvAct.__doc__)
+
+
+class ConvAct3d(_ConvAct, nn.Conv3d):
+    __doc__ = str(_ConvAct.__doc__)
+
+
+ConvAct = ConvAct2d
 
 
 def fuse(model: nn.Module, *, impl: str = "auto") -> nn.Module:
@@ -117,11 +218,8 @@ def fuse(model: nn.Module, *, impl: str = "auto") -> nn.Module:
         for name, child in list(parent._modules.items()):
             if child is not None:
                 parent._modules[name] = replacement(child)
-        for name, value in list(vars(parent).items()):
-            if callable(value) and not isinstance(value, nn.Module) and _hashable(value):
-                fn = _HELD.get(value)
-                if fn is not None:
-                    setattr(parent, name, _Held(value, fn, impl))
+        for name, value, fn in held_functions(parent):
+            setattr(parent, name, _Held(value, fn, impl))
     return replacement(model)
 
 

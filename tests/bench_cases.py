@@ -4,26 +4,38 @@ from __future__ import annotations
 
 import copy
 import functools
+from unittest import mock
 
 import torch
 
 from fastjac.activations import TABLE
-from fastjac.bench import Case, Contestant, Options, Prepared
+from fastjac.bench import Case, Contestant, Options, Prepared, layer_idioms
 from fastjac.bench import contestants as entrants
 from fastjac.bench.idioms import INPUT_JACOBIAN
+from fastjac.bench.layer_idioms import EagerDreg
 from fastjac.bench.problems import (
     StepProblem,
+    TransformerClassifier,
     elementwise_problem,
     mlp,
+    small_resnet,
     step_problem,
 )
 
 CPU = torch.device("cpu")
 FAST = Options(threads=1, budget_s=0.0, min_rounds=3, max_rounds=3, sample_s=1e-5)
 PENALTIES = (*INPUT_JACOBIAN, "dreg")
+#: the layer-wise penalty on small copies of its other networks, with the shape of the input
+NETWORKS = {
+    "dreg-resnet": (functools.partial(small_resnet, (2, 3, 4)), (5, 3, 8, 8)),
+    "dreg-transformer": (functools.partial(TransformerClassifier, 8, 2, 12, 2), (5, 4, 8)),
+}
+STEPS = (*PENALTIES, *NETWORKS)
 
 
 def tiny_problem(penalty: str, dtype: torch.dtype = torch.float32) -> StepProblem:
+    if penalty in NETWORKS:
+        return step_problem(*NETWORKS[penalty], "dreg", device=CPU, dtype=dtype)
     outputs = 1 if penalty == "gradient-penalty" else 3
     network = functools.partial(mlp, [6, 8, 7, outputs])
     return step_problem(network, (5, 6), penalty, device=CPU, dtype=dtype, outputs=outputs)
@@ -32,7 +44,7 @@ def tiny_problem(penalty: str, dtype: torch.dtype = torch.float32) -> StepProble
 def tiny_case(penalty: str = "spectreg", name: str | None = None) -> Case:
     return Case(
         name or f"{penalty}-tiny",
-        penalty,
+        "dreg" if penalty in NETWORKS else penalty,
         "step",
         ("tiny",),
         lambda device, dtype: tiny_problem(penalty, dtype),
@@ -84,6 +96,42 @@ def slightly_off(problem):
 
 def not_a_number(problem):
     return [g * float("nan") for g in entrants.eager_step(problem).gradients()]
+
+
+def layerwise_gradients(problem: StepProblem, kind: type[EagerDreg] = EagerDreg):
+    """Of loss plus penalty, by the eager idiom or a faulty copy of it."""
+    model = copy.deepcopy(problem.model)
+    output, value = kind(model)(problem.x)
+    (problem.loss(output, problem.target) + problem.weight * value).backward()
+    return [p.grad for p in model.parameters()]
+
+
+class WithoutTheNorm(EagerDreg):
+    def __init__(self, model):
+        super().__init__(model)
+        self.layers = [(layer, None, activation) for layer, _, activation in self.layers]
+
+
+class StatisticsConstant(EagerDreg):
+    def _note_before_norm(self, module, inputs):
+        super()._note_before_norm(module, (inputs[0].detach(),))
+
+
+class OneLayerShort(EagerDreg):
+    def __init__(self, model):
+        super().__init__(model)
+        self.layers.pop()
+
+
+class SlopeConstant(EagerDreg):
+    """The gradient of the weights alone: the second-order term is dropped."""
+
+    def __call__(self, x):
+        term = layer_idioms.penalty_term
+        with mock.patch.object(
+            layer_idioms, "penalty_term", lambda slope, *rest: term(slope.detach(), *rest)
+        ):
+            return super().__call__(x)
 
 
 def interrupting(at_call: int) -> Contestant:

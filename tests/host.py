@@ -1,9 +1,12 @@
 """Builds the CUDA sources for the CPU (tests/shim) and loads them as ``torch.ops.fastjac_host``."""
 
+import ctypes
 import functools
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -13,32 +16,76 @@ SCHEMAS = (
     "act(Tensor z, Tensor? g, int order, int fn, float p0, float p1) -> Tensor",
     "act_backward(Tensor z, Tensor g, Tensor v, int order, int fn, float p0, float p1)"
     " -> (Tensor, Tensor)",
+    "act_stats(Tensor z, Tensor? w, int dim, bool per_sample, float scale, bool deterministic,"
+    " int fn, float p0, float p1) -> (Tensor, Tensor)",
+    "act_stats_backward(Tensor z, Tensor? g, Tensor? w_sample, Tensor? w_channel, int dim,"
+    " int statistic, float scale, bool deterministic, int fn, float p0, float p1)"
+    " -> (Tensor, Tensor)",
+    "row_sqnorm(Tensor[] weights) -> Tensor",
+    "row_sqnorm_backward(Tensor(a!)[] grads, Tensor[] weights, Tensor c, bool add) -> ()",
 )
+CUDA = ROOT / "csrc/cuda"
+TABLE = ROOT / "build/native/generated"  # holds activations.h
 
 
-def compile_host(out: Path, *flags: str, sources: list[Path] | None = None) -> None:
-    """g++ over every .cu file with the shim's headers in place of CUDA's."""
+def compile_host(
+    out: Path,
+    *,
+    flags: Sequence[str] = ("-O1",),
+    link: Sequence[str] = ("-shared",),
+    sources: Sequence[Path] = (),
+    kernels: Path = CUDA,
+    table: Path = TABLE,
+) -> None:
+    """g++ over every .cu file of a folder with the shim's headers in place of CUDA's."""
     torch_root = Path(torch.__file__).parent
-    subprocess.run(
-        [shutil.which("c++") or "c++", "-std=c++20", "-g1", "-x", "c++", "-shared", "-fPIC",
-         "-DFASTJAC_HOST_SHIM", "-DTORCH_TARGET_VERSION=0x020a000000000000", *(flags or ("-O1",)),
-         f"-I{ROOT}/tests/shim", f"-I{ROOT}/csrc/common", f"-I{ROOT}/build/native/generated",
-         "-isystem", str(torch_root / "include"), "-Wno-attributes",
-         *map(str, sources or sorted((ROOT / "csrc/cuda").glob("*.cu"))),
-         f"-L{torch_root}/lib", "-Wl,--no-as-needed", "-ltorch_cpu", "-lc10", "-pthread",
-         "-o", str(out)],
-        check=True, capture_output=True, text=True,
-    )  # fmt: skip
+    cxx = shutil.which("c++") or "c++"
+    compile_flags = [
+        "-std=c++20", "-g1", "-fPIC", "-DFASTJAC_HOST_SHIM", "-Wno-attributes",
+        "-DTORCH_TARGET_VERSION=0x020a000000000000", *flags,
+        f"-I{ROOT}/tests/shim", f"-I{kernels}", f"-I{ROOT}/csrc/common", f"-I{table}",
+        "-isystem", str(torch_root / "include"),
+    ]  # fmt: skip
+    libraries = [
+        f"-L{torch_root}/lib", f"-Wl,-rpath,{torch_root}/lib", "-Wl,--no-as-needed",
+        "-ltorch_cpu", "-lc10", "-pthread",
+    ]  # fmt: skip
+
+    def compile_one(source: Path) -> str:
+        target = out.parent / f"{out.stem}-{source.stem}.o"
+        run([cxx, *compile_flags, "-c", "-x", "c++", str(source), "-o", str(target)])
+        return str(target)
+
+    with ThreadPoolExecutor(2) as pool:
+        objects = list(pool.map(compile_one, [*sorted(kernels.glob("*.cu")), *sources]))
+    run([cxx, *flags, *link, *objects, *libraries, "-o", str(out)])
+
+
+def run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
 
 
 @functools.cache
-def host_ops() -> object:
-    """``torch.ops.fastjac_host``, built once a session."""
-    library = torch.library.Library("fastjac_host", "DEF")
+def library() -> ctypes.CDLL:
+    """The kernels for the CPU, built and loaded once a session."""
+    definitions = torch.library.Library("fastjac_host", "DEF")
     for schema in SCHEMAS:
-        library.define(schema)
+        definitions.define(schema)
     out = Path(tempfile.mkdtemp(prefix="fastjac-host-")) / "host.so"
     compile_host(out)
     torch.ops.load_library(str(out))
-    host_ops.library = library  # type: ignore[attr-defined]  # lives as long as the ops
+    library.definitions = definitions  # type: ignore[attr-defined]  # lives as long as the ops
+    return ctypes.CDLL(str(out))
+
+
+def host_ops() -> object:
+    """``torch.ops.fastjac_host``."""
+    library()
     return torch.ops.fastjac_host
+
+
+def set_capturing(on: bool) -> None:
+    """What cudaStreamIsCapturing answers."""
+    ctypes.c_bool.in_dll(library(), "fastjac_host_capturing").value = on

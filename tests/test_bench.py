@@ -10,8 +10,14 @@ import torch
 from bench_cases import (
     CPU,
     FAST,
-    PENALTIES,
+    NETWORKS,
+    STEPS,
+    OneLayerShort,
+    SlopeConstant,
+    StatisticsConstant,
+    WithoutTheNorm,
     interrupting,
+    layerwise_gradients,
     named,
     not_a_number,
     planted,
@@ -23,13 +29,16 @@ from bench_cases import (
 )
 from torch import nn
 
+import fastjac
 from fastjac.activations import TABLE
 from fastjac.bench import Contestant, measure, run
 from fastjac.bench import cases as registry
 from fastjac.bench import contestants as entrants
 from fastjac.bench.gate import open_gate, relative_error
+from fastjac.bench.layer_idioms import EagerDreg, WrittenOutDreg
 from fastjac.bench.measure import Samples, interleave, order_of_round, peak_bytes
 from fastjac.bench.problems import (
+    TransformerClassifier,
     away_from_kinks,
     elementwise_problem,
     lenet,
@@ -38,6 +47,7 @@ from fastjac.bench.problems import (
     step_problem,
 )
 from fastjac.bench.runner import busy, contestants_of
+from fastjac.functional import OBSERVERS
 
 
 @pytest.fixture(autouse=True)
@@ -46,7 +56,7 @@ def small_buffers(monkeypatch):
     monkeypatch.setattr("fastjac.bench.problems.last_level_cache", lambda device: 0)
 
 
-@pytest.mark.parametrize("penalty", PENALTIES)
+@pytest.mark.parametrize("penalty", STEPS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 def test_every_contestant_passes_the_gate(penalty, dtype):
     options = replace(FAST, dtype=dtype)
@@ -58,7 +68,7 @@ def test_every_contestant_passes_the_gate(penalty, dtype):
     }
 
 
-@pytest.mark.parametrize("penalty", PENALTIES)
+@pytest.mark.parametrize("penalty", STEPS)
 def test_the_compiled_form_is_one_graph_and_right(penalty):
     # aot_eager: what Dynamo and AOTAutograd make of the form, without seconds of code generation
     problem = tiny_problem(penalty)
@@ -79,6 +89,65 @@ def test_the_compiled_form_takes_batch_norm():
     )
     assert error <= limit
     assert problem.model[1].running_mean is not None  # a copy was changed, not the problem
+
+
+@pytest.mark.parametrize("case", NETWORKS)
+def test_all_forms_find_the_same_layers(case):
+    problem = tiny_problem(case)
+    names = {module: name for name, module in problem.model.named_modules()}
+    penalty = fastjac.DREG(problem.model)
+    problem.model(problem.x)
+    penalty()
+    penalty.detach()
+    eager = [names[layer] for layer, _, _ in EagerDreg(problem.model).layers]
+    assert penalty.layers_found == eager
+    assert len(eager) == {"dreg-resnet": 4, "dreg-transformer": 2}[case]
+
+
+@pytest.mark.parametrize(
+    ("case", "fault"),
+    [
+        ("dreg-resnet", WithoutTheNorm),
+        ("dreg-resnet", StatisticsConstant),
+        *((case, fault) for case in NETWORKS for fault in (OneLayerShort, SlopeConstant)),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_a_wrong_layer_wise_penalty_is_caught(case, fault, dtype):
+    problem = tiny_problem(case, dtype)
+    gate = open_gate(problem, dtype)
+    error, limit = gate.error("right", layerwise_gradients(problem))
+    assert error <= limit
+    error, limit = gate.error("planted", layerwise_gradients(problem, fault))
+    assert error > limit
+
+
+def test_layer_wise_idioms_refuse_what_they_cannot_do():
+    relu = mlp([3, 4, 2], nn.ReLU)
+    with pytest.raises(ValueError, match="followed by a GELU"):
+        EagerDreg(relu)
+    with pytest.raises(TypeError, match="exact GELU only, not ReLU"):
+        WrittenOutDreg(relu)(torch.zeros(2, 3))
+
+
+def test_no_penalty_stays_attached():
+    before = list(OBSERVERS)
+    closed = []
+
+    def setup(problem):
+        wrong = replace(problem, weight=2 * problem.weight)
+        prepared = entrants.fastjac_step(wrong)
+
+        def close():
+            closed.append(1)
+            prepared.close()
+
+        return replace(prepared, close=close)
+
+    contestants = [*named("fastjac", "fastjac:cpu"), Contestant("planted", setup)]
+    outcome = run([tiny_case("dreg")], contestants, FAST)
+    assert [r.contestant for r in outcome.bad] == ["planted"]
+    assert closed == [1] and before == OBSERVERS
 
 
 def test_plain_computes_no_input_gradient():
@@ -166,7 +235,7 @@ def test_a_failing_contestant_leaves_the_others_alone():
     assert [r.contestant for r in outcome.records if r.status == "ok"] == ["plain", "eager"]
 
 
-@pytest.mark.parametrize("penalty", PENALTIES)
+@pytest.mark.parametrize("penalty", STEPS)
 def test_penalty_and_loss_weigh_alike(penalty):
     problem = tiny_problem(penalty, torch.float64)
     open_gate(problem, torch.float64)
@@ -260,6 +329,45 @@ def test_peak_memory_sees_the_cpp_backward():
     assert 2 << 20 <= peak_bytes(step, CPU) < (2 << 20) + 4096
 
 
+def test_peak_memory_counts_no_block_from_before():
+    kept = []
+
+    def allocate():
+        kept.extend(torch.empty(4096, dtype=torch.uint8) for _ in range(64))
+
+    peak_bytes(allocate, CPU)
+    seen = {block.data_ptr() for block in kept}
+    kept.clear()  # torch's profiler does not see that, and still has their sizes
+    allocate()
+    assert seen & {block.data_ptr() for block in kept}
+
+    def step():
+        kept.clear()
+        return torch.empty(1 << 20, dtype=torch.uint8)
+
+    assert peak_bytes(step, CPU) == 1 << 20
+
+
+def test_peak_memory_of_the_attached_penalty():
+    problem = step_problem(
+        *(functools.partial(mlp, [64, 64, 64, 64, 64, 10]), (256, 64), "dreg"),
+        device=CPU,
+        dtype=torch.float32,
+    )
+    peaks = {}
+    for contestant in named("eager", "fastjac"):
+        prepared = contestant.setup(problem)
+        prepared.step()
+        prepared.release()
+        peaks[contestant.name] = peak_bytes(prepared.step, CPU)
+        prepared.release()
+        assert abs(peak_bytes(prepared.step, CPU) - peaks[contestant.name]) <= 64  # kept numbers
+        prepared.close()
+    hidden = 256 * 64 * 4  # bytes of one pre-activation
+    assert peaks["plain"] <= peaks["fastjac"] <= peaks["plain"] + 2.5 * hidden
+    assert peaks["fastjac"] + 2 * hidden < peaks["eager"]
+
+
 def test_peak_memory_leaves_stderr_alone(capfd):
     peak_bytes(lambda: torch.empty(10), CPU)
     print("after", file=__import__("sys").stderr)
@@ -308,7 +416,7 @@ def test_registered_names():
         spectreg-mlp-b512-w2048 spectreg-mlp-b128-w512 spectreg-mlp-b100-w64 datagrad-mlp-b128-w512
         frobreg-mlp-b128-w512 jacreg-mlp-b128-w512 dreg-mlp-b128-w512 dreg-mlp-b512-w1024
         dreg-mlp-b4096-w256 gradient-penalty-mlp-b128-w512 spectreg-relu-mlp-b128-w512
-        spectreg-lenet spectreg-resnet
+        spectreg-lenet spectreg-resnet dreg-resnet dreg-transformer
     """
     assert set(steps.split()) <= names
     assert {
@@ -317,6 +425,13 @@ def test_registered_names():
     assert [c.name for c in entrants.all_contestants()] == [
         *("plain", "eager", "compiled", "jacobianreg", "fastjac"),
         *("fastjac:reference", "fastjac:cpu", "fastjac:triton", "fastjac:cuda"),
+    ]
+
+
+def test_one_suite_has_the_layer_wise_cases():
+    assert [case.name for case in registry.select_cases(suite="layer-wise")] == [
+        *("dreg-mlp-b128-w512", "dreg-mlp-b512-w1024", "dreg-mlp-b4096-w256"),
+        *("dreg-resnet", "dreg-transformer"),
     ]
 
 
@@ -351,6 +466,7 @@ def test_networks():
     assert sum(p.numel() for p in lenet().parameters()) == 61706  # the paper's count
     assert lenet()(torch.zeros(2, 1, 28, 28)).shape == (2, 10)
     assert small_resnet()(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
+    assert TransformerClassifier()(torch.zeros(2, 3, 256)).shape == (2, 10)
     widths = [m.out_features for m in mlp([784, 512, 512, 10]) if isinstance(m, nn.Linear)]
     assert widths == [512, 512, 10]
 

@@ -74,44 +74,118 @@ def test_cuda(source, arch, tmp_path):
     assert_no_spills(resources(out.stderr), least=1)
 
 
+# Calls the launchers on CPU tensors, the kernels replaced by a compiler: so the launches that are
+# made are what is compiled.
 TRITON_PROGRAM = """
-import subprocess, sys, triton, triton.language as tl
+import re, sys, torch, triton, triton.language as tl
 from pathlib import Path
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 from fastjac.activations import TABLE
-from fastjac.kernels import act
+from fastjac.kernels import act, act_stats, row_sqnorm
+from fastjac.ops.act_stats import BIAS, CHANNEL, NONE, SAMPLE
 
 arch, folder = int(sys.argv[1]), Path(sys.argv[2])
 print(get_ptxas(arch).path)
-CONSTANTS = ("p0", "p1", "FN", "K", "ZEROS", "ZEROS_NEXT", "HAS_G", "COMPUTE", "BLOCK")
-names = {tl.float32: "fp32", tl.float64: "fp64"}
+POINTERS = {torch.float32: "*fp32", torch.float64: "*fp64", torch.bfloat16: "*bf16",
+            torch.int32: "*i32", torch.int64: "*i64"}
+WIDE = {"load": r"ld\\.global[.\\w:]*\\.(v4\\.b32|v2\\.b64)",
+        "store": r"st\\.global[.\\w:]*\\.(v4\\.b32|v2\\.b64)"}
 
-def compile(kernel, tag, pointer, **constants):
-    signature = {p: "constexpr" if p in CONSTANTS else "i64" if p == "numel" else "*" + pointer
-                 for p in kernel.arg_names}
-    # As the launcher specialises: aligned pointers, and a size that is a multiple of 16.
-    aligned = {(i,): [["tt.divisibility", 16]] for i, p in enumerate(kernel.arg_names)
-               if signature[p] != "constexpr"}
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
-    out = triton.compile(source, target=GPUTarget("cuda", arch, 32),
-                         options={"num_warps": act.NUM_WARPS})
-    assert ".v4.b32" in out.asm["ptx"] or pointer == "fp64", "accesses are not 16 bytes wide"
-    name = f"{kernel.__name__}_{tag}_{pointer}"
-    (folder / f"{name}.ptx").write_text(
-        out.asm["ptx"].replace(f".entry {out.metadata.name}(", f".entry {name}("))
+class Compile:
+    def __init__(self, kernel):
+        self.kernel, self.sources = kernel, {}
+
+    def __getitem__(self, grid):
+        return self.launch
+
+    def launch(self, *args, num_warps, **constants):
+        # As Triton's launcher specialises: 1 is a constant, and multiples of 16 are known as such.
+        kernel, signature, aligned = self.kernel, {}, {}
+        for (i, param), value in zip(enumerate(kernel.params), args):
+            if param.is_constexpr or (isinstance(value, int) and value == 1):
+                signature[param.name], constants[param.name] = "constexpr", value
+                continue
+            address = value.data_ptr() if isinstance(value, torch.Tensor) else value
+            if isinstance(value, torch.Tensor):
+                signature[param.name] = POINTERS[value.dtype]
+            else:
+                signature[param.name] = param.annotation_type or "i32"
+            if isinstance(address, int) and address % 16 == 0:
+                aligned[i,] = [["tt.divisibility", 16]]
+        signature |= {p.name: "constexpr" for p in kernel.params if p.name not in signature}
+        source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
+        out = triton.compile(source, target=GPUTarget("cuda", arch, 32),
+                             options={"num_warps": num_warps})
+        ptx = out.asm["ptx"]
+        for kind in self.wide:
+            assert re.search(WIDE[kind], ptx), f"{self.name}: no {kind} is 16 bytes wide"
+        (folder / f"{self.name}.ptx").write_text(
+            ptx.replace(f".entry {out.metadata.name}(", f".entry {self.name}("))
+
+def compile(module, kernel, name, call, wide=("load", "store")):
+    replaced = getattr(module, kernel)
+    compiler = replaced if isinstance(replaced, Compile) else Compile(replaced)
+    setattr(module, kernel, compiler)
+    compiler.name, compiler.wide = f"{kernel}_{name}", wide
+    call()
+
+dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
 for fn, (name, row) in enumerate(TABLE.items()):
-    common = dict(zip(("p0", "p1"), row.param_values({}))) | {"FN": fn, "BLOCK": act.BLOCK}
-    for pointer, compute in (("fp32", tl.float32), ("bf16", tl.float32), ("fp64", tl.float64)):
-        if pointer != "fp32" and name not in ("gelu", "mish"):
+    params = row.param_values({})
+    for label, dtype in dtypes.items():
+        if label != "fp32" and name not in ("gelu", "mish"):
             continue
+        z = torch.empty(4096, dtype=dtype)
         for k in range(3):
-            compile(act.act_kernel, f"{name}_{k}", pointer, K=k, HAS_G=k > 0, COMPUTE=compute,
-                    ZEROS=row.has_zeros(k), **common)
-        compile(act.act_backward_kernel, f"{name}_1", pointer, K=1, COMPUTE=compute,
-                ZEROS=row.has_zeros(1), ZEROS_NEXT=row.has_zeros(2), **common)
+            compile(act, "act_kernel", f"{name}_{k}_{label}",
+                    lambda: act.act(z, z if k else None, k, fn, *params), ("store",))
+        compile(act, "act_backward_kernel", f"{name}_{label}",
+                lambda: act.act_backward(z, z, z, 1, fn, *params), ("store",))
+
+# (label, shape, channels, statistic, deterministic); the first three are the common ones.
+STATS = [
+    ("channel", (512, 256), 1, CHANNEL, True),
+    ("bias", (512, 256), 1, BIAS, True),
+    ("conv", (32, 16, 1024), 1, CHANNEL, True),
+    ("sample", (64, 8192), 1, SAMPLE, True),
+    ("conv_sample", (4, 16, 1024), 1, SAMPLE, True),
+    ("small_conv_sample", (64, 16, 64), 1, SAMPLE, True),
+    ("conv_last_sample", (4, 1024, 16), 2, SAMPLE, True),
+    ("small_conv", (512, 4, 8), 1, CHANNEL, True),
+    ("atomic", (512, 256), 1, CHANNEL, False),
+    ("none", (512, 256), 1, NONE, True),
+    ("odd", (99, 77), 1, CHANNEL, True),
+    ("one", (1, 1), 1, SAMPLE, True),
+]
+cases = [("relu", "fp32", STATS), ("mish", "bf16", STATS), ("mish", "fp32", STATS[3:8]),
+         ("mish", "fp64", STATS[:8]), ("gelu", "fp64", STATS[3:6]), ("sine", "fp32", STATS[:7]),
+         ("sine", "fp64", STATS[1:2]), ("gelu", "bf16", STATS[1:2])]
+for name, label, stats in cases:
+    fn, params = list(TABLE).index(name), TABLE[name].param_values({})
+    for case, shape, dim, statistic, deterministic in stats:
+        z = torch.empty(shape, dtype=dtypes[label])
+        weight = torch.float64 if label == "fp64" else torch.float32
+        n, c = (torch.empty(shape[d], dtype=weight) for d in (0, dim))
+        wide = () if case in ("odd", "one") else ("load", "store")
+        if statistic in (CHANNEL, SAMPLE):
+            per_sample = statistic == SAMPLE
+            compile(act_stats, "act_stats_kernel", f"{case}_{name}_{label}",
+                    lambda: act_stats.act_stats(z, None, dim, per_sample, 0.5, deterministic, fn,
+                                                *params), wide)
+        compile(act_stats, "act_stats_kernel", f"{case}_backward_{name}_{label}",
+                lambda: act_stats.act_stats_backward(z, z, n, c, dim, statistic, 0.5,
+                                                     deterministic, fn, *params), wide)
+
+for label, dtype in dtypes.items():
+    w = [torch.empty(8, 512, dtype=dtype), torch.empty(3, 27, dtype=dtype)]
+    c = torch.empty(11, dtype=torch.float64 if label == "fp64" else torch.float32)
+    compile(row_sqnorm, "row_sqnorm_kernel", label, lambda: row_sqnorm.row_sqnorm(w), ("load",))
+    for add in (False, True):
+        compile(row_sqnorm, "row_sqnorm_kernel", f"backward_{add}_{label}",
+                lambda: row_sqnorm.row_sqnorm_backward(w, w, c, add))
 """
 
 
@@ -123,7 +197,7 @@ def test_triton(arch, tmp_path):
         [sys.executable, "-W", "ignore", "-c", TRITON_PROGRAM, str(arch), str(tmp_path)],
         env=env, capture_output=True, text=True,
     )  # fmt: skip
-    assert out.returncode == 0, out.stderr
+    assert out.returncode == 0, out.stderr[-4000:]
     ptxas = out.stdout.split()[0]
     found = {}
     for ptx in sorted(tmp_path.glob("*.ptx")):
@@ -134,4 +208,4 @@ def test_triton(arch, tmp_path):
         )  # fmt: skip
         assert log.returncode == 0, log.stderr
         found |= resources(log.stderr)
-    assert_no_spills(found, least=70)
+    assert_no_spills(found, least=160)

@@ -63,15 +63,15 @@ def test_names_and_reasons() -> None:
     modules = {name: nn.Linear(4, 4) for name in names}
     model = Model(forward, act=nn.Tanh(), norm=nn.LayerNorm(4), **modules)
     layers, left_out, value = found(model, torch.randn(3, 4))
-    assert layers == ["plain"]
-    assert set(left_out) == set(names) - {"plain"}
-    for name in ("normed", "viewed", "added", "functional", "written"):
+    assert layers == ["plain", "normed"]
+    assert set(left_out) == set(names) - {"plain", "normed"}
+    for name in ("viewed", "added", "functional", "written"):
         assert "was the input of no activation module" in left_out[name]
     assert left_out["head"] == "output layer (include_output=False)"
     assert left_out["unused"] == "was not called"
     assert value.shape == (3,)
     layers, left_out, _ = found(model, torch.randn(3, 4), include_output=True)
-    assert layers == ["plain", "head"]
+    assert layers == ["plain", "normed", "head"]
     assert "head" not in left_out
 
 

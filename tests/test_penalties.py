@@ -270,6 +270,7 @@ def test_registry_lists_every_penalty_and_option() -> None:
     }
     assert {spec.module for spec in PENALTIES.values()} == classes
     common = {"weight", "reduction", "every", "at", "chunk_size", "generator"}
+    common |= {"model", "deterministic"}  # where and how, not what: the reference has neither
     for name, spec in PENALTIES.items():
         assert spec.name == name == spec.functional.__name__ == spec.reference.__name__
         assert getattr(package, name) is spec.functional
@@ -277,7 +278,7 @@ def test_registry_lists_every_penalty_and_option() -> None:
         options = set(inspect.signature(spec.module).parameters)
         assert options - common == {option for case in spec.cases for option in case}
         called = set(inspect.signature(spec.functional).parameters)
-        assert options - {"every"} <= called
+        assert options - {"every", "model"} <= called | {"model"}
         for documented in (spec.module.__doc__, spec.functional.__doc__):
             assert documented is not None
             for word in ("R_n", "Source", "Arguments", "Options"):

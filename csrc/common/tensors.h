@@ -31,6 +31,20 @@ inline bool same_sizes(const Tensor& a, const Tensor& b) {
   return true;
 }
 
+// In every dimension longer than 1.
+inline bool same_strides(const Tensor& a, const Tensor& b) {
+  for (int64_t d = 0; d < a.dim(); ++d) {
+    if (a.size(d) > 1 && a.stride(d) != b.stride(d)) return false;
+  }
+  return true;
+}
+
+// The compute type: what sums and weights of 16-bit tensors are kept in.
+inline torch::headeronly::ScalarType statistic_type(const Tensor& t) {
+  using torch::headeronly::ScalarType;
+  return t.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
 inline void check_operand(const Tensor& t, const Tensor& z, const char* name) {
   STD_TORCH_CHECK(same_sizes(t, z), "fastjac: ", name, " must have the shape of z");
   STD_TORCH_CHECK(t.scalar_type() == z.scalar_type(), "fastjac: ", name, " must have z's dtype");
@@ -40,14 +54,10 @@ inline void check_operand(const Tensor& t, const Tensor& z, const char* name) {
 // `t` with the strides of `like` (a dense tensor of t's shape): then one flat loop serves every
 // memory format. Copies only where the strides differ in a dimension longer than 1.
 inline Tensor with_strides_of(const Tensor& t, const Tensor& like) {
-  for (int64_t d = 0; d < like.dim(); ++d) {
-    if (like.size(d) > 1 && t.stride(d) != like.stride(d)) {
-      Tensor copy = torch::stable::empty_like(like);
-      torch::stable::copy_(copy, t);
-      return copy;
-    }
-  }
-  return t;
+  if (same_strides(like, t)) return t;
+  Tensor copy = torch::stable::empty_like(like);
+  torch::stable::copy_(copy, t);
+  return copy;
 }
 
 }  // namespace fastjac

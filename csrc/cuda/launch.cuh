@@ -24,6 +24,7 @@ namespace fastjac {
 
 struct Stream {
   explicit Stream(const torch::stable::Tensor&) {}
+  operator cudaStream_t() const { return nullptr; }
 };
 
 #define FASTJAC_LAUNCH(kernel, grid, block, stream, ...) \
@@ -84,6 +85,17 @@ __device__ __forceinline__ S narrow(T x) {
     return __float2half_rn(x);
   } else {
     return x;
+  }
+}
+
+// Calls body(storage type tag).
+template <class Body>
+void visit_dtype(DType dtype, Body&& body) {
+  switch (dtype) {
+    case DType::f32: return body(float{});
+    case DType::f64: return body(double{});
+    case DType::bf16: return body(__nv_bfloat16{});
+    case DType::f16: return body(__half{});
   }
 }
 

@@ -16,6 +16,7 @@ from fastjac.bench.problems import (
     ElementwiseProblem,
     Problem,
     StepProblem,
+    TransformerClassifier,
     elementwise_problem,
     lenet,
     mlp,
@@ -149,6 +150,9 @@ def _step_cases() -> list[Case]:
         _step("dreg-mlp-b128-w512", "dreg", net512, (128, 784), quick=f"{short} compiled"),
         _step("dreg-mlp-b512-w1024", "dreg", _mlp(784, 4, 1024), (512, 784)),
         _step("dreg-mlp-b4096-w256", "dreg", _mlp(784, 4, 256), (4096, 784)),
+        # four of its seven 3x3 convolutions count: the others end in a sum with the shortcut
+        _step("dreg-resnet", "dreg", small_resnet, (32, 3, 32, 32), "conv"),
+        _step("dreg-transformer", "dreg", TransformerClassifier, (16, 64, 256)),
         _step(
             *("spectreg-relu-mlp-b128-w512", "spectreg", _mlp(784, 4, 512, activation=nn.ReLU)),
             (128, 784),

@@ -8,8 +8,9 @@
                  faster than compiling the objective and calling ``backward`` on it (2 cores:
                  0.86 against 1.20 ms for SpectReg 16-5x64-10, 61.8 against 75.0 for the ResNet).
 ``jacobianreg``  facebookresearch's JacobianReg algorithm: one pass per projection
-``fastjac``      the public penalty on a model prepared by ``fastjac.fuse``
-``fastjac:X``    the same with ``impl="X"``
+``fastjac``      the public penalty on a model prepared by ``fastjac.fuse``; a layer-wise one is
+                 attached to the model as it is
+``fastjac:X``    the same with ``fuse(model, impl="X")``
 
 None of them rounds in TF32, and none draws random numbers while it is timed.
 """
@@ -22,7 +23,7 @@ import itertools
 import os
 import shutil
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -46,11 +47,13 @@ class Prepared:
         gradients: runs the step once and returns what the gate compares: the gradients of all
             parameters, or the outputs of the elementwise op on its first buffer.
         release: drops what the last step left behind (gradients), so that memory starts level.
+        close: ends it; an attached penalty would watch, and keep its model, until the process ends.
     """
 
     step: Callable[[], object]
     gradients: Callable[[], Sequence[Tensor]]
     release: Callable[[], None] = lambda: None
+    close: Callable[[], None] = lambda: None
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,7 @@ class Contestant:
     impl: str = ""
 
 
-def training_step(model: nn.Module, objective: Callable[[nn.Module], Tensor]) -> Prepared:
+def training_step(model: nn.Module, objective: Callable[[], Tensor]) -> Prepared:
     """Gradients to None, objective, backward; no optimiser."""
     parameters = list(model.parameters())
 
@@ -82,7 +85,7 @@ def training_step(model: nn.Module, objective: Callable[[nn.Module], Tensor]) ->
 
     def step() -> None:
         release()
-        objective(model).backward()
+        objective().backward()
 
     def gradients() -> list[Tensor]:
         step()
@@ -94,19 +97,19 @@ def training_step(model: nn.Module, objective: Callable[[nn.Module], Tensor]) ->
 def plain_step(problem: StepProblem) -> Prepared:
     """Forward, loss, backward."""
     model = copy.deepcopy(problem.model)
-    return training_step(model, lambda model: problem.loss(model(problem.x), problem.target))
+    return training_step(model, lambda: problem.loss(model(problem.x), problem.target))
 
 
 def eager_step(problem: StepProblem) -> Prepared:
     """See :func:`fastjac.bench.idioms.eager_objective`."""
     model = copy.deepcopy(problem.model)
-    return training_step(model, functools.partial(idioms.eager_objective, problem))
+    return training_step(model, idioms.eager_objective(problem, model))
 
 
 def jacobian_reg_step(problem: StepProblem) -> Prepared:
     """See :func:`fastjac.bench.idioms.jacobian_reg_objective`."""
     model = copy.deepcopy(problem.model)
-    return training_step(model, functools.partial(idioms.jacobian_reg_objective, problem))
+    return training_step(model, functools.partial(idioms.jacobian_reg_objective, problem, model))
 
 
 def compiled_step(problem: StepProblem, backend: str = "inductor") -> Prepared:
@@ -146,21 +149,39 @@ def fastjac_penalty(problem: StepProblem) -> tuple[nn.Module, dict[str, Tensor |
         "frobreg": fastjac.FrobReg,
         "jacreg": fastjac.JacReg,
         "gradient-penalty": fastjac.GradientPenalty,
-        "dreg": fastjac.DREG,
     }
     return made[problem.penalty](weight=weight), {}
 
 
 def fastjac_step(problem: StepProblem, impl: str = "auto") -> Prepared:
     """``output, value = penalty(model, x)`` on the fused model, loss plus value, backward."""
+    if problem.penalty == "dreg":
+        return attached_step(problem, impl)
     model = fastjac.fuse(copy.deepcopy(problem.model), impl=impl)
     penalty, named = fastjac_penalty(problem)
 
-    def objective(model: nn.Module) -> Tensor:
+    def objective() -> Tensor:
         output, value = penalty(model, problem.x, **named)
         return problem.loss(output, problem.target) + value
 
     return training_step(model, objective)
+
+
+def attached_step(problem: StepProblem, impl: str = "auto") -> Prepared:
+    """``DREG`` attached to the model, then ``loss(model(x), y) + penalty()``, backward.
+
+    The penalty computes the activations of the layers that it counts, so only a named ``impl``
+    needs ``fuse``, which hands it on.
+    """
+    model = copy.deepcopy(problem.model)
+    if impl != "auto":
+        model = fastjac.fuse(model, impl=impl)
+    penalty = fastjac.DREG(model, weight=problem.weight)
+
+    def objective() -> Tensor:
+        return problem.loss(model(problem.x), problem.target) + penalty()
+
+    return replace(training_step(model, objective), close=penalty.detach)
 
 
 Phi = Callable[[Tensor], Tensor]

@@ -2,18 +2,18 @@
 
 Nothing here calls fastjac. :data:`INPUT_JACOBIAN` states each input-Jacobian penalty once, as the
 cotangents ``w`` of the network's output and the per-sample value of ``v = J^T w``; the contestants
-differ only in how they obtain ``v``.
+differ only in how they obtain ``v``. The layer-wise penalty is in ``layer_idioms``.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from fastjac.bench.layer_idioms import EagerDreg, WrittenOutDreg
 from fastjac.bench.problems import StepProblem
 
 
@@ -74,59 +74,28 @@ INPUT_JACOBIAN = {
 }
 
 
-def eager_objective(problem: StepProblem, model: nn.Module) -> Tensor:
-    """Task loss plus penalty through ``autograd.grad(create_graph=True)``."""
+def eager_objective(problem: StepProblem, model: nn.Module) -> Callable[[], Tensor]:
+    """``() -> loss + penalty`` through ``autograd.grad(create_graph=True)``."""
     if problem.penalty == "dreg":
-        output, value = eager_dreg(model, problem.x)
-        return problem.loss(output, problem.target) + problem.weight * value
-    x = problem.x.detach().requires_grad_()
-    output = model(x)
+        layers = EagerDreg(model)
+
+        def layerwise() -> Tensor:
+            output, value = layers(problem.x)
+            return problem.loss(output, problem.target) + problem.weight * value
+
+        return layerwise
     penalty = INPUT_JACOBIAN[problem.penalty]
-    w = penalty.cotangents(output, problem.target, problem.projection)
-    v = torch.stack(
-        [torch.autograd.grad(output, x, row, create_graph=True)[0].flatten(1) for row in w]
-    )
-    return problem.loss(output, problem.target) + problem.weight * penalty.per_sample(v).mean()
 
+    def objective() -> Tensor:
+        x = problem.x.detach().requires_grad_()
+        output = model(x)
+        w = penalty.cotangents(output, problem.target, problem.projection)
+        v = torch.stack(
+            [torch.autograd.grad(output, x, row, create_graph=True)[0].flatten(1) for row in w]
+        )
+        return problem.loss(output, problem.target) + problem.weight * penalty.per_sample(v).mean()
 
-def eager_dreg(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Output and ``mean_n sum_l sum_i phi'(z_lni)^2 ||W_l[i]||^2`` of a Sequential.
-
-    ``phi'`` is ``autograd.grad(a, z, 1, create_graph=True)``, which was faster than writing it out
-    (784-4x512-10, batch 128, 2 cores: 10.3 against 11.9 ms).
-    """
-
-    def derivative(activation: nn.Module, z: Tensor, a: Tensor) -> Tensor:
-        return torch.autograd.grad(a, z, torch.ones_like(a), create_graph=True)[0]
-
-    return _dreg(model, x, derivative)
-
-
-def written_out_dreg(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
-    """The same with ``phi'`` of GELU written out: the form that torch.compile fuses best."""
-
-    def derivative(activation: nn.Module, z: Tensor, a: Tensor) -> Tensor:
-        if not (isinstance(activation, nn.GELU) and activation.approximate == "none"):
-            raise TypeError(f"model: phi' is written out for exact GELU only, not {activation}")
-        cdf = 0.5 * (1 + torch.erf(z * math.sqrt(0.5)))
-        return cdf + z * torch.exp(-0.5 * z * z) * (1 / math.sqrt(2 * math.pi))
-
-    return _dreg(model, x, derivative)
-
-
-def _dreg(
-    model: nn.Module, x: Tensor, derivative: Callable[[nn.Module, Tensor, Tensor], Tensor]
-) -> tuple[Tensor, Tensor]:
-    value = x.new_zeros(())
-    weight, a = None, x
-    for layer in model.children():
-        z, a = a, layer(a)
-        if isinstance(layer, nn.Linear):
-            weight = layer.weight
-        elif weight is not None:
-            s = derivative(layer, z, a).square().sum(dim=0)
-            value = value + (s * weight.square().sum(dim=1)).sum()
-    return a, value / x.shape[0]
+    return objective
 
 
 def jacobian_reg_objective(problem: StepProblem, model: nn.Module) -> Tensor:
@@ -166,7 +135,7 @@ def functional_objective(problem: StepProblem, model: nn.Module) -> Callable[...
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.running_mean = module.running_var = module.num_batches_tracked = None
     if problem.penalty == "dreg":
-        layers = _DregModule(model)
+        layers = WrittenOutDreg(model)
 
         def layerwise(
             parameters: dict[str, Tensor], x: Tensor, target: Tensor, projection: Tensor | None
@@ -193,12 +162,3 @@ def functional_objective(problem: StepProblem, model: nn.Module) -> Callable[...
         return loss(output, target) + weight * penalty.per_sample(v.flatten(2)).mean()
 
     return objective
-
-
-class _DregModule(nn.Module):
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return written_out_dreg(self.model, x)

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -127,13 +128,30 @@ def peak_bytes(step: Step, device: torch.device) -> int:
         result = step()
     del result
     assert profile.profiler is not None and profile.profiler.kineto_results is not None
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    events.sort(key=lambda event: event.start_ns())
+    events = sorted(
+        _allocations(profile.profiler.kineto_results.experimental_event_tree()),
+        key=lambda event: event.start_time_ns,
+    )
+    live: dict[int, int] = {}
     level = peak = 0
     for event in events:
-        level += event.nbytes()
+        block = event.extra_fields
+        if block.alloc_size > 0:
+            live[block.ptr] = block.alloc_size
+            level += block.alloc_size
+        else:
+            # Not its own size: the profiler remembers, from an earlier profile, blocks that were
+            # freed since, and gives their size to a block of today at the same address.
+            level -= live.pop(block.ptr, 0)
         peak = max(peak, level)
     return peak
+
+
+def _allocations(events: Sequence[Any]) -> Iterator[Any]:
+    for event in events:
+        if event.tag == torch._C._profiler._EventType.Allocation:
+            yield event
+        yield from _allocations(event.children)
 
 
 @contextlib.contextmanager

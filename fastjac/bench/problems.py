@@ -144,13 +144,32 @@ class ResidualBlock(nn.Module):
         return self.act2(self.bn2(self.conv2(a)) + self.shortcut(x))
 
 
-def small_resnet() -> nn.Sequential:
-    """Eight-layer CIFAR ResNet (16, 32, 64 channels) for ``[N, 3, 32, 32]``, BatchNorm and GELU."""
+def small_resnet(channels: tuple[int, int, int] = (16, 32, 64)) -> nn.Sequential:
+    """Eight-layer CIFAR ResNet for ``[N, 3, 32, 32]``, BatchNorm and GELU."""
+    a, b, c = channels
     return nn.Sequential(
-        *(nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.GELU()),
-        *(ResidualBlock(16, 16, 1), ResidualBlock(16, 32, 2), ResidualBlock(32, 64, 2)),
-        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10)),
+        *(nn.Conv2d(3, a, 3, padding=1, bias=False), nn.BatchNorm2d(a), nn.GELU()),
+        *(ResidualBlock(a, a, 1), ResidualBlock(a, b, 2), ResidualBlock(b, c, 2)),
+        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(c, 10)),
     )
+
+
+class TransformerClassifier(nn.Module):
+    """Pre-norm encoder with GELU for ``[N, T, d]``, mean over the sequence, linear head.
+
+    No dropout: the gate compares gradients, so the network must be deterministic.
+    """
+
+    def __init__(self, d: int = 256, heads: int = 4, hidden: int = 1024, layers: int = 4) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(
+            *(d, heads, hidden), dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+        )
+        self.encoder = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
+        self.head = nn.Linear(d, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.encoder(x).mean(dim=1))
 
 
 def binary_cross_entropy(output: Tensor, target: Tensor) -> Tensor:

@@ -197,18 +197,33 @@ def _run_case(
 
     mine: dict[str, Record] = {}
     prepared: dict[str, Prepared] = {}
-    for contestant in contestants:
-        watcher.stage(f"{contestant.name}: {'compiling' if contestant.compiles else 'checking'}")
-        record = mine[contestant.name] = new_record(contestant)
-        if contestant.impl:
-            record.impl = dispatch.OPS["act"].select(contestant.impl, options.device, options.dtype)
-        ready = _admit(contestant, problem, gate, record)
-        if ready is not None:
-            prepared[contestant.name] = ready
-    if not prepared:
-        records.extend(mine.values())
-        return
+    op = dispatch.OPS["act_stats" if case.penalty == "dreg" else "act"]
+    with contextlib.ExitStack() as ends:
+        for contestant in contestants:
+            stage = "compiling" if contestant.compiles else "checking"
+            watcher.stage(f"{contestant.name}: {stage}")
+            record = mine[contestant.name] = new_record(contestant)
+            if contestant.impl:
+                record.impl = op.select(contestant.impl, options.device, options.dtype)
+            ready = _admit(contestant, problem, gate, record)
+            if ready is not None:
+                ends.callback(ready.close)
+                prepared[contestant.name] = ready
+        if not prepared:
+            records.extend(mine.values())
+            return
+        _measure(prepared, mine, problem, options, watcher, records)
 
+
+def _measure(
+    prepared: dict[str, Prepared],
+    mine: dict[str, Record],
+    problem: Problem,
+    options: Options,
+    watcher: Watcher,
+    records: list[Record],
+) -> None:
+    """Time the contestants that passed and take their peak memory; add all records of the case."""
     steps: dict[str, Step] = {name: ready.step for name, ready in prepared.items()}
     if isinstance(problem, ElementwiseProblem):
         steps[COPY] = _copy_step(problem)
@@ -243,26 +258,29 @@ def _admit(contestant: Contestant, problem: Problem, gate: Gate, record: Record)
     """Set a contestant up and let it through the gate, or say in its record why not."""
     device = torch.device(record.device)
     cache = _fresh_compile_cache(device) if contestant.compiles else contextlib.nullcontext()
-    try:
-        with cache:
-            began = time.perf_counter()
-            prepared = contestant.setup(problem)
-            gradients = prepared.gradients()
-            took = time.perf_counter() - began
-        if contestant.compiles:
-            record.compile_s = took
-        record.rel_err, record.rel_err_limit = gate.error(contestant.name, gradients)
-    except Exception as error:
-        record.status, record.message = "failed", _short(error)
-        return None
-    if not record.rel_err <= record.rel_err_limit:
-        record.status = "wrong"
-        record.message = (
-            f"relative error {record.rel_err:.2e} of its gradients, limit "
-            f"{record.rel_err_limit:.2e}"
-        )
-        return None
-    return prepared
+    with contextlib.ExitStack() as refused:
+        try:
+            with cache:
+                began = time.perf_counter()
+                prepared = contestant.setup(problem)
+                refused.callback(prepared.close)
+                gradients = prepared.gradients()
+                took = time.perf_counter() - began
+            if contestant.compiles:
+                record.compile_s = took
+            record.rel_err, record.rel_err_limit = gate.error(contestant.name, gradients)
+        except Exception as error:
+            record.status, record.message = "failed", _short(error)
+            return None
+        if not record.rel_err <= record.rel_err_limit:
+            record.status = "wrong"
+            record.message = (
+                f"relative error {record.rel_err:.2e} of its gradients, limit "
+                f"{record.rel_err_limit:.2e}"
+            )
+            return None
+        refused.pop_all()
+        return prepared
 
 
 def _short(error: Exception) -> str:

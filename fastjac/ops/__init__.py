@@ -1,5 +1,7 @@
 """The fused ops. One file an op: schema, fake kernels, autograd, and who can run it."""
 
 from fastjac.ops.act import act
+from fastjac.ops.act_stats import act_stats
+from fastjac.ops.row_sqnorm import row_sqnorm
 
-__all__ = ["act"]
+__all__ = ["act", "act_stats", "row_sqnorm"]

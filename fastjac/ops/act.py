@@ -24,26 +24,26 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import Library, register_fake, register_vmap
+from torch.library import register_fake, register_vmap
 
 from fastjac.activations import IDS, MAX_ORDER, ROWS, TABLE, Activation, get
 from fastjac.dispatch import Example, Op
 from fastjac.ops._autograd import Add, Function, Multiply, below_autograd
+from fastjac.ops._library import (
+    LIBRARY,
+    SUFFIXES,
+    define,
+    raw,
+    refuse_transforms,
+    register_triton,
+    suffix_of,
+)
 
-_LIBRARY = Library("fastjac", "FRAGMENT")
-
-# `act` has C++ kernels for CPU and CUDA tensors, `act_triton` the Triton ones; same schema.
-_SUFFIXES = ("", "_triton")
-_RAW: dict[str, Any] = {}
-for _suffix in _SUFFIXES:
-    _LIBRARY.define(
-        f"act{_suffix}(Tensor z, Tensor? g, int order, int fn, float p0, float p1) -> Tensor",
-        tags=(torch.Tag.pt2_compliant_tag,),
-    )
-    _LIBRARY.define(
+for _suffix in SUFFIXES:
+    define(f"act{_suffix}(Tensor z, Tensor? g, int order, int fn, float p0, float p1) -> Tensor")
+    define(
         f"act_backward{_suffix}(Tensor z, Tensor g, Tensor v, int order, int fn, float p0,"
-        " float p1) -> (Tensor, Tensor)",
-        tags=(torch.Tag.pt2_compliant_tag,),
+        " float p1) -> (Tensor, Tensor)"
     )
 
 
@@ -113,10 +113,10 @@ def act(
     chosen = _OP.select(impl, z.device, z.dtype)
     if chosen == "reference":
         return _reference(z, g, order, row, params)
-    return _act_in_graph(z, g, order, IDS[fn], p0, p1, "_triton" if chosen == "triton" else "")
+    return _act_in_graph(z, g, order, IDS[fn], p0, p1, suffix_of(chosen))
 
 
-def _check(z: Tensor, g: Tensor | None, order: int) -> None:
+def check_z(z: Tensor) -> None:
     if not isinstance(z, Tensor):
         raise TypeError(f"z must be a tensor, got {type(z).__name__}")
     if not z.is_floating_point():
@@ -124,6 +124,10 @@ def _check(z: Tensor, g: Tensor | None, order: int) -> None:
             f"z has dtype {z.dtype}; an activation needs floating point (for token ids, apply it to"
             " the embeddings)"
         )
+
+
+def _check(z: Tensor, g: Tensor | None, order: int) -> None:
+    check_z(z)
     if not isinstance(order, int) or not 0 <= order <= MAX_ORDER:
         raise ValueError(f"order={order!r}; derivatives 0 to {MAX_ORDER} are implemented")
     if g is None:
@@ -180,7 +184,7 @@ class _Act(Function):
     def forward(z, g, order, *rest):
         *constants, suffix = rest
         with below_autograd():
-            return _RAW["act" + suffix](z, g, order, *constants)
+            return raw("act" + suffix)(z, g, order, *constants)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -225,7 +229,7 @@ class _ActBackward(Function):
     def forward(z, g, v, order, *rest):
         *constants, suffix = rest
         with below_autograd():
-            return _RAW["act_backward" + suffix](z, g, v, order, *constants)
+            return raw("act_backward" + suffix)(z, g, v, order, *constants)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -275,19 +279,14 @@ def _act_in_graph(z, g, order, fn, p0, p1, suffix):
 
 
 def _register(name: str, function: type[Function], operands: int, suffix: str) -> None:
-    op = getattr(torch.ops.fastjac, name + suffix).default
-    _RAW[name + suffix] = op
+    op = raw(name + suffix)
 
     def fake(z, *args):
         outs = [torch.empty_like(z) for _ in range(len(op._schema.returns))]
         return tuple(outs) if len(outs) > 1 else outs[0]
 
     def through_function(*args):
-        if torch._C._are_functorch_transforms_active():
-            raise RuntimeError(
-                f"torch.ops.fastjac.{name}{suffix} (from an exported program, say) cannot be"
-                " transformed by torch.func: call fastjac.act, or use torch.autograd"
-            )
+        refuse_transforms(name + suffix)
         return function.apply(*args, suffix)
 
     def batched(info, in_dims, *args):
@@ -301,22 +300,12 @@ def _register(name: str, function: type[Function], operands: int, suffix: str) -
         out = op(*map(moved, args[:operands], in_dims[:operands]), *args[operands:])
         return out, (0, 0) if isinstance(out, tuple) else 0
 
-    register_fake(f"fastjac::{name}{suffix}", fake, lib=_LIBRARY)
-    register_vmap(f"fastjac::{name}{suffix}", batched, lib=_LIBRARY)
-    _LIBRARY.impl(name + suffix, through_function, "Autograd")
+    register_fake(f"fastjac::{name}{suffix}", fake, lib=LIBRARY)
+    register_vmap(f"fastjac::{name}{suffix}", batched, lib=LIBRARY)
+    LIBRARY.impl(name + suffix, through_function, "Autograd")
 
 
-def _triton_kernel(name: str) -> Any:
-    def launch(*args):
-        from fastjac.kernels import act as kernels  # needs Triton, which may not be installed
-
-        return getattr(kernels, name)(*args)
-
-    return launch
-
-
-for _suffix in _SUFFIXES:
+for _suffix in SUFFIXES:
     _register("act", _Act, 2, _suffix)
     _register("act_backward", _ActBackward, 3, _suffix)
-for _name in ("act", "act_backward"):
-    _LIBRARY.impl(f"{_name}_triton", _triton_kernel(_name), "CompositeExplicitAutograd")
+register_triton("act", "act", "act_backward")

@@ -48,6 +48,7 @@ def options_of(cls: type[Penalty]) -> list[inspect.Parameter]:
     """The options of a penalty: the keyword parameters of its ``__init__``.
 
     Where an ``__init__`` passes ``**options`` on, those of the next class that has one follow.
+    What is positional only (the model of a layer-wise penalty) is no option.
     """
     found: dict[str, inspect.Parameter] = {}
     for base in cls.__mro__:
@@ -57,7 +58,7 @@ def options_of(cls: type[Penalty]) -> list[inspect.Parameter]:
         for parameter in parameters_of(vars(base)["__init__"]):
             if parameter.kind is inspect.Parameter.VAR_KEYWORD:
                 passed_on = True
-            else:
+            elif parameter.kind is not inspect.Parameter.POSITIONAL_ONLY:
                 found.setdefault(parameter.name, parameter)
         if not passed_on:
             break
@@ -98,7 +99,8 @@ class Penalty(nn.Module):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        cls.__signature__ = inspect.Signature(options_of(cls))  # type: ignore[attr-defined]
+        first = [p for p in parameters_of(cls.__init__) if p.kind is p.POSITIONAL_ONLY]
+        cls.__signature__ = inspect.Signature([*first, *options_of(cls)])  # type: ignore[attr-defined]
 
     def forward(
         self, model_or_x: Any, x_or_output: Tensor, *targets: Any, **named: Any
@@ -110,7 +112,7 @@ class Penalty(nn.Module):
                 f"the first argument is {type(model_or_x).__name__}: pass x (a Tensor, followed by "
                 "output) or a model (a callable, followed by x)"
             )
-        due = not self.training or self._calls % self.every == 0
+        due = self.due()
         if due and self.needs_grad:
             _autograd.check_modes()
         if not due:
@@ -121,9 +123,18 @@ class Penalty(nn.Module):
             values = self.graph_form(model_or_x, output, *targets, **named)
         else:
             output, values = self.model_form(model_or_x, x_or_output, *targets, **named)
-        self._calls += self.training
+        self.count_call()
         value = self._reduce(values)
         return value if graph else (output, value)
+
+    def due(self) -> bool:
+        """Whether this call computes (`every`)."""
+        # The count is not even read with every=1: torch.compile would compile each step anew.
+        return self.every == 1 or not self.training or self._calls % self.every == 0
+
+    def count_call(self) -> None:
+        if self.every > 1 and self.training:
+            self._calls += 1
 
     def graph_form(self, x: Tensor, output: Tensor, *targets: Any, **named: Any) -> Tensor:
         """Per-sample values of an existing graph."""
@@ -145,7 +156,7 @@ class Penalty(nn.Module):
         """What a call takes, with ``x, output`` or ``model, x`` first."""
         return parameters_of(cls.per_sample)
 
-    def _reduce(self, values: Tensor) -> Tensor:
+    def _reduce(self, values: Any) -> Tensor:
         factor = self.weight * (self.every if self.training else 1)
         if self.reduction == "none":
             return factor * values

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,12 +11,24 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from fastjac import reference
-from fastjac.penalties import _autograd, _checks, _layers
-from fastjac.penalties._base import ModelPenalty, PenaltyOptions
+from fastjac.ops import act
+from fastjac.penalties import _autograd, _checks
+from fastjac.penalties._layers import Call, Phi
+from fastjac.penalties._layerwise import LayerOptions, LayerPenalty
 from fastjac.penalties._spec import PenaltySpec, pushed_example
+from fastjac.penalties._watch import Pass
 
 
-class AccumulatedDREG(ModelPenalty):
+@dataclass
+class Pushed:
+    """The output of a layer's activation, with the tangent it carries."""
+
+    call: Call
+    post: Tensor
+    version: int
+
+
+class AccumulatedDREG(LayerPenalty):
     """``R_n = Σ_l ‖J_ln ⋯ J_1n u_n‖²``, ``u ~ N(0, I)``, ``J_l`` the Jacobian of hidden layer l.
 
     Unbiased for ``Σ_l ‖∂a_ln/∂x_n‖_F²``, the accumulated instead of the single layers' Jacobians
@@ -41,42 +54,51 @@ class AccumulatedDREG(ModelPenalty):
     Source: a reading of Martnishn 2026, arXiv 2606.23942.
     """
 
-    needs_grad = False
-
     def __init__(
-        self,
-        *,
-        include_output: bool = False,
-        generator: torch.Generator | None = None,
-        **options: Unpack[PenaltyOptions],
+        self, *, generator: torch.Generator | None = None, **options: Unpack[LayerOptions]
     ) -> None:
         super().__init__(**options)
-        self.include_output = _checks.flag("include_output", include_output)
         self.generator = _checks.generator(generator)
-        self.layers_found: list[str] = []
-        self.layers_left_out: list[tuple[str, str]] = []
 
     def model_form(
         self, model: Any, x: Tensor, *, tangent: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Any]:
         u = self._draw(_checks.floating("x", x)) if tangent is None else self._given(tangent, x)
-        with forward_ad.dual_level(), _layers.LayerCollector(model) as seen:
-            dual = _autograd.call_model(model, forward_ad.make_dual(x, u))
-            found = seen.layers(dual, len(x), include_output=self.include_output)
-            self.layers_found = [layer.name for layer in found]
-            self.layers_left_out = seen.left_out
-            pushed = []
-            for layer in found:
-                end = seen.check_unchanged(layer, layer.z if layer.post is None else layer.post)
-                pushed.append(forward_ad.unpack_dual(end).tangent)
-            output = forward_ad.unpack_dual(dual).primal
-        for name, t in zip(self.layers_found, pushed, strict=True):
-            if t is None:
+        with forward_ad.dual_level():
+            dual, values = super().model_form(model, forward_ad.make_dual(x, u))
+            return forward_ad.unpack_dual(dual).primal, values
+
+    def on_layer(self, seen: Pass, call: Call, phi: Phi, a: Tensor | None) -> Tensor:
+        if a is None:
+            assert phi.fn is not None
+            a = act(call.z, fn=phi.fn, impl=phi.impl, **phi.params)
+        if not seen.dry:
+            seen.terms.append(Pushed(call, a, a._version))
+        return a
+
+    def output_term(self, seen: Pass, call: Call) -> None:
+        seen.terms.append(Pushed(call, call.z, call.version))
+
+    def finish(self, seen: Pass, batch: int) -> Tensor:
+        values = []
+        for term in seen.terms:
+            if term.post._version != term.version:
                 raise RuntimeError(
-                    f"layer {name} does not depend on x: see that the model does not detach it"
+                    f"layer {term.call.name}: its output or that of its activation was modified in "
+                    "place after it was computed; use the out-of-place operation"
                 )
-        squares = [_autograd.measure(t, "l2_squared", lead=1) for t in pushed]
-        return output, torch.stack(squares).sum(0)
+            tangent = forward_ad.unpack_dual(term.post).tangent
+            if tangent is None:
+                raise RuntimeError(
+                    f"layer {term.call.name} does not depend on x: see that the model does not "
+                    "detach it"
+                )
+            values.append(_autograd.measure(tangent, "l2_squared", lead=1))
+        over = batch if self.reduction != "sum" and batch else 1
+        self.remember(
+            [(t.call.name, v, None, 1 / over) for t, v in zip(seen.terms, values, strict=True)]
+        )
+        return torch.stack(values).sum(0)
 
     def _draw(self, x: Tensor) -> Tensor:
         _checks.generator_device(self.generator, x.device)

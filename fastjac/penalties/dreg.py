@@ -2,21 +2,43 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from fastjac import reference
-from fastjac.penalties import _autograd, _checks, _layers
-from fastjac.penalties._base import ModelPenalty, PenaltyOptions
+from fastjac.activations import IDS, get
+from fastjac.dispatch import OPS
+from fastjac.ops import act_stats, row_sqnorm
+from fastjac.ops._library import suffix_of
+from fastjac.ops.layer_act import Layer, layer_act
+from fastjac.ops.row_sqnorm import rows_in_memory, tapped
+from fastjac.penalties import _autograd, _checks
+from fastjac.penalties._base import PenaltyOptions
+from fastjac.penalties._layers import Call, Phi, norm_scale
+from fastjac.penalties._layerwise import LayerPenalty, Sum
 from fastjac.penalties._spec import PenaltySpec, layered_example
+from fastjac.penalties._watch import Pass
 
 
-class DREG(ModelPenalty):
+@dataclass(slots=True)
+class Term:
+    """One layer's share, before the division by ``divisor``."""
+
+    call: Call
+    divisor: float
+    value: Tensor | None = None  # per sample [N], or summed over them; None: Σ_c s_c r_c to come
+    s: Tensor | None = None  # Σ_{n,p} φ'² per channel
+    r: Tensor | None = None  # ‖W_c‖², where it is known
+    gain: Tensor | None = None  # k² of the norm, for the r to come
+    post: Tensor | None = None  # the output of the activation
+
+
+class DREG(LayerPenalty):
     """Layer-wise Jacobian penalty: ``R_n = Σ_l Σ_i φ'(z_lni)² ‖W_l[i, :]‖²``.
 
     That is ``Σ_l ‖diag φ'(z_ln) W_l‖_F²``, for each hidden layer ``a_l = φ(W_l a_{l-1} + b_l)`` the
@@ -30,11 +52,25 @@ class DREG(ModelPenalty):
     strided transposed convolution, those that miss the position. Grouped convolutions likewise. A
     Linear on ``[N, T, C]`` has T positions.
 
-    A layer is a Linear or convolution module whose output tensor is the input of an activation
-    module: one of torch.nn (elementwise and deterministic), or any module with a callable
-    attribute ``fastjac_activation``, its elementwise ``φ``. After a call of the module form,
-    ``layers_found`` holds their names in the order they ran and ``layers_left_out`` the others,
-    ``(name, reason)``. A last layer that ends in an activation module is a layer like the rest.
+    A layer is a Linear or convolution module whose output tensor, perhaps through one BatchNorm or
+    LayerNorm module, is the input of an activation: a torch.nn module (elementwise and
+    deterministic), a function of fastjac (``fastjac.gelu(z)``), a torch function that a module
+    holds (``nn.TransformerEncoderLayer``), or any module with a callable attribute
+    ``fastjac_activation``, its elementwise ``φ``. A last layer that ends in an activation is a
+    layer like the rest. With a norm ``y = γ (z − μ)/σ + β`` in between, the layer's Jacobian is
+    ``diag φ'(y) diag(γ/σ) W``: exact for BatchNorm in eval mode; elsewhere μ and σ, which depend on
+    the sample or the batch, are held constant in the Jacobian (not in the gradient of the penalty,
+    which goes through them).
+
+    Two forms. Attached, the fast one: ``penalty = DREG(model)``, then in each step
+    ``loss(model(x), y) + penalty()``. The activations of the model are then computed with their
+    statistic in one pass, forward and backward; outputs and ``state_dict`` stay. It covers all
+    forward passes since the last ``penalty()``, their samples taken together; passes in eval mode
+    or without gradients do not count. Checkpointing (``use_reentrant=False``) and compiling the
+    model, or the whole step, afterwards keep the numbers. ``detach()`` undoes it; copies of the
+    model are not attached. Called: ``output, value = DREG()(model, x)``, without torch.compile.
+    After either, ``layers_found`` has the names in the order they ran, ``layers_left_out`` the
+    others with the reason, ``layer_values`` each layer's share of the value.
 
     Arguments:
         model: an nn.Module. x: ``[N, ...]`` of any dtype. There is no graph form. Dimension 0 must
@@ -44,22 +80,24 @@ class DREG(ModelPenalty):
         over: ``"sum"``, ``"units"`` (a layer's term divided by its units or output channels) or
         ``"elements"`` (by the numbers in W). positions: ``"sum"`` or ``"mean"`` over output
         positions. layers: ``"sum"`` or ``"mean"`` over the layers counted. include_output: count
-        the output layer, with ``φ' = 1``. use_weight: False for ``φ'²`` without ``‖W‖²``.
-        squared: False for the root of each layer's term per sample, after the divisions; its
-        gradient at 0 is taken as 0. layer_weights: a factor per layer, in the order of
-        ``layers_found``. weight, reduction, every: as for all penalties.
+        the output layer, with ``φ' = 1``. use_weight: False for ``φ'²`` without ``‖W‖²`` (and
+        without a norm's ``γ/σ``). squared: False for the root of each layer's term per sample,
+        after the divisions; its gradient at 0 is taken as 0. layer_weights: a factor per layer, in
+        the order of ``layers_found``. deterministic: as in `fastjac.act_stats`. weight, reduction,
+        every: as for all penalties.
 
-    Half precision is computed in float32 from ``φ'(z)`` on. Differentiable as often as φ' is. The
-    value alone can be had under ``torch.no_grad()``.
+    Half precision is computed in float32 from ``φ'(z)`` on. Gradients: once by fused kernels; twice
+    through ``create_graph=True``; a derivative past the third of φ raises. The called form gives
+    the value alone under ``torch.no_grad()``.
 
     Source: Martnishn 2026, arXiv 2606.23942 (abstract); the norm of each layer's Jacobian: Gu &
     Rigazio 2014, arXiv 1412.5068, eq. 6.
     """
 
-    needs_grad = False
-
     def __init__(
         self,
+        model: nn.Module | None = None,
+        /,
         *,
         over: str = "sum",
         layers: str = "sum",
@@ -68,72 +106,215 @@ class DREG(ModelPenalty):
         use_weight: bool = True,
         squared: bool = True,
         layer_weights: Sequence[float] | None = None,
+        deterministic: bool = True,
         **options: Unpack[PenaltyOptions],
     ) -> None:
-        super().__init__(**options)
+        super().__init__(model, include_output=include_output, **options)
         self.over = _checks.choice("over", over, ("sum", "units", "elements"))
         self.layers = _checks.choice("layers", layers, ("sum", "mean"))
         self.positions = _checks.choice("positions", positions, ("sum", "mean"))
-        self.include_output = _checks.flag("include_output", include_output)
         self.use_weight = _checks.flag("use_weight", use_weight)
         self.squared = _checks.flag("squared", squared)
+        self.deterministic = _checks.flag("deterministic", deterministic)
         self.layer_weights = (
             None
             if layer_weights is None
             else tuple(_checks.number("layer_weights", c) for c in layer_weights)
         )
-        self.layers_found: list[str] = []
-        self.layers_left_out: list[tuple[str, str]] = []
 
-    def model_form(self, model: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-        _checks.tensor("x", x)
-        with _layers.LayerCollector(model) as seen:
-            output = _autograd.call_model(model, x)
-        found = self.select(seen, output, len(x))
-        terms = [self.term(layer, seen.check_unchanged(layer, layer.z)) for layer in found]
-        if self.layer_weights is not None:
-            if len(self.layer_weights) != len(terms):
-                raise ValueError(
-                    f"layer_weights has {len(self.layer_weights)} numbers and the model "
-                    f"{len(terms)} layers: {', '.join(self.layers_found)}"
-                )
-            terms = [c * t for c, t in zip(self.layer_weights, terms, strict=True)]
-        total = torch.stack(terms).sum(0)
-        return output, total / len(terms) if self.layers == "mean" else total
+    _tap_on_cpu = False  # for tests: what a GPU would do
 
-    def select(self, seen: _layers.LayerCollector, output: Tensor, batch: int) -> list[Any]:
-        """The layers to count; remembers their names."""
-        found = seen.layers(output, batch, include_output=self.include_output)
-        self.layers_found = [layer.name for layer in found]
-        self.layers_left_out = seen.left_out
-        return found
+    @property
+    def per_sample_wanted(self) -> bool:
+        """Whether the sum over samples comes last: else it is taken in the pass over z."""
+        return not self.squared or self.reduction == "none"
 
-    def term(self, layer: _layers.Layer, z: Tensor) -> Tensor:
-        """One layer's share of ``R_n``, as ``[N]``."""
-        weight = layer.weight
-        dtype = _autograd.accumulate_dtype(z.dtype)
-        if layer.activation is None:
-            slope = torch.ones_like(z, dtype=dtype)
+    def on_layer(self, seen: Pass, call: Call, phi: Phi, a: Tensor | None) -> Tensor:
+        layer = None
+        if a is None and call.norm is None and seen.grad and not seen.transformed:
+            layer = self._one_node(call, phi, seen.compiling)
+        if layer is not None:
+            weight, r = seen.taps.get(call.layer, (call.weight, None))
+            if r is not None:
+                layer = layer._replace(rows=False)
+            z, divisor = call.z.detach(), self._divisor(call)
+            a, v = layer_act(call.x, weight, call.layer.module.bias, z, layer)
+            term = Term(call, divisor, v) if r is None else Term(call, divisor, s=v, r=r)
+            seen.whole.append(call.layer)
         else:
-            slope = _layers.activation_derivative(layer.activation, z).to(dtype)
-        if not layer.channels_last:
-            slope = slope.movedim(1, -1)
-        n, *places, units = slope.shape
-        per_unit = slope.square().reshape(n, math.prod(places), units).sum(1)
-        if self.use_weight:  # not a matrix product, which autocast would round to half precision
-            per_unit = per_unit * _row_norms(weight)
-        value = per_unit.sum(1)
-        count = {"sum": 1, "units": units, "elements": weight.numel()}[self.over]
-        if self.positions == "mean":
-            count *= math.prod(places)
-        value = value / count
-        return value if self.squared else _root(value)
+            statistic = self._composed if phi.fn is None else self._fused
+            term, computed = statistic(call, phi, a)
+            a = computed if a is None else a
+        if not seen.dry:
+            term.post = a
+            seen.terms.append(term)
+        return a
 
+    def before_pass(self, seen: Pass) -> None:
+        """On a GPU, where launches count: the row norms of all layers from one.
 
-def _row_norms(weight: Tensor) -> Tensor:
-    """``‖W[i, :]‖²`` in at least float32."""
-    w = weight.to(_autograd.accumulate_dtype(weight.dtype))
-    return w.square().flatten(1).sum(1)
+        The layers are those that the last pass took whole (`layer_act`), each with one weight.
+        """
+        assert self._watch is not None
+        if seen.compiling or not self._watch.whole or not seen.grad or seen.transformed:
+            return
+        weights = {layer: layer.module.weight for layer in self._watch.whole}
+        first = next(iter(weights.values()))
+        if not (first.is_cuda or self._tap_on_cpu) or self.per_sample_wanted or not self.use_weight:
+            return
+        for w in weights.values():
+            if (w.dtype, w.device) != (first.dtype, first.device) or not rows_in_memory(w):
+                return
+        suffix = suffix_of(OPS["row_sqnorm"].select("auto", first.device, first.dtype))
+        flat, views = tapped(list(weights.values()), suffix)
+        rows = flat.split([w.shape[0] for w in views])
+        seen.taps = dict(zip(weights, zip(views, rows, strict=True), strict=True))
+        self._watch.taps = seen.taps
+
+    def _one_node(self, call: Call, phi: Phi, compiling: bool) -> Layer | None:
+        """What `layer_act` needs to do this layer whole; None where it cannot."""
+        if compiling or phi.module is None:  # no module to remember it by
+            return self._plan(call, phi)
+        # All that decides it beside the layer and the activation.
+        state = (
+            self.reduction, self.squared, self.use_weight, self.deterministic,
+            call.z.dtype, call.z.device, call.weight.stride(),
+        )  # fmt: skip
+        memo = call.layer.memo.get(phi)
+        if memo is None or memo[0] != state:
+            memo = call.layer.memo[phi] = state, self._plan(call, phi)
+        return memo[1]
+
+    def _plan(self, call: Call, phi: Phi) -> Layer | None:
+        if self.per_sample_wanted or not self.use_weight or not call.layer.plain_layer:
+            return None
+        if phi.fn is None or not rows_in_memory(call.weight):
+            return None
+        impl = OPS["act_stats"].select(phi.impl, call.z.device, call.z.dtype)
+        if impl == "reference":
+            return None
+        p0, p1 = get(phi.fn).param_values(phi.params)
+        options = (call.layer.conv, 1.0, self.deterministic)
+        return Layer(*options, IDS[phi.fn], p0, p1, suffix_of(impl), impl)
+
+    def _fused(self, call: Call, phi: Phi, a: Tensor | None) -> tuple[Term, Tensor]:
+        assert phi.fn is not None
+        z, divisor = call.z, self._divisor(call)
+        gain, place_gain = norm_scale(call) if self.use_weight else (None, None)
+        options = dict(scale=1.0, deterministic=self.deterministic, impl=phi.impl, **phi.params)
+        dim = call.dim
+        if place_gain is not None:  # each position is a sample of its own
+            z, dim, place_gain = z.flatten(0, -2), -1, place_gain.flatten()
+        if not self.per_sample_wanted:
+            computed, s = act_stats(z, phi.fn, dim=dim, weights=place_gain, **options)
+            return Term(call, divisor, s=s, gain=gain), computed.view_as(call.z)
+        rows = self._rows(call, gain)
+        computed, t = act_stats(z, phi.fn, dim=dim, per="sample", weights=rows, **options)
+        if place_gain is not None:
+            t = (t * place_gain).view(call.z.shape[0], -1).sum(1)
+        return Term(call, divisor, t), computed.view_as(call.z)
+
+    def _composed(self, call: Call, phi: Phi, a: Tensor | None) -> tuple[Term, Tensor]:
+        """The same for an activation that the table does not have."""
+        assert a is not None
+        dtype = _autograd.accumulate_dtype(call.z.dtype)
+        squares = phi.derivative(call.z).to(dtype).square().movedim(call.dim, -1)
+        gain, place_gain = norm_scale(call) if self.use_weight else (None, None)
+        if place_gain is not None:
+            squares = squares * place_gain.unsqueeze(-1)
+        s = squares.flatten(1, -2).sum(1) if squares.dim() > 2 else squares  # [N, C]
+        if not self.per_sample_wanted:
+            return Term(call, self._divisor(call), s=s.sum(0), gain=gain), a
+        rows = self._rows(call, gain)
+        t = (s if rows is None else s * rows).sum(1)
+        return Term(call, self._divisor(call), t), a
+
+    def output_term(self, seen: Pass, call: Call) -> None:
+        n, c = call.z.shape[0], call.z.shape[call.dim]
+        gain, place_gain = norm_scale(call) if self.use_weight else (None, None)
+        dtype = _autograd.accumulate_dtype(call.z.dtype)
+        if place_gain is None:  # φ' = 1: every position counts alike
+            places = torch.full((n,), float(call.positions), dtype=dtype, device=call.z.device)
+        else:
+            places = place_gain.reshape(n, -1).sum(1)
+        term = Term(call, self._divisor(call), gain=gain, post=call.z)
+        if self.per_sample_wanted:
+            rows = self._rows(call, gain)
+            term.value = places * (c if rows is None else rows.sum())
+        else:
+            term.s = places.sum().expand(c)
+        seen.terms.append(term)
+
+    def _divisor(self, call: Call) -> float:
+        if self.over == self.positions == "sum":
+            return 1.0
+        count = {"sum": 1, "units": call.z.shape[call.dim], "elements": call.weight.numel()}
+        return float(count[self.over] * (call.positions if self.positions == "mean" else 1))
+
+    def _rows(self, call: Call, gain: Tensor | None) -> Tensor | None:
+        if not self.use_weight:
+            return None
+        (rows,) = row_sqnorm([call.rows])
+        rows = rows.to(_autograd.accumulate_dtype(call.z.dtype))
+        return rows if gain is None else rows * gain
+
+    def finish(self, seen: Pass, batch: int) -> Tensor | Sum:
+        terms: list[Term] = self.select(seen.terms)
+        if self.layer_weights is not None and len(self.layer_weights) != len(terms):
+            raise ValueError(
+                f"layer_weights has {len(self.layer_weights)} numbers and the model "
+                f"{len(terms)} layers: {', '.join(self.layers_found)}"
+            )
+        factors = [1 / (len(terms) if self.layers == "mean" else 1)] * len(terms)
+        if self.layer_weights is not None:
+            factors = [f * c for f, c in zip(factors, self.layer_weights, strict=True)]
+        over = batch if self.reduction == "mean" and batch else 1
+        divisors = [t.divisor for t in terms]
+        scales = [f / d for f, d in zip(factors, divisors, strict=True)]
+        pairs = [(t.s, t.r) for t in terms if t.s is not None and t.r is not None]
+        if len(pairs) == len(terms) and len(set(scales)) == 1:
+            # As many operations as for one layer.
+            shares = [
+                (t.call.name, s, r, scales[0] / over)
+                for t, (s, r) in zip(terms, pairs, strict=True)
+            ]
+            self.remember(shares)
+            total = (torch.cat([s for s, _ in pairs]) * torch.cat([r for _, r in pairs])).sum()
+            return Sum(total if scales[0] == 1 else total * scales[0], batch)
+        self._fill(terms)
+        values = [t.value for t in terms if t.value is not None]
+        if not self.squared:
+            values = [_root(v / d) for v, d in zip(values, divisors, strict=True)]
+            scales = factors
+        names = [t.call.name for t in terms]
+        self.remember(
+            [(n, v, None, f / over) for n, v, f in zip(names, values, scales, strict=True)]
+        )
+        total = torch.stack(values)
+        if any(f != 1 for f in scales):
+            total = total * total.new_tensor(scales).view([-1] + [1] * (total.dim() - 1))
+        return total.sum(0) if self.per_sample_wanted else Sum(total.sum(), batch)
+
+    def select(self, terms: list[Any]) -> list[Any]:
+        """The terms to count."""
+        return terms
+
+    def _fill(self, terms: list[Term]) -> None:
+        """The values that no layer has computed; their row norms come from one launch."""
+        wanting = [(t, t.s) for t in terms if t.value is None and t.s is not None]
+        if not self.use_weight:
+            for t, s in wanting:
+                t.value = s.sum()
+            return
+        for dtype in {t.call.weight.dtype: None for t, _ in wanting}:
+            group = [(t, s) for t, s in wanting if t.call.weight.dtype == dtype]
+            missing = [t for t, _ in group if t.r is None]
+            rows = row_sqnorm([t.call.rows for t in missing]) if missing else []
+            for t, r in zip(missing, rows, strict=True):
+                t.r = r if t.gain is None else r * t.gain
+            for t, s in group:
+                assert t.r is not None
+                t.value = (s * t.r).sum()
 
 
 def _root(value: Tensor) -> Tensor:
@@ -157,13 +338,21 @@ class Contractive(DREG):
     Source: Rifai, Vincent, Muller, Glorot, Bengio 2011.
     """
 
-    def __init__(self, *, weight: float = 1.0, reduction: str = "mean", every: int = 1) -> None:
-        super().__init__(weight=weight, reduction=reduction, every=every)
+    def __init__(
+        self,
+        model: nn.Module | None = None,
+        /,
+        *,
+        weight: float = 1.0,
+        reduction: str = "mean",
+        every: int = 1,
+    ) -> None:
+        super().__init__(model, weight=weight, reduction=reduction, every=every)
 
-    def select(self, seen: _layers.LayerCollector, output: Tensor, batch: int) -> list[Any]:
-        first, *others = super().select(seen, output, batch)
-        self.layers_found = [first.name]
-        self.layers_left_out += [(layer.name, "not the first hidden layer") for layer in others]
+    def select(self, terms: list[Any]) -> list[Any]:
+        first, *others = terms
+        self.layers_found = [first.call.name]
+        self.layers_left_out += [(t.call.name, "not the first hidden layer") for t in others]
         return [first]
 
 
@@ -183,6 +372,8 @@ class GuRigazio(DREG):
 
     def __init__(
         self,
+        model: nn.Module | None = None,
+        /,
         *,
         layer_weights: Sequence[float] | None = None,
         weight: float = 1.0,
@@ -190,6 +381,7 @@ class GuRigazio(DREG):
         every: int = 1,
     ) -> None:
         super().__init__(
+            model,
             squared=False,
             include_output=True,
             layer_weights=layer_weights,

@@ -1,10 +1,10 @@
 // The part of CUDA's runtime that our kernels use, on the CPU: found before CUDA's own header when
 // the .cu sources are compiled as C++ with -DFASTJAC_HOST_SHIM (tests/host.py).
 //
-// The threads of a block are real threads, which run the blocks of a launch one after the other.
-// __syncthreads() is a barrier, shuffles exchange through memory between two barriers of the warp,
-// atomics are atomic. So an out-of-bounds access, a missing barrier or a race is what it is on a
-// GPU, and the sanitizers see it.
+// The threads of a block are real threads, which run the blocks of a launch one after the other: a
+// block that waited for a later one would hang. __syncthreads() is a barrier, shuffles exchange
+// through memory between two barriers of the warp, atomics are atomic. So an out-of-bounds access,
+// a missing barrier or a race is what it is on a GPU, and the sanitizers see it.
 #pragma once
 
 #include <array>
@@ -23,6 +23,7 @@
 #define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
 #define __shared__ static
+#define __grid_constant__
 #define __restrict__ __restrict
 
 struct dim3 {
@@ -35,6 +36,15 @@ using cudaError_t = int;
 constexpr cudaError_t cudaSuccess = 0;
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline const char* cudaGetErrorString(cudaError_t) { return "no error"; }
+
+enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone, cudaStreamCaptureStatusActive };
+
+extern "C" inline bool fastjac_host_capturing = false;  // set by a test
+
+inline cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
+  *status = fastjac_host_capturing ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
+  return cudaSuccess;
+}
 
 inline thread_local dim3 threadIdx, blockIdx, blockDim, gridDim;
 
@@ -80,22 +90,23 @@ T exchange(T value, unsigned from) {
 // barriers, as on a GPU since Volta.
 template <class Body>
 void launch(dim3 grid, dim3 block, Body&& body) {
-  for (unsigned by = 0; by < grid.y; ++by) {
-    for (unsigned bx = 0; bx < grid.x; ++bx) {
-      Block state(block.x);
-      std::vector<std::thread> threads;
-      for (unsigned t = 0; t < block.x; ++t) {
-        threads.emplace_back([&, t] {
-          threadIdx = dim3(t), blockIdx = dim3(bx, by), blockDim = block, gridDim = grid;
-          current = &state;
-          body();
-          warp().barrier.arrive_and_drop();
-          state.barrier.arrive_and_drop();
-        });
+  auto state = std::make_unique<Block>(block.x);
+  std::barrier next_block(block.x, [&]() noexcept { state = std::make_unique<Block>(block.x); });
+  std::vector<std::thread> threads;
+  for (unsigned t = 0; t < block.x; ++t) {
+    threads.emplace_back([&, t] {
+      threadIdx = dim3(t), blockDim = block, gridDim = grid;
+      for (unsigned b = 0; b < grid.x * grid.y; ++b) {
+        blockIdx = dim3(b % grid.x, b / grid.x);
+        current = state.get();
+        body();
+        warp().barrier.arrive_and_drop();
+        current->barrier.arrive_and_drop();
+        next_block.arrive_and_wait();
       }
-      for (std::thread& thread : threads) thread.join();
-    }
+    });
   }
+  for (std::thread& thread : threads) thread.join();
 }
 
 }  // namespace fastjac::host
@@ -116,4 +127,21 @@ T __shfl_down_sync(unsigned, T value, unsigned delta) {
 template <class T>
 T atomicAdd(T* address, T value) {
   return std::atomic_ref<T>(*address).fetch_add(value);
+}
+inline unsigned atomicInc(unsigned* address, unsigned most) {
+  std::atomic_ref<unsigned> counter(*address);
+  unsigned old = counter.load();
+  while (!counter.compare_exchange_weak(old, old >= most ? 0 : old + 1)) {
+  }
+  return old;
+}
+
+// A read-modify-write in place of a fence: ThreadSanitizer does not model fences.
+inline void __threadfence() {
+  static std::atomic<unsigned> fence;
+  fence.fetch_add(1);
+}
+template <class T>
+T __ldcg(const T* address) {
+  return *address;
 }

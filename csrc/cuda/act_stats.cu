@@ -1,0 +1,362 @@
+// `act_stats` and `act_stats_backward` for CUDA tensors (schemas, meaning:
+// fastjac/ops/act_stats.py)
+//
+// One launch does it all. A block walks its part of the matrix (tiling.h) and leaves one sum per
+// column, or per group of rows; where an output is cut into chunks, these go to a workspace, and
+// the block that finishes last on a tile of outputs adds them, chunk after chunk. Weights of rows
+// and columns are factors of each term, so sums over samples, channels and positions are one level.
+#include <cuda_pipeline.h>
+
+#include <initializer_list>
+#include <tuple>
+
+#include "activations.h"
+#include "launch.cuh"
+#include "reduce.cuh"
+#include "stats.h"
+#include "tiling.h"
+
+namespace fastjac {
+namespace {
+
+constexpr int threads = Tiling::threads;
+
+// Terms that a thread adds up before the sum moves on to shared memory: with at most 512 such sums
+// a thread for 2^31 elements, the error stays in the class of a pairwise sum.
+#ifdef FASTJAC_HOST_SHIM
+constexpr int run = 3;
+#else
+constexpr int run = 32;
+#endif
+
+template <class S>
+struct StatsCall {
+  using T = compute_t<S>;
+  const T* w_sample;   // null: 1
+  const T* w_channel;  // null: 1
+  T factor, scale, p0, p1;
+  Statistic statistic;
+  T* value;
+  T* partial;          // the sums of chunks; null: they are added to `value` by atomics
+  unsigned* counters;  // one per tile of outputs
+  Tiling tiling;
+};
+
+template <class T, int V>
+struct alignas(16) Weights {
+  T at[V];
+};
+
+// A thread's pack of a row: units of `unit` elements, x units apart, so that a warp reads
+// neighbours also where rows do not start at 16-byte addresses. Calls move(bytes, element, offset)
+// for those that lie in the row.
+template <class S, int Bytes, class Move>
+__device__ __forceinline__ void for_units(int64_t column, const Tiling& at, Move&& move) {
+  constexpr int elements = Bytes / int(sizeof(S));
+#pragma unroll
+  for (int i = 0; i < Pack<S>::size; i += elements) {
+    const int offset = i * at.x;
+    if (column + offset < at.columns) move(std::integral_constant<int, Bytes>{}, i, offset);
+  }
+}
+
+template <class S, class Move>
+__device__ __forceinline__ void for_units(int64_t column, const Tiling& at, Move&& move) {
+  const int bytes = at.unit * int(sizeof(S));
+  if (bytes == 16) {
+    move(std::integral_constant<int, 16>{}, 0, 0);  // the first unit is in the row
+  } else if (bytes == 8) {
+    for_units<S, 8>(column, at, move);
+  } else if (sizeof(S) <= 4 && bytes == 4) {
+    for_units<S, sizeof(S) <= 4 ? 4 : 8>(column, at, move);
+  } else {
+    for_units<S, sizeof(S)>(column, at, move);
+  }
+}
+
+// Starts a copy to shared memory, where registers would limit how much is on its way.
+template <class S>
+__device__ __forceinline__ void start_copy(Pack<S>& to, const S* row, int64_t column,
+                                           const Tiling& at) {
+  for_units<S>(column, at, [&](auto bytes, int i, int offset) {
+    if constexpr (bytes() >= 4) {
+      __pipeline_memcpy_async(&to.at[i], row + column + offset, bytes());
+    } else {
+      to.at[i] = row[column + offset];
+    }
+  });
+}
+
+template <int Bytes>
+struct alignas(Bytes) Unit {
+  unsigned char at[Bytes];
+};
+
+template <class S>
+__device__ __forceinline__ void store_row(const Pack<S>& pack, S* row, int64_t column,
+                                          const Tiling& at) {
+  for_units<S>(column, at, [&](auto bytes, int i, int offset) {
+    using U = Unit<bytes()>;
+    *reinterpret_cast<U*>(row + column + offset) = *reinterpret_cast<const U*>(&pack.at[i]);
+  });
+}
+
+template <class A, bool Backward, class S>
+__global__ void __launch_bounds__(threads, sizeof(S) == 4 ? 3 : 2)
+    act_stats_kernel(const S* __restrict__ z, const S* __restrict__ g, S* __restrict__ out,
+                     const __grid_constant__ StatsCall<S> call) {
+  using T = compute_t<S>;
+  constexpr int V = Pack<S>::size;
+  // Three packs of one tensor or two packs of two on their way in each thread: with two blocks on a
+  // processor 24 or 32 KB, about what an H200 moves in the time of one access (25 KB).
+  constexpr int stages = Backward ? 3 : 4;
+  __shared__ Pack<S> z_packs[stages * threads];
+  __shared__ Pack<S> g_packs[Backward ? stages * threads : 1];
+  __shared__ T sums[V * threads];
+  __shared__ Weights<T, V> w_columns[threads];
+  const Tiling& at = call.tiling;
+  const int t = threadIdx.x;
+  const int x = t & (at.x - 1);
+  const int thread_row = (t >> at.j_shift) & (at.j - 1);
+  const unsigned tile = blockIdx.x % at.tiles, chunk = blockIdx.x / at.tiles;
+  const int64_t group =
+      at.down_columns ? 0 : int64_t(tile) * at.o + ((t >> at.o_shift) & (at.o - 1));
+
+  // The block's rows of the group, and its columns.
+  const int64_t first_row = int64_t(chunk / at.column_chunks) * at.rows_each;
+  const int64_t last_row = at.rows - first_row < at.rows_each ? at.rows : first_row + at.rows_each;
+  const int width = at.x * V;
+  const int64_t block_column =
+      at.tiles_each * width * int64_t(at.down_columns ? tile : chunk % at.column_chunks);
+  const int64_t end = block_column + at.tiles_each * width;
+  const int64_t last_column = at.columns < end ? at.columns : end;
+  const int64_t first_column = block_column + x * at.unit;
+
+  int64_t j = first_row + thread_row, column = first_column;
+  if (group >= at.groups || column >= last_column) j = last_row;
+  int64_t j_ahead = j, column_ahead = column;
+  int64_t sample = j / at.positions, position = j % at.positions;  // where the group is no sample
+  int slot_ahead = t, slot = t;
+  const auto copy_ahead = [&] {
+    if (j_ahead < last_row) {
+      const int64_t row = (group * at.group_stride + j_ahead * at.row_stride) * at.columns;
+      start_copy(z_packs[slot_ahead], z + row, column_ahead, at);
+      if (Backward && g != nullptr) start_copy(g_packs[slot_ahead], g + row, column_ahead, at);
+      slot_ahead = slot_ahead + threads < stages * threads ? slot_ahead + threads : t;
+      column_ahead += width;
+      if (column_ahead >= last_column) column_ahead = first_column, j_ahead += at.j;
+    }
+    __pipeline_commit();
+  };
+#pragma unroll 1  // three copies of the branches over units would only be longer
+  for (int stage = 1; stage < stages; ++stage) copy_ahead();
+
+  T total[V] = {};
+#pragma unroll
+  for (int i = 0; i < V; ++i) sums[i * threads + t] = T(0);
+  const auto flush = [&] {
+#pragma unroll
+    for (int i = 0; i < V; ++i) sums[i * threads + t] += total[i], total[i] = T(0);
+  };
+  const bool column_weights = at.channel_inner && call.w_channel != nullptr;
+  int64_t weights_of = -1;
+  for (int step = 1; j < last_row; ++step) {
+    copy_ahead();
+    T w_sample = T(1), w_channel = T(1);
+    if (call.w_sample != nullptr) w_sample = call.w_sample[at.group_is_sample ? group : sample];
+    if (column_weights) {
+      if (column != weights_of) {
+        weights_of = column;
+        for (int i = 0; i < V; ++i) {
+          const int64_t k = column + at.offset(i);
+          w_columns[t].at[i] = k < at.columns ? call.w_channel[k] : T(0);
+        }
+      }
+    } else if (call.w_channel != nullptr) {
+      w_channel = call.w_channel[at.group_is_sample ? j : group];
+    }
+    __pipeline_wait_prior(stages - 1);
+    const Pack<S> z_pack = z_packs[slot];
+    const Pack<S> g_pack = Backward && g != nullptr ? g_packs[Backward ? slot : 0] : Pack<S>{};
+    slot = slot + threads < stages * threads ? slot + threads : t;
+    Weights<T, V> w;
+    if (column_weights) w = w_columns[t];
+    Pack<S> result;
+#pragma unroll
+    for (int i = 0; i < V; ++i) {
+      const T zi = widen(z_pack.at[i]);
+      const T wi = column_weights ? w.at[i] : w_channel;
+      const T slope = A::template d<1>(zi, call.p0, call.p1);
+      T value;
+      if constexpr (Backward) {
+        value = A::template times<1>(zi, T(widen(g_pack.at[i])), call.p0, call.p1) +
+                A::template times<2>(zi, call.factor * (w_sample * wi) * slope, call.p0, call.p1);
+      } else {
+        value = A::template d<0>(zi, call.p0, call.p1);
+      }
+      result.at[i] = narrow<S>(value);
+      const T weight = call.statistic == Statistic::sample ? wi : w_sample;
+      const T term = call.statistic == Statistic::bias ? value : weight * (slope * slope);
+      total[i] += column + at.offset(i) < at.columns ? term : T(0);
+    }
+    const int64_t row = (group * at.group_stride + j * at.row_stride) * at.columns;
+    store_row(result, out + row, column, at);
+    if (step % run == 0) flush();
+    column += width;
+    if (column >= last_column) {
+      column = first_column, j += at.j;
+      sample += at.sample_step, position += at.position_step;
+      if (position >= at.positions) position -= at.positions, ++sample;
+    }
+  }
+  if (call.statistic == Statistic::none) return;
+
+  flush();
+  if (!at.down_columns) {
+#pragma unroll
+    for (int i = 1; i < V; ++i) sums[t] += sums[i * threads + t];
+  }
+  const int values = at.down_columns ? V : 1;
+  sum_over_threads<threads>(sums, at.summed, values);
+  const bool leads = (t & at.summed) == 0 && group < at.groups;
+
+  if (at.chunks > 1 && call.partial != nullptr) {
+    // [chunk, tile, i, x] of columns; [group, chunk] of rows: neighbours for neighbouring threads.
+    const int64_t columns_at = int64_t(tile) * V * at.x + x,
+                  chunk_size = int64_t(at.tiles) * V * at.x;
+    if (leads) {
+      for (int i = 0; i < values; ++i) {
+        const int64_t place = at.down_columns ? chunk * chunk_size + columns_at + i * at.x
+                                              : group * at.chunks + chunk;
+        call.partial[place] = sums[i * threads + t];
+      }
+    }
+    if (!arrives_last(call.counters + tile, at.chunks)) return;
+    T more[V] = {};
+    if (at.down_columns) {
+#pragma unroll 4
+      for (unsigned c = thread_row; c < at.chunks; c += at.j) {
+#pragma unroll
+        for (int i = 0; i < V; ++i) {
+          more[i] += __ldcg(call.partial + c * chunk_size + columns_at + i * at.x);
+        }
+      }
+    } else if (group < at.groups) {
+      for (unsigned c = thread_row * at.x + x; c < at.chunks; c += at.j * at.x) {
+        more[0] += __ldcg(call.partial + group * at.chunks + c);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < V; ++i) sums[i * threads + t] = more[i];
+    sum_over_threads<threads>(sums, at.summed, values);
+  }
+  if (!leads) return;
+  for (int i = 0; i < values; ++i) {
+    const int64_t output = at.down_columns ? first_column + at.offset(i) : group;
+    if (at.down_columns && output >= at.columns) break;
+    const T sum = call.scale * sums[i * threads + t];
+    if (at.chunks > 1 && call.partial == nullptr) {
+      atomicAdd(call.value + output, sum);
+    } else {
+      call.value[output] = sum;
+    }
+  }
+}
+
+// Elements that move at once: as many as divide the rows, and all operands are aligned to.
+template <class S>
+int unit_of(int64_t columns, std::initializer_list<const void*> operands) {
+  int unit = Pack<S>::size;
+  while (columns % unit != 0) unit /= 2;
+  for (const void* operand : operands) {
+    while (reinterpret_cast<uintptr_t>(operand) % (unit * sizeof(S)) != 0) unit /= 2;
+  }
+  return unit;
+}
+
+std::tuple<Tensor, Tensor> run_pass(const Tensor& z, const std::optional<Tensor>& g,
+                                    const std::optional<Tensor>& w_sample,
+                                    const std::optional<Tensor>& w_channel, int64_t dim,
+                                    Statistic statistic, double scale, bool deterministic,
+                                    bool backward, int64_t fn, double p0, double p1) {
+  const StatsOperands operands(z, g, w_sample, w_channel, dim);
+  operands.sum(statistic);  // refuses what is no statistic
+  Tensor result = operands.out;
+  Tensor value = torch::stable::new_empty(z, {operands.size(statistic)}, statistic_type(z));
+  if (z.numel() == 0) {
+    torch::stable::zero_(value);
+    return {result, value};
+  }
+  const Stream stream(z);
+  const bool found = visit_activation(fn, [&](auto a) {
+    visit_dtype(dtype_of(z), [&](auto tag) {
+      using A = decltype(a);
+      using S = decltype(tag);
+      using T = compute_t<S>;
+      const S* z_data = static_cast<const S*>(operands.z.const_data_ptr());
+      const S* g_data = static_cast<const S*>(StatsOperands::pointer(operands.g));
+      S* out_data = static_cast<S*>(result.mutable_data_ptr());
+      const int unit = unit_of<S>(operands.layout.columns(), {z_data, g_data, out_data});
+      const Tiling tiling(operands.layout, statistic == Statistic::sample, Pack<S>::size, unit);
+      const bool in_chunks = statistic != Statistic::none && tiling.chunks > 1;
+      StatsCall<S> call{static_cast<const T*>(StatsOperands::pointer(operands.w_sample)),
+                        static_cast<const T*>(StatsOperands::pointer(operands.w_channel)),
+                        T(2 * scale),
+                        T(scale_of(statistic, scale)),
+                        T(p0),
+                        T(p1),
+                        statistic,
+                        static_cast<T*>(value.mutable_data_ptr()),
+                        nullptr,
+                        nullptr,
+                        tiling};
+      std::optional<Tensor> workspace;
+      std::optional<Counters> counters;
+      if (in_chunks && deterministic) {
+        const int64_t outputs = tiling.down_columns ? int64_t(tiling.x) * Pack<S>::size : tiling.o;
+        workspace =
+            torch::stable::new_empty(z, {int64_t(tiling.blocks()) * outputs}, statistic_type(z));
+        counters.emplace(z, stream, Tiling::most_counters);
+        call.partial = static_cast<T*>(workspace->mutable_data_ptr());
+        call.counters = counters->data();
+      } else if (in_chunks) {
+        torch::stable::zero_(value);
+      }
+      if (backward) {
+        FASTJAC_LAUNCH((act_stats_kernel<A, true, S>), tiling.blocks(), threads, stream, z_data,
+                       g_data, out_data, call);
+      } else {
+        FASTJAC_LAUNCH((act_stats_kernel<A, false, S>), tiling.blocks(), threads, stream, z_data,
+                       g_data, out_data, call);
+      }
+    });
+  });
+  STD_TORCH_CHECK(found, "fastjac: no activation with id ", fn, " in the compiled table");
+  return {result, value};
+}
+
+std::tuple<Tensor, Tensor> act_stats(const Tensor& z, const std::optional<Tensor>& w, int64_t dim,
+                                     bool per_sample, double scale, bool deterministic, int64_t fn,
+                                     double p0, double p1) {
+  return run_pass(z, std::nullopt, per_sample ? std::nullopt : w, per_sample ? w : std::nullopt,
+                  dim, per_sample ? Statistic::sample : Statistic::channel, scale, deterministic,
+                  false, fn, p0, p1);
+}
+
+std::tuple<Tensor, Tensor> act_stats_backward(const Tensor& z, const std::optional<Tensor>& g,
+                                              const std::optional<Tensor>& w_sample,
+                                              const std::optional<Tensor>& w_channel, int64_t dim,
+                                              int64_t statistic, double scale, bool deterministic,
+                                              int64_t fn, double p0, double p1) {
+  return run_pass(z, g, w_sample, w_channel, dim, static_cast<Statistic>(statistic), scale,
+                  deterministic, true, fn, p0, p1);
+}
+
+}  // namespace
+
+FASTJAC_CUDA_LIBRARY(m) {
+  m.impl("act_stats", TORCH_BOX(&act_stats));
+  m.impl("act_stats_backward", TORCH_BOX(&act_stats_backward));
+}
+
+}  // namespace fastjac

@@ -1,0 +1,367 @@
+"""Triton kernels of `fastjac.act_stats` and its backward (meaning: `fastjac.ops.act_stats`).
+
+One launch a call. Each program passes over a strip of tiles [ROWS, COLS] of memory seen as a
+matrix and sums along one axis of it:
+
+    statistic     channels inner [N, P, C]     channels outer [N, C, P]
+    per channel   columns of [N·P, C]          rows of [C, P], for each of N
+    per sample    rows of [N, P·C]             rows of [N, C·P]
+
+So one weight belongs to the sum that is kept (of a row, say) and does not change along a strip,
+the other to the terms that are summed. Where a whole sample [C, P] fits one tile, the statistic per
+channel sums columns of [N, C·P], and their sums by channel at the end.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastjac.kernels._phi import phi
+from fastjac.kernels.act import _ZEROS, _with_strides_of, compute_dtype, times
+from fastjac.ops.act_stats import BIAS, CHANNEL, NONE, SAMPLE, statistic_dtype
+
+NUM_WARPS = 4
+# 8 elements a thread, 4 of float64. Twice as many took the registers of some activations past 128,
+# and spilled.
+TILE, TILE_FLOAT64 = 1024, 512
+# Widest tile: along a row that is summed, and across columns that are.
+ROW_TILE, COLUMN_TILE = 512, 128
+# Largest tile [channels, columns] that sums columns by channel: 32 registers a thread.
+LARGEST_SORT = 4096
+# Shortest run of one channel's positions (or one position's channels) that is read by itself, to
+# spare a division for each element's channel.
+LEAST_PLANE = 128
+# Elements that are counted in int32: lanes past the end of the last tile must not overflow either.
+MOST_INT32 = 2**30
+# Two waves of 132 SMs that hold 8 programs each.
+PROGRAMS = 2048
+# A strip of so few tiles is not split: to pass partial sums on takes as long as to read them.
+SHORT_RUN = 4
+# Longest serial run of float32 additions; past it sums are trees, or float64.
+LONGEST_RUN = 64
+# Partial sums that one program adds up. More are added in two levels: a single program would read
+# the 2048 of a tall, narrow matrix for 30 µs while the others idle.
+GROUP = tl.constexpr(64)
+
+
+@triton.jit
+def arrives_last(counter, count):
+    # The barrier puts the stores of all threads before the atomic of one.
+    tl.debug_barrier()
+    last = tl.atomic_add(counter, 1, sem="acq_rel") == count - 1
+    if last:
+        tl.store(counter, 0)
+    return last
+
+
+@triton.jit
+def sum_partials(partial_ptr, first, count, outs, out, inside, OUT: tl.constexpr):
+    STEP: tl.constexpr = min(GROUP, 4096 // OUT)
+    total = tl.zeros([OUT], tl.float64)
+    for i in range(0, count, STEP):
+        j = i + tl.arange(0, STEP)
+        at = (first + j)[:, None] * outs + out[None, :]
+        # Past the first-level cache, which other programs do not write through.
+        terms = tl.load(
+            partial_ptr + at, (j < count)[:, None] & inside[None, :], other=0.0,
+            cache_modifier=".cg",
+        )  # fmt: skip
+        total += tl.sum(terms, 0).to(tl.float64)
+    return total
+
+
+@triton.jit
+def finish(
+    sums, out, inside, sums_ptr, partial_ptr, counters_ptr, outs, tile, split, splits, scale,
+    OUT: tl.constexpr, SPLIT: tl.constexpr, ATOMIC: tl.constexpr, INDEX: tl.constexpr,
+):  # fmt: skip
+    scale = tl.full([OUT], scale, sums_ptr.dtype.element_ty)
+    if not SPLIT:
+        tl.store(sums_ptr + out, sums * scale, inside)
+    elif ATOMIC:
+        tl.atomic_add(sums_ptr + out, sums * scale, inside, sem="relaxed")
+    else:
+        # Partial sums [splits + groups, outs]; a counter for each group, then one for the groups.
+        split = split.to(INDEX)
+        tl.store(partial_ptr + split * outs + out, sums, inside)
+        groups = (splits + GROUP - 1) // GROUP
+        group = split // GROUP
+        counters_ptr += tile * (groups + 1)
+        first = group * GROUP
+        count = tl.minimum(GROUP, splits - first)
+        if arrives_last(counters_ptr + group, count):
+            total = sum_partials(partial_ptr, first, count, outs, out, inside, OUT)
+            if groups == 1:
+                tl.store(sums_ptr + out, (total * scale).to(scale.dtype), inside)
+            else:
+                first = tl.zeros([], INDEX) + splits
+                at = (first + group) * outs + out
+                tl.store(partial_ptr + at, total.to(scale.dtype), inside)
+                if arrives_last(counters_ptr + groups, groups):
+                    total = sum_partials(partial_ptr, first, groups, outs, out, inside, OUT)
+                    tl.store(sums_ptr + out, (total * scale).to(scale.dtype), inside)
+
+
+@triton.jit
+def act_stats_kernel(
+    z_ptr, g_ptr, out_ptr, kept_ptr, summed_ptr, sums_ptr, partial_ptr, counters_ptr,
+    outs, rows, columns, row_stride, plane_stride, period, run, steps, splits,
+    factor: tl.float64, scale: tl.float64,
+    p0: tl.constexpr, p1: tl.constexpr, FN: tl.constexpr, BACKWARD: tl.constexpr,
+    ZEROS: tl.constexpr, ZEROS_NEXT: tl.constexpr, HAS_G: tl.constexpr,
+    HAS_KEPT: tl.constexpr, HAS_SUMMED: tl.constexpr,
+    ALONG: tl.constexpr, TERM: tl.constexpr, WEIGHT: tl.constexpr,
+    SPLIT: tl.constexpr, ATOMIC: tl.constexpr, COMPUTE: tl.constexpr, INDEX: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    OUT: tl.constexpr = COLS if ALONG == "columns" else ROWS
+    KEPT_AXIS: tl.constexpr = 0 if ALONG == "columns" else 1
+    tiles = tl.cdiv(outs, OUT)
+    tile = tl.program_id(0) % tiles
+    split = tl.program_id(0) // tiles
+    out = tile.to(INDEX) * OUT + tl.arange(0, OUT)
+    inside_out = out < outs
+    weight = tl.full([1, 1], factor, COMPUTE)
+    if HAS_KEPT:
+        kept_at = out // period if CHANNELS > 0 else out
+        kept = tl.load(kept_ptr + kept_at, inside_out, other=0.0)
+        weight = weight * tl.expand_dims(kept, KEPT_AXIS)
+    total = tl.zeros([ROWS, COLS], COMPUTE)
+    for i in range(split * run, tl.minimum((split + 1) * run, steps)):
+        step = tl.full([], i, INDEX)
+        if ALONG == "columns":
+            row = step * ROWS + tl.arange(0, ROWS)
+            summed_at = (row if CHANNELS > 0 else row // period)[:, None]
+            inside_summed = (row < rows)[:, None]
+            inside_weight = inside_summed
+            at = row[:, None] * row_stride + out[None, :]
+        else:
+            strips = tl.cdiv(columns, COLS)
+            plane = step // strips
+            column = (step % strips) * COLS + tl.arange(0, COLS)
+            inside_summed = (column < columns)[None, :]
+            inside_weight = inside_summed
+            if WEIGHT == "plane":
+                summed_at = plane + tl.zeros([1, 1], INDEX)
+                inside_weight = summed_at >= 0
+            elif WEIGHT == "column":
+                summed_at = column[None, :]
+            elif WEIGHT == "modulo":
+                summed_at = (column % period)[None, :]
+            else:
+                summed_at = (column // period)[None, :]
+            at = plane * plane_stride + out[:, None] * row_stride + column[None, :]
+        inside = inside_summed & tl.expand_dims(inside_out, KEPT_AXIS)
+        z = tl.load(z_ptr + at, inside, other=0.0).to(COMPUTE)
+        slope = tl.zeros([ROWS, COLS], COMPUTE) + phi(z, p0, p1, FN, 1)
+        if HAS_SUMMED:
+            summed = tl.load(summed_ptr + summed_at, inside_weight, other=0.0)
+        if BACKWARD:
+            strength = weight * summed if HAS_SUMMED else weight
+            result = times(phi(z, p0, p1, FN, 2), strength * slope, ZEROS_NEXT)
+            if HAS_G:
+                g = tl.load(g_ptr + at, inside, other=0.0).to(COMPUTE)
+                result += times(slope, g, ZEROS)
+        else:
+            result = tl.zeros([ROWS, COLS], COMPUTE) + phi(z, p0, p1, FN, 0)
+        tl.store(out_ptr + at, result.to(out_ptr.dtype.element_ty), inside)
+        if TERM != "none":
+            term = result if TERM == "results" else slope * slope
+            if TERM == "squares" and HAS_SUMMED:
+                term *= summed
+            total += tl.where(inside, term, 0.0)
+    if TERM != "none":
+        sums = tl.sum(total, KEPT_AXIS)
+        if CHANNELS > 0:
+            channel = tl.arange(0, CHANNELS)
+            same = (out // period)[None, :] == channel[:, None]
+            sums = tl.sum(tl.where(same, sums[None, :], 0.0), 1)
+            finish(
+                sums, channel, channel < outs // period, sums_ptr, partial_ptr, counters_ptr,
+                outs // period, tile, split, splits, scale, CHANNELS, SPLIT, ATOMIC, INDEX,
+            )  # fmt: skip
+        else:
+            finish(
+                sums, out, inside_out, sums_ptr, partial_ptr, counters_ptr,
+                outs, tile, split, splits, scale, OUT, SPLIT, ATOMIC, INDEX,
+            )  # fmt: skip
+
+
+_counters: dict[tuple[torch.device, int], Tensor] = {}
+
+
+def zeroed_counters(count: int, device: torch.device) -> Tensor:
+    """Zeros that the kernel leaves zero; kept, as only launches of one stream share them."""
+    if device.type == "cuda":
+        if torch.cuda.is_current_stream_capturing():
+            # A graph may be replayed on any stream: it needs its own.
+            return torch.zeros(count, dtype=torch.int32, device=device)
+        key = (device, torch.cuda.current_stream(device).cuda_stream)
+    else:
+        key = (device, 0)
+    kept = _counters.get(key)
+    if kept is None or kept.numel() < count:
+        size = triton.next_power_of_2(max(count, 1024))
+        kept = _counters[key] = torch.zeros(size, dtype=torch.int32, device=device)
+    return kept
+
+
+def _layout(t: Tensor, dim: int) -> tuple[int, int, int, bool] | None:
+    """``(n, c, p, channels inner)`` of a dense tensor; None if its memory has another order."""
+    n, c = t.shape[0], t.shape[dim]
+    per_sample = t.numel() // n if n else 0
+    p = per_sample // c if c else 0
+    if t.numel() and n > 1 and t.stride(0) != per_sample:
+        return None
+    if p == 1 or not t.numel():
+        return n, c, p, True
+    if c == 1 or t.stride(dim) == p:
+        return n, c, p, False
+    return (n, c, p, True) if t.stride(dim) == 1 else None
+
+
+@dataclass(frozen=True)
+class Strips:
+    """How the programs of a launch divide the memory; the names are the kernel's."""
+
+    along: str  # what is summed: "rows" or "columns"
+    outs: int  # sums
+    rows: int
+    columns: int
+    row_stride: int
+    tile: tuple[int, int]
+    planes: int = 1  # matrices that are summed too, one after the other in a strip of rows
+    plane_stride: int = 0
+    weight: str = "row"  # how the index of the summed weight follows from that of the element
+    period: int = 1
+    channels: int = 0  # of tiles that hold whole samples
+
+    @property
+    def tiles(self) -> int:
+        return triton.cdiv(self.outs, self.tile[self.along == "columns"])
+
+    @property
+    def steps(self) -> int:
+        if self.along == "columns":
+            return triton.cdiv(self.rows, self.tile[0])
+        return self.planes * triton.cdiv(self.columns, self.tile[1])
+
+    @property
+    def run(self) -> int:
+        if self.steps <= SHORT_RUN:
+            return self.steps
+        most = triton.cdiv(PROGRAMS, self.tiles), triton.cdiv(self.steps, LONGEST_RUN)
+        return triton.cdiv(self.steps, min(self.steps, max(most)))
+
+
+def _strips(
+    n: int, c: int, p: int, inner: bool, per_sample: bool, weighted: bool, element_size: int
+) -> Strips:
+    size = TILE if element_size < 8 else TILE_FLOAT64
+
+    def tile(rows: int, columns: int, widest: int) -> tuple[int, int]:
+        rows, columns = triton.next_power_of_2(rows), triton.next_power_of_2(columns)
+        tile_rows = min(rows, size // min(columns, widest))
+        return tile_rows, min(columns, size // tile_rows)  # wider where there are few rows
+
+    if per_sample:
+        planes, columns, weight = (p, c, "column") if inner else (c, p, "plane")
+        period = 1
+        if planes > 1 and not (weighted and columns >= LEAST_PLANE):
+            planes, columns = 1, c * p
+            weight, period = ("modulo", c) if inner else ("divide", p)
+        at = tile(n, columns, ROW_TILE)
+        return Strips("rows", n, n, columns, c * p, at, planes, columns, weight, period)
+    if inner:
+        return Strips("columns", c, n * p, c, c, tile(n * p, c, COLUMN_TILE), period=p)
+    sample, channels = triton.next_power_of_2(c * p), triton.next_power_of_2(c)
+    if sample <= size and sample * channels <= LARGEST_SORT:
+        at = tile(n, sample, sample)
+        return Strips("columns", c * p, n, c * p, c * p, at, period=p, channels=channels)
+    return Strips("rows", c, c, p, p, tile(c, p, ROW_TILE), n, c * p, "plane")
+
+
+def _check(w: Tensor | None, size: int, z: Tensor) -> Tensor | None:
+    if w is None:
+        return None
+    wanted = (size,), statistic_dtype(z.dtype), z.device
+    if (w.shape, w.dtype, w.device) != wanted:
+        raise RuntimeError(
+            "fastjac: a weight must have the shape, dtype and device"
+            f" {wanted}, got {(tuple(w.shape), w.dtype, w.device)}"
+        )
+    return w.contiguous()
+
+
+def _launch(z, g, w_sample, w_channel, dim, statistic, scale, deterministic, fn, p0, p1, backward):
+    if statistic not in (NONE, CHANNEL, SAMPLE, BIAS):
+        raise RuntimeError(f"fastjac: statistic must be 0 to 3, got {statistic}")
+    if g is not None and (g.shape, g.dtype, g.device) != (z.shape, z.dtype, z.device):
+        raise RuntimeError("fastjac: g must have the shape, dtype and device of z")
+    result = torch.empty_like(z)
+    layout = _layout(result, dim)
+    if layout is None:
+        result = torch.empty(z.shape, dtype=z.dtype, device=z.device)
+        layout = _layout(result, dim)
+        if layout is None:
+            raise RuntimeError("fastjac: dim must be 1 or the last dimension")
+    n, c, p, inner = layout
+    w_sample, w_channel = _check(w_sample, n, z), _check(w_channel, c, z)
+    size = {NONE: 0, SAMPLE: n}.get(statistic, c)
+    options = {"dtype": statistic_dtype(z.dtype), "device": z.device}
+    if z.numel() == 0:
+        return result, torch.zeros(size, **options)
+    z = _with_strides_of(z, result)
+    g_dense = z if g is None else _with_strides_of(g, result)
+
+    at = _strips(n, c, p, inner, statistic == SAMPLE, w_channel is not None, z.element_size())
+    run, tiles = at.run, at.tiles
+    splits = triton.cdiv(at.steps, run)
+    split = statistic != NONE and splits > 1
+    sums = (torch.empty if deterministic or not split else torch.zeros)(size, **options)
+    partial = counters = sums
+    if split and deterministic:
+        groups = triton.cdiv(splits, GROUP.value)
+        partial = torch.empty((splits + groups) * size, **options)
+        counters = zeroed_counters(tiles * (groups + 1), z.device)
+    kept, summed = (w_sample, w_channel) if statistic == SAMPLE else (w_channel, w_sample)
+    with torch.cuda.device_of(z):
+        act_stats_kernel[(tiles * splits,)](
+            z, g_dense, result, sums if kept is None else kept, sums if summed is None else summed,
+            sums, partial, counters,
+            at.outs, at.rows, at.columns, at.row_stride, at.plane_stride, at.period, run, at.steps,
+            splits,            2 * scale, 1.0 if statistic == BIAS else scale, p0, p1, fn, backward,
+            ZEROS=_ZEROS[fn][1], ZEROS_NEXT=_ZEROS[fn][2], HAS_G=g is not None,
+            HAS_KEPT=kept is not None, HAS_SUMMED=summed is not None,
+            ALONG=at.along, TERM={NONE: "none", BIAS: "results"}.get(statistic, "squares"),
+            WEIGHT=at.weight, SPLIT=split, ATOMIC=not deterministic,
+            COMPUTE=compute_dtype(z.dtype),
+            INDEX=tl.int32 if z.numel() <= MOST_INT32 else tl.int64,
+            ROWS=at.tile[0], COLS=at.tile[1], CHANNELS=at.channels, num_warps=NUM_WARPS,
+        )  # fmt: skip
+    return result, sums
+
+
+def act_stats(
+    z: Tensor, w: Tensor | None, dim: int, per_sample: bool, scale: float, deterministic: bool,
+    fn: int, p0: float, p1: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    w_sample, w_channel = (None, w) if per_sample else (w, None)
+    statistic = SAMPLE if per_sample else CHANNEL
+    return _launch(
+        z, None, w_sample, w_channel, dim, statistic, scale, deterministic, fn, p0, p1, False
+    )
+
+
+def act_stats_backward(
+    z: Tensor, g: Tensor | None, w_sample: Tensor | None, w_channel: Tensor | None, dim: int,
+    statistic: int, scale: float, deterministic: bool, fn: int, p0: float, p1: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return _launch(
+        z, g, w_sample, w_channel, dim, statistic, scale, deterministic, fn, p0, p1, True
+    )

@@ -1,0 +1,268 @@
+"""Base of the layer-wise penalties: attached to a model, or called with one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+from typing_extensions import Unpack
+
+from fastjac.penalties import _autograd, _checks
+from fastjac.penalties._base import ModelPenalty, PenaltyOptions
+from fastjac.penalties._layers import Call, Phi
+from fastjac.penalties._watch import Pass, Watch, check_unchanged
+
+
+class LayerOptions(PenaltyOptions, total=False):
+    include_output: bool
+
+
+@dataclass
+class Sum:
+    """``Σ_n R_n`` of ``count`` samples, where the single values are not wanted."""
+
+    total: Tensor
+    count: int
+
+
+class LayerPenalty(ModelPenalty):
+    """Base of the penalties that look at the layers of a model while it runs.
+
+    Two forms:
+
+    * attached: ``penalty = DREG(model, ...)``, then in the training loop ``output = model(x)`` and
+      ``loss + penalty()``. What the model returns and its ``state_dict`` stay as they are.
+      ``penalty()`` covers the forward passes since it was last called, their samples taken
+      together; passes in ``eval()`` mode or without gradients do not count. ``detach()`` ends it.
+    * called: ``output, value = DREG(...)(model, x)`` watches that one run.
+
+    After either, ``layers_found`` holds the names of the layers in the order they ran,
+    ``layers_left_out`` the others as ``(name, reason)``, and ``layer_values`` each layer's share of
+    the value as ``(name, value)``, before ``weight`` and detached.
+    """
+
+    needs_grad = False
+
+    def __init__(
+        self,
+        model: nn.Module | None = None,
+        /,
+        *,
+        include_output: bool = False,
+        **options: Unpack[PenaltyOptions],
+    ) -> None:
+        super().__init__(**options)
+        self.include_output = _checks.flag("include_output", include_output)
+        self.layers_found: list[str] = []
+        self.layers_left_out: list[tuple[str, str]] = []
+        self._shares: list[tuple[str, Tensor, Tensor | None, float]] = []
+        self._watch: Watch | None = None
+        if model is not None:
+            self._attach(model)
+
+    @property
+    def layer_values(self) -> list[tuple[str, Tensor]]:
+        """Each layer's share of the last value, before ``weight``, detached."""
+        return [(name, f * (v if r is None else v * r).sum()) for name, v, r, f in self._shares]
+
+    def remember(self, shares: Sequence[tuple[str, Tensor, Tensor | None, float]]) -> None:
+        """For `layer_values`, of each layer ``(name, v, r, f)``: its share is ``f Σ v r``."""
+        # Past nn.Module's own __setattr__, 2 µs.
+        vars(self)["_shares"] = [
+            (name, v.detach(), None if r is None else r.detach(), f) for name, v, r, f in shares
+        ]
+
+    # ---- what a penalty defines
+
+    def on_layer(self, seen: Pass, call: Call, phi: Phi, a: Tensor | None) -> Tensor:
+        """Append a term to ``seen.terms``; returns ``φ(z)``, which is ``a`` where that is given."""
+        raise NotImplementedError
+
+    def before_pass(self, seen: Pass) -> None:
+        """Called when an attached model is about to run."""
+
+    def output_term(self, seen: Pass, call: Call) -> None:
+        """Append the term of the output layer."""
+        raise NotImplementedError
+
+    def finish(self, seen: Pass, batch: int) -> Tensor | Sum:
+        """``R_n`` as ``[N]``, or its sum, from the terms of a pass."""
+        raise NotImplementedError
+
+    # ---- called
+
+    def forward(self, *args: Any, **named: Any) -> Any:
+        """``(model, x, ...) -> (output, value)``, or ``() -> value`` of the attached model."""
+        if args or named:
+            return super().forward(*args, **named)
+        return self._attached_value()
+
+    def model_form(self, model: Any, x: Tensor) -> tuple[Tensor, Any]:
+        _checks.tensor("x", x)
+        if torch.compiler.is_compiling():
+            raise RuntimeError(
+                f"{type(self).__name__}()(model, x) changes the model while it runs, which "
+                f"torch.compile cannot trace: attach it before compiling, {type(self).__name__}"
+                "(model), and add penalty() after the call of the model"
+            )
+        if hasattr(model, "_orig_mod"):
+            raise TypeError(
+                "model is a torch.compile'd module, whose submodules do not run: pass the module "
+                "before compiling, or attach the penalty to it: DREG(model)"
+            )
+        watch = Watch(model, self.on_layer)
+        watch.install(attach=False)
+        try:
+            with watch.watching() as seen:
+                output = _autograd.call_model(model, x)
+        finally:
+            watch.remove()
+        return output, self._finish(seen, output, len(x))
+
+    def _finish(self, seen: Pass, output: Any, batch: int | None) -> Tensor | Sum:
+        for call, phi in seen.later:
+            self.on_layer(seen, call, phi, call.z)
+        batch = self._complete(seen, output, batch)
+        return self.finish(seen, batch)
+
+    def _complete(self, seen: Pass, output: Any, batch: int | None) -> int:
+        """The output layer, the names, and what is left out; returns the number of samples."""
+        outputs = [output] if isinstance(output, Tensor) else tree_leaves(output)
+        found = [term.call for term in seen.terms]
+        left_out = []
+        for call in seen.calls:
+            if call.used:
+                continue
+            if not any(call.z is t for t in outputs):
+                why = "its output, unchanged, was the input of no activation module"
+                if call.norm is not None:
+                    why = "the output of the norm after it was the input of no activation module"
+            elif self.include_output:
+                self.output_term(seen, call)
+                found.append(call)
+                continue
+            else:
+                why = "output layer (include_output=False)"
+            left_out.append((call.name, why))
+        ran = {call.layer.module for call in seen.calls}
+        if len(ran) < len(seen.watch.linear):
+            names = seen.watch.names
+            left_out += [(names[m], "was not called") for m in seen.watch.linear if m not in ran]
+        # Past nn.Module's own __setattr__, 2 µs each.
+        state = vars(self)
+        state["layers_found"] = [call.name for call in found]
+        state["layers_left_out"] = left_out
+        self._check_found(seen, found, outputs)
+        return self._check_batch(found, batch)
+
+    def _check_found(self, seen: Pass, found: list[Call], outputs: list[Any]) -> None:
+        if self.include_output:
+            ends = [t for term in seen.terms for t in (term.call.z, term.post)]
+            if not any(t is o for t in ends for o in outputs):
+                raise RuntimeError(
+                    "include_output=True, and the output of the model is the output of no Linear "
+                    "or convolution module and of no activation module after one"
+                )
+        if not found:
+            seen_ones = "; ".join(f"{name}: {why}" for name, why in self.layers_left_out)
+            raise RuntimeError(
+                "model has no layer to penalise: a Linear or convolution module whose output goes "
+                "straight, or through one BatchNorm or LayerNorm, into an activation: a torch.nn "
+                "module, a function of fastjac (fastjac.gelu), or any module with a callable "
+                "attribute fastjac_activation. Linear and convolution modules seen: "
+                f"{seen_ones or 'none at all'}"
+            )
+
+    def _check_batch(self, found: list[Call], batch: int | None) -> int:
+        batch = found[0].z.shape[0] if batch is None else batch
+        for call in found:
+            check_unchanged(call)
+            shape = call.z.shape
+            fits = len(shape) >= 2 and (call.layer.linear or len(shape) == call.weight.dim())
+            if shape[0] != batch or not fits:
+                raise RuntimeError(
+                    f"layer {call.name}: its output has shape {tuple(call.z.shape)} and x has "
+                    f"batch size {batch}: dimension 0 must be the samples all through the model"
+                )
+        return batch
+
+    def _reduce(self, values: Any) -> Tensor:
+        if not isinstance(values, Sum):
+            return super()._reduce(values)
+        factor = self.weight * (self.every if self.training else 1)
+        # The mean over no samples would be 0/0.
+        return values.total * (factor / (values.count or 1) if self.reduction == "mean" else factor)
+
+    # ---- attached
+
+    def _attach(self, model: nn.Module) -> None:
+        model = getattr(model, "_orig_mod", model)
+        self._watch = Watch(model, self.on_layer)
+        self._watch.wanted, self._watch.before = self._wanted, self.before_pass
+        self._watch.install(attach=True)
+
+    def _wanted(self) -> str:
+        assert self._watch is not None
+        if not (self._watch.model.training and torch.is_grad_enabled()):
+            return "no"
+        return "yes" if self.due() else "later"
+
+    def detach(self) -> None:
+        """Take the penalty out of the model it was attached to."""
+        if self._watch is not None:
+            self._watch.remove()
+            self._watch = None
+
+    def clear(self) -> None:
+        """Forget the forward passes since the last ``penalty()``."""
+        if self._watch is not None:
+            self._watch.passes.clear()
+
+    def _attached_value(self) -> Tensor:
+        if self._watch is None:
+            raise TypeError(
+                f"{type(self).__name__}() has no model: attach it, {type(self).__name__}(model), "
+                "or call it with (model, x)"
+            )
+        passes, self._watch.passes = self._watch.passes, []
+        if not passes:
+            raise RuntimeError(
+                "penalty(): the model has not run since the last call with training mode and "
+                "gradients on; call it after model(x), or use the call form (model, x)"
+            )
+        due = [(seen, output) for seen, output in passes if seen is not None]
+        if not due:
+            self.count_call()
+            outputs = [t for t in tree_leaves(passes[-1][1]) if isinstance(t, Tensor)]
+            zeros = _autograd.attached_zeros(outputs[0])
+            return zeros if self.reduction == "none" else zeros.sum()
+        results = [self._finish(seen, output, None) for seen, output in due]
+        value = self._reduce(_together(results))
+        self.count_call()
+        return value
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        state["_watch"] = None
+        state["_attached_model"] = None if self._watch is None else self._watch.model
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        model = state.pop("_attached_model", None)
+        super().__setstate__(state)
+        if model is not None:
+            self._attach(model)
+
+
+def _together(results: Sequence[Tensor | Sum]) -> Tensor | Sum:
+    """The passes as one batch."""
+    if len(results) == 1:
+        return results[0]
+    sums = [r for r in results if isinstance(r, Sum)]
+    if sums:
+        return Sum(torch.stack([s.total for s in sums]).sum(), sum(s.count for s in sums))
+    return torch.cat([r for r in results if isinstance(r, Tensor)])

@@ -1,0 +1,93 @@
+"""The CUDA kernels on the CPU under AddressSanitizer, UBSan and ThreadSanitizer.
+
+Every op is called on a few shapes (shim/calls.cpp) and must leave no report; a write out of bounds
+and a missing barrier, planted in copies of the sources, must leave one. What is not seen here are
+races between blocks: those run one after the other.
+"""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from host import CUDA, ROOT, SCHEMAS, compile_host
+
+from fastjac import codegen
+from fastjac.activations import TABLE
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler"),
+]
+
+ADDRESS = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize=vptr",
+           "-fno-sanitize-recover=all")  # fmt: skip
+THREAD = ("-O1", "-g", "-fsanitize=thread")
+ENVIRONMENT = {
+    **os.environ,
+    "ASAN_OPTIONS": "detect_leaks=0",  # torch and the kept counters live until the end
+    "TSAN_OPTIONS": "halt_on_error=1",
+}
+
+
+def call_ops(folder: Path, flags, *ops: str, kernels: Path = CUDA):
+    """Builds the kernels of a folder with sanitizers and calls the ops (all, if none is named)."""
+    names = ("gelu", "sine")  # each activation is 8 kernels to compile
+    table = codegen.cpp_header({name: TABLE[name] for name in names}, "of a test")
+    (folder / "activations.h").write_text(table)
+    (folder / "schemas.inc").write_text("".join(f'm.def("{s}");\n' for s in SCHEMAS))
+    program = folder / "calls"
+    compile_host(
+        program, flags=(*flags, f"-I{folder}"), link=(), sources=[ROOT / "tests/shim/calls.cpp"],
+        kernels=kernels, table=folder,
+    )  # fmt: skip
+    command = [str(program), *ops]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
+    if "unexpected memory mapping" in done.stderr:  # TSan before GCC 14, much address randomisation
+        command = ["setarch", "-R", *command]
+        done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
+    return done
+
+
+def copy_with(folder: Path, source: str, right: str, wrong: str) -> Path:
+    """Copies of row_sqnorm.cu and the headers, one of them with a fault."""
+    kernels = folder / "kernels"
+    kernels.mkdir()
+    for path in (*CUDA.glob("*.cuh"), *CUDA.glob("*.h"), CUDA / "row_sqnorm.cu"):
+        text = path.read_text()
+        if path.name == source:
+            assert right in text, f"{source} no longer has {right!r}"
+            text = text.replace(right, wrong)
+        (kernels / path.name).write_text(text)
+    return kernels
+
+
+@pytest.mark.parametrize("flags", (ADDRESS, THREAD), ids=("address", "thread"))
+def test_no_report(flags, tmp_path):
+    done = call_ops(tmp_path, flags)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "all calls done\n" and done.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("flags", "source", "right", "wrong", "report"),
+    (
+        (
+            ADDRESS, "row_sqnorm.cu", "if (at + k * x < columns) base[at + k * x] = pack.at[k];",
+            "base[at + k * x] = pack.at[k];", "AddressSanitizer: heap-buffer-overflow",
+        ),
+        (
+            THREAD, "reduce.cuh", "    if (bit >= 32) {\n      __syncthreads();",
+            "    if (bit >= 32) {", "ThreadSanitizer: data race",
+        ),
+        # A mistake once made: a thread that went on adding to a sum that another warp was reading.
+        (THREAD, "reduce.cuh", "if ((t & mask) < bit)", "if (!(t & bit))",
+         "ThreadSanitizer: data race"),
+    ),
+    ids=("write out of bounds", "missing barrier", "sum still read"),
+)  # fmt: skip
+def test_planted_faults_are_reported(flags, source, right, wrong, report, tmp_path):
+    kernels = copy_with(tmp_path, source, right, wrong)
+    done = call_ops(tmp_path, flags, "row_sqnorm", kernels=kernels)
+    assert done.returncode != 0 and report in done.stderr, done.stderr
