@@ -105,6 +105,19 @@ def test_raw_ops_lose_no_derivative():
         torch.func.grad(lambda z: torch.ops.fastjac.act_stats(z, *args)[1].sum())(z.detach())
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+def test_bias_is_the_sum_of_what_is_written(impl):
+    """Whatever the scale of the statistic."""
+    op = getattr(torch.ops.fastjac, "act_stats_backward" + ("_triton" if impl == "triton" else ""))
+    fn = list(TABLE).index("gelu")
+    for shape, dim in LAYOUTS.values():
+        z, g = (torch.randn(shape, dtype=torch.float64, device=DEVICE) for _ in range(2))
+        dim %= z.dim()
+        q = weights_of("sample", shape, dim)
+        grad, bias = op(z, g, None, q, dim, BIAS, 0.125, True, fn, 0.0, 0.0)
+        torch.testing.assert_close(bias, grad.sum([d for d in range(z.dim()) if d != dim]))
+
+
 def test_torch_func_and_batched_cotangents():
     z, t = sample("mish", 3, 4), torch.randn(3, 4, dtype=torch.float64)
     ours, truth = (

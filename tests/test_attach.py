@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import pickle
+import weakref
 from collections import Counter
 from functools import partial
 from typing import Any
@@ -19,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fastjac
 from fastjac import reference
+from fastjac.functional import OBSERVERS
 from fastjac.nn import ConvAct1d, ConvAct2d, ConvAct3d, LinearAct
 from fastjac.penalties import DREG, AccumulatedDREG, Contractive, GuRigazio
 
@@ -354,9 +357,10 @@ def test_reentrant_checkpoint_is_refused() -> None:
         fc=nn.Linear(4, 4),
         act=nn.GELU(),
     )
-    DREG(model)
+    penalty = DREG(model)
     with pytest.raises(RuntimeError, match="layer fc: its pre-activation was computed with grad"):
         model(torch.randn(3, 4).requires_grad_())
+    penalty.detach()
 
 
 def test_copies_of_the_model_are_not_watched() -> None:
@@ -389,6 +393,33 @@ def test_copies_of_the_penalty_watch_their_own_model() -> None:
         close(twin(), truth)
         with pytest.raises(RuntimeError, match="model has not run since"):
             penalty()
+
+
+def test_a_penalty_that_is_thrown_away_leaves_the_model() -> None:
+    model, x = mlp(), torch.randn(7, 4)
+    penalty = DREG(model)
+    model(x)
+    watch = weakref.ref(penalty._watch)
+    del penalty
+    gc.collect()
+    assert watch() is None and not OBSERVERS
+    assert all("forward" not in vars(module) for module in model.modules())
+
+
+def test_passes_from_before_an_optimiser_step_are_forgotten() -> None:
+    """Autograd could not go back through them: the weights have changed."""
+    model, x = mlp(), torch.randn(7, 4)
+    penalty = DREG(model)
+    optimiser = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(3):  # without the penalty: a schedule that starts later
+        optimiser.zero_grad()
+        model(x).sum().backward()
+        optimiser.step()
+    assert len(penalty._watch.passes) == 1
+    model(x[:3])
+    value = penalty()
+    close(value, DREG()(model, x[:3])[1])
+    value.backward()
 
 
 def test_two_penalties_on_one_model() -> None:

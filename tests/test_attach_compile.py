@@ -107,3 +107,30 @@ def test_called_form_in_a_compiled_region_says_what_to_do(no_stale_graphs):
     step = torch.compile(lambda x: fastjac.dreg(model, x)[1], backend="aot_eager", fullgraph=True)
     with pytest.raises(Exception, match="attach it before compiling"):
         step(x)
+
+
+@pytest.mark.parametrize("how", ["iadd", "add_", "slice", "view", "relu_"])
+def test_write_between_layer_and_activation_is_refused(how, no_stale_graphs):
+    """In eager mode such a layer is left out; a compiled graph would not show the write."""
+
+    class Written(nn.Sequential):
+        def forward(self, x):
+            z = self[0](x)
+            if how == "iadd":
+                z += x
+            elif how == "add_":
+                z.add_(x)
+            elif how == "slice":
+                z[:, 0] = 0
+            elif how == "view":
+                z.view(-1)[0] = 0
+            else:
+                torch.relu_(z)
+            return self[1](z)
+
+    model = Written(nn.Linear(4, 4), nn.GELU())
+    penalty = DREG(model)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    with pytest.raises(Exception, match="layer 0: its output was modified in place before the act"):
+        compiled(torch.randn(3, 4))
+    penalty.detach()

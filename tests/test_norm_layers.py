@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd import gradcheck
+from torch.autograd import gradcheck, gradgradcheck
 from torch.func import functional_call, jacrev, vmap
 
 from fastjac.penalties import DREG
@@ -134,6 +134,18 @@ class Functional(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return functional_call(self.model, self.tensors, (x,))
+
+
+@pytest.mark.parametrize("case", ["linear-batchnorm", "conv-batchnorm", "tokens-layernorm"])
+def test_second_derivative_goes_through_the_statistics(case: str) -> None:
+    model, x = build(case, True, nn.GELU)
+    called, x = DREG(), x.requires_grad_()
+    assert gradgradcheck(lambda x, w: called(with_weight(model, w), x)[1], (x, model[0].weight))
+
+
+def with_weight(model: nn.Sequential, w: Tensor) -> nn.Module:
+    buffers = {name: b.clone() for name, b in model.named_buffers()}
+    return Functional(model, {"0.weight": w, **buffers})
 
 
 def test_attached_equals_called() -> None:

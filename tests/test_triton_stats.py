@@ -164,7 +164,7 @@ def test_g_may_be_z():
 
 SPLIT = {  # strips of more than 64 tiles, so two levels of partial sums
     "columns": ((515, 130), 1, CHANNEL),
-    "columns of samples": ((1100, 7, 5), 1, CHANNEL),
+    "columns of samples": ((2100, 7, 5), 1, CHANNEL),  # three groups
     "bias": ((515, 100), 1, BIAS),
     "rows": ((2, 33_500), 1, SAMPLE),
     "planes": ((33, 2, 600), 1, CHANNEL),
@@ -260,12 +260,14 @@ def test_row_sqnorm(dtype):
 
 def test_rows_that_are_no_blocks_of_memory():
     w = torch.randn(6, 5, device=DEVICE)
-    assert relative_error(rows.row_sqnorm([w.mT]), w.double().square().sum(0)) < 1e-6
+    for strided in (w.mT, w[::2], w[:, 1:]):
+        r = rows.row_sqnorm([strided])
+        assert relative_error(r, strided.double().square().sum(1)) < 1e-6
     grad, c = torch.empty_like(w), torch.ones(5, device=DEVICE)
     with pytest.raises(RuntimeError, match="weight 0 and its gradient must have rows"):
         rows.row_sqnorm_backward([grad.mT], [w.mT], c, False)
     with pytest.raises(RuntimeError, match="the same strides"):
-        rows.row_sqnorm_backward([grad.mT.contiguous().mT], [w], torch.ones(6), False)
+        rows.row_sqnorm_backward([grad.mT.contiguous().mT], [w], c.new_ones(6), False)
 
 
 def test_many_weights_in_one_launch(monkeypatch):
@@ -290,6 +292,7 @@ BAD = [
     ({"w_channel": torch.ones(4, dtype=torch.float64)}, "a weight must have the shape"),
     ({"g": torch.ones(2, 3)}, "g must have the shape"),
     ({"statistic": 4}, "statistic must be 0 to 3, got 4"),
+    ({"dim": 0}, "dim must be 1 to 1, got 0"),
 ]
 
 

@@ -93,10 +93,10 @@ std::tuple<Tensor, Tensor> run(const Tensor& z, const std::optional<Tensor>& g,
   if (z.numel() == 0) {
     torch::stable::zero_(value);
   } else if (dtype_of(value) == DType::f64) {
-    finish(operands, statistic, tasks, partial, scale,
+    finish(operands, statistic, tasks, partial, scale_of(statistic, scale),
            static_cast<double*>(value.mutable_data_ptr()));
   } else {
-    finish(operands, statistic, tasks, partial, scale,
+    finish(operands, statistic, tasks, partial, scale_of(statistic, scale),
            static_cast<float*>(value.mutable_data_ptr()));
   }
   return {result, value};

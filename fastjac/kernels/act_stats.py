@@ -14,6 +14,7 @@ channel sums columns of [N, C·P], and their sums by channel at the end.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -26,8 +27,8 @@ from fastjac.kernels.act import _ZEROS, _with_strides_of, compute_dtype, times
 from fastjac.ops.act_stats import BIAS, CHANNEL, NONE, SAMPLE, statistic_dtype
 
 NUM_WARPS = 4
-# 8 elements a thread, 4 of float64. Twice as many took the registers of some activations past 128,
-# and spilled.
+# 8 elements a thread, 4 of float64. Twice as many take up to 230 registers and spill for some
+# activations.
 TILE, TILE_FLOAT64 = 1024, 512
 # Widest tile: along a row that is summed, and across columns that are.
 ROW_TILE, COLUMN_TILE = 512, 128
@@ -40,12 +41,12 @@ LEAST_PLANE = 128
 MOST_INT32 = 2**30
 # Two waves of 132 SMs that hold 8 programs each.
 PROGRAMS = 2048
-# A strip of so few tiles is not split: to pass partial sums on takes as long as to read them.
+# A strip of so few tiles is not split: a barrier, an atomic and a read wait for memory as often.
 SHORT_RUN = 4
 # Longest serial run of float32 additions; past it sums are trees, or float64.
 LONGEST_RUN = 64
-# Partial sums that one program adds up. More are added in two levels: a single program would read
-# the 2048 of a tall, narrow matrix for 30 µs while the others idle.
+# Partial sums that one program adds up. More are added in two levels: the 2048 of a tall, narrow
+# matrix would be read by a single program while the GPU idles.
 GROUP = tl.constexpr(64)
 
 
@@ -259,6 +260,7 @@ class Strips:
         return triton.cdiv(self.steps, min(self.steps, max(most)))
 
 
+@functools.lru_cache(maxsize=1024)
 def _strips(
     n: int, c: int, p: int, inner: bool, per_sample: bool, weighted: bool, element_size: int
 ) -> Strips:
@@ -301,6 +303,8 @@ def _check(w: Tensor | None, size: int, z: Tensor) -> Tensor | None:
 def _launch(z, g, w_sample, w_channel, dim, statistic, scale, deterministic, fn, p0, p1, backward):
     if statistic not in (NONE, CHANNEL, SAMPLE, BIAS):
         raise RuntimeError(f"fastjac: statistic must be 0 to 3, got {statistic}")
+    if not 1 <= dim < z.dim():
+        raise RuntimeError(f"fastjac: dim must be 1 to {z.dim() - 1}, got {dim}")
     if g is not None and (g.shape, g.dtype, g.device) != (z.shape, z.dtype, z.device):
         raise RuntimeError("fastjac: g must have the shape, dtype and device of z")
     result = torch.empty_like(z)
@@ -325,17 +329,17 @@ def _launch(z, g, w_sample, w_channel, dim, statistic, scale, deterministic, fn,
     split = statistic != NONE and splits > 1
     sums = (torch.empty if deterministic or not split else torch.zeros)(size, **options)
     partial = counters = sums
-    if split and deterministic:
-        groups = triton.cdiv(splits, GROUP.value)
-        partial = torch.empty((splits + groups) * size, **options)
-        counters = zeroed_counters(tiles * (groups + 1), z.device)
     kept, summed = (w_sample, w_channel) if statistic == SAMPLE else (w_channel, w_sample)
     with torch.cuda.device_of(z):
+        if split and deterministic:
+            groups = triton.cdiv(splits, GROUP.value)
+            partial = torch.empty((splits + groups) * size, **options)
+            counters = zeroed_counters(tiles * (groups + 1), z.device)
         act_stats_kernel[(tiles * splits,)](
             z, g_dense, result, sums if kept is None else kept, sums if summed is None else summed,
             sums, partial, counters,
             at.outs, at.rows, at.columns, at.row_stride, at.plane_stride, at.period, run, at.steps,
-            splits,            2 * scale, 1.0 if statistic == BIAS else scale, p0, p1, fn, backward,
+            splits, 2 * scale, 1.0 if statistic == BIAS else scale, p0, p1, fn, backward,
             ZEROS=_ZEROS[fn][1], ZEROS_NEXT=_ZEROS[fn][2], HAS_G=g is not None,
             HAS_KEPT=kept is not None, HAS_SUMMED=summed is not None,
             ALONG=at.along, TERM={NONE: "none", BIAS: "results"}.get(statistic, "squares"),

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastjac.nn import Act, ConvAct1d, ConvAct2d, ConvAct3d, LinearAct, activation_of
-from fastjac.ops.act_stats import statistic_dtype
+from fastjac.ops._autograd import Function
+from fastjac.ops.act_stats import recorded, statistic_dtype
 
 LINEAR = (nn.Linear,)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -83,8 +84,10 @@ class Call:
     z: Tensor
     weight: Tensor  # what the layer computed with: a parametrization makes another each time
     version: int  # of z, when it was first seen
+    weight_version: int
     norm: Any = None  # the module
     before_norm: Tensor | None = None
+    batch_statistics: tuple[Tensor, Tensor] | None = None
     used: bool = False
 
     @property
@@ -185,15 +188,55 @@ def norm_scale(call: Call) -> tuple[Tensor | None, Tensor | None]:
     norm, z = call.norm, call.before_norm
     if norm is None or z is None:
         return None, None
-    wide = z.to(statistic_dtype(z.dtype))
-    gain = None if norm.weight is None else norm.weight.to(wide.dtype).square()
+    dtype = statistic_dtype(z.dtype)
+    gain = None if norm.weight is None else norm.weight.to(dtype).square()
     if isinstance(norm, nn.LayerNorm):
-        inverse = 1 / (wide.var(-1, unbiased=False) + norm.eps)
-        return gain, inverse
-    if norm.training or norm.running_var is None:
-        others = [d for d in range(z.dim()) if d != 1]
-        variance = wide.var(others, unbiased=False)
+        return gain, 1 / (z.to(dtype).var(-1, unbiased=False) + norm.eps)
+    if not norm.training and norm.running_var is not None:
+        inverse = 1 / (norm.running_var.to(dtype) + norm.eps)
+    elif call.batch_statistics is not None:
+        inverse = InverseVariance.apply(z, *call.batch_statistics, norm.eps)
     else:
-        variance = norm.running_var.to(wide.dtype)
-    inverse = 1 / (variance + norm.eps)
+        inverse = _inverse_variance(z, norm.eps)
     return inverse if gain is None else gain * inverse, None
+
+
+def _inverse_variance(z: Tensor, eps: float) -> Tensor:
+    others = [d for d in range(z.dim()) if d != 1]
+    return 1 / (z.to(statistic_dtype(z.dtype)).var(others, unbiased=False) + eps)
+
+
+def batch_statistics(y: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Mean and inverse standard deviation that a BatchNorm in training mode has just computed."""
+    node = y.grad_fn
+    if node is None or node.name() not in ("NativeBatchNormBackward0", "CudnnBatchNormBackward0"):
+        return None
+    return node._saved_result1, node._saved_result2  # type: ignore[attr-defined]
+
+
+class InverseVariance(Function):
+    """``1 / (σ_c² + ε)`` of a batch, from the statistics that BatchNorm saved.
+
+    Torch's var over [32, 16, 32, 32] takes 3 times as long as BatchNorm itself, and its backward
+    twice as long (2 cores). Here the forward costs nothing and the backward one pass.
+    """
+
+    @staticmethod
+    def forward(ctx, z, mean, invstd, eps):
+        ctx.save_for_backward(z, mean, invstd)
+        ctx.eps = eps
+        return invstd.square()
+
+    @staticmethod
+    def backward(ctx, c):
+        z, mean, invstd = ctx.saved_tensors
+        shape = [-1 if d == 1 else 1 for d in range(z.dim())]
+        count = z.numel() // z.shape[1]
+        if recorded(c):
+            others = [d for d in range(z.dim()) if d != 1]
+            mean, inverse = z.mean(others), _inverse_variance(z, ctx.eps)
+            slope = (-2 / count * c * inverse.square()).view(shape)
+            return (slope * (z - mean.view(shape))).to(z.dtype), None, None, None
+        slope = -2 / count * c * invstd.square().square()
+        shift = (-slope * mean).to(z.dtype).view(shape)
+        return torch.addcmul(shift, z, slope.to(z.dtype).view(shape)), None, None, None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -37,7 +38,8 @@ class LayerPenalty(ModelPenalty):
     * attached: ``penalty = DREG(model, ...)``, then in the training loop ``output = model(x)`` and
       ``loss + penalty()``. What the model returns and its ``state_dict`` stay as they are.
       ``penalty()`` covers the forward passes since it was last called, their samples taken
-      together; passes in ``eval()`` mode or without gradients do not count. ``detach()`` ends it.
+      together; passes in ``eval()`` mode, without gradients, or from before a step of the optimiser
+      do not count. It ends with ``detach()``, or when the penalty is thrown away.
     * called: ``output, value = DREG(...)(model, x)`` watches that one run.
 
     After either, ``layers_found`` holds the names of the layers in the order they ran,
@@ -114,7 +116,7 @@ class LayerPenalty(ModelPenalty):
                 "model is a torch.compile'd module, whose submodules do not run: pass the module "
                 "before compiling, or attach the penalty to it: DREG(model)"
             )
-        watch = Watch(model, self.on_layer)
+        watch = Watch(model, self)
         watch.install(attach=False)
         try:
             with watch.watching() as seen:
@@ -201,11 +203,12 @@ class LayerPenalty(ModelPenalty):
 
     def _attach(self, model: nn.Module) -> None:
         model = getattr(model, "_orig_mod", model)
-        self._watch = Watch(model, self.on_layer)
-        self._watch.wanted, self._watch.before = self._wanted, self.before_pass
+        self._watch = Watch(model, self)
         self._watch.install(attach=True)
+        weakref.finalize(self, self._watch.remove)
 
-    def _wanted(self) -> str:
+    def wanted(self) -> str:
+        """What the model's next forward pass is: ``"yes"``, ``"later"`` (`every`) or ``"no"``."""
         assert self._watch is not None
         if not (self._watch.model.training and torch.is_grad_enabled()):
             return "no"

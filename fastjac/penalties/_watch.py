@@ -15,12 +15,15 @@ from __future__ import annotations
 
 import functools
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.comptime import comptime
 from torch.nn.utils import parametrize
 
 from fastjac.functional import OBSERVERS
@@ -34,6 +37,7 @@ from fastjac.penalties._layers import (
     NORM,
     Call,
     Phi,
+    batch_statistics,
     conv_options,
     fused_activation,
     is_activation,
@@ -66,7 +70,10 @@ class Pass:
         if not self.inside:
             for call in reversed(self.calls):
                 if call.z is z:
-                    return call if self.compiling or call.version == z._version else None
+                    if self.compiling:
+                        refuse_written(z, call.name)
+                        return call
+                    return call if call.version == z._version else None
         return None
 
     def activate(self, call: Call, phi: Phi, a: Tensor | None) -> Tensor:
@@ -94,7 +101,7 @@ class Pass:
             self.later.append((call, phi))
             assert a is not None
             return a
-        return self.watch.on_layer(self, call, phi, a)
+        return self.watch.owner().on_layer(self, call, phi, a)
 
 
 def check_unchanged(call: Call) -> None:
@@ -106,6 +113,32 @@ def check_unchanged(call: Call) -> None:
         )
 
 
+def version_of(z: Tensor, compiling: bool) -> int:
+    """How often z was written to; -1 while compiling, where it is kept with the fake tensor."""
+    if not compiling:
+        return z._version
+
+    @comptime
+    def keep(context: Any) -> None:
+        fake = context.get_local("z").as_fake()
+        fake._fastjac_version = fake._version
+
+    return -1
+
+
+def refuse_written(z: Tensor, name: str) -> None:
+    """While compiling, a tensor that was written to in place is still the same object."""
+
+    @comptime
+    def check(context: Any) -> None:
+        fake = context.get_local("z").as_fake()
+        if fake._version != fake._fastjac_version:
+            raise RuntimeError(
+                f"layer {context.get_local('name').as_python_constant()}: its output was modified "
+                "in place before the activation; under torch.compile use the out-of-place operation"
+            )
+
+
 def saved_tensor_hooks() -> bool:
     """Whether a checkpoint (or another saver of tensors) is active."""
     if torch.compiler.is_compiling():
@@ -113,31 +146,28 @@ def saved_tensor_hooks() -> bool:
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
-OnLayer = Callable[[Pass, Call, Phi, "Tensor | None"], Tensor]
-
-
 class Watch:
     """Puts the watching ``forward``s into a model and takes them out again."""
 
-    def __init__(self, model: Any, on_layer: OnLayer) -> None:
+    def __init__(self, model: Any, owner: Any) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(
                 f"model is {type(model).__name__}: layer-wise penalties look at submodules, so it "
                 "must be an nn.Module"
             )
         self.model = model
-        self.on_layer = on_layer
-        self.before: Callable[[Pass], None] = lambda seen: None  # each pass
+        # Weak: a penalty that is thrown away must not live on in the model it was attached to.
+        self.owner: Callable[[], Any] = weakref.ref(owner)
         self.attached = False
         self.names = {module: name or "(model)" for name, module in model.named_modules()}
         self.linear = [m for m in self.names if isinstance(m, LINEAR + CONVOLUTION)]
         self.passes: list[tuple[Pass | None, Any]] = []  # with the output of the model
-        self.wanted: Callable[[], str] = lambda: "yes"  # "later": not in this step; "no"
         self.current: Pass | None = None
         self.again: Pass | None = None  # of a recomputation by checkpoint
         self.whole: list[_Layer] = []  # the layers that the last pass took whole
         self.taps: dict[_Layer, tuple[Tensor, Tensor]] = {}  # of the last pass
         self.recompute = False
+        self.phis: dict[Any, Phi] = {}
         self.undo: list[Callable[[], None]] = []
 
     def install(self, *, attach: bool) -> None:
@@ -166,6 +196,13 @@ class Watch:
         while self.undo:
             self.undo.pop()()
 
+    def forget_stale(self) -> None:
+        """Drop passes from before a step of the optimiser: autograd could not use them any more."""
+        if self.passes and not torch.compiler.is_compiling():
+            seen = self.passes[0][0]
+            if seen is None or any(c.weight._version != c.weight_version for c in seen.calls):
+                self.passes.clear()
+
     @contextmanager
     def watching(self) -> Iterator[Pass]:
         """One pass: run the model inside."""
@@ -179,7 +216,8 @@ class Watch:
             # One weight for the model and the penalty where a parametrization computes it:
             # spectral norm would make a power iteration for each access.
             with parametrize.cached():
-                self.before(self.current)
+                if self.attached:
+                    self.owner().before_pass(self.current)
                 yield self.current
         finally:
             self.current = outer
@@ -209,10 +247,18 @@ class Watch:
         if running is None or call is None:
             return a
 
-        def run(z: Tensor) -> Tensor:
-            return act(z, fn=fn, impl=impl, **params)
+        return running.activate(call, self.phi(fn, impl, params), a)
 
-        return running.activate(call, Phi(run, None, fn, impl, params), a)
+    def phi(self, fn: str, impl: str, params: dict[str, Any]) -> Phi:
+        """The same object for the same activation."""
+        key = (fn, impl, *params.items())
+        if key not in self.phis:
+
+            def run(z: Tensor) -> Tensor:
+                return act(z, fn=fn, impl=impl, **params)
+
+            self.phis[key] = Phi(run, None, fn, impl, dict(params))
+        return self.phis[key]
 
 
 def role_of(module: nn.Module) -> type[_Forward] | None:
@@ -224,7 +270,7 @@ def role_of(module: nn.Module) -> type[_Forward] | None:
         isinstance(module, nn.LayerNorm) and len(module.normalized_shape) != 1
     ):
         return _Norm
-    if is_activation(module) and not isinstance(module, Act):  # Act calls the observers itself
+    if is_activation(module) and type(module) is not Act:  # Act calls the observers itself
         return _Activation
     return None
 
@@ -276,7 +322,8 @@ def first(args: Any, kwargs: Any) -> Any:
 class _Root(_Forward):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         watch = self.watch
-        wanted = "no" if watch is None or watch.current is not None else watch.wanted()
+        owner = None if watch is None or watch.current is not None else watch.owner()
+        wanted = "no" if owner is None else owner.wanted()
         if watch is None or wanted == "no":
             return self.plain(*args, **kwargs)
         watch.recompute = wanted == "yes"
@@ -284,6 +331,7 @@ class _Root(_Forward):
             output = self.plain(*args, **kwargs)
             watch.passes = [(None, output)]
             return output
+        watch.forget_stale()
         with watch.watching() as seen:
             output = self.plain(*args, **kwargs)
         watch.passes.append((seen, output))
@@ -308,8 +356,10 @@ class _Layer(_Forward):
         return z
 
     def note(self, running: Pass, x: Tensor, z: Tensor) -> Call:
-        version = -1 if running.compiling else z._version
-        call = Call(self, x, z, self.module.weight, version)
+        version = version_of(z, running.compiling)
+        weight = self.module.weight
+        weight_version = -1 if running.compiling else weight._version
+        call = Call(self, x, z, weight, version, weight_version)
         running.calls.append(call)
         return call
 
@@ -339,8 +389,11 @@ class _Norm(_Forward):
             return y
         if isinstance(self.module, BATCH_NORM) or call.dim == z.dim() - 1:
             call.used = True
-            version = -1 if running.compiling else y._version
-            normed = Call(call.layer, call.x, y, call.weight, version, self.module, z)
+            version = version_of(y, running.compiling)
+            normed = replace(call, z=y, version=version, used=False)
+            normed.norm, normed.before_norm = self.module, z
+            if not running.compiling and not running.transformed and isinstance(z, Tensor):
+                normed.batch_statistics = batch_statistics(y)
             running.calls.append(normed)
         return y
 

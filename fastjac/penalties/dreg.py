@@ -35,6 +35,7 @@ class Term:
     s: Tensor | None = None  # Σ_{n,p} φ'² per channel
     r: Tensor | None = None  # ‖W_c‖², where it is known
     gain: Tensor | None = None  # k² of the norm, for the r to come
+    impl: str = "auto"  # for the r to come
     post: Tensor | None = None  # the output of the activation
 
 
@@ -173,7 +174,7 @@ class DREG(LayerPenalty):
 
     def _one_node(self, call: Call, phi: Phi, compiling: bool) -> Layer | None:
         """What `layer_act` needs to do this layer whole; None where it cannot."""
-        if compiling or phi.module is None:  # no module to remember it by
+        if compiling:
             return self._plan(call, phi)
         # All that decides it beside the layer and the activation.
         state = (
@@ -207,8 +208,8 @@ class DREG(LayerPenalty):
             z, dim, place_gain = z.flatten(0, -2), -1, place_gain.flatten()
         if not self.per_sample_wanted:
             computed, s = act_stats(z, phi.fn, dim=dim, weights=place_gain, **options)
-            return Term(call, divisor, s=s, gain=gain), computed.view_as(call.z)
-        rows = self._rows(call, gain)
+            return Term(call, divisor, s=s, gain=gain, impl=phi.impl), computed.view_as(call.z)
+        rows = self._rows(call, phi, gain)
         computed, t = act_stats(z, phi.fn, dim=dim, per="sample", weights=rows, **options)
         if place_gain is not None:
             t = (t * place_gain).view(call.z.shape[0], -1).sum(1)
@@ -225,7 +226,7 @@ class DREG(LayerPenalty):
         s = squares.flatten(1, -2).sum(1) if squares.dim() > 2 else squares  # [N, C]
         if not self.per_sample_wanted:
             return Term(call, self._divisor(call), s=s.sum(0), gain=gain), a
-        rows = self._rows(call, gain)
+        rows = self._rows(call, phi, gain)
         t = (s if rows is None else s * rows).sum(1)
         return Term(call, self._divisor(call), t), a
 
@@ -239,7 +240,7 @@ class DREG(LayerPenalty):
             places = place_gain.reshape(n, -1).sum(1)
         term = Term(call, self._divisor(call), gain=gain, post=call.z)
         if self.per_sample_wanted:
-            rows = self._rows(call, gain)
+            rows = self._rows(call, None, gain)
             term.value = places * (c if rows is None else rows.sum())
         else:
             term.s = places.sum().expand(c)
@@ -251,10 +252,10 @@ class DREG(LayerPenalty):
         count = {"sum": 1, "units": call.z.shape[call.dim], "elements": call.weight.numel()}
         return float(count[self.over] * (call.positions if self.positions == "mean" else 1))
 
-    def _rows(self, call: Call, gain: Tensor | None) -> Tensor | None:
+    def _rows(self, call: Call, phi: Phi | None, gain: Tensor | None) -> Tensor | None:
         if not self.use_weight:
             return None
-        (rows,) = row_sqnorm([call.rows])
+        (rows,) = row_sqnorm([call.rows], impl="auto" if phi is None else phi.impl)
         rows = rows.to(_autograd.accumulate_dtype(call.z.dtype))
         return rows if gain is None else rows * gain
 
@@ -306,10 +307,11 @@ class DREG(LayerPenalty):
             for t, s in wanting:
                 t.value = s.sum()
             return
-        for dtype in {t.call.weight.dtype: None for t, _ in wanting}:
-            group = [(t, s) for t, s in wanting if t.call.weight.dtype == dtype]
+        kinds = {(t.call.weight.dtype, t.impl): None for t, _ in wanting}
+        for kind in kinds:
+            group = [(t, s) for t, s in wanting if (t.call.weight.dtype, t.impl) == kind]
             missing = [t for t, _ in group if t.r is None]
-            rows = row_sqnorm([t.call.rows for t in missing]) if missing else []
+            rows = row_sqnorm([t.call.rows for t in missing], impl=kind[1]) if missing else []
             for t, r in zip(missing, rows, strict=True):
                 t.r = r if t.gain is None else r * t.gain
             for t, s in group:

@@ -2,6 +2,9 @@
 // missing wait shows.
 #pragma once
 
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <deque>
 #include <vector>
@@ -21,6 +24,11 @@ inline thread_local std::deque<std::vector<Copy>> committed;
 }  // namespace fastjac::host
 
 inline void __pipeline_memcpy_async(void* to, const void* from, size_t size) {
+  const auto addresses = reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from);
+  if ((size != 4 && size != 8 && size != 16) || addresses % size != 0) {
+    std::fprintf(stderr, "asynchronous copy of %zu bytes at an address that does not fit\n", size);
+    std::abort();
+  }
   fastjac::host::started.push_back({to, from, size});
 }
 

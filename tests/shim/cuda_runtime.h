@@ -39,7 +39,7 @@ inline const char* cudaGetErrorString(cudaError_t) { return "no error"; }
 
 enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone, cudaStreamCaptureStatusActive };
 
-extern "C" inline bool fastjac_host_capturing = false;  // set by a test
+extern "C" __attribute__((used)) inline bool fastjac_host_capturing = false;  // set by a test
 
 inline cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
   *status = fastjac_host_capturing ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
