@@ -59,7 +59,7 @@ def layer_act(
     ``layer`` is a `Layer`. Not for forward mode or ``torch.func``: the Function has no rules for
     them and raises.
     """
-    return _apply(x, weight, bias, z, layer)
+    return apply_layer_act(x, weight, bias, z, layer)
 
 
 class _LayerAct(Function):
@@ -135,8 +135,9 @@ def _plus_rows(grad: Tensor | None, weight: Tensor, c: Tensor | None, suffix: st
     return out.add_(grad)
 
 
-# Straight to the C++ base: forward mode and torch.func never come here.
-_apply = super(torch.autograd.Function, _LayerAct).apply
+# `layer_act` without what only torch.compile needs. Straight to the C++ base: forward mode and
+# torch.func never come here.
+apply_layer_act = super(torch.autograd.Function, _LayerAct).apply
 
 
 def _recorded_backward(g, v, x, weight, bias, z, needs, layer):

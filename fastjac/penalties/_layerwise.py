@@ -119,9 +119,10 @@ class LayerPenalty(ModelPenalty):
         watch = Watch(model, self)
         watch.install(attach=False)
         try:
-            with watch.watching() as seen:
-                output = _autograd.call_model(model, x)
+            seen = watch.begin()
+            output = _autograd.call_model(model, x)
         finally:
+            watch.end()
             watch.remove()
         return output, self._finish(seen, output, len(x))
 
@@ -134,9 +135,9 @@ class LayerPenalty(ModelPenalty):
     def _complete(self, seen: Pass, output: Any, batch: int | None) -> int:
         """The output layer, the names, and what is left out; returns the number of samples."""
         outputs = [output] if isinstance(output, Tensor) else tree_leaves(output)
-        found = [term.call for term in seen.terms]
-        left_out = []
+        left_out, ran = [], set()
         for call in seen.calls:
+            ran.add(call.layer)
             if call.used:
                 continue
             if not any(call.z is t for t in outputs):
@@ -145,20 +146,21 @@ class LayerPenalty(ModelPenalty):
                     why = "the output of the norm after it was the input of no activation module"
             elif self.include_output:
                 self.output_term(seen, call)
-                found.append(call)
                 continue
             else:
                 why = "output layer (include_output=False)"
             left_out.append((call.name, why))
-        ran = {call.layer.module for call in seen.calls}
         if len(ran) < len(seen.watch.linear):
-            names = seen.watch.names
-            left_out += [(names[m], "was not called") for m in seen.watch.linear if m not in ran]
+            modules, names = {layer.module for layer in ran}, seen.watch.names
+            missing = [m for m in seen.watch.linear if m not in modules]
+            left_out += [(names[m], "was not called") for m in missing]
+        found = [term.call for term in seen.terms]
         # Past nn.Module's own __setattr__, 2 µs each.
         state = vars(self)
-        state["layers_found"] = [call.name for call in found]
+        state["layers_found"] = [call.layer.name for call in found]
         state["layers_left_out"] = left_out
-        self._check_found(seen, found, outputs)
+        if self.include_output or not found:
+            self._check_found(seen, found, outputs)
         return self._check_batch(found, batch)
 
     def _check_found(self, seen: Pass, found: list[Call], outputs: list[Any]) -> None:

@@ -14,11 +14,10 @@ class says.
 from __future__ import annotations
 
 import functools
-import threading
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -62,7 +61,7 @@ class Pass:
         self.whole: list[_Layer] = []  # layers that the penalty took whole
         self.taps: dict[_Layer, tuple[Tensor, Tensor]] = {}  # layer: view of its weight, its r
         self.inside = 0  # of a module that is itself an activation
-        self.thread = 0 if self.compiling else threading.get_ident()
+        self.thread = 0 if self.compiling else get_ident()
         self.task = -1
 
     def find(self, z: Tensor) -> Call | None:
@@ -85,7 +84,8 @@ class Pass:
                 "part of its gradient; use checkpoint(..., use_reentrant=False)"
             )
         call.used = True
-        postponed = not self.watch.attached and saved_tensor_hooks()
+        watch = self.watch
+        postponed = not watch.attached and saved_tensor_hooks()
         if a is None and (phi.fn is None or postponed):
             self.inside += 1
             try:
@@ -101,7 +101,7 @@ class Pass:
             self.later.append((call, phi))
             assert a is not None
             return a
-        return self.watch.owner().on_layer(self, call, phi, a)
+        return watch.owner().on_layer(self, call, phi, a)
 
 
 def check_unchanged(call: Call) -> None:
@@ -167,6 +167,8 @@ class Watch:
         self.whole: list[_Layer] = []  # the layers that the last pass took whole
         self.taps: dict[_Layer, tuple[Tensor, Tensor]] = {}  # of the last pass
         self.recompute = False
+        self.parametrized = any(map(parametrize.is_parametrized, self.names))
+        self.cache: Any = None
         self.phis: dict[Any, Phi] = {}
         self.undo: list[Callable[[], None]] = []
 
@@ -203,31 +205,35 @@ class Watch:
             if seen is None or any(c.weight._version != c.weight_version for c in seen.calls):
                 self.passes.clear()
 
-    @contextmanager
-    def watching(self) -> Iterator[Pass]:
-        """One pass: run the model inside."""
-        if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
+    def begin(self) -> Pass:
+        """A pass: run the model, then `end` it, whatever happened."""
+        seen = Pass(self)
+        if not seen.compiling and torch.is_inference_mode_enabled():
             raise RuntimeError(
                 "inference mode is active: its tensors keep no track of in-place changes; use "
                 "torch.no_grad() to get the value alone"
             )
-        outer, self.current = self.current, Pass(self)
-        try:
-            # One weight for the model and the penalty where a parametrization computes it:
-            # spectral norm would make a power iteration for each access.
-            with parametrize.cached():
-                if self.attached:
-                    self.owner().before_pass(self.current)
-                yield self.current
-        finally:
-            self.current = outer
+        if self.parametrized:
+            # One weight for the model and the penalty: spectral norm would make a power iteration
+            # for each access.
+            self.cache = parametrize.cached()
+            self.cache.__enter__()
+        self.current = seen
+        if self.attached:
+            self.owner().before_pass(seen)
+        return seen
+
+    def end(self) -> None:
+        self.current = None
+        if self.cache is not None:
+            self.cache.__exit__(None, None, None)
+            self.cache = None
 
     def running(self) -> Pass | None:
         """The pass that is on, or the recomputation of one."""
         current = self.current
         if current is not None:
-            here = current.compiling or current.thread == threading.get_ident()
-            return current if here else None
+            return current if current.compiling or current.thread == get_ident() else None
         if not self.recompute or torch.compiler.is_compiling():
             return None
         task = torch._C._current_graph_task_id()
@@ -291,9 +297,6 @@ class _Forward:
         """What stood there before."""
         return (self.previous or self.own)(*args, **kwargs)
 
-    def running(self) -> Pass | None:
-        return None if self.watch is None else self.watch.running()
-
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.plain(*args, **kwargs)
 
@@ -332,8 +335,11 @@ class _Root(_Forward):
             watch.passes = [(None, output)]
             return output
         watch.forget_stale()
-        with watch.watching() as seen:
+        seen = watch.begin()
+        try:
             output = self.plain(*args, **kwargs)
+        finally:
+            watch.end()
         watch.passes.append((seen, output))
         if not seen.compiling:  # what changes from step to step would be compiled again
             watch.whole = seen.whole
@@ -349,17 +355,22 @@ class _Layer(_Forward):
         self.memo: dict[Any, Any] = {}  # the penalty's, by activation
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        running = self.running()
+        watch = self.watch
+        running = None if watch is None else watch.running()
         z = (self.previous or self.own)(*args, **kwargs)
         if running is not None and isinstance(z, Tensor):
-            self.note(running, first(args, kwargs), z)
+            self.note(running, args[0] if args else first(args, kwargs), z)
         return z
 
     def note(self, running: Pass, x: Tensor, z: Tensor) -> Call:
-        version = version_of(z, running.compiling)
-        weight = self.module.weight
-        weight_version = -1 if running.compiling else weight._version
-        call = Call(self, x, z, weight, version, weight_version)
+        module = self.module
+        weight = module._parameters.get("weight")
+        if weight is None:  # parametrised, or swapped by functional_call
+            weight = module.weight
+        if running.compiling:
+            call = Call(self, x, z, weight, version_of(z, True), -1)
+        else:
+            call = Call(self, x, z, weight, z._version, weight._version)
         running.calls.append(call)
         return call
 
@@ -370,7 +381,8 @@ class _LayerAct(_Layer):
         self.phi = Phi.of(module.act, module.act.compute, module)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        running = self.running()
+        watch = self.watch
+        running = None if watch is None else watch.running()
         if running is None:
             return self.plain(*args, **kwargs)
         x = first(args, kwargs)
@@ -381,7 +393,8 @@ class _LayerAct(_Layer):
 
 class _Norm(_Forward):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        running = self.running()
+        watch = self.watch
+        running = None if watch is None else watch.running()
         z = first(args, kwargs)
         call = None if running is None else running.find(z)
         y = self.plain(*args, **kwargs)
@@ -405,7 +418,8 @@ class _Activation(_Forward):
         self.phi = Phi(self.plain, module) if act is None else Phi.of(act, self.plain, module)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        running = self.running()
+        watch = self.watch
+        running = None if watch is None else watch.running()
         call = None if running is None else running.find(first(args, kwargs))
         if running is None or call is None:
             return self.plain(*args, **kwargs)

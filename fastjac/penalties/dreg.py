@@ -15,7 +15,7 @@ from fastjac.activations import IDS, get
 from fastjac.dispatch import OPS
 from fastjac.ops import act_stats, row_sqnorm
 from fastjac.ops._library import suffix_of
-from fastjac.ops.layer_act import Layer, layer_act
+from fastjac.ops.layer_act import Layer, apply_layer_act, layer_act
 from fastjac.ops.row_sqnorm import rows_in_memory, tapped
 from fastjac.penalties import _autograd, _checks
 from fastjac.penalties._base import PenaltyOptions
@@ -135,11 +135,13 @@ class DREG(LayerPenalty):
         if a is None and call.norm is None and seen.grad and not seen.transformed:
             layer = self._one_node(call, phi, seen.compiling)
         if layer is not None:
-            weight, r = seen.taps.get(call.layer, (call.weight, None))
-            if r is not None:
+            weight, r = call.weight, None
+            if seen.taps and call.layer in seen.taps:
+                weight, r = seen.taps[call.layer]
                 layer = layer._replace(rows=False)
             z, divisor = call.z.detach(), self._divisor(call)
-            a, v = layer_act(call.x, weight, call.layer.module.bias, z, layer)
+            run = layer_act if seen.compiling else apply_layer_act
+            a, v = run(call.x, weight, call.layer.module.bias, z, layer)
             term = Term(call, divisor, v) if r is None else Term(call, divisor, s=v, r=r)
             seen.whole.append(call.layer)
         else:
