@@ -79,6 +79,12 @@ def test_opcheck(per, impl):
     forward = getattr(torch.ops.fastjac, "act_stats" + suffix).default
     for weight in (None, w):
         torch.library.opcheck(forward, (z, weight, 1, per_sample, *rest))
+    for order in ((2, 1, 0), (0, 2, 1), (1, 0, 2), (2, 0, 1)):  # strides that are no layout too
+        inverse = sorted(range(3), key=order.__getitem__)
+        other = z.detach().permute(order).contiguous().permute(inverse).requires_grad_()
+        torch.library.opcheck(forward, (other, w, 1, per_sample, *rest))
+    empty = torch.empty(0, 4, dtype=torch.float64, device=DEVICE)
+    torch.library.opcheck(forward, (empty, None, 1, per_sample, *rest))
     backward = getattr(torch.ops.fastjac, "act_stats_backward" + suffix).default
     ws, wc = weights_of("channel", z.shape, 1), weights_of("sample", z.shape, 1)
     for statistic in (NONE, CHANNEL, SAMPLE, BIAS):

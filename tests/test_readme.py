@@ -13,12 +13,16 @@ def test_support_table_is_the_registries():
     assert fastjac.support.update(README) == README, "run: python -m fastjac.support README.md"
 
 
-def test_example_runs():
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+def test_examples_run():
+    """One after the other: the second goes on with the first one's model."""
+    projected, layer_wise = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     scope: dict = {}
-    exec(code, scope)
+    exec(projected, scope)
     assert scope["value"].item() > 0
     assert all(p.grad is not None for p in scope["model"].parameters())
+    exec(layer_wise, scope)
+    assert scope["penalty"].layers_found == ["0"]
+    assert scope["loss"].item() > 0
 
 
 def test_quick_start_is_two_one_line_commands_and_ci_runs_the_second():

@@ -20,6 +20,7 @@ formulas written in :func:`fastjac.act`, which differentiates itself; past φ'''
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -281,14 +282,27 @@ def _in_graph(z, w, dim, per_sample, scale, deterministic, fn, p0, p1, suffix, i
 # ---- the raw ops: fake kernels, and an autograd key that loses no derivative
 
 
+def _result_like(z: Tensor, dim: int) -> Tensor:
+    """The strides of the kernels' results: z's own, or contiguous where those are no layout."""
+    out, per_sample = torch.empty_like(z), math.prod(z.shape[1:])
+    if z.numel() == 0:
+        return out
+    if z.shape[0] > 1 and out.stride(0) != per_sample:
+        return z.new_empty(z.shape)
+    positions = per_sample // z.shape[dim]
+    if positions > 1 and z.shape[dim] > 1 and out.stride(dim) not in (1, positions):
+        return z.new_empty(z.shape)
+    return out
+
+
 def _fake(z, w, dim, per_sample, *rest):
     size = z.shape[0] if per_sample else z.shape[dim]
-    return torch.empty_like(z), z.new_empty(size, dtype=statistic_dtype(z.dtype))
+    return _result_like(z, dim), z.new_empty(size, dtype=statistic_dtype(z.dtype))
 
 
 def _fake_backward(z, g, w_sample, w_channel, dim, statistic, *rest):
     size = {NONE: 0, SAMPLE: z.shape[0]}.get(statistic, z.shape[dim])
-    return torch.empty_like(z), z.new_empty(size, dtype=statistic_dtype(z.dtype))
+    return _result_like(z, dim), z.new_empty(size, dtype=statistic_dtype(z.dtype))
 
 
 def _register(suffix: str) -> None:

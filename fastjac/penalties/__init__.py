@@ -11,8 +11,9 @@ from fastjac.penalties._base import Penalty
 from fastjac.penalties._spec import Example, PenaltySpec
 from fastjac.penalties.accumulated_dreg import AccumulatedDREG, accumulated_dreg
 from fastjac.penalties.confidence import ConfidencePenalty, confidence_penalty
+from fastjac.penalties.contractive import Contractive, GuRigazio, contractive, gu_rigazio
 from fastjac.penalties.datagrad import DataGrad, datagrad
-from fastjac.penalties.dreg import DREG, Contractive, GuRigazio, contractive, dreg, gu_rigazio
+from fastjac.penalties.dreg import DREG, dreg
 from fastjac.penalties.finite_difference import (
     FiniteDifferenceDataGrad,
     finite_difference_datagrad,
@@ -31,6 +32,7 @@ from fastjac.penalties.tangentprop import TangentProp, tangentprop
 # the function.
 _FILES = (
     "dreg",
+    "contractive",
     "accumulated_dreg",
     "spectreg",
     "datagrad",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -79,7 +79,7 @@ class Call:
     ``z`` is what the activation takes: the output of the layer or of the norm.
     """
 
-    layer: Any  # the `_watch._Layer` that stands in the module's forward
+    layer: Any  # the `_forwards.Layer` that stands in the module's forward
     x: Tensor
     z: Tensor
     weight: Tensor  # what the layer computed with: a parametrization makes another each time
@@ -178,27 +178,36 @@ def conv_options(module: Any) -> tuple[Any, ...] | None:
     return (*options, module.groups)
 
 
-def norm_scale(call: Call) -> tuple[Tensor | None, Tensor | None]:
-    """``k²`` of the norm ``y = k (z − μ) + β`` with its statistics held constant.
+class Gain(NamedTuple):
+    """``k²`` of a norm ``y = k (z − μ) + β``, its statistics held constant; None stands for 1.
 
-    Returns:
-        A factor per channel ``[C]`` and one per sample and position, ``[N, ...]`` without the
-        channels; None stands for 1. Both differentiable, through the statistics too.
+    Differentiable, through the statistics too.
     """
+
+    gamma: Tensor | None = None  # [C], not yet squared
+    inverse: Tensor | None = None  # 1 / (σ² + ε), [C]
+    place: Tensor | None = None  # the same of a LayerNorm: per sample and position, [N, ...]
+
+    def channel(self) -> Tensor | None:
+        """The factor per channel."""
+        if self.gamma is None or self.inverse is None:
+            return self.inverse if self.gamma is None else self.gamma.square()
+        return self.gamma.square() * self.inverse
+
+
+def norm_gain(call: Call) -> Gain:
     norm, z = call.norm, call.before_norm
     if norm is None or z is None:
-        return None, None
+        return Gain()
     dtype = statistic_dtype(z.dtype)
-    gain = None if norm.weight is None else norm.weight.to(dtype).square()
+    gamma = None if norm.weight is None else norm.weight.to(dtype)
     if isinstance(norm, nn.LayerNorm):
-        return gain, 1 / (z.to(dtype).var(-1, unbiased=False) + norm.eps)
+        return Gain(gamma, place=1 / (z.to(dtype).var(-1, unbiased=False) + norm.eps))
     if not norm.training and norm.running_var is not None:
-        inverse = 1 / (norm.running_var.to(dtype) + norm.eps)
-    elif call.batch_statistics is not None:
-        inverse = InverseVariance.apply(z, *call.batch_statistics, norm.eps)
-    else:
-        inverse = _inverse_variance(z, norm.eps)
-    return inverse if gain is None else gain * inverse, None
+        return Gain(gamma, 1 / (norm.running_var.to(dtype) + norm.eps))
+    if call.batch_statistics is not None:
+        return Gain(gamma, InverseVariance.apply(z, *call.batch_statistics, norm.eps))
+    return Gain(gamma, _inverse_variance(z, norm.eps))
 
 
 def _inverse_variance(z: Tensor, eps: float) -> Tensor:

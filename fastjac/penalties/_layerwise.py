@@ -15,7 +15,8 @@ from typing_extensions import Unpack
 from fastjac.penalties import _autograd, _checks
 from fastjac.penalties._base import ModelPenalty, PenaltyOptions
 from fastjac.penalties._layers import Call, Phi
-from fastjac.penalties._watch import Pass, Watch, check_unchanged
+from fastjac.penalties._versions import check_unchanged
+from fastjac.penalties._watch import Pass, Watch
 
 
 class LayerOptions(PenaltyOptions, total=False):
@@ -61,7 +62,7 @@ class LayerPenalty(ModelPenalty):
         self.include_output = _checks.flag("include_output", include_output)
         self.layers_found: list[str] = []
         self.layers_left_out: list[tuple[str, str]] = []
-        self._shares: list[tuple[str, Tensor, Tensor | None, float]] = []
+        self._shares: list[tuple[str, Tensor, float]] = []
         self._watch: Watch | None = None
         if model is not None:
             self._attach(model)
@@ -69,14 +70,12 @@ class LayerPenalty(ModelPenalty):
     @property
     def layer_values(self) -> list[tuple[str, Tensor]]:
         """Each layer's share of the last value, before ``weight``, detached."""
-        return [(name, f * (v if r is None else v * r).sum()) for name, v, r, f in self._shares]
+        return [(name, factor * v.sum()) for name, v, factor in self._shares]
 
-    def remember(self, shares: Sequence[tuple[str, Tensor, Tensor | None, float]]) -> None:
-        """For `layer_values`, of each layer ``(name, v, r, f)``: its share is ``f Σ v r``."""
+    def remember(self, shares: Sequence[tuple[str, Tensor, float]]) -> None:
+        """For `layer_values`, of each layer ``(name, v, f)``: its share is ``f Σ v``."""
         # Past nn.Module's own __setattr__, 2 µs.
-        vars(self)["_shares"] = [
-            (name, v.detach(), None if r is None else r.detach(), f) for name, v, r, f in shares
-        ]
+        vars(self)["_shares"] = [(name, v.detach(), f) for name, v, f in shares]
 
     # ---- what a penalty defines
 

@@ -16,34 +16,20 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable
-from dataclasses import replace
 from threading import get_ident
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo.comptime import comptime
 from torch.nn.utils import parametrize
 
 from fastjac.functional import OBSERVERS
-from fastjac.nn import Act, ConvAct1d, ConvAct2d, ConvAct3d, LinearAct, held_functions
+from fastjac.nn import held_functions
 from fastjac.ops import act
 from fastjac.ops.act_stats import transformed
-from fastjac.penalties._layers import (
-    BATCH_NORM,
-    CONVOLUTION,
-    LINEAR,
-    NORM,
-    Call,
-    Phi,
-    batch_statistics,
-    conv_options,
-    fused_activation,
-    is_activation,
-    plain_layer,
-)
-
-LAYER_ACTS = (LinearAct, ConvAct1d, ConvAct2d, ConvAct3d)
+from fastjac.penalties._forwards import Forward, Held, Layer, Root, role_of
+from fastjac.penalties._layers import CONVOLUTION, LINEAR, Call, Phi
+from fastjac.penalties._versions import check_unchanged, refuse_written
 
 
 class Pass:
@@ -58,8 +44,8 @@ class Pass:
         self.calls: list[Call] = []
         self.terms: list[Any] = []
         self.later: list[tuple[Call, Phi]] = []
-        self.whole: list[_Layer] = []  # layers that the penalty took whole
-        self.taps: dict[_Layer, tuple[Tensor, Tensor]] = {}  # layer: view of its weight, its r
+        self.whole: list[Layer] = []  # layers that the penalty took whole
+        self.taps: dict[Layer, tuple[Tensor, Tensor]] = {}  # layer: view of its weight, its r
         self.inside = 0  # of a module that is itself an activation
         self.thread = 0 if self.compiling else get_ident()
         self.task = -1
@@ -104,41 +90,6 @@ class Pass:
         return watch.owner().on_layer(self, call, phi, a)
 
 
-def check_unchanged(call: Call) -> None:
-    # A call that was compiled (version -1) has no in-place writes left.
-    if call.version >= 0 and not torch.compiler.is_compiling() and call.z._version != call.version:
-        raise RuntimeError(
-            f"layer {call.name}: its output or that of its activation was modified in place "
-            "after it was computed; use the out-of-place operation"
-        )
-
-
-def version_of(z: Tensor, compiling: bool) -> int:
-    """How often z was written to; -1 while compiling, where it is kept with the fake tensor."""
-    if not compiling:
-        return z._version
-
-    @comptime
-    def keep(context: Any) -> None:
-        fake = context.get_local("z").as_fake()
-        fake._fastjac_version = fake._version
-
-    return -1
-
-
-def refuse_written(z: Tensor, name: str) -> None:
-    """While compiling, a tensor that was written to in place is still the same object."""
-
-    @comptime
-    def check(context: Any) -> None:
-        fake = context.get_local("z").as_fake()
-        if fake._version != fake._fastjac_version:
-            raise RuntimeError(
-                f"layer {context.get_local('name').as_python_constant()}: its output was modified "
-                "in place before the activation; under torch.compile use the out-of-place operation"
-            )
-
-
 def saved_tensor_hooks() -> bool:
     """Whether a checkpoint (or another saver of tensors) is active."""
     if torch.compiler.is_compiling():
@@ -164,8 +115,8 @@ class Watch:
         self.passes: list[tuple[Pass | None, Any]] = []  # with the output of the model
         self.current: Pass | None = None
         self.again: Pass | None = None  # of a recomputation by checkpoint
-        self.whole: list[_Layer] = []  # the layers that the last pass took whole
-        self.taps: dict[_Layer, tuple[Tensor, Tensor]] = {}  # of the last pass
+        self.whole: list[Layer] = []  # the layers that the last pass took whole
+        self.taps: dict[Layer, tuple[Tensor, Tensor]] = {}  # of the last pass
         self.recompute = False
         self.parametrized = any(map(parametrize.is_parametrized, self.names))
         self.cache: Any = None
@@ -180,15 +131,15 @@ class Watch:
             if role is not None:
                 self._override(role, module)
             for name, value, fn in held_functions(module):
-                held = _Held(self, value, fn)
+                held = Held(self, value, fn)
                 setattr(module, name, held)
                 self.undo.append(functools.partial(setattr, module, name, value))
         if attach:
-            self._override(_Root, self.model)
+            self._override(Root, self.model)
         OBSERVERS.append(self.observe)
         self.undo.append(lambda: OBSERVERS.remove(self.observe))
 
-    def _override(self, kind: type[_Forward], module: nn.Module) -> None:
+    def _override(self, kind: type[Forward], module: nn.Module) -> None:
         new = kind(self, module, vars(module).get("forward"))
         new.name = self.names.get(module, "")
         vars(module)["forward"] = new
@@ -265,182 +216,3 @@ class Watch:
 
             self.phis[key] = Phi(run, None, fn, impl, dict(params))
         return self.phis[key]
-
-
-def role_of(module: nn.Module) -> type[_Forward] | None:
-    if isinstance(module, LAYER_ACTS):
-        return _LayerAct
-    if isinstance(module, LINEAR + CONVOLUTION):
-        return _Layer
-    if type(module) in NORM and not (
-        isinstance(module, nn.LayerNorm) and len(module.normalized_shape) != 1
-    ):
-        return _Norm
-    if is_activation(module) and type(module) is not Act:  # Act calls the observers itself
-        return _Activation
-    return None
-
-
-class _Forward:
-    """Stands in a module's ``forward``; without a watch (in copies) it does what the class says.
-
-    Python is what a watched layer costs on a CPU, so these are written in few calls: a layer of
-    784-4×512-10 takes 0.4 ms, and a call in between evicted caches some 2 µs.
-    """
-
-    def __init__(self, watch: Watch | None, module: Any, previous: Any) -> None:
-        self.watch, self.module, self.previous = watch, module, previous
-        self.own = type(module).forward.__get__(module)
-        self.name = ""
-
-    def plain(self, *args: Any, **kwargs: Any) -> Any:
-        """What stood there before."""
-        return (self.previous or self.own)(*args, **kwargs)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.plain(*args, **kwargs)
-
-    def remove(self) -> None:
-        self.watch = None
-        above, below = None, vars(self.module).get("forward")
-        while below is not self and isinstance(below, _Forward):  # a later watch stands before it
-            above, below = below, below.previous
-        if below is not self:
-            return  # somebody else's forward was put over it: this one passes on
-        if above is not None:
-            above.previous = self.previous
-        elif self.previous is None:
-            del vars(self.module)["forward"]
-        else:
-            vars(self.module)["forward"] = self.previous
-
-    def __reduce__(self) -> Any:
-        return _Forward, (None, self.module, self.previous)
-
-
-def first(args: Any, kwargs: Any) -> Any:
-    return args[0] if args else next(iter(kwargs.values()), None)
-
-
-class _Root(_Forward):
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        watch = self.watch
-        owner = None if watch is None or watch.current is not None else watch.owner()
-        wanted = "no" if owner is None else owner.wanted()
-        if watch is None or wanted == "no":
-            return self.plain(*args, **kwargs)
-        watch.recompute = wanted == "yes"
-        if wanted == "later":
-            output = self.plain(*args, **kwargs)
-            watch.passes = [(None, output)]
-            return output
-        watch.forget_stale()
-        seen = watch.begin()
-        try:
-            output = self.plain(*args, **kwargs)
-        finally:
-            watch.end()
-        watch.passes.append((seen, output))
-        if not seen.compiling:  # what changes from step to step would be compiled again
-            watch.whole = seen.whole
-        return output
-
-
-class _Layer(_Forward):
-    def __init__(self, watch: Watch | None, module: Any, previous: Any) -> None:
-        super().__init__(watch, module, previous)
-        self.linear = isinstance(module, LINEAR)
-        self.plain_layer = plain_layer(module)
-        self.conv = conv_options(module) if self.plain_layer else None
-        self.memo: dict[Any, Any] = {}  # the penalty's, by activation
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        watch = self.watch
-        running = None if watch is None else watch.running()
-        z = (self.previous or self.own)(*args, **kwargs)
-        if running is not None and isinstance(z, Tensor):
-            self.note(running, args[0] if args else first(args, kwargs), z)
-        return z
-
-    def note(self, running: Pass, x: Tensor, z: Tensor) -> Call:
-        module = self.module
-        weight = module._parameters.get("weight")
-        if weight is None:  # parametrised, or swapped by functional_call
-            weight = module.weight
-        if running.compiling:
-            call = Call(self, x, z, weight, version_of(z, True), -1)
-        else:
-            call = Call(self, x, z, weight, z._version, weight._version)
-        running.calls.append(call)
-        return call
-
-
-class _LayerAct(_Layer):
-    def __init__(self, watch: Watch | None, module: Any, previous: Any) -> None:
-        super().__init__(watch, module, previous)
-        self.phi = Phi.of(module.act, module.act.compute, module)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        watch = self.watch
-        running = None if watch is None else watch.running()
-        if running is None:
-            return self.plain(*args, **kwargs)
-        x = first(args, kwargs)
-        # Another watch's forward that stands behind this one must see the call too.
-        a = None if self.previous is None else self.previous(*args, **kwargs)
-        return running.activate(self.note(running, x, self.module.pre_activation(x)), self.phi, a)
-
-
-class _Norm(_Forward):
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        watch = self.watch
-        running = None if watch is None else watch.running()
-        z = first(args, kwargs)
-        call = None if running is None else running.find(z)
-        y = self.plain(*args, **kwargs)
-        if running is None or call is None or call.norm is not None:
-            return y
-        if isinstance(self.module, BATCH_NORM) or call.dim == z.dim() - 1:
-            call.used = True
-            version = version_of(y, running.compiling)
-            normed = replace(call, z=y, version=version, used=False)
-            normed.norm, normed.before_norm = self.module, z
-            if not running.compiling and not running.transformed and isinstance(z, Tensor):
-                normed.batch_statistics = batch_statistics(y)
-            running.calls.append(normed)
-        return y
-
-
-class _Activation(_Forward):
-    def __init__(self, watch: Watch | None, module: Any, previous: Any) -> None:
-        super().__init__(watch, module, previous)
-        act = fused_activation(module)
-        self.phi = Phi(self.plain, module) if act is None else Phi.of(act, self.plain, module)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        watch = self.watch
-        running = None if watch is None else watch.running()
-        call = None if running is None else running.find(first(args, kwargs))
-        if running is None or call is None:
-            return self.plain(*args, **kwargs)
-        # Another watch's forward that stands behind this one must see z too.
-        a = None if self.previous is None else self.previous(*args, **kwargs)
-        return running.activate(call, self.phi, a)
-
-
-class _Held:
-    """In place of a function attribute (``nn.TransformerEncoderLayer.activation``)."""
-
-    def __init__(self, watch: Watch | None, function: Callable[..., Any], fn: str) -> None:
-        self.watch, self.function, self.fn = watch, function, fn
-        self.phi = Phi(function, None, fn)
-
-    def __call__(self, z: Tensor, *args: Any, **kwargs: Any) -> Any:
-        running = None if self.watch is None else self.watch.running()
-        call = None if running is None else running.find(z)
-        if running is None or call is None or args or kwargs:
-            return self.function(z, *args, **kwargs)
-        return running.activate(call, self.phi, None)
-
-    def __reduce__(self) -> Any:
-        return type(self), (None, self.function, self.fn)

@@ -95,9 +95,7 @@ class AccumulatedDREG(LayerPenalty):
                 )
             values.append(_autograd.measure(tangent, "l2_squared", lead=1))
         over = batch if self.reduction != "sum" and batch else 1
-        self.remember(
-            [(t.call.name, v, None, 1 / over) for t, v in zip(seen.terms, values, strict=True)]
-        )
+        self.remember([(t.call.name, v, 1 / over) for t, v in zip(seen.terms, values, strict=True)])
         return torch.stack(values).sum(0)
 
     def _draw(self, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""DREG: a layer-wise Jacobian penalty, with its presets Contractive and GuRigazio."""
+"""DREG: a layer-wise Jacobian penalty."""
 
 from __future__ import annotations
 
@@ -19,10 +19,12 @@ from fastjac.ops.layer_act import Layer, apply_layer_act, layer_act
 from fastjac.ops.row_sqnorm import rows_in_memory, tapped
 from fastjac.penalties import _autograd, _checks
 from fastjac.penalties._base import PenaltyOptions
-from fastjac.penalties._layers import Call, Phi, norm_scale
+from fastjac.penalties._layers import Call, Gain, Phi, norm_gain
 from fastjac.penalties._layerwise import LayerPenalty, Sum
 from fastjac.penalties._spec import PenaltySpec, layered_example
 from fastjac.penalties._watch import Pass
+
+NO_GAIN = Gain()
 
 
 @dataclass(slots=True)
@@ -34,7 +36,7 @@ class Term:
     value: Tensor | None = None  # per sample [N], or summed over them; None: Σ_c s_c r_c to come
     s: Tensor | None = None  # Σ_{n,p} φ'² per channel
     r: Tensor | None = None  # ‖W_c‖², where it is known
-    gain: Tensor | None = None  # k² of the norm, for the r to come
+    gain: Gain = NO_GAIN  # of the norm, for the r to come
     impl: str = "auto"  # for the r to come
     post: Tensor | None = None  # the output of the activation
 
@@ -203,18 +205,19 @@ class DREG(LayerPenalty):
     def _fused(self, call: Call, phi: Phi, a: Tensor | None) -> tuple[Term, Tensor]:
         assert phi.fn is not None
         z, divisor = call.z, self._divisor(call)
-        gain, place_gain = norm_scale(call) if self.use_weight else (None, None)
+        gain = norm_gain(call) if self.use_weight else NO_GAIN
+        place = gain.place
         options = dict(scale=1.0, deterministic=self.deterministic, impl=phi.impl, **phi.params)
         dim = call.dim
-        if place_gain is not None:  # each position is a sample of its own
-            z, dim, place_gain = z.flatten(0, -2), -1, place_gain.flatten()
+        if place is not None:  # each position is a sample of its own
+            z, dim, place = z.flatten(0, -2), -1, place.flatten()
         if not self.per_sample_wanted:
-            computed, s = act_stats(z, phi.fn, dim=dim, weights=place_gain, **options)
+            computed, s = act_stats(z, phi.fn, dim=dim, weights=place, **options)
             return Term(call, divisor, s=s, gain=gain, impl=phi.impl), computed.view_as(call.z)
         rows = self._rows(call, phi, gain)
         computed, t = act_stats(z, phi.fn, dim=dim, per="sample", weights=rows, **options)
-        if place_gain is not None:
-            t = (t * place_gain).view(call.z.shape[0], -1).sum(1)
+        if place is not None:
+            t = (t * place).view(call.z.shape[0], -1).sum(1)
         return Term(call, divisor, t), computed.view_as(call.z)
 
     def _composed(self, call: Call, phi: Phi, a: Tensor | None) -> tuple[Term, Tensor]:
@@ -222,9 +225,9 @@ class DREG(LayerPenalty):
         assert a is not None
         dtype = _autograd.accumulate_dtype(call.z.dtype)
         squares = phi.derivative(call.z).to(dtype).square().movedim(call.dim, -1)
-        gain, place_gain = norm_scale(call) if self.use_weight else (None, None)
-        if place_gain is not None:
-            squares = squares * place_gain.unsqueeze(-1)
+        gain = norm_gain(call) if self.use_weight else NO_GAIN
+        if gain.place is not None:
+            squares = squares * gain.place.unsqueeze(-1)
         s = squares.flatten(1, -2).sum(1) if squares.dim() > 2 else squares  # [N, C]
         if not self.per_sample_wanted:
             return Term(call, self._divisor(call), s=s.sum(0), gain=gain), a
@@ -234,12 +237,12 @@ class DREG(LayerPenalty):
 
     def output_term(self, seen: Pass, call: Call) -> None:
         n, c = call.z.shape[0], call.z.shape[call.dim]
-        gain, place_gain = norm_scale(call) if self.use_weight else (None, None)
+        gain = norm_gain(call) if self.use_weight else NO_GAIN
         dtype = _autograd.accumulate_dtype(call.z.dtype)
-        if place_gain is None:  # φ' = 1: every position counts alike
+        if gain.place is None:  # φ' = 1: every position counts alike
             places = torch.full((n,), float(call.positions), dtype=dtype, device=call.z.device)
         else:
-            places = place_gain.reshape(n, -1).sum(1)
+            places = gain.place.reshape(n, -1).sum(1)
         term = Term(call, self._divisor(call), gain=gain, post=call.z)
         if self.per_sample_wanted:
             rows = self._rows(call, None, gain)
@@ -254,12 +257,13 @@ class DREG(LayerPenalty):
         count = {"sum": 1, "units": call.z.shape[call.dim], "elements": call.weight.numel()}
         return float(count[self.over] * (call.positions if self.positions == "mean" else 1))
 
-    def _rows(self, call: Call, phi: Phi | None, gain: Tensor | None) -> Tensor | None:
+    def _rows(self, call: Call, phi: Phi | None, gain: Gain) -> Tensor | None:
         if not self.use_weight:
             return None
         (rows,) = row_sqnorm([call.rows], impl="auto" if phi is None else phi.impl)
         rows = rows.to(_autograd.accumulate_dtype(call.z.dtype))
-        return rows if gain is None else rows * gain
+        factor = gain.channel()
+        return rows if factor is None else rows * factor
 
     def finish(self, seen: Pass, batch: int) -> Tensor | Sum:
         terms: list[Term] = self.select(seen.terms)
@@ -272,127 +276,70 @@ class DREG(LayerPenalty):
         if self.layer_weights is not None:
             factors = [f * c for f, c in zip(factors, self.layer_weights, strict=True)]
         over = batch if self.reduction == "mean" and batch else 1
-        divisors = [t.divisor for t in terms]
-        scales = [f / d for f, d in zip(factors, divisors, strict=True)]
-        pairs = [(t.s, t.r) for t in terms if t.s is not None and t.r is not None]
-        if len(pairs) == len(terms) and len(set(scales)) == 1:
-            # As many operations as for one layer.
-            shares = [
-                (t.call.name, s, r, scales[0] / over)
-                for t, (s, r) in zip(terms, pairs, strict=True)
-            ]
-            self.remember(shares)
-            total = (torch.cat([s for s, _ in pairs]) * torch.cat([r for _, r in pairs])).sum()
-            return Sum(total if scales[0] == 1 else total * scales[0], batch)
-        self._fill(terms)
-        values = [t.value for t in terms if t.value is not None]
-        if not self.squared:
-            values = [_root(v / d) for v, d in zip(values, divisors, strict=True)]
-            scales = factors
-        names = [t.call.name for t in terms]
-        self.remember(
-            [(n, v, None, f / over) for n, v, f in zip(names, values, scales, strict=True)]
-        )
-        total = torch.stack(values)
-        if any(f != 1 for f in scales):
-            total = total * total.new_tensor(scales).view([-1] + [1] * (total.dim() - 1))
-        return total.sum(0) if self.per_sample_wanted else Sum(total.sum(), batch)
+        if self.per_sample_wanted:
+            values = [t.value / t.divisor for t in terms if t.value is not None]
+            values = values if self.squared else [_root(v) for v in values]
+            values = [v if f == 1 else f * v for f, v in zip(factors, values, strict=True)]
+            self.remember([(t.call.name, v, 1 / over) for t, v in zip(terms, values, strict=True)])
+            return torch.stack(values).sum(0)
+        scales = [f / t.divisor for f, t in zip(factors, terms, strict=True)]
+        common = scales[0] if len(set(scales)) == 1 else 1.0
+        if common == 1:  # each term by its own
+            for t, f in zip(terms, scales, strict=True):
+                t.value = t.value if t.value is None or f == 1 else t.value * f
+                t.s = t.s if t.s is None or f == 1 else t.s * f
+        whole = [t.value for t in terms if t.value is not None]
+        totals = [torch.stack(whole).sum()] if whole else []
+        shares = {id(t): t.value for t in terms if t.value is not None}
+        totals += self._dots([t for t in terms if t.value is None], shares)
+        self.remember([(t.call.name, shares[id(t)], common / over) for t in terms])
+        total = totals[0] if len(totals) == 1 else torch.stack(totals).sum()
+        return Sum(total if common == 1 else total * common, batch)
 
     def select(self, terms: list[Any]) -> list[Any]:
         """The terms to count."""
         return terms
 
-    def _fill(self, terms: list[Term]) -> None:
-        """The values that no layer has computed; their row norms come from one launch."""
-        wanting = [(t, t.s) for t in terms if t.value is None and t.s is not None]
-        if not self.use_weight:
-            for t, s in wanting:
-                t.value = s.sum()
-            return
-        kinds = {(t.call.weight.dtype, t.impl): None for t, _ in wanting}
-        for kind in kinds:
-            group = [(t, s) for t, s in wanting if (t.call.weight.dtype, t.impl) == kind]
-            missing = [t for t, _ in group if t.r is None]
-            rows = row_sqnorm([t.call.rows for t in missing], impl=kind[1]) if missing else []
-            for t, r in zip(missing, rows, strict=True):
-                t.r = r if t.gain is None else r * t.gain
-            for t, s in group:
-                assert t.r is not None
-                t.value = (s * t.r).sum()
+    def _dots(self, terms: list[Term], shares: dict[int, Tensor]) -> list[Tensor]:
+        """``Σ_l Σ_c s r``, in as many operations as one layer takes, for each dtype and impl.
+
+        Puts each layer's products into ``shares``.
+        """
+        totals = []
+        for kind in {(t.call.weight.dtype, t.impl): None for t in terms}:
+            group = [t for t in terms if (t.call.weight.dtype, t.impl) == kind]
+            parts = [t.s for t in group if t.s is not None]
+            sizes = [len(s) for s in parts]
+            product = torch.cat(parts)
+            if self.use_weight:
+                missing = [t for t in group if t.r is None]
+                rows = row_sqnorm([t.call.rows for t in missing], impl=kind[1]) if missing else []
+                for t, r in zip(missing, rows, strict=True):
+                    t.r = r
+                product = product * torch.cat([t.r for t in group if t.r is not None])
+                gammas = _flat([t.gain.gamma for t in group], sizes, product)
+                inverses = _flat([t.gain.inverse for t in group], sizes, product)
+                product = product if gammas is None else product * gammas.square()
+                product = product if inverses is None else product * inverses
+            for t, share in zip(group, product.detach().split(sizes), strict=True):
+                shares[id(t)] = share
+            totals.append(product.sum())
+        return totals
+
+
+def _flat(parts: list[Tensor | None], sizes: list[int], like: Tensor) -> Tensor | None:
+    """One vector of all parts, ones where there is none; None if there are none at all."""
+    if all(p is None for p in parts):
+        return None
+    return torch.cat(
+        [like.new_ones(n) if p is None else p for p, n in zip(parts, sizes, strict=True)]
+    )
 
 
 def _root(value: Tensor) -> Tensor:
     """The square root, with the gradient 0 at 0."""
     positive = value > 0
     return torch.where(positive, torch.where(positive, value, 1).sqrt(), 0)
-
-
-class Contractive(DREG):
-    """Contractive penalty: ``R_n = ‖diag φ'(z_1n) W_1‖_F²`` of the first hidden layer.
-
-    With a sigmoid encoder this is the penalty of the contractive autoencoder. DREG on the layer
-    that runs first; the notes there hold here.
-
-    Arguments:
-        model: an nn.Module. x: ``[N, ...]`` of any dtype. There is no graph form.
-
-    Options:
-        weight, reduction, every: as for all penalties.
-
-    Source: Rifai, Vincent, Muller, Glorot, Bengio 2011.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module | None = None,
-        /,
-        *,
-        weight: float = 1.0,
-        reduction: str = "mean",
-        every: int = 1,
-    ) -> None:
-        super().__init__(model, weight=weight, reduction=reduction, every=every)
-
-    def select(self, terms: list[Any]) -> list[Any]:
-        first, *others = terms
-        self.layers_found = [first.call.name]
-        self.layers_left_out += [(t.call.name, "not the first hidden layer") for t in others]
-        return [first]
-
-
-class GuRigazio(DREG):
-    """Deep contractive network: ``R_n = Σ_l λ_l ‖diag φ'(z_ln) W_l‖_F``, with the output layer.
-
-    DREG with unsquared norms and ``φ' = 1`` for the output layer; the notes there hold here.
-
-    Arguments:
-        model: an nn.Module. x: ``[N, ...]`` of any dtype. There is no graph form.
-
-    Options:
-        layer_weights: the ``λ_l``, default 1. weight, reduction, every: as for all penalties.
-
-    Source: Gu & Rigazio 2014, arXiv 1412.5068, eq. 6.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module | None = None,
-        /,
-        *,
-        layer_weights: Sequence[float] | None = None,
-        weight: float = 1.0,
-        reduction: str = "mean",
-        every: int = 1,
-    ) -> None:
-        super().__init__(
-            model,
-            squared=False,
-            include_output=True,
-            layer_weights=layer_weights,
-            weight=weight,
-            reduction=reduction,
-            every=every,
-        )
 
 
 DREG_SPEC = PenaltySpec.of(
@@ -414,21 +361,4 @@ DREG_SPEC = PenaltySpec.of(
         {"layer_weights": (0.5, 2.0, 3.0), "include_output": True, "layers": "mean"},
     ),
 )
-CONTRACTIVE_SPEC = PenaltySpec.of(
-    Contractive,
-    reference.contractive,
-    source="Rifai, Vincent, Muller, Glorot, Bengio 2011",
-    kind="layer-wise",
-    example=layered_example,
-)
-GU_RIGAZIO_SPEC = PenaltySpec.of(
-    GuRigazio,
-    reference.gu_rigazio,
-    source="Gu & Rigazio 2014, arXiv 1412.5068, eq. 6",
-    kind="layer-wise",
-    example=layered_example,
-    cases=({"layer_weights": (0.5, 2.0, 3.0)},),
-)
 dreg = DREG_SPEC.functional
-contractive = CONTRACTIVE_SPEC.functional
-gu_rigazio = GU_RIGAZIO_SPEC.functional

@@ -1,0 +1,99 @@
+"""Presets of DREG: the contractive penalties of Rifai et al. and of Gu & Rigazio."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from fastjac import reference
+from fastjac.penalties._spec import PenaltySpec, layered_example
+from fastjac.penalties.dreg import DREG
+
+
+class Contractive(DREG):
+    """Contractive penalty: ``R_n = ‖diag φ'(z_1n) W_1‖_F²`` of the first hidden layer.
+
+    With a sigmoid encoder this is the penalty of the contractive autoencoder. DREG on the layer
+    that runs first; the notes there hold here.
+
+    Arguments:
+        model: an nn.Module. x: ``[N, ...]`` of any dtype. There is no graph form.
+
+    Options:
+        weight, reduction, every: as for all penalties.
+
+    Source: Rifai, Vincent, Muller, Glorot, Bengio 2011.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | None = None,
+        /,
+        *,
+        weight: float = 1.0,
+        reduction: str = "mean",
+        every: int = 1,
+    ) -> None:
+        super().__init__(model, weight=weight, reduction=reduction, every=every)
+
+    def select(self, terms: list[Any]) -> list[Any]:
+        first, *others = terms
+        self.layers_found = [first.call.name]
+        self.layers_left_out += [(t.call.name, "not the first hidden layer") for t in others]
+        return [first]
+
+
+class GuRigazio(DREG):
+    """Deep contractive network: ``R_n = Σ_l λ_l ‖diag φ'(z_ln) W_l‖_F``, with the output layer.
+
+    DREG with unsquared norms and ``φ' = 1`` for the output layer; the notes there hold here.
+
+    Arguments:
+        model: an nn.Module. x: ``[N, ...]`` of any dtype. There is no graph form.
+
+    Options:
+        layer_weights: the ``λ_l``, default 1. weight, reduction, every: as for all penalties.
+
+    Source: Gu & Rigazio 2014, arXiv 1412.5068, eq. 6.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | None = None,
+        /,
+        *,
+        layer_weights: Sequence[float] | None = None,
+        weight: float = 1.0,
+        reduction: str = "mean",
+        every: int = 1,
+    ) -> None:
+        super().__init__(
+            model,
+            squared=False,
+            include_output=True,
+            layer_weights=layer_weights,
+            weight=weight,
+            reduction=reduction,
+            every=every,
+        )
+
+
+CONTRACTIVE_SPEC = PenaltySpec.of(
+    Contractive,
+    reference.contractive,
+    source="Rifai, Vincent, Muller, Glorot, Bengio 2011",
+    kind="layer-wise",
+    example=layered_example,
+)
+GU_RIGAZIO_SPEC = PenaltySpec.of(
+    GuRigazio,
+    reference.gu_rigazio,
+    source="Gu & Rigazio 2014, arXiv 1412.5068, eq. 6",
+    kind="layer-wise",
+    example=layered_example,
+    cases=({"layer_weights": (0.5, 2.0, 3.0)},),
+)
+contractive = CONTRACTIVE_SPEC.functional
+gu_rigazio = GU_RIGAZIO_SPEC.functional
