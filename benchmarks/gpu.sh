@@ -48,14 +48,24 @@ for fn in TABLE:
         z = torch.randn(1237, device="cuda", dtype=dtype)[1:].requires_grad_()
         (d,) = torch.autograd.grad(fastjac.act(z, fn=fn, impl="cuda").sum(), z, create_graph=True)
         torch.autograd.grad(d.sum(), z, materialize_grads=True)
+        for shape, dim in (((37, 130), 1), ((5, 33, 7), 1), ((5, 7, 33), 2), ((3, 5000), 1)):
+            for per in ("channel", "sample"):
+                z = torch.randn(shape, device="cuda", dtype=dtype).requires_grad_()
+                a, s = fastjac.act_stats(z, fn, dim=dim, per=per, impl="cuda")
+                torch.autograd.grad((a.sum(), s.sum()), z)
+    w = [torch.randn(s, device="cuda").requires_grad_() for s in ((33, 7), (5, 4, 3, 3), (2, 5000))]
+    torch.autograd.grad(torch.cat(fastjac.row_sqnorm(w, impl="cuda")).sum(), w)
 torch.cuda.synchronize()'
 }
 
 stage install install
 stage info "$py" -m fastjac.cli info --json "$out/info.json"
 stage check "$py" -m fastjac.cli check --device "$device" --json "$out/check.json"
-stage tests "$py" -m pytest -q -x tests/test_act.py tests/test_nn.py -m "not slow"
+stage tests "$py" -m pytest -q -x tests/test_act.py tests/test_nn.py tests/test_act_stats.py \
+  tests/test_row_sqnorm.py tests/test_attach.py -m "not slow"
 [ "$device" = cuda ] && stage sanitize sanitize
+stage layerwise timeout 120 "$py" benchmarks/layerwise_gpu.py --device "$device" \
+  --json "$out/layerwise.json"
 stage bench timeout 280 "$py" -m fastjac.cli bench --quick --device "$device" \
   --json "$out/bench.json" --csv "$out/bench.csv"
 exit "$failed"

@@ -6,16 +6,18 @@ import copy
 import gc
 import io
 import pickle
+import threading
 import weakref
 from collections import Counter
 from functools import partial
+from types import MethodType
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, prune
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -66,7 +68,7 @@ def recorded(model: nn.Module, x: Tensor, pairs: dict[str, Any]) -> tuple[Tensor
     stack = []
 
     def hook(phi: Any, module: Any, args: Any, z: Tensor) -> None:
-        stack.append((z, module.weight, phi))
+        stack.append((z.clone(), module.weight, phi))  # as it is before an in-place activation
 
     handles = [
         model.get_submodule(name).register_forward_hook(partial(hook, phi))
@@ -351,6 +353,21 @@ def test_checkpoint(every_block: bool, both_ways: str) -> None:
         close(p.grad, q.grad)
 
 
+def test_two_checkpointed_forwards_in_one_step(both_ways: str) -> None:
+    """The second forward must not take the first for one whose graph is gone."""
+    model = Model(lambda m, x: checkpoint(m.net, x, use_reentrant=False), net=mlp())
+    plain, x = copy.deepcopy(model.net), torch.randn(6, 4)
+    output, stack = recorded(plain, x, {"0": F.gelu, "2": F.silu})
+    (output.sum() + reference.dreg(stack).mean()).backward()
+    penalty = DREG(model)
+    for _ in range(2):
+        model.zero_grad()
+        outputs = model(x[:2]).sum() + model(x[2:]).sum()
+        (outputs + penalty()).backward()
+    for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+        close(p.grad, q.grad)
+
+
 def test_reentrant_checkpoint_is_refused() -> None:
     model = Model(
         lambda m, x: checkpoint(lambda t: m.act(m.fc(t)), x, use_reentrant=True),
@@ -420,6 +437,13 @@ def test_passes_from_before_an_optimiser_step_are_forgotten() -> None:
     value = penalty()
     close(value, DREG()(model, x[:3])[1])
     value.backward()
+
+
+def test_penalty_inside_its_model_cannot_be_copied_with_it() -> None:
+    model = one_layer(nn.GELU())
+    model.penalty = DREG(model)
+    with pytest.raises(RuntimeError, match="DREG is a part of the model that it is attached to"):
+        copy.deepcopy(model)
 
 
 def test_two_penalties_on_one_model() -> None:
@@ -580,3 +604,229 @@ class Counting(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.names[func.overloadpacket.__name__] += 1
         return func(*args, **(kwargs or {}))
+
+
+# ---- what an attached model must not get wrong
+
+
+def against_plain(model: nn.Module, phi: Any, x: Tensor, before: Any = None) -> None:
+    """Two steps of ``square mean + penalty`` against the same model under plain hooks."""
+    penalty = DREG(model)
+    for _ in range(2):
+        plain = copy.deepcopy(model)
+        for net in (plain, model):
+            if before is not None:
+                before(net)
+            net.zero_grad()
+        output, stack = recorded(plain, x, {"fc": phi})
+        (output.square().mean() + reference.dreg(stack).mean()).backward()
+        ours = model(x)
+        value = penalty()
+        close(ours, output)
+        close(value, reference.dreg(stack).mean())
+        (ours.square().mean() + value).backward()
+        for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+            close(p.grad, q.grad)
+
+
+def one_layer(act: nn.Module, forward: Any = lambda m, x: m.head(m.act(m.fc(x)))) -> Model:
+    return Model(forward, fc=nn.Linear(4, 5), act=act, head=nn.Linear(5, 2))
+
+
+def low_rank(self: nn.Linear, x: Tensor) -> Tensor:
+    return F.linear(x, self.weight, self.bias) + F.linear(F.linear(x, self.a), self.b)
+
+
+def test_forward_patched_by_somebody_else(both_ways: str) -> None:
+    model, x = one_layer(nn.GELU()), torch.randn(6, 4)
+    model.fc.a = nn.Parameter(torch.randn(2, 4))
+    model.fc.b = nn.Parameter(torch.randn(5, 2))
+    plain = copy.deepcopy(model)
+    for net in (model, plain):
+        net.fc.forward = MethodType(low_rank, net.fc)
+    output, stack = recorded(plain, x, {"fc": F.gelu})
+    (output.square().mean() + reference.dreg(stack).mean()).backward()
+    penalty = DREG(model)
+    (model(x).square().mean() + penalty()).backward()
+    for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+        close(p.grad, q.grad)
+    model.act.forward = lambda z: z.tanh()  # nobody knows what it is now
+    with pytest.raises(RuntimeError, match="model has no layer to penalise"):
+        DREG()(model, x)
+
+
+@pytest.mark.parametrize("use", ["ignored", "both"])
+def test_in_place_activation_still_writes_in_place(use: str, both_ways: str) -> None:
+    def forward(m: Model, x: Tensor) -> Tensor:
+        z = m.fc(x)
+        a = m.act(z)
+        return m.head(z if use == "ignored" else a + z)
+
+    against_plain(one_layer(nn.SiLU(inplace=True), forward), F.silu, torch.randn(6, 4))
+
+
+def test_attributes_that_change_between_steps(both_ways: str) -> None:
+    slopes = iter([0.1, 0.1, 0.4, 0.4])
+
+    def anneal(net: Model) -> None:
+        net.act.negative_slope = next(slopes)
+
+    model = one_layer(nn.LeakyReLU(0.01))
+    against_plain(
+        model, lambda z: F.leaky_relu(z, model.act.negative_slope), torch.randn(6, 4), anneal
+    )
+
+
+def test_hooks_on_the_pre_activation(both_ways: str) -> None:
+    def forward(m: Model, x: Tensor) -> Tensor:
+        z = m.fc(x)
+        z.register_hook(lambda g: g / 2)
+        return m.head(m.act(z))
+
+    against_plain(one_layer(nn.GELU(), forward), F.gelu, torch.randn(6, 4))
+
+
+def test_input_written_to_after_the_layer_is_refused(both_ways: str) -> None:
+    def forward(m: Model, x: Tensor) -> Tensor:
+        x = x.clone()
+        z = m.fc(x)
+        x.add_(1)
+        return m.head(m.act(z))
+
+    penalty = DREG(model := one_layer(nn.GELU(), forward))
+    model(torch.randn(6, 4))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        penalty().backward()
+
+
+@pytest.mark.parametrize("how", ["set", "data", "copy"])
+def test_weights_that_change_while_the_model_runs(how: str, both_ways: str) -> None:
+    def forward(m: Model, x: Tensor) -> Tensor:
+        if how == "data":
+            m.fc.weight.data = m.fc.weight.data.clamp(-0.2, 0.2)
+        elif how == "copy":
+            with torch.no_grad():
+                m.fc.weight.copy_(m.fc.weight.clamp(-0.2, 0.2))
+        return m.head(m.act(m.fc(x)))
+
+    model = one_layer(nn.GELU(), forward)
+    if how == "set":
+
+        def scaled(module: nn.Module, args: Any) -> None:
+            module.weight = nn.Parameter(module.weight.detach() * 0.9)
+
+        model.fc.register_forward_pre_hook(scaled)
+    against_plain(model, F.gelu, torch.randn(6, 4))
+
+
+def test_pruned_weight(both_ways: str) -> None:
+    """Made anew by a hook in each forward, so no weight to take the norms of before."""
+    model, x = one_layer(nn.GELU()), torch.randn(6, 4)
+    prune.l1_unstructured(model.fc, "weight", 0.5)
+    output, stack = recorded(model, x, {"fc": F.gelu})
+    truth = output.square().mean() + reference.dreg(stack).mean()
+    expected = torch.autograd.grad(truth, list(model.parameters()))
+    penalty = DREG(model)
+    for _ in range(2):
+        loss = model(x).square().mean() + penalty()
+        close(torch.autograd.grad(loss, list(model.parameters())), expected)
+
+
+def test_layer_that_is_skipped_has_no_gradient(both_ways: str) -> None:
+    model, x = one_layer(nn.GELU()), torch.randn(6, 4)
+    model.other = nn.Linear(5, 5)
+    model.run = lambda m, x: m.head(m.act(m.other(m.act(m.fc(x)))))
+    penalty = DREG(model)
+    (model(x).sum() + penalty()).backward()
+    model.run = lambda m, x: m.head(m.act(m.fc(x)))
+    model.zero_grad()
+    (model(x).sum() + penalty()).backward()
+    assert model.other.weight.grad is None and model.fc.weight.grad is not None
+
+
+def test_spent_passes_are_forgotten_though_no_weight_changed() -> None:
+    model, x = mlp(), torch.randn(7, 4)
+    penalty = DREG(model)
+    for _ in range(3):
+        model(x).sum().backward()
+    model(x[:3])
+    expected = DREG()(mlp_like(model), x[:3])[1]
+    close(penalty(), expected)
+    torch.func.grad(lambda p: torch.func.functional_call(model, p, (x,)).sum())(
+        dict(model.named_parameters())
+    )
+    model(x[:3])
+    close(penalty(), expected)
+
+
+def mlp_like(model: nn.Module) -> nn.Module:
+    """The same, unwatched."""
+    return copy.deepcopy(model)
+
+
+def test_two_threads_at_once_are_refused() -> None:
+    inside, go, errors = threading.Event(), threading.Event(), []
+
+    def forward(m: Model, x: Tensor) -> Tensor:
+        if threading.current_thread() is not threading.main_thread():
+            inside.set()
+            go.wait()
+        return m.head(m.act(m.fc(x)))
+
+    model, x = one_layer(nn.GELU(), forward), torch.randn(3, 4)
+    penalty = DREG(model)
+    thread = threading.Thread(target=lambda: errors.append(model(x)))
+    thread.start()
+    inside.wait()
+    with pytest.raises(RuntimeError, match="the model runs in two threads at once"):
+        model(x)
+    go.set()
+    thread.join()
+    assert len(errors) == 1
+    penalty()
+
+
+def test_checkpointing_frees_what_it_should(both_ways: str) -> None:
+    """The penalty holds no pre-activation that a checkpoint has let go."""
+    alive: list[Any] = []
+
+    def forward(m: Model, x: Tensor) -> Tensor:
+        def block(t: Tensor) -> Tensor:
+            z = m.fc(t)
+            alive.append(weakref.ref(z.untyped_storage()))
+            return m.act(z)
+
+        for _ in range(4):
+            x = checkpoint(block, x, use_reentrant=False)
+        return x
+
+    model = Model(forward, fc=nn.Linear(4, 4), act=nn.GELU())
+    penalty = DREG(model)
+    for _ in range(2):
+        alive.clear()
+        output = model(torch.randn(3, 4))
+        assert sum(r() is not None for r in alive) <= 1
+        (output.sum() + penalty()).backward()
+        assert sum(r() is not None for r in alive) <= 1
+
+
+def test_one_dimensional_input_is_named() -> None:
+    penalty = DREG(model := mlp())
+    with pytest.raises(RuntimeError, match=r"layer 0: its output has shape \(5,\)"):
+        model(torch.randn(4))
+    penalty.detach()
+
+
+def test_batched_cotangents_through_an_attached_model(both_ways: str) -> None:
+    model, x = mlp(), torch.randn(2, 4)
+    plain = copy.deepcopy(model)
+    penalty = DREG(model)
+    model(x)
+    penalty()
+    rows = [
+        torch.autograd.grad(
+            net(x).flatten(), list(net.parameters()), torch.eye(6), is_grads_batched=True
+        )
+        for net in (model, plain)
+    ]
+    close(*rows)

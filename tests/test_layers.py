@@ -300,8 +300,10 @@ REFUSED = {
 @pytest.mark.parametrize("penalty", [DREG, AccumulatedDREG])
 def test_refused(penalty: type[nn.Module], case: str) -> None:
     make, message = REFUSED[case]
+    if (penalty, case) == (DREG, "overwritten"):  # the value was taken before: autograd refuses
+        message = "modified by an inplace operation"
     with pytest.raises(RuntimeError, match=message):
-        penalty()(make(), torch.randn(3, 4).requires_grad_())
+        penalty()(make(), torch.randn(3, 4).requires_grad_())[1].backward()
 
 
 def test_checkpoint_without_reentry_is_exact() -> None:

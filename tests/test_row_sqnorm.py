@@ -103,7 +103,8 @@ def test_tapped_gradients_are_the_sum_of_both():
             for tap in (True, False):
                 weights = [w.requires_grad_() for w in make(shapes=((3, 4), (2, 3, 2, 2)))]
                 if tap:
-                    flat, views = tapped(weights, "")
+                    rows, views = tapped(weights, "")
+                    flat = torch.cat(rows)
                 else:
                     flat, views = torch.cat(fastjac.row_sqnorm(weights, impl="reference")), weights
                 loss = flat.square().sum() if use != "views" else 0

@@ -117,7 +117,7 @@ class _LayerAct(Function):
         add_to([grad_w], [weight], c, suffix, add=False)
         flat_z, flat_x = grad_z, x
         if grad_z.dim() > 2:
-            flat_z, flat_x = grad_z.flatten(0, -2), x.flatten(0, -2)
+            flat_z, flat_x = _flat(grad_z), _flat(x)
         grad_w.addmm_(flat_z.t(), flat_x)
         del flat_x, x
         return grad_z.matmul(weight) if needs[0] else None, grad_w, grad_b, None, None
@@ -188,13 +188,18 @@ def _layer_backward(
             grad_z, low_x, low_weight, sizes, *conv, list(needs)
         )
     else:
-        flat_z = grad_z.flatten(0, -2)
+        flat_z = _flat(grad_z)
         grads = (
             grad_z.matmul(low_weight) if needs[0] else None,
-            flat_z.t().mm(low_x.flatten(0, -2)) if needs[1] else None,
+            flat_z.t().mm(_flat(low_x)) if needs[1] else None,
             flat_z.sum(0) if needs[2] else None,
         )
     return tuple(
         grad.to(like.dtype) if needed and like is not None else None
         for grad, like, needed in zip(grads, (x, weight, bias), needs, strict=True)
     )
+
+
+def _flat(t: Tensor) -> Tensor:
+    """``[N·P, C]``; not by flatten, which has no batching rule."""
+    return t if t.dim() == 2 else t.reshape(-1, t.shape[-1])

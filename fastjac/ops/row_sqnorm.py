@@ -83,15 +83,15 @@ def row_sqnorm(weights: Sequence[Tensor], *, impl: str = "auto") -> list[Tensor]
     return list(flat.split([w.shape[0] for w in weights]))
 
 
-def tapped(weights: Sequence[Tensor], suffix: str) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """The norms of all rows, ``[Σ C]``, and a view of each weight to compute with instead of it.
+def tapped(weights: Sequence[Tensor], suffix: str) -> tuple[list[Tensor], list[Tensor]]:
+    """The norms of the rows of each weight, and an alias of it to compute with in its place.
 
-    The gradient of a view arrives when its layer is done, and one launch at the end adds ``2 c W``
-    to all of them in place. So a view's gradient must belong to nobody else: use a view in
+    The gradient of an alias arrives when its layer is done, and one launch at the end adds
+    ``2 c W`` to all of them in place. So an alias's gradient must belong to nobody else: use it in
     `fastjac.ops.layer_act.layer_act` alone, whose backward makes it.
     """
-    flat, *views = _in_graph(suffix, True, *weights)
-    return flat, tuple(views)
+    out = _in_graph(suffix, True, *weights)
+    return list(out[: len(weights)]), list(out[len(weights) :])
 
 
 def _check(weights: list[Tensor]) -> None:
@@ -140,37 +140,51 @@ class _RowSqnorm(Function):
     def forward(suffix, tap, *weights):
         with below_autograd():
             flat = raw("row_sqnorm" + suffix)(weights)
-        return (flat, *(w.view_as(w) for w in weights)) if tap else flat
+        if not tap:
+            return flat
+        return (*flat.split([w.shape[0] for w in weights]), *(w.detach() for w in weights))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.suffix, _, *weights = inputs
+        ctx.suffix, ctx.tap, *weights = inputs
         ctx.save_for_backward(*weights)
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx, c, *tapped):
+    def backward(ctx, *cotangents):
         weights = ctx.saved_tensors
-        if c is None:
-            return None, None, *(tapped or [None] * len(weights))
-        grads = list(tapped) or [None] * len(weights)
-        if recorded(c, *grads):
-            parts = c.split([w.shape[0] for w in weights])
-            terms = [
-                (2 * spread(part, w, 0) * w).to(w.dtype)
-                for part, w in zip(parts, weights, strict=True)
-            ]
-            total = [t if g is None else g + t for g, t in zip(grads, terms, strict=True)]
-            return None, None, *total
+        n = len(weights)
+        if ctx.tap:
+            parts, grads = list(cotangents[:n]), list(cotangents[n:])
+        else:
+            flat, grads = cotangents[0], [None] * n
+            sizes = [w.shape[0] for w in weights]
+            parts = [None] * n if flat is None else list(flat.split(sizes))
+        if recorded(*parts, *grads):
+            return None, None, *map(_plus, grads, parts, weights)
         # In place where a layer's backward has just made the gradient; else into new memory.
-        add = all(g is not None and _alike(g, w) for g, w in zip(grads, weights, strict=True))
-        out = grads if add else [torch.empty_like(w) for w in weights]
-        add_to(out, list(weights), c, ctx.suffix, add=add)
-        if not add:
-            for o, g in zip(out, grads, strict=True):
-                if g is not None:
-                    o.add_(g)
+        out = list(grads)
+        for add in (True, False):
+            which = [i for i in range(n) if parts[i] is not None and (grads[i] is not None) is add]
+            odd = [i for i in which if add and not _alike(grads[i], weights[i])]
+            which = [i for i in which if i not in odd]
+            if which:
+                for i in which:
+                    out[i] = grads[i] if add else torch.empty_like(weights[i])
+                c = torch.cat([parts[i] for i in which])
+                chosen = [out[i] for i in which], [weights[i] for i in which]
+                add_to(*chosen, c, ctx.suffix, add=add)
+            for i in odd:
+                out[i] = _plus(grads[i], parts[i], weights[i])
         return None, None, *out
+
+
+def _plus(grad: Tensor | None, c: Tensor | None, weight: Tensor) -> Tensor | None:
+    """``grad + 2 c W`` in differentiable operations."""
+    if c is None:
+        return grad
+    term = (2 * spread(c, weight, 0) * weight).to(weight.dtype)
+    return term if grad is None else grad + term
 
 
 def _alike(grad: Tensor, weight: Tensor) -> bool:
@@ -180,8 +194,8 @@ def _alike(grad: Tensor, weight: Tensor) -> bool:
 @torch.compiler.allow_in_graph
 def _in_graph(suffix, tap, *weights):
     if transformed():
-        flat = torch.cat([_composed(w) for w in weights])
-        return (flat, *weights) if tap else flat
+        rows = [_composed(w) for w in weights]
+        return (*rows, *weights) if tap else torch.cat(rows)
     return _RowSqnorm.apply(suffix, tap, *weights)
 
 

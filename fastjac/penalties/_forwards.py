@@ -22,7 +22,6 @@ from fastjac.penalties._layers import (
     Call,
     Phi,
     batch_statistics,
-    conv_options,
     fused_activation,
     is_activation,
     plain_layer,
@@ -44,9 +43,18 @@ def role_of(module: nn.Module) -> type[Forward] | None:
         isinstance(module, nn.LayerNorm) and len(module.normalized_shape) != 1
     ):
         return Norm
-    if is_activation(module) and type(module) is not Act:  # Act calls the observers itself
-        return Activation
+    own = hasattr(module, "fastjac_activation")
+    if is_activation(module) and type(module) is not Act and (own or not patched(module)):
+        return Activation  # Act calls the observers itself
     return None
+
+
+def patched(module: nn.Module) -> bool:
+    """Whether the instance has a forward that is neither its class's nor ours."""
+    forward = vars(module).get("forward")
+    while isinstance(forward, Forward):
+        forward = forward.previous
+    return forward is not None
 
 
 class Forward:
@@ -89,7 +97,8 @@ def first(args: Any, kwargs: Any) -> Any:
 class Root(Forward):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         watch = self.watch
-        owner = None if watch is None or watch.current is not None else watch.owner()
+        nested = watch is not None and watch.current is not None and watch.running() is not None
+        owner = None if watch is None or nested else watch.owner()
         wanted = "no" if owner is None else owner.wanted()
         if watch is None or wanted == "no":
             return self.plain(*args, **kwargs)
@@ -114,8 +123,8 @@ class Layer(Forward):
     def __init__(self, watch: Watch | None, module: Any, previous: Any) -> None:
         super().__init__(watch, module, previous)
         self.linear = isinstance(module, LINEAR)
-        self.plain_layer = plain_layer(module)
-        self.conv = conv_options(module) if self.plain_layer else None
+        # A forward that somebody has put into the instance may do anything.
+        self.plain_layer = plain_layer(module) and not patched(module)
         self.memo: dict[Any, Any] = {}  # the penalty's, by activation
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -132,9 +141,9 @@ class Layer(Forward):
         if weight is None:  # parametrised, or swapped by functional_call
             weight = module.weight
         if running.compiling:
-            call = Call(self, x, z, weight, version_of(z, True), -1)
+            call = Call(self, x, z, weight, version_of(z, True), -1, -1)
         else:
-            call = Call(self, x, z, weight, z._version, weight._version)
+            call = Call(self, x, z, weight, z._version, weight._version, x._version)
         running.calls.append(call)
         return call
 
@@ -172,14 +181,21 @@ class Norm(Forward):
             if not running.compiling and not running.transformed and isinstance(z, Tensor):
                 normed.batch_statistics = batch_statistics(y)
             running.calls.append(normed)
+            if not running.compiling:
+                call.release()
         return y
 
 
 class Activation(Forward):
     def __init__(self, watch: Watch | None, module: Any, previous: Any) -> None:
         super().__init__(watch, module, previous)
-        act = fused_activation(module)
-        self.phi = Phi(self.plain, module) if act is None else Phi.of(act, self.plain, module)
+        self.phi = self._phi()
+
+    def _phi(self) -> Phi:
+        act = fused_activation(self.module)
+        if act is None:
+            return Phi(self.plain, self.module)
+        return Phi.of(act, self.plain, self.module)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         watch = self.watch
@@ -189,6 +205,9 @@ class Activation(Forward):
             return self.plain(*args, **kwargs)
         # Another watch's forward that stands behind this one must see z too.
         a = None if self.previous is None else self.previous(*args, **kwargs)
+        if self.phi.params:  # attributes of the module, which a schedule may have changed
+            phi = self._phi()
+            self.phi = self.phi if phi.params == self.phi.params else phi
         return running.activate(call, self.phi, a)
 
 

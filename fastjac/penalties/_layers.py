@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -80,19 +81,36 @@ class Call:
     """
 
     layer: Any  # the `_forwards.Layer` that stands in the module's forward
-    x: Tensor
-    z: Tensor
+    x: Any
+    z: Any  # a tensor until `release`
     weight: Tensor  # what the layer computed with: a parametrization makes another each time
     version: int  # of z, when it was first seen
     weight_version: int
+    x_version: int
     norm: Any = None  # the module
     before_norm: Tensor | None = None
     batch_statistics: tuple[Tensor, Tensor] | None = None
     used: bool = False
+    ref: Any = None  # a weak reference to z, for those who ask for it again
+    shape: Any = None  # of z
 
     @property
     def name(self) -> str:
         return self.layer.name
+
+    def release(self) -> None:
+        """Let go of the tensors: under checkpoint the graph does not hold them either."""
+        self.shape, self.ref = self.z.shape, weakref.ref(self.z)
+        self.x = self.z = self.before_norm = self.batch_statistics = None
+
+    def is_output(self, z: Tensor) -> bool:
+        """Whether this call returned z; takes it back if it was let go."""
+        if self.z is z:
+            return True
+        if self.ref is None or self.ref() is not z:
+            return False
+        self.z = z  # without x: a second activation of the same z is computed apart
+        return True
 
     @property
     def dim(self) -> int:

@@ -39,8 +39,9 @@ class LayerPenalty(ModelPenalty):
     * attached: ``penalty = DREG(model, ...)``, then in the training loop ``output = model(x)`` and
       ``loss + penalty()``. What the model returns and its ``state_dict`` stay as they are.
       ``penalty()`` covers the forward passes since it was last called, their samples taken
-      together; passes in ``eval()`` mode, without gradients, or from before a step of the optimiser
-      do not count. It ends with ``detach()``, or when the penalty is thrown away.
+      together; passes in ``eval()`` mode, without gradients, or whose graph is gone do not count.
+      It ends with ``detach()``, or when the penalty is thrown away. Deep copies and pickles of the
+      model are free of it; shallow ones (``copy.copy``, DataParallel's replicas) run the original.
     * called: ``output, value = DREG(...)(model, x)`` watches that one run.
 
     After either, ``layers_found`` holds the names of the layers in the order they ran,
@@ -181,14 +182,14 @@ class LayerPenalty(ModelPenalty):
             )
 
     def _check_batch(self, found: list[Call], batch: int | None) -> int:
-        batch = found[0].z.shape[0] if batch is None else batch
+        batch = (found[0].shape or found[0].z.shape)[0] if batch is None else batch
         for call in found:
             check_unchanged(call)
-            shape = call.z.shape
+            shape = call.shape if call.z is None else call.z.shape
             fits = len(shape) >= 2 and (call.layer.linear or len(shape) == call.weight.dim())
             if shape[0] != batch or not fits:
                 raise RuntimeError(
-                    f"layer {call.name}: its output has shape {tuple(call.z.shape)} and x has "
+                    f"layer {call.name}: its output has shape {tuple(shape)} and x has "
                     f"batch size {batch}: dimension 0 must be the samples all through the model"
                 )
         return batch
@@ -258,6 +259,11 @@ class LayerPenalty(ModelPenalty):
     def __setstate__(self, state: dict[str, Any]) -> None:
         model = state.pop("_attached_model", None)
         super().__setstate__(state)
+        if model is not None and "_modules" not in vars(model):
+            raise RuntimeError(
+                f"{type(self).__name__} is a part of the model that it is attached to, and cannot "
+                "be copied with it: detach() it first, or keep it outside the model"
+            )
         if model is not None:
             self._attach(model)
 

@@ -13,7 +13,10 @@ from fastjac.penalties._layers import Call
 
 def check_unchanged(call: Call) -> None:
     # A call that was compiled (version -1) has no in-place writes left.
-    if call.version >= 0 and not torch.compiler.is_compiling() and call.z._version != call.version:
+    if call.version < 0 or torch.compiler.is_compiling():
+        return
+    z = call.z if call.ref is None else call.ref()
+    if z is not None and z._version != call.version:
         raise RuntimeError(
             f"layer {call.name}: its output or that of its activation was modified in place "
             "after it was computed; use the out-of-place operation"

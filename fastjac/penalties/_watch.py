@@ -45,7 +45,7 @@ class Pass:
         self.terms: list[Any] = []
         self.later: list[tuple[Call, Phi]] = []
         self.whole: list[Layer] = []  # layers that the penalty took whole
-        self.taps: dict[Layer, tuple[Tensor, Tensor]] = {}  # layer: view of its weight, its r
+        self.taps: dict[Layer, Any] = {}  # layer: (its weight, the version), a view of it, its r
         self.inside = 0  # of a module that is itself an activation
         self.thread = 0 if self.compiling else get_ident()
         self.task = -1
@@ -54,29 +54,27 @@ class Pass:
         """The call whose output this is, unchanged: ``out += skip`` makes another tensor of it."""
         if not self.inside:
             for call in reversed(self.calls):
-                if call.z is z:
-                    if self.compiling:
+                if self.compiling:
+                    if call.z is z:
                         refuse_written(z, call.name)
                         return call
+                elif call.is_output(z):
                     return call if call.version == z._version else None
         return None
 
     def activate(self, call: Call, phi: Phi, a: Tensor | None) -> Tensor:
         """``φ(z)`` (``a``, if somebody has computed it), with the penalty's term noted."""
-        if self.grad and not call.z.requires_grad and call.weight.requires_grad:
-            raise RuntimeError(
-                f"layer {call.name}: its pre-activation was computed with gradients off (a "
-                "reentrant checkpoint, or torch.no_grad() in forward), so the penalty would lose "
-                "part of its gradient; use checkpoint(..., use_reentrant=False)"
-            )
+        self._check(call)
         call.used = True
-        watch = self.watch
+        watch, original = self.watch, call.z
+        in_place = a is None and getattr(phi.module, "inplace", False)
+        if in_place:  # z is needed as it is now; the model gets it overwritten, as it expects
+            call.z = original.clone()
+            call.version = call.version if self.compiling else call.z._version
         postponed = not watch.attached and saved_tensor_hooks()
         if a is None and (phi.fn is None or postponed):
             self.inside += 1
             try:
-                # In-place activations write over a copy: z is needed as it is now.
-                in_place = getattr(phi.module, "inplace", False)
                 a = phi.run(call.z.clone() if in_place else call.z)
             finally:
                 self.inside -= 1
@@ -86,8 +84,42 @@ class Pass:
             # the forward did: the term is computed after the model has run.
             self.later.append((call, phi))
             assert a is not None
-            return a
-        return watch.owner().on_layer(self, call, phi, a)
+        elif self.compiling:
+            a = watch.owner().on_layer(self, call, phi, a)
+        else:
+            try:
+                a = watch.owner().on_layer(self, call, phi, a)
+            finally:  # a checkpoint stops its recomputation by an exception
+                call.release()
+        return original.copy_(a) if in_place else a
+
+    def spent(self) -> bool:
+        """Whether nothing can be differentiated through this pass any more."""
+        if self.transformed or any(c.weight._version != c.weight_version for c in self.calls):
+            return True
+        try:
+            for term in self.terms:
+                node = term.value.grad_fn if term.value is not None else term.s.grad_fn
+                # Raw: to unpack them would make a checkpoint recompute.
+                _ = getattr(node, "_raw_saved_tensors", None)
+        except RuntimeError:  # freed by a backward
+            return True
+        return False
+
+    def _check(self, call: Call) -> None:
+        # Under torch.func requires_grad says nothing.
+        needed = self.grad and not torch._C._are_functorch_transforms_active()
+        if needed and not call.z.requires_grad and call.weight.requires_grad:
+            raise RuntimeError(
+                f"layer {call.name}: its pre-activation was computed with gradients off (a "
+                "reentrant checkpoint, or torch.no_grad() in forward), so the penalty would lose "
+                "part of its gradient; use checkpoint(..., use_reentrant=False)"
+            )
+        if call.z.dim() < 2:
+            raise RuntimeError(
+                f"layer {call.name}: its output has shape {tuple(call.z.shape)}: dimension 0 must "
+                "be the samples all through the model; give x a batch dimension"
+            )
 
 
 def saved_tensor_hooks() -> bool:
@@ -116,9 +148,7 @@ class Watch:
         self.current: Pass | None = None
         self.again: Pass | None = None  # of a recomputation by checkpoint
         self.whole: list[Layer] = []  # the layers that the last pass took whole
-        self.taps: dict[Layer, tuple[Tensor, Tensor]] = {}  # of the last pass
         self.recompute = False
-        self.parametrized = any(map(parametrize.is_parametrized, self.names))
         self.cache: Any = None
         self.phis: dict[Any, Phi] = {}
         self.undo: list[Callable[[], None]] = []
@@ -136,8 +166,6 @@ class Watch:
                 self.undo.append(functools.partial(setattr, module, name, value))
         if attach:
             self._override(Root, self.model)
-        OBSERVERS.append(self.observe)
-        self.undo.append(lambda: OBSERVERS.remove(self.observe))
 
     def _override(self, kind: type[Forward], module: nn.Module) -> None:
         new = kind(self, module, vars(module).get("forward"))
@@ -150,11 +178,9 @@ class Watch:
             self.undo.pop()()
 
     def forget_stale(self) -> None:
-        """Drop passes from before a step of the optimiser: autograd could not use them any more."""
+        """Drop passes that autograd could not go back through any more."""
         if self.passes and not torch.compiler.is_compiling():
-            seen = self.passes[0][0]
-            if seen is None or any(c.weight._version != c.weight_version for c in seen.calls):
-                self.passes.clear()
+            self.passes = [p for p in self.passes if p[0] is not None and not p[0].spent()]
 
     def begin(self) -> Pass:
         """A pass: run the model, then `end` it, whatever happened."""
@@ -164,18 +190,20 @@ class Watch:
                 "inference mode is active: its tensors keep no track of in-place changes; use "
                 "torch.no_grad() to get the value alone"
             )
-        if self.parametrized:
-            # One weight for the model and the penalty: spectral norm would make a power iteration
-            # for each access.
-            self.cache = parametrize.cached()
-            self.cache.__enter__()
+        # One weight for the model and the penalty where a parametrization computes it: spectral
+        # norm would make a power iteration for each access.
+        self.cache = parametrize.cached()
+        self.cache.__enter__()
         self.current = seen
+        OBSERVERS.append(self.observe)  # for this pass alone: torch.compile guards on the list
         if self.attached:
             self.owner().before_pass(seen)
         return seen
 
     def end(self) -> None:
-        self.current = None
+        if self.current is not None:
+            OBSERVERS.pop()
+            self.current = None
         if self.cache is not None:
             self.cache.__exit__(None, None, None)
             self.cache = None
@@ -184,7 +212,12 @@ class Watch:
         """The pass that is on, or the recomputation of one."""
         current = self.current
         if current is not None:
-            return current if current.compiling or current.thread == get_ident() else None
+            if current.compiling or current.thread == get_ident():
+                return current
+            raise RuntimeError(
+                "the model runs in two threads at once (DataParallel?), and the penalty attached "
+                "to it can follow one: use DistributedDataParallel, or detach() the penalty"
+            )
         if not self.recompute or torch.compiler.is_compiling():
             return None
         task = torch._C._current_graph_task_id()
@@ -192,8 +225,16 @@ class Watch:
             return None
         if self.again is None or self.again.task != task:
             self.again = Pass(self, dry=True)
-            self.again.task, self.again.taps = task, self.taps
+            self.again.task = task
+            OBSERVERS.append(self.observe)
+            # Runs when this backward is over.
+            engine = torch.autograd.Variable._execution_engine
+            engine.queue_callback(self._recomputed)
         return self.again
+
+    def _recomputed(self) -> None:
+        self.again = None
+        OBSERVERS.remove(self.observe)
 
     def observe(
         self, z: Tensor, fn: str, impl: str, params: dict[str, Any], a: Tensor | None
@@ -209,6 +250,8 @@ class Watch:
     def phi(self, fn: str, impl: str, params: dict[str, Any]) -> Phi:
         """The same object for the same activation."""
         key = (fn, impl, *params.items())
+        if len(self.phis) > 64:  # a parameter that is another number in each step
+            self.phis.clear()
         if key not in self.phis:
 
             def run(z: Tensor) -> Tensor:

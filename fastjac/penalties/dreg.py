@@ -19,12 +19,17 @@ from fastjac.ops.layer_act import Layer, apply_layer_act, layer_act
 from fastjac.ops.row_sqnorm import rows_in_memory, tapped
 from fastjac.penalties import _autograd, _checks
 from fastjac.penalties._base import PenaltyOptions
-from fastjac.penalties._layers import Call, Gain, Phi, norm_gain
+from fastjac.penalties._layers import Call, Gain, Phi, conv_options, norm_gain
 from fastjac.penalties._layerwise import LayerPenalty, Sum
 from fastjac.penalties._spec import PenaltySpec, layered_example
-from fastjac.penalties._watch import Pass
+from fastjac.penalties._watch import Pass, saved_tensor_hooks
 
 NO_GAIN = Gain()
+
+
+def identity(weight: Tensor) -> tuple[int, int, int]:
+    """The tensor, its memory and what was written to it."""
+    return id(weight), weight.data_ptr(), weight._version
 
 
 @dataclass(slots=True)
@@ -138,8 +143,10 @@ class DREG(LayerPenalty):
             layer = self._one_node(call, phi, seen.compiling)
         if layer is not None:
             weight, r = call.weight, None
-            if seen.taps and call.layer in seen.taps:
-                weight, r = seen.taps[call.layer]
+            tap = seen.taps.get(call.layer) if seen.taps else None
+            # Of this very weight, and not in a checkpoint, which would have to recompute it.
+            if tap is not None and tap[0] == identity(weight) and not saved_tensor_hooks():
+                weight, r = tap[1:]
                 layer = layer._replace(rows=False)
             z, divisor = call.z.detach(), self._divisor(call)
             run = layer_act if seen.compiling else apply_layer_act
@@ -151,7 +158,7 @@ class DREG(LayerPenalty):
             term, computed = statistic(call, phi, a)
             a = computed if a is None else a
         if not seen.dry:
-            term.post = a
+            term.post = a if self.include_output else None
             seen.terms.append(term)
         return a
 
@@ -167,25 +174,39 @@ class DREG(LayerPenalty):
         first = next(iter(weights.values()))
         if not (first.is_cuda or self._tap_on_cpu) or self.per_sample_wanted or not self.use_weight:
             return
-        for w in weights.values():
-            if (w.dtype, w.device) != (first.dtype, first.device) or not rows_in_memory(w):
-                return
-        suffix = suffix_of(OPS["row_sqnorm"].select("auto", first.device, first.dtype))
-        flat, views = tapped(list(weights.values()), suffix)
-        rows = flat.split([w.shape[0] for w in views])
-        seen.taps = dict(zip(weights, zip(views, rows, strict=True), strict=True))
-        self._watch.taps = seen.taps
+        kind = (first.dtype, first.device)
+        weights = {
+            layer: w
+            for layer, w in weights.items()
+            # What is no leaf (pruning, weight norm) is made anew while the model runs.
+            if w.is_leaf and (w.dtype, w.device) == kind and rows_in_memory(w)
+        }
+        if not weights:
+            return
+        suffix = suffix_of(OPS["row_sqnorm"].select("auto", *reversed(kind)))
+        rows, views = tapped(list(weights.values()), suffix)
+        seen.taps = {
+            layer: (identity(w), view, r)
+            for (layer, w), view, r in zip(weights.items(), views, rows, strict=True)
+        }
 
     def _one_node(self, call: Call, phi: Phi, compiling: bool) -> Layer | None:
         """What `layer_act` needs to do this layer whole; None where it cannot."""
         if compiling:
             return self._plan(call, phi)
+        # Hooks on z would see no gradient, and x must be what the layer computed with.
+        z, x = call.z, call.x
+        if x is None or z._backward_hooks or z.retains_grad or x._version != call.x_version:
+            return None
         # All that decides it beside the layer and the activation.
         state = (
             self.reduction, self.squared, self.use_weight, self.deterministic,
             call.z.dtype, call.z.device, call.weight.stride(),
+            None if call.layer.linear else conv_options(call.layer.module),
         )  # fmt: skip
         memo = call.layer.memo.get(phi)
+        if len(call.layer.memo) > 16:  # a parameter that is another number in each step
+            call.layer.memo.clear()
         if memo is None or memo[0] != state:
             memo = call.layer.memo[phi] = state, self._plan(call, phi)
         return memo[1]
@@ -199,7 +220,7 @@ class DREG(LayerPenalty):
         if impl == "reference":
             return None
         p0, p1 = get(phi.fn).param_values(phi.params)
-        options = (call.layer.conv, 1.0, self.deterministic)
+        options = (conv_options(call.layer.module), 1.0, self.deterministic)
         return Layer(*options, IDS[phi.fn], p0, p1, suffix_of(impl), impl)
 
     def _fused(self, call: Call, phi: Phi, a: Tensor | None) -> tuple[Term, Tensor]:
@@ -217,7 +238,7 @@ class DREG(LayerPenalty):
         rows = self._rows(call, phi, gain)
         computed, t = act_stats(z, phi.fn, dim=dim, per="sample", weights=rows, **options)
         if place is not None:
-            t = (t * place).view(call.z.shape[0], -1).sum(1)
+            t = (t * place).view(call.z.shape[0], call.positions).sum(1)
         return Term(call, divisor, t), computed.view_as(call.z)
 
     def _composed(self, call: Call, phi: Phi, a: Tensor | None) -> tuple[Term, Tensor]:
