@@ -16,7 +16,7 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable
-from threading import get_ident
+from threading import RLock, get_ident
 from typing import Any
 
 import torch
@@ -30,6 +30,9 @@ from fastjac.ops.act_stats import transformed
 from fastjac.penalties._forwards import Forward, Held, Layer, Root, role_of
 from fastjac.penalties._layers import CONVOLUTION, LINEAR, Call, Phi
 from fastjac.penalties._versions import check_unchanged, refuse_written
+
+LOCK = RLock()
+"""Several threads may call penalties of one model: each links its forwards before the others'."""
 
 
 class Pass:
@@ -156,6 +159,10 @@ class Watch:
     def install(self, *, attach: bool) -> None:
         """``attach``: each call of the model that is wanted is a pass, kept in ``passes``."""
         self.attached = attach
+        with LOCK:
+            self._install(attach)
+
+    def _install(self, attach: bool) -> None:
         for module in self.names:
             role = role_of(module)
             if role is not None:
@@ -174,8 +181,9 @@ class Watch:
         self.undo.append(new.remove)
 
     def remove(self) -> None:
-        while self.undo:
-            self.undo.pop()()
+        with LOCK:
+            while self.undo:
+                self.undo.pop()()
 
     def forget_stale(self) -> None:
         """Drop passes that autograd could not go back through any more."""
@@ -202,7 +210,10 @@ class Watch:
 
     def end(self) -> None:
         if self.current is not None:
-            OBSERVERS.pop()
+            if self.current.compiling:
+                OBSERVERS.pop()
+            else:  # other threads may have put theirs behind it
+                OBSERVERS.remove(self.observe)
             self.current = None
         if self.cache is not None:
             self.cache.__exit__(None, None, None)
@@ -214,6 +225,8 @@ class Watch:
         if current is not None:
             if current.compiling or current.thread == get_ident():
                 return current
+            if not self.attached:  # the called form, of another thread
+                return None
             raise RuntimeError(
                 "the model runs in two threads at once (DataParallel?), and the penalty attached "
                 "to it can follow one: use DistributedDataParallel, or detach() the penalty"
