@@ -18,6 +18,11 @@ from fastjac.native import backend, triton_interpreted
 FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Half precision is computed and summed in float32."""
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
 @dataclass(frozen=True)
 class Choice:
     """One implementation's answer to a call: `why_not` is None if it can run it."""
@@ -43,7 +48,7 @@ class Example:
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> dict[str, Tensor]:
         """The inputs on a device, in a dtype."""
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        wide = accumulate_dtype(dtype)
         return {
             name: t.to(device, wide if name in self.wide else dtype)
             for name, t in self.inputs.items()

@@ -9,7 +9,8 @@ from host import host_ops, set_capturing
 import fastjac
 from fastjac.activations import TABLE
 from fastjac.check import relative_error, tolerance
-from fastjac.ops.act_stats import BIAS, CHANNEL, NONE, SAMPLE, spread, statistic_dtype
+from fastjac.dispatch import accumulate_dtype
+from fastjac.ops.act_stats import BIAS, CHANNEL, NONE, SAMPLE, spread
 
 pytestmark = [
     pytest.mark.slow,
@@ -105,7 +106,7 @@ def tensor(shape, dtype, memory_format=torch.contiguous_format, offset=0, seed=0
 
 def weights(size, dtype, seed):
     generator = torch.Generator().manual_seed(size + seed)
-    return torch.randn(size, generator=generator, dtype=statistic_dtype(dtype))
+    return torch.randn(size, generator=generator, dtype=accumulate_dtype(dtype))
 
 
 def truth(z, g, w_sample, w_channel, dim, statistic, scale, name, backward=True):
@@ -133,7 +134,7 @@ def assert_stats(got, expected, dtype, *what):
     assert relative_error(result, true_result) <= tolerance("cuda", dtype), what
     assert value.shape == true_value.shape, what
     if size is not None:
-        assert value.dtype == statistic_dtype(dtype)
+        assert value.dtype == accumulate_dtype(dtype)
         error = (value.double() - true_value).norm() / size.norm()
         assert error <= tolerance("cuda", value.dtype), what
 
@@ -250,7 +251,7 @@ def test_row_sqnorm_kernels(dtype, offset, poison):
     ws = row_weights(dtype, offset)
     got = host_ops().row_sqnorm(ws)
     rows = [w.double().flatten(1).square().sum(1) for w in ws]
-    assert got.dtype == statistic_dtype(dtype)
+    assert got.dtype == accumulate_dtype(dtype)
     assert relative_error(got, torch.cat(rows)) <= tolerance("cuda", got.dtype)
     assert torch.equal(host_ops().row_sqnorm(ws), got)
     c = torch.randn_like(got)

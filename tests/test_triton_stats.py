@@ -13,8 +13,8 @@ from conftest import DEVICE
 import fastjac
 from fastjac.activations import IDS
 from fastjac.check import relative_error, tolerance
-from fastjac.dispatch import FLOAT_DTYPES, why_not
-from fastjac.ops.act_stats import BIAS, CHANNEL, NONE, SAMPLE, spread, statistic_dtype
+from fastjac.dispatch import FLOAT_DTYPES, accumulate_dtype, why_not
+from fastjac.ops.act_stats import BIAS, CHANNEL, NONE, SAMPLE, spread
 
 if why_not("triton", DEVICE, torch.float32):
     pytest.skip(why_not("triton", DEVICE, torch.float32), allow_module_level=True)
@@ -83,7 +83,7 @@ def arranged(t, memory):
 def operands(shape, dim, dtype, memory=None):
     """z, g, a weight per sample and one per channel."""
     z, g = (torch.randn(shape, device=DEVICE).to(dtype) for _ in range(2))
-    wide = statistic_dtype(dtype)
+    wide = accumulate_dtype(dtype)
     w = [torch.rand(shape[d], dtype=wide, device=DEVICE) + 0.5 for d in (0, dim)]
     return arranged(z, memory), g, *w
 
@@ -113,7 +113,7 @@ def truth(z, g, w_sample, w_channel, dim, statistic, scale, fn, backward):
 
 def assert_right(got, want, dtype):
     result, sums = got
-    assert result.dtype == dtype and sums.dtype == statistic_dtype(dtype)
+    assert result.dtype == dtype and sums.dtype == accumulate_dtype(dtype)
     assert result.shape == want[0].shape and sums.shape == want[1].shape
     assert relative_error(result, want[0]) <= tolerance("triton", dtype)
     assert relative_error(sums, want[1]) <= tolerance("triton", sums.dtype)
@@ -242,7 +242,7 @@ def test_row_sqnorm(dtype):
     weights = [torch.randn(s, device=DEVICE).to(dtype) for s in WEIGHTS]
     weights[1] = weights[1].to(memory_format=torch.channels_last)
     r = rows.row_sqnorm(weights)
-    assert r.dtype == statistic_dtype(dtype)
+    assert r.dtype == accumulate_dtype(dtype)
     for got, w in zip(r.split([len(w) for w in weights]), weights, strict=True):
         want = w.double().square().reshape(len(w), w[:1].numel()).sum(1)
         assert relative_error(got, want) <= tolerance("triton", r.dtype)

@@ -22,9 +22,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastjac.dispatch import accumulate_dtype
 from fastjac.kernels._phi import phi
 from fastjac.kernels.act import _ZEROS, _with_strides_of, compute_dtype, times
-from fastjac.ops.act_stats import BIAS, CHANNEL, NONE, SAMPLE, statistic_dtype
+from fastjac.ops.act_stats import BIAS, CHANNEL, NONE, SAMPLE
 
 NUM_WARPS = 4
 # 8 elements a thread, 4 of float64. Twice as many take up to 230 registers and spill for some
@@ -291,7 +292,7 @@ def _strips(
 def _check(w: Tensor | None, size: int, z: Tensor) -> Tensor | None:
     if w is None:
         return None
-    wanted = (size,), statistic_dtype(z.dtype), z.device
+    wanted = (size,), accumulate_dtype(z.dtype), z.device
     if (w.shape, w.dtype, w.device) != wanted:
         raise RuntimeError(
             "fastjac: a weight must have the shape, dtype and device"
@@ -317,7 +318,7 @@ def _launch(z, g, w_sample, w_channel, dim, statistic, scale, deterministic, fn,
     n, c, p, inner = layout
     w_sample, w_channel = _check(w_sample, n, z), _check(w_channel, c, z)
     size = {NONE: 0, SAMPLE: n}.get(statistic, c)
-    options = {"dtype": statistic_dtype(z.dtype), "device": z.device}
+    options = {"dtype": accumulate_dtype(z.dtype), "device": z.device}
     if z.numel() == 0:
         return result, torch.zeros(size, **options)
     z = _with_strides_of(z, result)

@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastjac.dispatch import accumulate_dtype
 from fastjac.kernels.act import compute_dtype
-from fastjac.ops.act_stats import statistic_dtype
 
 NUM_WARPS = 4
 # Of a weight: two 16-byte accesses in flight a thread.
@@ -208,7 +208,7 @@ def row_sqnorm(weights: list[Tensor]) -> Tensor:
     _check(weights)
     dense = [w if _rows_in_memory(w) else w.contiguous() for w in weights]
     rows = sum(w.shape[0] for w in weights)
-    dtype = statistic_dtype(weights[0].dtype)
+    dtype = accumulate_dtype(weights[0].dtype)
     out = torch.empty(rows, dtype=dtype, device=weights[0].device)
     _launch(None, dense, out)
     return out
@@ -220,7 +220,7 @@ def row_sqnorm_backward(grads: list[Tensor], weights: list[Tensor], c: Tensor, a
         raise RuntimeError("fastjac: one gradient per weight is needed")
     wanted = (
         (sum(w.shape[0] for w in weights),),
-        statistic_dtype(weights[0].dtype),
+        accumulate_dtype(weights[0].dtype),
         weights[0].device,
     )
     if (c.shape, c.dtype, c.device) != wanted:

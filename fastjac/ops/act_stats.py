@@ -31,7 +31,7 @@ from torch._C._functorch import is_legacy_batchedtensor
 from torch.library import register_fake
 
 from fastjac.activations import IDS, TABLE, get
-from fastjac.dispatch import Example, Op
+from fastjac.dispatch import Example, Op, accumulate_dtype
 from fastjac.ops._autograd import Function, below_autograd
 from fastjac.ops._library import (
     LIBRARY,
@@ -92,11 +92,6 @@ def _examples() -> Iterator[Example]:
 
 
 _OP = Op("act_stats", ("cuda", "triton", "cpu", "reference"), _examples)
-
-
-def statistic_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Statistics of 16-bit tensors are float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def act_stats(
@@ -168,16 +163,18 @@ def _check(z: Tensor, dim: int, per: str, weights: Tensor | None) -> int:
         raise ValueError(f"per={per!r}; choose 'channel' or 'sample'")
     if weights is None:
         return dim
+    if not isinstance(weights, Tensor):
+        raise TypeError(f"weights must be a tensor or None, got {type(weights).__name__}")
     size = z.shape[0] if per == "channel" else z.shape[dim]
     if weights.shape != (size,):
         raise ValueError(
             f"weights has shape {tuple(weights.shape)}; per={per!r} takes one number a"
             f" {'sample' if per == 'channel' else 'channel'}: [{size}]"
         )
-    if weights.dtype != statistic_dtype(z.dtype):
+    if weights.dtype != accumulate_dtype(z.dtype):
         raise TypeError(
             f"weights has dtype {weights.dtype}; with z of {z.dtype} it must be"
-            f" {statistic_dtype(z.dtype)}"
+            f" {accumulate_dtype(z.dtype)}"
         )
     if weights.device != z.device:
         raise ValueError(f"weights is on {weights.device}, z on {z.device}; move one of them")
@@ -191,20 +188,25 @@ def spread(w: Tensor, z: Tensor, dim: int) -> Tensor:
 
 def composed(z, w, dim, per_sample, scale, fn, params, impl):
     """The definition in calls of `act`, differentiable in every way that `act` is."""
-    a = act(z, fn=fn, impl=impl, **params)
-    slope = act(z.to(statistic_dtype(z.dtype)), None, 1, fn, impl=impl, **params)
+    s = composed_statistic(z, w, dim, per_sample, scale, fn, params, impl)
+    return act(z, fn=fn, impl=impl, **params), s
+
+
+def composed_statistic(z, w, dim, per_sample, scale, fn, params, impl):
+    """The statistic alone."""
+    slope = act(z.to(accumulate_dtype(z.dtype)), None, 1, fn, impl=impl, **params)
     squares = slope.square()
     if w is not None:
         squares = squares * spread(w, z, dim if per_sample else 0)
     kept = 0 if per_sample else dim
-    return a, scale * squares.sum([d for d in range(z.dim()) if d != kept])
+    return scale * squares.sum([d for d in range(z.dim()) if d != kept])
 
 
 def composed_grad_z(z, g, weight, scale, fn, params, impl):
     """``φ'(z) g + 2 scale weight φ'(z) φ''(z)`` in calls of `act`; g or weight may be None."""
     grad = None if g is None else act(z, g, 1, fn, impl=impl, **params)
     if weight is not None:
-        wide = z.to(statistic_dtype(z.dtype))
+        wide = z.to(accumulate_dtype(z.dtype))
         slope = act(wide, None, 1, fn, impl=impl, **params)
         term = act(wide, 2 * scale * weight * slope, 2, fn, impl=impl, **params).to(z.dtype)
         grad = term if grad is None else grad + term
@@ -267,7 +269,7 @@ class _ActStats(Function):
             weight = parts[0] if len(parts) == 1 else parts[0] * parts[1]
             grad_z = composed_grad_z(z, g, weight, scale, name, params, impl)
         if needs_w:  # the other statistic, weighted by the cotangent
-            grad_w = composed(z, q, dim, not per_sample, scale, name, params, impl)[1]
+            grad_w = composed_statistic(z, q, dim, not per_sample, scale, name, params, impl)
         return grad_z, grad_w, *nothing
 
 
@@ -297,12 +299,12 @@ def _result_like(z: Tensor, dim: int) -> Tensor:
 
 def _fake(z, w, dim, per_sample, *rest):
     size = z.shape[0] if per_sample else z.shape[dim]
-    return _result_like(z, dim), z.new_empty(size, dtype=statistic_dtype(z.dtype))
+    return _result_like(z, dim), z.new_empty(size, dtype=accumulate_dtype(z.dtype))
 
 
 def _fake_backward(z, g, w_sample, w_channel, dim, statistic, *rest):
     size = {NONE: 0, SAMPLE: z.shape[0]}.get(statistic, z.shape[dim])
-    return _result_like(z, dim), z.new_empty(size, dtype=statistic_dtype(z.dtype))
+    return _result_like(z, dim), z.new_empty(size, dtype=accumulate_dtype(z.dtype))
 
 
 def _register(suffix: str) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.library import register_fake
 
-from fastjac.dispatch import Example, Op
+from fastjac.dispatch import Example, Op, accumulate_dtype
 from fastjac.ops._autograd import Function, below_autograd
 from fastjac.ops._library import (
     LIBRARY,
@@ -24,7 +24,7 @@ from fastjac.ops._library import (
     register_triton,
     suffix_of,
 )
-from fastjac.ops.act_stats import recorded, spread, statistic_dtype, transformed
+from fastjac.ops.act_stats import recorded, spread, transformed
 
 for _suffix in SUFFIXES:
     define(f"row_sqnorm{_suffix}(Tensor[] weights) -> Tensor")
@@ -70,15 +70,17 @@ def row_sqnorm(weights: Sequence[Tensor], *, impl: str = "auto") -> list[Tensor]
     Gradients: reverse and forward mode, ``torch.func``, any number of times.
 
     Raises:
-        TypeError: no floating-point tensors, or different dtypes.
+        TypeError: a tensor in place of a list, no floating-point tensors, or different dtypes.
         ValueError: no weight, a scalar, or different devices.
         RuntimeError: a named impl cannot run the call.
     """
+    if isinstance(weights, Tensor):  # a list of it would be its rows
+        raise TypeError("weights is a tensor; pass a list of weights, [weight] for one")
     weights = list(weights)
     _check(weights)
     chosen = _OP.select(impl, weights[0].device, weights[0].dtype)
     if chosen == "reference":
-        return [_composed(w) for w in weights]
+        return [composed_rows(w) for w in weights]
     flat = _in_graph(suffix_of(chosen), False, *[with_rows_in_memory(w) for w in weights])
     return list(flat.split([w.shape[0] for w in weights]))
 
@@ -122,8 +124,8 @@ def with_rows_in_memory(w: Tensor) -> Tensor:
     return w if rows_in_memory(w) else w.contiguous()
 
 
-def _composed(w: Tensor) -> Tensor:
-    squares = w.to(statistic_dtype(w.dtype)).square()
+def composed_rows(w: Tensor) -> Tensor:
+    squares = w.to(accumulate_dtype(w.dtype)).square()
     return squares.flatten(1).sum(1) if w.dim() > 1 else squares
 
 
@@ -161,12 +163,12 @@ class _RowSqnorm(Function):
             sizes = [w.shape[0] for w in weights]
             parts = [None] * n if flat is None else list(flat.split(sizes))
         if recorded(*parts, *grads):
-            return None, None, *map(_plus, grads, parts, weights)
+            return None, None, *map(plus_rows, grads, parts, weights)
         # In place where a layer's backward has just made the gradient; else into new memory.
         out = list(grads)
         for add in (True, False):
             which = [i for i in range(n) if parts[i] is not None and (grads[i] is not None) is add]
-            odd = [i for i in which if add and not _alike(grads[i], weights[i])]
+            odd = [i for i in which if add and not alike(grads[i], weights[i])]
             which = [i for i in which if i not in odd]
             if which:
                 for i in which:
@@ -175,11 +177,11 @@ class _RowSqnorm(Function):
                 chosen = [out[i] for i in which], [weights[i] for i in which]
                 add_to(*chosen, c, ctx.suffix, add=add)
             for i in odd:
-                out[i] = _plus(grads[i], parts[i], weights[i])
+                out[i] = plus_rows(grads[i], parts[i], weights[i])
         return None, None, *out
 
 
-def _plus(grad: Tensor | None, c: Tensor | None, weight: Tensor) -> Tensor | None:
+def plus_rows(grad: Tensor | None, c: Tensor | None, weight: Tensor) -> Tensor | None:
     """``grad + 2 c W`` in differentiable operations."""
     if c is None:
         return grad
@@ -187,14 +189,14 @@ def _plus(grad: Tensor | None, c: Tensor | None, weight: Tensor) -> Tensor | Non
     return term if grad is None else grad + term
 
 
-def _alike(grad: Tensor, weight: Tensor) -> bool:
+def alike(grad: Tensor, weight: Tensor) -> bool:
     return grad.dtype == weight.dtype and grad.stride() == weight.stride()
 
 
 @torch.compiler.allow_in_graph
 def _in_graph(suffix, tap, *weights):
     if transformed():
-        rows = [_composed(w) for w in weights]
+        rows = [composed_rows(w) for w in weights]
         return (*rows, *weights) if tap else torch.cat(rows)
     return _RowSqnorm.apply(suffix, tap, *weights)
 
@@ -204,7 +206,7 @@ def _in_graph(suffix, tap, *weights):
 
 def _fake(weights):
     rows = sum(w.shape[0] for w in weights)
-    return weights[0].new_empty(rows, dtype=statistic_dtype(weights[0].dtype))
+    return weights[0].new_empty(rows, dtype=accumulate_dtype(weights[0].dtype))
 
 
 def _fake_backward(grads, weights, c, add):

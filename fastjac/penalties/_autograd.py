@@ -8,15 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastjac.dispatch import accumulate_dtype
 from fastjac.ops._autograd import Function
 from fastjac.penalties import _checks
 
 NORMS = ("l2_squared", "l2", "l1")
-
-
-def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Sums of squares of half-precision numbers are taken in float32."""
-    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
 def rows(t: Tensor, lead: int = 1) -> Tensor:

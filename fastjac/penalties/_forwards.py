@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from fastjac.activations import get
 from fastjac.nn import Act, ConvAct1d, ConvAct2d, ConvAct3d, LinearAct
 from fastjac.penalties._layers import (
     BATCH_NORM,
@@ -149,10 +150,6 @@ class Layer(Forward):
 
 
 class LayerAct(Layer):
-    def __init__(self, watch: Watch | None, module: Any, previous: Any) -> None:
-        super().__init__(watch, module, previous)
-        self.phi = Phi.of(module.act, module.act.compute, module)
-
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         watch = self.watch
         running = None if watch is None else watch.running()
@@ -161,7 +158,9 @@ class LayerAct(Layer):
         x = first(args, kwargs)
         # Another watch's forward that stands behind this one must see the call too.
         a = None if self.previous is None else self.previous(*args, **kwargs)
-        return running.activate(self.note(running, x, self.module.pre_activation(x)), self.phi, a)
+        act = self.module.act
+        phi = running.watch.phi(act.fn, act.impl, act.params)
+        return running.activate(self.note(running, x, self.module.pre_activation(x)), phi, a)
 
 
 class Norm(Forward):
@@ -189,13 +188,20 @@ class Norm(Forward):
 class Activation(Forward):
     def __init__(self, watch: Watch | None, module: Any, previous: Any) -> None:
         super().__init__(watch, module, previous)
-        self.phi = self._phi()
+        self._choose()
 
-    def _phi(self) -> Phi:
-        act = fused_activation(self.module)
+    def _choose(self) -> None:
+        module, act = self.module, fused_activation(self.module)
+        # Attributes that decide which activation it is, and that a schedule may change.
+        self.chosen_by: list[tuple[str, Any]] = []
         if act is None:
-            return Phi(self.plain, self.module)
-        return Phi.of(act, self.plain, self.module)
+            self.phi = Phi(self.plain, module)
+            return
+        self.phi = Phi(self.plain, module, act.fn, act.impl, act.params)
+        if type(module) is not Act:
+            row = get(act.fn)
+            names = (*row.params, *row.torch_kwargs)
+            self.chosen_by = [(name, getattr(module, name)) for name in names]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         watch = self.watch
@@ -205,9 +211,9 @@ class Activation(Forward):
             return self.plain(*args, **kwargs)
         # Another watch's forward that stands behind this one must see z too.
         a = None if self.previous is None else self.previous(*args, **kwargs)
-        if self.phi.params:  # attributes of the module, which a schedule may have changed
-            phi = self._phi()
-            self.phi = self.phi if phi.params == self.phi.params else phi
+        module = self.module
+        if any(getattr(module, name) != value for name, value in self.chosen_by):
+            self._choose()
         return running.activate(call, self.phi, a)
 
 

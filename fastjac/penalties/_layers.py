@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastjac.dispatch import accumulate_dtype
 from fastjac.nn import Act, ConvAct1d, ConvAct2d, ConvAct3d, LinearAct, activation_of
 from fastjac.ops._autograd import Function
-from fastjac.ops.act_stats import recorded, statistic_dtype
+from fastjac.ops.act_stats import recorded
 
 LINEAR = (nn.Linear,)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -63,10 +64,6 @@ class Phi:
     fn: str | None = None
     impl: str = "auto"
     params: dict[str, Any] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, act: Act, run: Callable[[Tensor], Tensor], module: nn.Module | None = None) -> Phi:
-        return cls(run, module, act.fn, act.impl, act.params)
 
     def derivative(self, z: Tensor) -> Tensor:
         assert self.module is not None
@@ -217,7 +214,7 @@ def norm_gain(call: Call) -> Gain:
     norm, z = call.norm, call.before_norm
     if norm is None or z is None:
         return Gain()
-    dtype = statistic_dtype(z.dtype)
+    dtype = accumulate_dtype(z.dtype)
     gamma = None if norm.weight is None else norm.weight.to(dtype)
     if isinstance(norm, nn.LayerNorm):
         return Gain(gamma, place=1 / (z.to(dtype).var(-1, unbiased=False) + norm.eps))
@@ -230,7 +227,7 @@ def norm_gain(call: Call) -> Gain:
 
 def _inverse_variance(z: Tensor, eps: float) -> Tensor:
     others = [d for d in range(z.dim()) if d != 1]
-    return 1 / (z.to(statistic_dtype(z.dtype)).var(others, unbiased=False) + eps)
+    return 1 / (z.to(accumulate_dtype(z.dtype)).var(others, unbiased=False) + eps)
 
 
 def batch_statistics(y: Tensor) -> tuple[Tensor, Tensor] | None:

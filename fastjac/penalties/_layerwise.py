@@ -51,22 +51,13 @@ class LayerPenalty(ModelPenalty):
 
     needs_grad = False
 
-    def __init__(
-        self,
-        model: nn.Module | None = None,
-        /,
-        *,
-        include_output: bool = False,
-        **options: Unpack[PenaltyOptions],
-    ) -> None:
+    def __init__(self, *, include_output: bool = False, **options: Unpack[PenaltyOptions]) -> None:
         super().__init__(**options)
         self.include_output = _checks.flag("include_output", include_output)
         self.layers_found: list[str] = []
         self.layers_left_out: list[tuple[str, str]] = []
         self._shares: list[tuple[str, Tensor, float]] = []
         self._watch: Watch | None = None
-        if model is not None:
-            self._attach(model)
 
     @property
     def layer_values(self) -> list[tuple[str, Tensor]]:

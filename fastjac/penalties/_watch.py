@@ -257,7 +257,6 @@ class Watch:
         call = None if running is None else running.find(z)
         if running is None or call is None:
             return a
-
         return running.activate(call, self.phi(fn, impl, params), a)
 
     def phi(self, fn: str, impl: str, params: dict[str, Any]) -> Phi:

@@ -117,7 +117,7 @@ class DREG(LayerPenalty):
         deterministic: bool = True,
         **options: Unpack[PenaltyOptions],
     ) -> None:
-        super().__init__(model, include_output=include_output, **options)
+        super().__init__(include_output=include_output, **options)
         self.over = _checks.choice("over", over, ("sum", "units", "elements"))
         self.layers = _checks.choice("layers", layers, ("sum", "mean"))
         self.positions = _checks.choice("positions", positions, ("sum", "mean"))
@@ -129,6 +129,8 @@ class DREG(LayerPenalty):
             if layer_weights is None
             else tuple(_checks.number("layer_weights", c) for c in layer_weights)
         )
+        if model is not None:  # last: an option that is refused leaves the model as it was
+            self._attach(model)
 
     _tap_on_cpu = False  # for tests: what a GPU would do
 
