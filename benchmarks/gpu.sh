@@ -62,7 +62,8 @@ stage install install
 stage info "$py" -m fastjac.cli info --json "$out/info.json"
 stage check "$py" -m fastjac.cli check --device "$device" --json "$out/check.json"
 stage tests "$py" -m pytest -q -x tests/test_act.py tests/test_nn.py tests/test_act_stats.py \
-  tests/test_row_sqnorm.py tests/test_attach.py -m "not slow"
+  tests/test_row_sqnorm.py tests/test_attach.py \
+  tests/test_attach_life.py tests/test_attach_traps.py tests/test_batch_norm.py -m "not slow"
 [ "$device" = cuda ] && stage sanitize sanitize
 stage layerwise timeout 120 "$py" benchmarks/layerwise_gpu.py --device "$device" \
   --json "$out/layerwise.json"

@@ -23,6 +23,24 @@ def _fixed_seed():
 
 
 @pytest.fixture
+def double():
+    """Tensors and modules are float64 where no dtype is given."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(before)
+
+
+@pytest.fixture(params=["rows by layer", "rows at once"])
+def both_ways(request, monkeypatch):
+    """An attached penalty takes the row norms as the CPU does, or as a GPU would."""
+    from fastjac.penalties import DREG
+
+    monkeypatch.setattr(DREG, "_tap_on_cpu", request.param == "rows at once")
+    return request.param
+
+
+@pytest.fixture
 def no_stale_graphs():
     """For tests that compile: start and end with an empty dynamo cache."""
     torch._dynamo.reset()

@@ -287,6 +287,11 @@ def test_same_bits_for_any_number_of_threads():
             TypeError,
             "weights has dtype torch.float64; with z of torch.float32 it must be torch.float32",
         ),
+        (
+            lambda z: fastjac.act_stats(z, weights=3.0),
+            TypeError,
+            "weights must be a tensor or None, got float",
+        ),
         (lambda z: fastjac.act_stats(z, impl="cuda"), RuntimeError, "impl='cuda' cannot run"),
     ],
 )

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from layer_cases import Model
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
@@ -16,29 +17,9 @@ from fastjac import reference
 from fastjac.penalties import DREG, AccumulatedDREG, Contractive, GuRigazio, dreg
 from fastjac.penalties._layers import ACTIVATIONS, activation_derivative
 
+pytestmark = pytest.mark.usefixtures("double")
 close = partial(torch.testing.assert_close, rtol=1e-12, atol=1e-14)
 PENALTIES = [DREG, AccumulatedDREG, Contractive, GuRigazio]
-
-
-@pytest.fixture(autouse=True)
-def _double_and_seeded() -> Any:
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
-class Model(nn.Module):
-    """A network given by modules and a forward function."""
-
-    def __init__(self, forward: Any, **modules: nn.Module) -> None:
-        super().__init__()
-        self.run = forward
-        for name, module in modules.items():
-            setattr(self, name, module)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.run(self, x)
 
 
 def found(model: nn.Module, x: Tensor, **options: Any) -> tuple[list[str], dict[str, str], Tensor]:

@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from layer_cases import close
 from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import functional_call, jacrev, vmap
 
 from fastjac.penalties import DREG
 
-close = partial(torch.testing.assert_close, rtol=1e-10, atol=1e-12)
+pytestmark = pytest.mark.usefixtures("double")
 LAYERS = {
     "linear-batchnorm": (lambda: nn.Linear(4, 5), lambda: nn.BatchNorm1d(5), (6, 4)),
     "tokens-batchnorm": (lambda: nn.Conv1d(4, 5, 1), lambda: nn.BatchNorm1d(5), (6, 4, 3)),
@@ -32,14 +33,6 @@ LAYERS = {
         (6, 4),
     ),
 }
-
-
-@pytest.fixture(autouse=True)
-def _double_and_seeded() -> Any:
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
 
 
 def build(case: str, training: bool, phi: type[nn.Module]) -> tuple[nn.Sequential, Tensor]:

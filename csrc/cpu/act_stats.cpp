@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "isa.h"
-#include "stats.h"
+#include "sums.h"
 
 namespace fastjac {
 namespace {
@@ -15,43 +15,6 @@ namespace {
 StatsKernel best_kernel() {
   static const StatsKernel best = FASTJAC_BEST_ISA(act_stats_kernel);
   return best;
-}
-
-// Σ over the partial sums of one column or row of the matrix, `count` of them, `stride` apart.
-double total(const double* first, int64_t count, int64_t stride) {
-  double sum = 0;
-  for (int64_t i = 0; i < count; ++i) sum += first[i * stride];
-  return sum;
-}
-
-// The statistic from the sums of columns or rows that the tasks left behind.
-template <class T>
-void finish(const StatsOperands& operands, Statistic statistic, const Tasks& tasks,
-            const std::vector<double>& partial, double scale, T* out) {
-  const Layout& at = operands.layout;
-  const int64_t rows = at.rows();
-  const auto row = [&](int64_t r) { return total(&partial[r], tasks.tiles, rows); };
-  const auto weight = [](const std::optional<Tensor>& w, int64_t i) {
-    return w ? double(static_cast<const T*>(w->const_data_ptr())[i]) : 1.0;
-  };
-  for (int64_t i = 0; i < operands.size(statistic); ++i) {
-    double sum = 0;
-    if (at.channel_inner && statistic == Statistic::sample) {
-      for (int64_t p = 0; p < at.p; ++p) sum += row(i * at.p + p);
-    } else if (at.channel_inner) {
-      sum = total(&partial[i], tasks.blocks, at.c);
-    } else if (statistic == Statistic::sample) {
-      for (int64_t c = 0; c < at.c; ++c) {
-        sum += weight(operands.w_channel, c) * row(i * at.c + c);
-      }
-    } else {
-      const bool weighted = statistic == Statistic::channel;
-      for (int64_t n = 0; n < at.n; ++n) {
-        sum += (weighted ? weight(operands.w_sample, n) : 1.0) * row(n * at.c + i);
-      }
-    }
-    out[i] = static_cast<T>(scale * sum);
-  }
 }
 
 std::tuple<Tensor, Tensor> run(const Tensor& z, const std::optional<Tensor>& g,
@@ -63,10 +26,7 @@ std::tuple<Tensor, Tensor> run(const Tensor& z, const std::optional<Tensor>& g,
   const Layout& layout = operands.layout;
   const Tasks tasks(layout.rows(), layout.columns());
   const Sum sum = operands.sum(statistic);
-  const int64_t sums = sum == Sum::none  ? 0
-                       : of_columns(sum) ? tasks.blocks * layout.columns()
-                                         : tasks.tiles * layout.rows();
-  std::vector<double> partial(sums);
+  std::vector<double> partial(partial_sums(layout, tasks, sum));
   Tensor result = operands.out;
   const StatsCall call{fn,
                        p0,

@@ -74,22 +74,34 @@ class Pass {
     const int64_t chunk =
         width_ == columns_ && width_ < Tasks::tile / 4 ? least(run_rows, Tasks::tile / width_) : 1;
     const bool columns = of_columns(call_.sum);
-    double* out = call_.partial + (columns ? block * columns_ + column_ : tile * rows_);
-    if (columns) clear(out);
+    const int64_t at = columns ? block * columns_ + column_ : tile * rows_;
+    double* out = call_.partial + at;
+    double* products = call_.slope == nullptr ? nullptr : call_.partial_products + at;
+    if (columns) {
+      clear(out);
+      if (products != nullptr) clear(products);
+    }
     for (int64_t begin = first; begin < last; begin += run_rows) {
       const int64_t end = least(begin + run_rows, last);
-      for (int64_t k = 0; k < width_; ++k) totals_[k] = 0;
+      for (int64_t k = 0; k < width_; ++k) totals_[k] = product_totals_[k] = 0;
       for (int64_t row = begin; row < end; row += chunk) {
         const int64_t n = least(chunk, end - row);
         const T* terms = compute(row, n);
         if (columns) {
-          add_columns(terms, row, n);
+          add_columns(terms, row, n, totals_);
+          if (products != nullptr) add_columns(products_, row, n, product_totals_);
         } else if (call_.sum != Sum::none) {
           for (int64_t i = 0; i < n; ++i) out[row + i] = sum_of_row(terms + i * width_);
+          for (int64_t i = 0; i < n && products != nullptr; ++i) {
+            products[row + i] = sum_of_row(products_ + i * width_);
+          }
         }
       }
       if (columns) {
         for (int64_t k = 0; k < width_; ++k) out[k] += totals_[k];
+        for (int64_t k = 0; k < width_ && products != nullptr; ++k) {
+          products[k] += product_totals_[k];
+        }
       }
     }
   }
@@ -113,19 +125,62 @@ class Pass {
       for (int64_t i = 0; i < Tasks::tile; ++i) g_[i] = 0;
       zeros_ = true;
     }
-    const T* written;
+    const bool normed = call_.slope != nullptr;
+    const T *values, *written;
     if constexpr (std::is_same_v<S, T>) {
-      loop_(z, g == nullptr ? g_ : g, weight, out, squares_, size, factor, p0, p1);
+      values = z;
+      if (normed) normalize(values, row, n);
+      loop_(normed ? y_ : values, g == nullptr ? g_ : g, weight, out, squares_, size, factor, p0,
+            p1);
       written = out;
     } else {
       storage::load(z, z_, size);
       if (g != nullptr) storage::load(g, g_, size);
-      loop_(z_, g_, weight, out_, squares_, size, factor, p0, p1);
+      values = z_;
+      if (normed) normalize(values, row, n);
+      loop_(normed ? y_ : values, g_, weight, out_, squares_, size, factor, p0, p1);
       storage::store(out_, out, size);
       written = out_;
     }
+    if (normed) multiply(written, values, row, n);
     const bool squares = call_.sum == Sum::squares_of_columns || call_.sum == Sum::squares_of_rows;
     return squares ? squares_ : written;
+  }
+
+  // The channels of a row: one, or those of its columns.
+  const T* channels(const void* of_channels, int64_t row) const {
+    const Layout& at = call_.layout;
+    return static_cast<const T*>(of_channels) + (at.channel_inner ? column_ : row % at.c);
+  }
+
+  void normalize(const T* z, int64_t row, int64_t n) {
+    for (int64_t i = 0; i < n; ++i) {
+      const T* __restrict slope = channels(call_.slope, row + i);
+      const T* __restrict shift = channels(call_.shift, row + i);
+      const T* __restrict from = z + i * width_;
+      T* __restrict to = y_ + i * width_;
+      if (call_.layout.channel_inner) {
+        for (int64_t k = 0; k < width_; ++k) to[k] = from[k] * slope[k] + shift[k];
+      } else {
+        const T a = *slope, b = *shift;
+        for (int64_t k = 0; k < width_; ++k) to[k] = from[k] * a + b;
+      }
+    }
+  }
+
+  void multiply(const T* written, const T* z, int64_t row, int64_t n) {
+    for (int64_t i = 0; i < n; ++i) {
+      const T* __restrict mean = channels(call_.mean, row + i);
+      const T* __restrict factor = written + i * width_;
+      const T* __restrict from = z + i * width_;
+      T* __restrict to = products_ + i * width_;
+      if (call_.layout.channel_inner) {
+        for (int64_t k = 0; k < width_; ++k) to[k] = factor[k] * (from[k] - mean[k]);
+      } else {
+        const T m = *mean;
+        for (int64_t k = 0; k < width_; ++k) to[k] = factor[k] * (from[k] - m);
+      }
+    }
   }
 
   T row_weight(int64_t row) const {
@@ -157,9 +212,8 @@ class Pass {
     return w_;
   }
 
-  void add_columns(const T* terms, int64_t row, int64_t n) {
+  void add_columns(const T* terms, int64_t row, int64_t n, T* __restrict totals) const {
     const bool weighted = call_.sum == Sum::squares_of_columns && call_.w_sample != nullptr;
-    T* __restrict totals = totals_;
     const int64_t width = width_;
     for (int64_t i = 0; i < n; ++i) {
       const T* __restrict t = terms + i * width;
@@ -209,6 +263,7 @@ class Pass {
   bool zeros_ = false;
   alignas(64) T z_[Tasks::tile], g_[Tasks::tile], w_[Tasks::tile], out_[Tasks::tile];
   alignas(64) T squares_[Tasks::tile], totals_[Tasks::tile];
+  alignas(64) T y_[Tasks::tile], products_[Tasks::tile], product_totals_[Tasks::tile];
 };
 
 template <class S, class T>

@@ -23,6 +23,12 @@ struct StatsCall {
   Layout layout;
   Sum sum;
   double* partial;  // sums of columns: [row blocks, columns]; of rows: [column tiles, rows]
+  // Backward of an activation after a batch norm: where `slope` is given, the activation's input is
+  // y = slope_c z + shift_c, and Σ out (z − mean_c) is summed beside Σ out.
+  const void* slope = nullptr;
+  const void* shift = nullptr;
+  const void* mean = nullptr;
+  double* partial_products = nullptr;  // like partial
 };
 
 // The matrix is cut into tasks by its shape alone, so the sums are the same bits for any number of

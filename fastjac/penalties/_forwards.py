@@ -22,7 +22,7 @@ from fastjac.penalties._layers import (
     NORM,
     Call,
     Phi,
-    batch_statistics,
+    batch_normed,
     fused_activation,
     is_activation,
     plain_layer,
@@ -177,8 +177,8 @@ class Norm(Forward):
             version = version_of(y, running.compiling)
             normed = replace(call, z=y, version=version, used=False)
             normed.norm, normed.before_norm = self.module, z
-            if not running.compiling and not running.transformed and isinstance(z, Tensor):
-                normed.batch_statistics = batch_statistics(y)
+            if not running.compiling and not running.transformed and isinstance(y, Tensor):
+                normed.normed = batch_normed(y, self.module)
             running.calls.append(normed)
             if not running.compiling:
                 call.release()

@@ -15,12 +15,14 @@ from fastjac.dispatch import accumulate_dtype
 from fastjac.nn import Act, ConvAct1d, ConvAct2d, ConvAct3d, LinearAct, activation_of
 from fastjac.ops._autograd import Function
 from fastjac.ops.act_stats import recorded
+from fastjac.ops.batch_norm import Normed, inverse_variance
 
 LINEAR = (nn.Linear,)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 CONVOLUTION = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
 BATCH_NORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 NORM = (*BATCH_NORM, nn.LayerNorm)
+BATCH_NORM_NODES = ("NativeBatchNormBackward0", "CudnnBatchNormBackward0")
 
 # Their forward is exactly one call of torch's linear or convolution with the module's weight.
 PLAIN = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, LinearAct, ConvAct1d, ConvAct2d, ConvAct3d)
@@ -86,7 +88,7 @@ class Call:
     x_version: int
     norm: Any = None  # the module
     before_norm: Tensor | None = None
-    batch_statistics: tuple[Tensor, Tensor] | None = None
+    normed: Normed | None = None  # by a BatchNorm in training mode
     used: bool = False
     ref: Any = None  # a weak reference to z, for those who ask for it again
     shape: Any = None  # of z
@@ -98,7 +100,7 @@ class Call:
     def release(self) -> None:
         """Let go of the tensors: under checkpoint the graph does not hold them either."""
         self.shape, self.ref = self.z.shape, weakref.ref(self.z)
-        self.x = self.z = self.before_norm = self.batch_statistics = None
+        self.x = self.z = self.before_norm = self.normed = None
 
     def is_output(self, z: Tensor) -> bool:
         """Whether this call returned z; takes it back if it was let go."""
@@ -220,22 +222,29 @@ def norm_gain(call: Call) -> Gain:
         return Gain(gamma, place=1 / (z.to(dtype).var(-1, unbiased=False) + norm.eps))
     if not norm.training and norm.running_var is not None:
         return Gain(gamma, 1 / (norm.running_var.to(dtype) + norm.eps))
-    if call.batch_statistics is not None:
-        return Gain(gamma, InverseVariance.apply(z, *call.batch_statistics, norm.eps))
-    return Gain(gamma, _inverse_variance(z, norm.eps))
+    if call.normed is not None:
+        return Gain(gamma, InverseVariance.apply(z, *call.normed[2:]))
+    return Gain(gamma, inverse_variance(z, norm.eps))
 
 
-def _inverse_variance(z: Tensor, eps: float) -> Tensor:
-    others = [d for d in range(z.dim()) if d != 1]
-    return 1 / (z.to(accumulate_dtype(z.dtype)).var(others, unbiased=False) + eps)
-
-
-def batch_statistics(y: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Mean and inverse standard deviation that a BatchNorm in training mode has just computed."""
+def batch_normed(y: Tensor, norm: Any) -> Normed | None:
+    """What a BatchNorm in training mode has just computed."""
     node = y.grad_fn
-    if node is None or node.name() not in ("NativeBatchNormBackward0", "CudnnBatchNormBackward0"):
+    # Under checkpoint to read what the node saved would run the model again.
+    if node is None or node.name() not in BATCH_NORM_NODES or saved_tensor_hooks():
         return None
-    return node._saved_result1, node._saved_result2  # type: ignore[attr-defined]
+    if not node._saved_training:  # type: ignore[attr-defined]
+        return None
+    version = 0 if norm.bias is None else norm.bias._version
+    mean, invstd = node._saved_result1, node._saved_result2  # type: ignore[attr-defined]
+    return Normed(y, version, mean, invstd, norm.eps)
+
+
+def saved_tensor_hooks() -> bool:
+    """Whether a checkpoint (or another saver of tensors) is active."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
 class InverseVariance(Function):
@@ -258,7 +267,7 @@ class InverseVariance(Function):
         count = z.numel() // z.shape[1]
         if recorded(c):
             others = [d for d in range(z.dim()) if d != 1]
-            mean, inverse = z.mean(others), _inverse_variance(z, ctx.eps)
+            mean, inverse = z.mean(others), inverse_variance(z, ctx.eps)
             slope = (-2 / count * c * inverse.square()).view(shape)
             return (slope * (z - mean.view(shape))).to(z.dtype), None, None, None
         slope = -2 / count * c * invstd.square().square()

@@ -28,7 +28,7 @@ from fastjac.nn import held_functions
 from fastjac.ops import act
 from fastjac.ops.act_stats import transformed
 from fastjac.penalties._forwards import Forward, Held, Layer, Root, role_of
-from fastjac.penalties._layers import CONVOLUTION, LINEAR, Call, Phi
+from fastjac.penalties._layers import CONVOLUTION, LINEAR, Call, Phi, saved_tensor_hooks
 from fastjac.penalties._versions import check_unchanged, refuse_written
 
 LOCK = RLock()
@@ -123,13 +123,6 @@ class Pass:
                 f"layer {call.name}: its output has shape {tuple(call.z.shape)}: dimension 0 must "
                 "be the samples all through the model; give x a batch dimension"
             )
-
-
-def saved_tensor_hooks() -> bool:
-    """Whether a checkpoint (or another saver of tensors) is active."""
-    if torch.compiler.is_compiling():
-        return False
-    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
 class Watch:

@@ -15,14 +15,22 @@ from fastjac.activations import IDS, get
 from fastjac.dispatch import OPS
 from fastjac.ops import act_stats, row_sqnorm
 from fastjac.ops._library import suffix_of
+from fastjac.ops.batch_norm import batch_norm_act
 from fastjac.ops.layer_act import Layer, apply_layer_act, layer_act
 from fastjac.ops.row_sqnorm import rows_in_memory, tapped
 from fastjac.penalties import _autograd, _checks
 from fastjac.penalties._base import PenaltyOptions
-from fastjac.penalties._layers import Call, Gain, Phi, conv_options, norm_gain
+from fastjac.penalties._layers import (
+    Call,
+    Gain,
+    Phi,
+    conv_options,
+    norm_gain,
+    saved_tensor_hooks,
+)
 from fastjac.penalties._layerwise import LayerPenalty, Sum
 from fastjac.penalties._spec import PenaltySpec, layered_example
-from fastjac.penalties._watch import Pass, saved_tensor_hooks
+from fastjac.penalties._watch import Pass
 
 NO_GAIN = Gain()
 
@@ -155,6 +163,8 @@ class DREG(LayerPenalty):
             a, v = run(call.x, weight, call.layer.module.bias, z, layer)
             term = Term(call, divisor, v) if r is None else Term(call, divisor, s=v, r=r)
             seen.whole.append(call.layer)
+        elif a is None and self._after_batch_norm(seen, call, phi):
+            a, term = self._norm_node(call, phi)
         else:
             statistic = self._composed if phi.fn is None else self._fused
             term, computed = statistic(call, phi, a)
@@ -212,6 +222,30 @@ class DREG(LayerPenalty):
         if memo is None or memo[0] != state:
             memo = call.layer.memo[phi] = state, self._plan(call, phi)
         return memo[1]
+
+    def _after_batch_norm(self, seen: Pass, call: Call, phi: Phi) -> bool:
+        """Whether `batch_norm_act` can do the activation and the norm before it."""
+        if call.normed is None or phi.fn is None or self.per_sample_wanted or not self.use_weight:
+            return False
+        y = call.z
+        if not seen.grad or saved_tensor_hooks() or y._backward_hooks or y.retains_grad:
+            return False
+        bias = call.norm.bias
+        if bias is not None and bias._version != call.normed.bias_version:
+            return False
+        impl = OPS["act_stats"].select(phi.impl, y.device, y.dtype)
+        return impl == "cpu" and call.normed.mean.dtype == _autograd.accumulate_dtype(y.dtype)
+
+    def _norm_node(self, call: Call, phi: Phi) -> tuple[Tensor, Term]:
+        assert phi.fn is not None and call.normed is not None
+        node, norm, dtype = call.z.grad_fn, call.norm, call.normed.mean.dtype
+        # What the norm computed with: torch raises here if one was written to since.
+        z, gamma = node._saved_input, node._saved_weight
+        gamma, beta = (None if t is None else t.to(dtype) for t in (gamma, norm.bias))
+        p0, p1 = get(phi.fn).param_values(phi.params)
+        options = (1.0, IDS[phi.fn], p0, p1, self.deterministic)
+        a, s = batch_norm_act(z, gamma, beta, call.normed, *options)
+        return a, Term(call, self._divisor(call), s=s, gain=Gain(gamma), impl=phi.impl)
 
     def _plan(self, call: Call, phi: Phi) -> Layer | None:
         if self.per_sample_wanted or not self.use_weight or not call.layer.plain_layer:

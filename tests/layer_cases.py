@@ -1,0 +1,56 @@
+"""Models for the tests of the layer-wise penalties, and what their layers see."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+close = partial(torch.testing.assert_close, rtol=1e-10, atol=1e-12)
+
+
+class Model(nn.Module):
+    """A network given by modules and a forward function."""
+
+    def __init__(self, forward: Any, **modules: nn.Module) -> None:
+        super().__init__()
+        self.run = forward
+        for name, module in modules.items():
+            setattr(self, name, module)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.run(self, x)
+
+
+def mlp() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(4, 5), nn.GELU(), nn.Linear(5, 6), nn.SiLU(), nn.Linear(6, 3))
+
+
+def encoder_layer() -> nn.Module:
+    return nn.TransformerEncoderLayer(
+        4, 2, dim_feedforward=6, dropout=0.0, activation=F.gelu, batch_first=True
+    )
+
+
+def one_layer(act: nn.Module, forward: Any = lambda m, x: m.head(m.act(m.fc(x)))) -> Model:
+    return Model(forward, fc=nn.Linear(4, 5), act=act, head=nn.Linear(5, 2))
+
+
+def recorded(model: nn.Module, x: Tensor, pairs: dict[str, Any]) -> tuple[Tensor, list[Any]]:
+    """Output and the reference's stack, seen by plain hooks: ``pairs`` names Linear → φ."""
+    stack = []
+
+    def hook(phi: Any, module: Any, args: Any, z: Tensor) -> None:
+        stack.append((z.clone(), module.weight, phi))  # as it is before an in-place activation
+
+    handles = [
+        model.get_submodule(name).register_forward_hook(partial(hook, phi))
+        for name, phi in pairs.items()
+    ]
+    output = model(x)
+    for handle in handles:
+        handle.remove()
+    return output, stack

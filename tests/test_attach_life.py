@@ -1,0 +1,308 @@
+"""An attached layer-wise penalty over many steps: passes, detach, copies, memory, launches."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import io
+import pickle
+import weakref
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from layer_cases import Model, close, encoder_layer, mlp, one_layer
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+import fastjac
+from fastjac.functional import OBSERVERS
+from fastjac.penalties import DREG, AccumulatedDREG, Contractive, GuRigazio
+
+pytestmark = pytest.mark.usefixtures("double")
+
+
+def test_what_stays_as_it_was() -> None:
+    model = nn.Sequential(mlp(), nn.Linear(3, 4), encoder_layer())
+    state = {name: t.clone() for name, t in model.state_dict().items()}
+    names = [name for name, _ in model.named_modules()]
+    held = model[2].activation
+    x = torch.randn(2, 3, 4)
+    with torch.no_grad():
+        before = model(x)
+    penalty = DREG(model)
+    assert list(penalty.parameters()) == [] and penalty.state_dict() == {}
+    assert [name for name, _ in model.named_modules()] == names
+    close(model(x), before)
+    penalty()
+    assert model.state_dict().keys() == state.keys()
+    for name, t in model.state_dict().items():
+        assert torch.equal(t, state[name])
+    penalty.detach()
+    assert model[2].activation is held
+    for module in model.modules():
+        assert "forward" not in vars(module)
+        assert not module._forward_hooks and not module._forward_pre_hooks
+    with pytest.raises(TypeError, match=r"DREG\(\) has no model"):
+        penalty()
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "error"),
+    [
+        (DREG, {"over": "nonsense"}, ValueError),
+        (DREG, {"layer_weights": ["a"]}, TypeError),
+        (DREG, {"every": 0}, ValueError),
+        (DREG, {"nonsense": 1}, TypeError),
+        (Contractive, {"reduction": "nonsense"}, ValueError),
+        (GuRigazio, {"layer_weights": ["a"]}, TypeError),
+        (GuRigazio, {"weight": "a"}, TypeError),
+    ],
+)
+def test_refused_option_leaves_the_model_as_it_was(
+    kind: type[DREG], options: dict[str, Any], error: type[Exception]
+) -> None:
+    model = nn.Sequential(mlp(), nn.Linear(3, 4), encoder_layer())
+    held = model[2].activation
+    (option,) = options
+    # The traceback keeps the penalty alive: one that is thrown away would leave the model.
+    with pytest.raises(error) as refused:
+        kind(model, **options)
+    assert model[2].activation is held
+    for module in model.modules():
+        assert "forward" not in vars(module)
+        assert not module._forward_hooks and not module._forward_pre_hooks
+    assert option in str(refused.value)
+
+
+def test_a_penalty_that_is_thrown_away_leaves_the_model() -> None:
+    model, x = mlp(), torch.randn(7, 4)
+    penalty = DREG(model)
+    model(x)
+    watch = weakref.ref(penalty._watch)
+    del penalty
+    gc.collect()
+    assert watch() is None and not OBSERVERS
+    assert all("forward" not in vars(module) for module in model.modules())
+
+
+def test_two_penalties_on_one_model() -> None:
+    model, x = mlp(), torch.randn(7, 4)
+    alone = []
+    for kind in (DREG, GuRigazio, Contractive):
+        penalty = kind(model)
+        model(x)
+        value = penalty()
+        alone.append((value, torch.autograd.grad(value, model[0].weight)))
+        penalty.detach()
+    penalties = [kind(model) for kind in (DREG, GuRigazio, Contractive)]
+    model(x)
+    for penalty, (value, gradient) in zip(penalties, alone, strict=True):
+        both = penalty()
+        close(both, value)
+        close(torch.autograd.grad(both, model[0].weight, retain_graph=True), gradient)
+    for penalty in penalties:  # in the order of attaching, not of a stack
+        penalty.detach()
+    assert all("forward" not in vars(module) for module in model.modules())
+
+
+def test_accumulated_attached_raises() -> None:
+    with pytest.raises(TypeError, match="AccumulatedDREG"):
+        AccumulatedDREG(mlp())
+
+
+def test_several_forwards_are_one_batch(both_ways: str) -> None:
+    model, x = mlp(), torch.randn(7, 4)
+    for options in ({}, {"reduction": "sum"}, {"reduction": "none"}, {"squared": False}):
+        penalty = DREG(model, **options)
+        model(x)
+        whole = penalty()
+        model(x[:2])
+        model(x[2:])
+        close(penalty(), whole)
+        penalty.detach()
+
+
+def test_gradient_accumulation_and_clear() -> None:
+    model, x = mlp(), torch.randn(8, 4)
+    penalty = DREG(model)
+    model(x)
+    penalty().backward()
+    whole = [p.grad for p in model.parameters()]
+    model.zero_grad()
+    model(x)
+    penalty.clear()
+    for half in x.chunk(2):
+        model(half)
+        (penalty() / 2).backward()
+    for p, truth in zip(model.parameters(), whole, strict=True):
+        if truth is not None:
+            close(p.grad, truth)
+
+
+def test_every() -> None:
+    model, x = mlp(), torch.randn(7, 4)
+    penalty = DREG(model, every=3)
+    values = []
+    for _ in range(4):
+        output = model(x)
+        value = penalty()
+        (output.sum() + value).backward()
+        values.append(value.item())
+    close(torch.tensor(values[3]), torch.tensor(values[0]))
+    assert values[1] == values[2] == 0 and values[0] > 0
+
+
+def test_passes_that_do_not_count() -> None:
+    model, x = mlp(), torch.randn(7, 4)
+    penalty = DREG(model)
+    with pytest.raises(RuntimeError, match="model has not run since"):
+        penalty()
+    with torch.no_grad():
+        model(x)
+    model.eval()
+    model(x)
+    model.train()
+    with torch.inference_mode():
+        model(x)
+    with pytest.raises(RuntimeError, match="model has not run since"):
+        penalty()
+
+
+def test_passes_from_before_an_optimiser_step_are_forgotten() -> None:
+    """Autograd could not go back through them: the weights have changed."""
+    model, x = mlp(), torch.randn(7, 4)
+    penalty = DREG(model)
+    optimiser = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(3):  # without the penalty: a schedule that starts later
+        optimiser.zero_grad()
+        model(x).sum().backward()
+        optimiser.step()
+    assert len(penalty._watch.passes) == 1
+    model(x[:3])
+    value = penalty()
+    close(value, DREG()(model, x[:3])[1])
+    value.backward()
+
+
+def test_spent_passes_are_forgotten_though_no_weight_changed() -> None:
+    model, x = mlp(), torch.randn(7, 4)
+    penalty = DREG(model)
+    for _ in range(3):
+        model(x).sum().backward()
+    model(x[:3])
+    expected = DREG()(copy.deepcopy(model), x[:3])[1]
+    close(penalty(), expected)
+    torch.func.grad(lambda p: torch.func.functional_call(model, p, (x,)).sum())(
+        dict(model.named_parameters())
+    )
+    model(x[:3])
+    close(penalty(), expected)
+
+
+def test_copies_of_the_model_are_not_watched() -> None:
+    model, x = mlp(), torch.randn(7, 4)
+    penalty = DREG(model)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    for twin in (copy.deepcopy(model), torch.load(file, weights_only=False)):
+        close(twin(x), model(x))
+        twin(x).sum().backward()
+        penalty.clear()
+        twin(x)
+        with pytest.raises(RuntimeError, match="model has not run since"):
+            penalty()
+        assert all(p.grad is None for p in model.parameters())
+    model(x)
+    penalty()
+
+
+def test_copies_of_the_penalty_watch_their_own_model() -> None:
+    model, x = mlp(), torch.randn(7, 4)
+    penalty = DREG(model, weight=0.5)
+    model(x)
+    truth = penalty()
+    for twin in (copy.deepcopy(penalty), pickle.loads(pickle.dumps(penalty))):
+        twin_model = twin._watch.model
+        assert twin_model is not model
+        twin_model(x)
+        close(twin(), truth)
+        with pytest.raises(RuntimeError, match="model has not run since"):
+            penalty()
+
+
+def test_penalty_inside_its_model_cannot_be_copied_with_it() -> None:
+    model = one_layer(nn.GELU())
+    model.penalty = DREG(model)
+    with pytest.raises(RuntimeError, match="DREG is a part of the model that it is attached to"):
+        copy.deepcopy(model)
+
+
+def test_checkpointing_frees_what_it_should(both_ways: str) -> None:
+    """The penalty holds no pre-activation that a checkpoint has let go."""
+    alive: list[Any] = []
+
+    def forward(m: Model, x: Tensor) -> Tensor:
+        def block(t: Tensor) -> Tensor:
+            z = m.fc(t)
+            alive.append(weakref.ref(z.untyped_storage()))
+            return m.act(z)
+
+        for _ in range(4):
+            x = checkpoint(block, x, use_reentrant=False)
+        return x
+
+    model = Model(forward, fc=nn.Linear(4, 4), act=nn.GELU())
+    penalty = DREG(model)
+    for _ in range(2):
+        alive.clear()
+        output = model(torch.randn(3, 4))
+        assert sum(r() is not None for r in alive) <= 1
+        (output.sum() + penalty()).backward()
+        assert sum(r() is not None for r in alive) <= 1
+
+
+class Counting(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_number_of_operations_does_not_grow_with_the_layers(monkeypatch: Any) -> None:
+    """On a GPU an operation is a launch: all row norms are one, all additions to ∂W are one."""
+    monkeypatch.setattr(DREG, "_tap_on_cpu", True)
+
+    def operations(depth: int, attached: bool) -> Counter[str]:
+        layers = [m for _ in range(depth) for m in (nn.Linear(4, 4), nn.GELU())]
+        model, x = fastjac.fuse(nn.Sequential(*layers, nn.Linear(4, 2))), torch.randn(5, 4)
+        penalty = DREG(model) if attached else None
+        for _ in range(2):
+            model.zero_grad()
+            with Counting() as counted:
+                output = model(x).sum()
+                (output if penalty is None else output + penalty()).backward()
+        return counted.names
+
+    # Views and allocations launch nothing; a copy by `.t()` would show as clone or copy_.
+    free = {"detach", "view", "t", "transpose", "split", "alias", "empty_like", "flatten", "narrow"}
+    free |= {"split_with_sizes", "unsafe_view", "slice", "as_strided", "expand", "new_empty"}
+
+    def launches(depth: int, attached: bool) -> dict[str, int]:
+        return {k: v for k, v in operations(depth, attached).items() if k not in free}
+
+    def beyond_the_layers(depth: int) -> int:
+        plain, ours = launches(depth, False), launches(depth, True)
+        return sum(ours.values()) - sum(plain.values())
+
+    ours = launches(6, True)
+    assert ours["row_sqnorm"] == ours["row_sqnorm_backward"] == 1
+    assert ours["act_stats"] == ours["act_stats_backward"] == 6
+    # Each layer saves the sum that the bias's gradient takes in the plain step.
+    assert beyond_the_layers(6) - beyond_the_layers(2) == -4

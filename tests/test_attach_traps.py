@@ -1,0 +1,240 @@
+"""What an attached layer-wise penalty must not get wrong: models that write, patch or recompute."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from types import MethodType
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from layer_cases import Model, close, mlp, one_layer, recorded
+from torch import Tensor, nn
+from torch.nn.utils import prune
+from torch.utils.checkpoint import checkpoint
+
+import fastjac
+from fastjac import reference
+from fastjac.penalties import DREG
+
+pytestmark = pytest.mark.usefixtures("double")
+
+
+def against_plain(model: nn.Module, phi: Any, x: Tensor, before: Any = None) -> None:
+    """Two steps of ``square mean + penalty`` against the same model under plain hooks."""
+    penalty = DREG(model)
+    for _ in range(2):
+        plain = copy.deepcopy(model)
+        for net in (plain, model):
+            if before is not None:
+                before(net)
+            net.zero_grad()
+        output, stack = recorded(plain, x, {"fc": phi})
+        (output.square().mean() + reference.dreg(stack).mean()).backward()
+        ours = model(x)
+        value = penalty()
+        close(ours, output)
+        close(value, reference.dreg(stack).mean())
+        (ours.square().mean() + value).backward()
+        for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+            close(p.grad, q.grad)
+
+
+@pytest.mark.parametrize("use", ["ignored", "both"])
+def test_in_place_activation_still_writes_in_place(use: str, both_ways: str) -> None:
+    def forward(m: Model, x: Tensor) -> Tensor:
+        z = m.fc(x)
+        a = m.act(z)
+        return m.head(z if use == "ignored" else a + z)
+
+    against_plain(one_layer(nn.SiLU(inplace=True), forward), F.silu, torch.randn(6, 4))
+
+
+def with_schedule(act: nn.Module, function: Any, name: str, values: tuple[Any, Any]) -> None:
+    """`against_plain` with the attribute ``name`` at one value in each step."""
+    model, of_step = one_layer(act), (v for v in values for _ in ("plain", "attached"))
+    against_plain(
+        model,
+        lambda z: function(z, **{name: getattr(model.act, name)}),
+        torch.randn(6, 4),
+        lambda net: setattr(net.act, name, next(of_step)),
+    )
+
+
+def test_attributes_that_change_between_steps(both_ways: str) -> None:
+    with_schedule(nn.LeakyReLU(0.01), F.leaky_relu, "negative_slope", (0.1, 0.4))
+    with_schedule(nn.GELU(), F.gelu, "approximate", ("none", "tanh"))
+
+
+def test_hooks_on_the_pre_activation(both_ways: str) -> None:
+    def forward(m: Model, x: Tensor) -> Tensor:
+        z = m.fc(x)
+        z.register_hook(lambda g: g / 2)
+        return m.head(m.act(z))
+
+    against_plain(one_layer(nn.GELU(), forward), F.gelu, torch.randn(6, 4))
+
+
+@pytest.mark.parametrize("how", ["set", "data", "copy"])
+def test_weights_that_change_while_the_model_runs(how: str, both_ways: str) -> None:
+    def forward(m: Model, x: Tensor) -> Tensor:
+        if how == "data":
+            m.fc.weight.data = m.fc.weight.data.clamp(-0.2, 0.2)
+        elif how == "copy":
+            with torch.no_grad():
+                m.fc.weight.copy_(m.fc.weight.clamp(-0.2, 0.2))
+        return m.head(m.act(m.fc(x)))
+
+    model = one_layer(nn.GELU(), forward)
+    if how == "set":
+
+        def scaled(module: nn.Module, args: Any) -> None:
+            module.weight = nn.Parameter(module.weight.detach() * 0.9)
+
+        model.fc.register_forward_pre_hook(scaled)
+    against_plain(model, F.gelu, torch.randn(6, 4))
+
+
+def test_input_written_to_after_the_layer_is_refused(both_ways: str) -> None:
+    def forward(m: Model, x: Tensor) -> Tensor:
+        x = x.clone()
+        z = m.fc(x)
+        x.add_(1)
+        return m.head(m.act(z))
+
+    penalty = DREG(model := one_layer(nn.GELU(), forward))
+    model(torch.randn(6, 4))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        penalty().backward()
+
+
+def low_rank(self: nn.Linear, x: Tensor) -> Tensor:
+    return F.linear(x, self.weight, self.bias) + F.linear(F.linear(x, self.a), self.b)
+
+
+def test_forward_patched_by_somebody_else(both_ways: str) -> None:
+    model, x = one_layer(nn.GELU()), torch.randn(6, 4)
+    model.fc.a = nn.Parameter(torch.randn(2, 4))
+    model.fc.b = nn.Parameter(torch.randn(5, 2))
+    plain = copy.deepcopy(model)
+    for net in (model, plain):
+        net.fc.forward = MethodType(low_rank, net.fc)
+    output, stack = recorded(plain, x, {"fc": F.gelu})
+    (output.square().mean() + reference.dreg(stack).mean()).backward()
+    penalty = DREG(model)
+    (model(x).square().mean() + penalty()).backward()
+    for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+        close(p.grad, q.grad)
+    model.act.forward = lambda z: z.tanh()  # nobody knows what it is now
+    with pytest.raises(RuntimeError, match="model has no layer to penalise"):
+        DREG()(model, x)
+
+
+def test_pruned_weight(both_ways: str) -> None:
+    """Made anew by a hook in each forward, so no weight to take the norms of before."""
+    model, x = one_layer(nn.GELU()), torch.randn(6, 4)
+    prune.l1_unstructured(model.fc, "weight", 0.5)
+    output, stack = recorded(model, x, {"fc": F.gelu})
+    truth = output.square().mean() + reference.dreg(stack).mean()
+    expected = torch.autograd.grad(truth, list(model.parameters()))
+    penalty = DREG(model)
+    for _ in range(2):
+        loss = model(x).square().mean() + penalty()
+        close(torch.autograd.grad(loss, list(model.parameters())), expected)
+
+
+def test_layer_that_is_skipped_has_no_gradient(both_ways: str) -> None:
+    model, x = one_layer(nn.GELU()), torch.randn(6, 4)
+    model.other = nn.Linear(5, 5)
+    model.run = lambda m, x: m.head(m.act(m.other(m.act(m.fc(x)))))
+    penalty = DREG(model)
+    (model(x).sum() + penalty()).backward()
+    model.run = lambda m, x: m.head(m.act(m.fc(x)))
+    model.zero_grad()
+    (model(x).sum() + penalty()).backward()
+    assert model.other.weight.grad is None and model.fc.weight.grad is not None
+
+
+@pytest.mark.parametrize("every_block", [True, False])
+def test_checkpoint(every_block: bool, both_ways: str) -> None:
+    def forward(m: Model, x: Tensor) -> Tensor:
+        if every_block:
+            x = checkpoint(lambda t: m.act(m.one(t)), x, use_reentrant=False)
+            return m.head(checkpoint(lambda t: fastjac.silu(m.two(t)), x, use_reentrant=False))
+        return checkpoint(
+            lambda t: m.head(fastjac.silu(m.two(m.act(m.one(t))))), x, use_reentrant=False
+        )
+
+    modules = {"one": nn.Linear(4, 5), "two": nn.Linear(5, 5), "head": nn.Linear(5, 2)}
+    model = Model(forward, act=nn.GELU(), **modules)
+    plain = Model(
+        lambda m, x: m.head(F.silu(m.two(m.act(m.one(x))))), act=nn.GELU(), **copy.deepcopy(modules)
+    )
+    x = torch.randn(6, 4)
+    output, stack = recorded(plain, x, {"one": F.gelu, "two": F.silu})
+    (output.square().mean() + reference.dreg(stack).mean()).backward()
+    penalty = DREG(model)
+    for _ in range(2):
+        model.zero_grad()
+        output = model(x)
+        (output.square().mean() + penalty()).backward()
+    for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+        close(p.grad, q.grad)
+
+
+def test_two_checkpointed_forwards_in_one_step(both_ways: str) -> None:
+    """The second forward must not take the first for one whose graph is gone."""
+    model = Model(lambda m, x: checkpoint(m.net, x, use_reentrant=False), net=mlp())
+    plain, x = copy.deepcopy(model.net), torch.randn(6, 4)
+    output, stack = recorded(plain, x, {"0": F.gelu, "2": F.silu})
+    (output.sum() + reference.dreg(stack).mean()).backward()
+    penalty = DREG(model)
+    for _ in range(2):
+        model.zero_grad()
+        outputs = model(x[:2]).sum() + model(x[2:]).sum()
+        (outputs + penalty()).backward()
+    for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+        close(p.grad, q.grad)
+
+
+def test_reentrant_checkpoint_is_refused() -> None:
+    model = Model(
+        lambda m, x: checkpoint(lambda t: m.act(m.fc(t)), x, use_reentrant=True),
+        fc=nn.Linear(4, 4),
+        act=nn.GELU(),
+    )
+    penalty = DREG(model)
+    with pytest.raises(RuntimeError, match="layer fc: its pre-activation was computed with grad"):
+        model(torch.randn(3, 4).requires_grad_())
+    penalty.detach()
+
+
+def test_two_threads_at_once_are_refused() -> None:
+    inside, go, outputs = threading.Event(), threading.Event(), []
+
+    def forward(m: Model, x: Tensor) -> Tensor:
+        if threading.current_thread() is not threading.main_thread():
+            inside.set()
+            go.wait()
+        return m.head(m.act(m.fc(x)))
+
+    model, x = one_layer(nn.GELU(), forward), torch.randn(3, 4)
+    penalty = DREG(model)
+    thread = threading.Thread(target=lambda: outputs.append(model(x)), daemon=True)
+    thread.start()
+    inside.wait()
+    with pytest.raises(RuntimeError, match="the model runs in two threads at once"):
+        model(x)
+    go.set()
+    thread.join()
+    assert len(outputs) == 1
+    penalty()
+
+
+def test_one_dimensional_input_is_named() -> None:
+    penalty = DREG(model := mlp())
+    with pytest.raises(RuntimeError, match=r"layer 0: its output has shape \(5,\)"):
+        model(torch.randn(4))
+    penalty.detach()
