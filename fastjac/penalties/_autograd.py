@@ -57,6 +57,10 @@ def vjp(output: Tensor, x: Tensor, w: Tensor, chunk_size: int | None = None) -> 
     one cotangent at a time: under a batched pass torch would drop the second-order term of such a
     Function with no error (seen on torch 2.13); alone it is exact, or raises.
     """
+    chain = getattr(x, "chain", None)
+    if chain is not None:
+        yield from _chain_vjp(chain, output, w, chunk_size)
+        return
     size = chunk_size or len(w)
     if size > 1 and not torch.compiler.is_compiling() and holds_foreign_function(output):
         size = 1
@@ -84,6 +88,14 @@ def vjp(output: Tensor, x: Tensor, w: Tensor, chunk_size: int | None = None) -> 
                 "see that the model does not detach it"
             )
         yield v if batched else v.unsqueeze(0)
+
+
+def _chain_vjp(chain: Any, output: Tensor, w: Tensor, chunk_size: int | None) -> Iterator[Tensor]:
+    if output is chain.output:
+        yield from chain.vjp(w, chunk_size)
+        return
+    for piece in vjp(output, chain.output, w, chunk_size):  # of a loss
+        yield from chain.vjp(piece, None)
 
 
 def holds_foreign_function(output: Tensor) -> bool:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from fastjac.penalties import _autograd, _checks
+from fastjac.penalties import _autograd, _checks, _engines
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -28,6 +28,7 @@ class PenaltyOptions(TypedDict, total=False):
 
 class InputOptions(PenaltyOptions, total=False):
     at: str | None
+    engine: str
 
 
 class ProjectionOptions(InputOptions, total=False):
@@ -180,30 +181,52 @@ class InputPenalty(Penalty):
     ``at`` names a submodule: in the model form the gradient is taken with respect to its output
     instead of ``x`` (which may then be of an integer dtype). In the graph form pass the hidden
     tensor itself as ``x``.
+
+    ``engine`` (model form): ``"chain"`` writes the double backward out, link by link, without
+    ``create_graph``; ``"autograd"`` asks torch for it. ``"auto"`` takes the chain engine for an
+    ``nn.Module`` that it can record, else autograd, with a warning the first time; a named engine
+    never falls back. ``explain_engine(model, x)`` says what runs and why. See `fastjac.chain`.
     """
 
-    def __init__(self, *, at: str | None = None, **options: Unpack[PenaltyOptions]) -> None:
+    chain_ready = True  # ``per_sample`` takes its VJPs from `_autograd.vjp`, of the output
+
+    def __init__(
+        self, *, at: str | None = None, engine: str = "auto", **options: Unpack[PenaltyOptions]
+    ) -> None:
         super().__init__(**options)
         if at is not None and not isinstance(at, str):
             raise TypeError(f"at is {type(at).__name__}: it must be the name of a submodule")
         self.at = at
+        self.engine = _checks.choice("engine", engine, _engines.ENGINES)
 
     def graph_form(self, x: Tensor, output: Tensor, *targets: Any, **named: Any) -> Tensor:
         if self.at is not None:
             raise ValueError(
                 f"at={self.at!r} is for the model form: here pass the hidden tensor itself as x"
             )
+        if self.engine == "chain":
+            raise ValueError(
+                "engine='chain' is for the model form, (model, x, ...): here the graph exists"
+            )
         return self._checked(x, output, *targets, **named)
 
     def model_form(
         self, model: Callable[..., Any], x: Tensor, *targets: Any, **named: Any
     ) -> tuple[Tensor, Tensor]:
+        if _engines.chain_wanted(self, model, x):
+            result = _engines.by_chain(self, model, x, targets, named)
+            if result is not None:
+                return result
         x, output = _autograd.run_model(model, x, self.at)
         return output, self._checked(x, output, *targets, **named)
 
     def _checked(self, x: Tensor, output: Tensor, *targets: Any, **named: Any) -> Tensor:
         _autograd.check_graph(x, output)
         return self.per_sample(x, output, *targets, **named)
+
+    def explain_engine(self, model: Callable[..., Any], x: Tensor) -> str:
+        """Which engine ``penalty(model, x)`` would run, the links of the chain, or why not."""
+        return _engines.explain(self, model, x)
 
 
 class ModelPenalty(Penalty):

@@ -74,11 +74,12 @@ class Eikonal(GradientPenalty):
         self,
         *,
         at: str | None = None,
+        engine: str = "auto",
         weight: float = 1.0,
         reduction: str = "mean",
         every: int = 1,
     ) -> None:
-        super().__init__(1.0, at=at, weight=weight, reduction=reduction, every=every)
+        super().__init__(1.0, at=at, engine=engine, weight=weight, reduction=reduction, every=every)
 
 
 GRADIENT_PENALTY = PenaltySpec.of(

@@ -1,0 +1,342 @@
+"""The links of a chain: what the double backward asks of one operation.
+
+For an operation ``out = f(a, θ)`` the four sweeps of a step with an input-Jacobian penalty are
+
+    forward     out = f(a, θ)
+    vjp         δ_a = f_aᵀ δ                                          down, for v = Jᵀw
+    jvp         u_out = f_a u,  and the gradients of ⟨δ, f_a u⟩ by a and θ      up
+    backward    g_a = f_aᵀ g + that of a;  g_θ = f_θᵀ g + that of θ     down, loss and penalty
+
+The gradient of ``⟨δ, f_a(a, θ) u⟩`` is what the second derivatives leave: ``φ''(z) δ u`` of an
+activation, ``δᵀ u`` of a weight. A link keeps what its later sweeps need and drops it after use,
+unless ``keep`` says that the backward will come again.
+
+δ and u have ``K`` cotangents a sample, ``[K N, ...]``; a, g and the results for them ``[N, ...]``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from fastjac.activations import IDS, get
+from fastjac.ops._library import raw
+
+
+class Unsupported(RuntimeError):
+    """A model, or a call, that the chain engine cannot take."""
+
+
+class Link:
+    """One operation of the chain, with its state for one step."""
+
+    inputs: tuple[int, ...] = ()  # indices of values
+    output = -1
+    idle = False  # no cotangent reaches it
+    parameters: tuple[Tensor, ...] = ()  # what beside the inputs needs a gradient
+
+    def vjp(self, delta: Tensor) -> tuple[Tensor | None, ...]:
+        """δ of each input."""
+        raise NotImplementedError
+
+    def jvp(self, tangents: list[Tensor | None], keep: bool, out: bool) -> Tensor | None:
+        """u of the output, where ``out`` is wanted."""
+        raise NotImplementedError
+
+    def backward(
+        self, grad: Tensor | None, wanted: tuple[bool, ...], keep: bool
+    ) -> tuple[tuple[Tensor | None, ...], tuple[Tensor | None, ...]]:
+        """Gradients of the inputs and of the parameters."""
+        raise NotImplementedError
+
+    def describe(self) -> str:
+        return type(self).__name__
+
+
+def flat(t: Tensor) -> Tensor:
+    return t if t.dim() == 2 else t.reshape(-1, t.shape[-1])
+
+
+class Linear(Link):
+    """``out = a Wᵀ + b``."""
+
+    def __init__(self, a: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+        self.a: Any = a
+        self.weight, self.bias = weight.detach(), bias
+        self.parameters = tuple(t for t in (weight, bias) if t is not None and t.requires_grad)
+        self.needs = weight.requires_grad, bias is not None and bias.requires_grad
+        self.delta: Any = None
+        self.product: Tensor | None = None  # δᵀ u
+
+    def forward(self) -> Tensor:
+        bias = None if self.bias is None else self.bias.detach()
+        return torch.nn.functional.linear(self.a, self.weight, bias)
+
+    def vjp(self, delta):
+        self.delta = delta
+        return (delta.matmul(self.weight),)
+
+    def jvp(self, tangents, keep, out):
+        (u,) = tangents
+        if self.needs[0]:
+            a, b = flat(self.delta).t(), flat(u)
+            self.product = a.mm(b) if self.product is None else self.product.addmm_(a, b)
+        if not keep:
+            self.delta = None
+        return u.matmul(self.weight.t()) if out else None
+
+    def backward(self, grad, wanted, keep):
+        product = self.product
+        self.product = None
+        grads: list[Tensor | None] = []
+        a = self.a
+        if not keep:
+            self.a = None
+        if self.needs[0]:
+            if grad is None:
+                grads.append(product)
+            elif product is None:
+                grads.append(flat(grad).t().mm(flat(a)))
+            else:
+                grads.append(product.addmm_(flat(grad).t(), flat(a)))
+        if self.needs[1]:
+            grads.append(None if grad is None else flat(grad).sum(0))
+        into = grad.matmul(self.weight) if wanted[0] and grad is not None else None
+        return (into,), tuple(grads)
+
+
+class Convolution(Link):
+    """``out = conv(a, W) + b``."""
+
+    def __init__(
+        self, a: Tensor, weight: Tensor, bias: Tensor | None, options: tuple[Any, ...]
+    ) -> None:
+        self.a: Any = a
+        self.weight, self.bias, self.options = weight.detach(), bias, options
+        self.parameters = tuple(t for t in (weight, bias) if t is not None and t.requires_grad)
+        self.needs = weight.requires_grad, bias is not None and bias.requires_grad
+        self.delta: Any = None
+        self.product: Tensor | None = None
+
+    def forward(self) -> Tensor:
+        bias = None if self.bias is None else self.bias.detach()
+        return torch.convolution(self.a, self.weight, bias, *self.options)
+
+    def _backward(self, grad: Tensor, a: Tensor, mask: list[bool]) -> Any:
+        sizes = [len(self.weight)] if mask[2] else None
+        return torch.ops.aten.convolution_backward(grad, a, self.weight, sizes, *self.options, mask)
+
+    def vjp(self, delta):
+        self.delta = delta
+        # The values of a are not looked at: its shape with K N samples is.
+        like = (
+            self.a
+            if len(self.a) == len(delta)
+            else delta.new_empty(()).expand(len(delta), *self.a.shape[1:])
+        )
+        return (self._backward(delta, like, [True, False, False])[0],)
+
+    def jvp(self, tangents, keep, out):
+        (u,) = tangents
+        if self.needs[0]:
+            product = self._backward(self.delta, u, [False, True, False])[1]
+            self.product = _plus(self.product, product)
+        if not keep:
+            self.delta = None
+        return torch.convolution(u, self.weight, None, *self.options) if out else None
+
+    def backward(self, grad, wanted, keep):
+        product, self.product = self.product, None
+        if grad is None:
+            weight_grad, into, bias_grad = product, None, None
+        else:
+            mask = [wanted[0], *self.needs]
+            into, weight_grad, bias_grad = self._backward(grad, self.a, mask)
+            if product is not None:
+                weight_grad.add_(product)
+        if not keep:
+            self.a = None
+        grads = [t for t, need in zip((weight_grad, bias_grad), self.needs, strict=True) if need]
+        return (into,), tuple(grads)
+
+
+class Activation(Link):
+    """``out = φ(z)`` of the table."""
+
+    def __init__(self, z: Tensor, fn: str, params: dict[str, Any], suffix: str) -> None:
+        self.z: Any = z
+        self.fn = fn
+        self.args = (IDS[fn], *get(fn).param_values(params))
+        self.curved = get(fn).derivatives[2] != "0"
+        self.act, self.act_backward = raw("act" + suffix), raw("act_backward" + suffix)
+        self.delta: Any = None
+        self.extra: Tensor | None = None  # Σ_k φ''(z) δ_k u_k
+
+    def forward(self) -> Tensor:
+        return self.act(self.z, None, 0, *self.args)
+
+    def _z(self, rows: Tensor) -> Tensor:
+        k = len(rows) // len(self.z)
+        return self.z if k == 1 else self.z.expand(k, *self.z.shape).reshape(rows.shape)
+
+    def vjp(self, delta):
+        self.delta = delta if self.curved else None
+        return (self.act(self._z(delta), delta, 1, *self.args),)
+
+    def jvp(self, tangents, keep, out):
+        (u,) = tangents
+        z = self._z(u)
+        if not self.curved:
+            return self.act(z, u, 1, *self.args)
+        extra, u = self.act_backward(z, self.delta, u, 1, *self.args)
+        k = len(u) // len(self.z)
+        extra = extra if k == 1 else extra.view(k, *self.z.shape).sum(0)
+        self.extra = extra if self.extra is None else self.extra.add_(extra)
+        if not keep:
+            self.delta = None
+        return u
+
+    def backward(self, grad, wanted, keep):
+        z, extra = self.z, self.extra
+        self.extra = None
+        if not keep:
+            self.z = None
+        if grad is None:
+            return (extra,), ()
+        into = self.act(z, grad, 1, *self.args)
+        return (into if extra is None else into.add_(extra),), ()
+
+    def describe(self) -> str:
+        return f"Activation({self.fn})"
+
+
+class Shape(Link):
+    """``out``: the same numbers in another shape, sample by sample."""
+
+    def __init__(self, a: Tensor, out: Tensor) -> None:
+        self.before, self.after = a.shape[1:], out.shape[1:]
+
+    def vjp(self, delta):
+        return (delta.reshape(len(delta), *self.before),)
+
+    def jvp(self, tangents, keep, out):
+        (u,) = tangents
+        return u.reshape(len(u), *self.after)
+
+    def backward(self, grad, wanted, keep):
+        return (None if grad is None else grad.reshape(len(grad), *self.before),), ()
+
+
+class Add(Link):
+    """``out = a + b`` of one shape."""
+
+    def vjp(self, delta):
+        return delta, delta
+
+    def jvp(self, tangents, keep, out):
+        a, b = tangents
+        if a is None or b is None:
+            return b if a is None else a
+        return a + b
+
+    def backward(self, grad, wanted, keep):
+        return (grad, grad), ()
+
+
+def _plus(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return b if a is None else a if b is None else a + b
+
+
+class ByAutograd(Link):
+    """Any other differentiable operation of torch, by autograd."""
+
+    def __init__(
+        self, run: Callable[..., Any], inputs: list[Tensor], parameters: Any, name: str
+    ) -> None:
+        self.parameters, self.name, self.count = tuple(parameters), name, len(inputs)
+        self.leaves = [t.detach().requires_grad_() for t in (*inputs, *self.parameters)]
+        with torch.enable_grad():
+            self.result = run(*self.leaves)
+        outputs, self.spec = tree_flatten(self.result)
+        found = [i for i, t in enumerate(outputs) if isinstance(t, Tensor) and t.requires_grad]
+        if len(found) > 1:
+            raise Unsupported(f"{name} returns several tensors")
+        self.output_place: int = found[0] if found else -1
+        if found:
+            self.out: Tensor = outputs[found[0]]
+            self.others = [None if i == found[0] else t for i, t in enumerate(outputs)]
+            if self.out.dim() == 0:
+                raise Unsupported(f"{name} returns a number for the whole batch")
+            self.result = None
+        self.extras: list[Tensor | None] = [None] * len(self.leaves)
+        self.delta: Any = None
+        self.pulled: list[Tensor | None] = []
+
+    def with_output(self, out: Any) -> Any:
+        """What the function returns, with ``out`` in the place of the output."""
+        self.others[self.output_place] = out
+        result = tree_unflatten(self.others, self.spec)
+        self.others = []
+        return result
+
+    def vjp(self, delta):
+        self.k = len(delta) // len(self.out)
+        batched = self.k > 1
+        self.delta = delta.view(self.k, *self.out.shape) if batched else delta
+        self.delta = self.delta.detach().requires_grad_()
+        with torch.enable_grad():
+            self.pulled = list(
+                torch.autograd.grad(
+                    self.out,
+                    self.leaves[: self.count],
+                    self.delta,
+                    create_graph=True,
+                    allow_unused=True,
+                    is_grads_batched=batched,
+                )
+            )
+        return tuple(
+            None if p is None else p.detach().reshape(-1, *leaf.shape[1:])
+            for p, leaf in zip(self.pulled, self.leaves, strict=False)
+        )
+
+    def jvp(self, tangents, keep, out):
+        pairs = [
+            (p, u.reshape(p.shape))
+            for p, u in zip(self.pulled, tangents, strict=True)
+            if p is not None and u is not None and p.requires_grad
+        ]
+        if not pairs:
+            return None
+        *extras, tangent = torch.autograd.grad(
+            [p for p, _ in pairs],
+            [*self.leaves, self.delta],
+            [u for _, u in pairs],
+            retain_graph=True,
+            allow_unused=True,
+        )
+        self.extras = [_plus(a, b) for a, b in zip(self.extras, extras, strict=True)]
+        if not keep:
+            self.pulled, self.delta = [], None
+        return None if tangent is None else tangent.reshape(-1, *self.out.shape[1:])
+
+    def backward(self, grad, wanted, keep):
+        extras, self.extras = self.extras, [None] * len(self.leaves)
+        grads: list[Tensor | None] = [None] * len(self.leaves)
+        if grad is not None:
+            grads = list(
+                torch.autograd.grad(
+                    self.out, self.leaves, grad, retain_graph=keep, allow_unused=True
+                )
+            )
+        total = [_plus(a, b) for a, b in zip(grads, extras, strict=True)]
+        if not keep:
+            del self.out
+        return tuple(total[: self.count]), tuple(total[self.count :])
+
+    def describe(self) -> str:
+        return f"by autograd: {self.name}"

@@ -1,0 +1,138 @@
+"""Which engine runs a penalty on an input Jacobian: the chain engine or autograd."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from fastjac.chain import Chain, Unsupported
+from fastjac.chain.tape import why_not
+from fastjac.penalties import _checks
+
+if TYPE_CHECKING:
+    from fastjac.penalties._base import InputPenalty
+
+ENGINES = ("auto", "chain", "autograd")
+
+# By model, then training mode and penalty: None if the chain engine took it, or why it did not.
+_tried: weakref.WeakKeyDictionary[nn.Module, dict[Any, str | None]] = weakref.WeakKeyDictionary()
+
+
+def chain_wanted(penalty: InputPenalty, model: Any, x: Tensor) -> bool:
+    """Whether to try. Raises for ``engine="chain"`` where it is known that it cannot be."""
+    if penalty.engine == "autograd":
+        return False
+    reason = refusal(penalty, model, x)
+    if reason is not None and penalty.engine == "chain":
+        raise RuntimeError(f"engine='chain' cannot run this call: {reason}")
+    return reason is None
+
+
+def refusal(penalty: InputPenalty, model: Any, x: Tensor) -> str | None:
+    if not penalty.chain_ready:
+        return f"{type(penalty).__name__} is not made of VJPs of the output"
+    if penalty.at is not None:
+        return f"at={penalty.at!r}: the gradient is by a hidden tensor"
+    if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() == 0 or len(x) == 0:
+        return "x is no batch of floating-point samples"
+    reason = why_not(model, x)
+    if reason is not None:
+        return reason
+    if not isinstance(model, nn.Module):
+        return None if penalty.engine == "chain" else "model is a function, not an nn.Module"
+    return _tried.get(model, {}).get(_key(penalty, model))
+
+
+def _key(penalty: InputPenalty, model: nn.Module) -> Any:
+    return model.training, type(penalty)
+
+
+def by_chain(
+    penalty: InputPenalty, model: Callable[..., Any], x: Tensor, targets: Any, named: Any
+) -> tuple[Tensor, Tensor] | None:
+    """Output and values, or None where the model turns out to be no chain."""
+    first = isinstance(model, nn.Module) and _key(penalty, model) not in _tried.get(model, {})
+    # The first run may stop half-way: the next one starts from the same buffers and random numbers.
+    state = _State(model, x) if first else None
+    try:
+        result = _run(penalty, model, x, targets, named)
+    except Unsupported as error:
+        if state is not None:
+            state.restore()
+        if penalty.engine == "chain":
+            raise RuntimeError(f"engine='chain' cannot run this model: {error}") from error
+        if state is None:  # it was taken before, and now does something else
+            raise RuntimeError(
+                f"the chain engine took this model before and cannot take it now: {error}. Its "
+                "buffers may have been updated; use engine='autograd'"
+            ) from error
+        _remember(penalty, model, str(error))
+        warnings.warn(
+            f"{type(penalty).__name__}: engine='autograd' runs instead of the chain engine, which "
+            f"cannot take this model: {error}. Set engine='autograd' to do without this warning",
+            stacklevel=6,
+        )
+        return None
+    if first:
+        _remember(penalty, model, None)
+    return result
+
+
+def _remember(penalty: InputPenalty, model: Any, reason: str | None) -> None:
+    _tried.setdefault(model, {})[_key(penalty, model)] = reason
+
+
+def _run(
+    penalty: InputPenalty, model: Callable[..., Any], x: Tensor, targets: Any, named: Any
+) -> tuple[Tensor, Tensor]:
+    chain = Chain(model, x)
+    output = chain.output
+    _checks.batch("output", output, "x", len(x))
+    if not output.is_floating_point():
+        raise TypeError(f"output has dtype {output.dtype}: it must be floating point")
+    if output.numel() == 0:
+        raise ValueError(f"output has shape {tuple(output.shape)}: it holds no numbers per sample")
+    stand_in: Any = x.detach()
+    stand_in.chain = chain  # where `_autograd.vjp` finds it
+    return chain.values(penalty.per_sample(stand_in, output, *targets, **named))
+
+
+class _State:
+    """Buffers of the model and torch's random numbers."""
+
+    def __init__(self, model: Any, x: Tensor) -> None:
+        self.buffers = [(b, b.clone()) for b in model.buffers()]
+        self.cuda = x.device if x.is_cuda else None
+        self.random = torch.get_rng_state()
+        self.cuda_random = None if self.cuda is None else torch.cuda.get_rng_state(self.cuda)
+
+    def restore(self) -> None:
+        with torch.no_grad():
+            for buffer, before in self.buffers:
+                buffer.copy_(before)
+        torch.set_rng_state(self.random)
+        if self.cuda is not None and self.cuda_random is not None:
+            torch.cuda.set_rng_state(self.cuda_random, self.cuda)
+
+
+def explain(penalty: InputPenalty, model: Any, x: Tensor) -> str:
+    """The engine of ``penalty(model, x)`` and its reasons, as text; runs the model once."""
+    reason = "engine='autograd' was asked for" if penalty.engine == "autograd" else None
+    reason = reason or refusal(penalty, model, x)
+    links: list[str] = []
+    if reason is None:
+        state = _State(model, x) if isinstance(model, nn.Module) else None
+        try:
+            links = [link.describe() for link in Chain(model, x).ancestors]
+        except Unsupported as error:
+            reason = str(error)
+        if state is not None:
+            state.restore()
+    if reason is not None:
+        return f"engine: autograd\n   chain cannot run: {reason}"
+    return "\n".join(["engine: chain", *(f"   {link}" for link in links)])
