@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from fastjac.activations import IDS, get
+from fastjac.ops._autograd import below_autograd
 from fastjac.ops._library import raw
 
 
@@ -176,8 +177,13 @@ class Activation(Link):
         self.delta: Any = None
         self.extra: Tensor | None = None  # Σ_k φ''(z) δ_k u_k
 
+    @staticmethod
+    def run(op: Any, *args: Any) -> Any:
+        with below_autograd():  # past the op's own derivative, which is written in Python
+            return op(*args)
+
     def forward(self) -> Tensor:
-        return self.act(self.z, None, 0, *self.args)
+        return self.run(self.act, self.z, None, 0, *self.args)
 
     def _z(self, rows: Tensor) -> Tensor:
         k = len(rows) // len(self.z)
@@ -185,14 +191,14 @@ class Activation(Link):
 
     def vjp(self, delta):
         self.delta = delta if self.curved else None
-        return (self.act(self._z(delta), delta, 1, *self.args),)
+        return (self.run(self.act, self._z(delta), delta, 1, *self.args),)
 
     def jvp(self, tangents, keep, out):
         (u,) = tangents
         z = self._z(u)
         if not self.curved:
-            return self.act(z, u, 1, *self.args)
-        extra, u = self.act_backward(z, self.delta, u, 1, *self.args)
+            return self.run(self.act, z, u, 1, *self.args)
+        extra, u = self.run(self.act_backward, z, self.delta, u, 1, *self.args)
         k = len(u) // len(self.z)
         extra = extra if k == 1 else extra.view(k, *self.z.shape).sum(0)
         self.extra = extra if self.extra is None else self.extra.add_(extra)
@@ -207,7 +213,7 @@ class Activation(Link):
             self.z = None
         if grad is None:
             return (extra,), ()
-        into = self.act(z, grad, 1, *self.args)
+        into = self.run(self.act, z, grad, 1, *self.args)
         return (into if extra is None else into.add_(extra),), ()
 
     def describe(self) -> str:
