@@ -17,25 +17,17 @@ import torch
 from torch import Tensor
 
 from fastjac.chain.links import Link, Unsupported
+from fastjac.chain.mlp import Mlp
 from fastjac.chain.tape import record, why_not
 
 
-class Chain:
-    """A recorded run of a model on x."""
+class Recorded:
+    """The sweeps of a recorded run, link by link."""
 
     def __init__(self, model: Callable[..., Any], x: Tensor) -> None:
-        reason = why_not(model, x)
-        if reason is not None:
-            raise Unsupported(reason)
-        self.x = x
         self.tape, output = record(model, x)
-        self.end = output.place
-        self.output = output.plain.detach().requires_grad_()  # a leaf, for R and w
-        self.ancestors = self._ancestors()
-        self.pieces: list[tuple[Tensor, Tensor]] = []  # (w, v), leaves v
-
-    def _ancestors(self) -> list[Link]:
-        """The links that the output depends on, in their order."""
+        self.end, self.output = output.place, output.plain
+        self.parameters, self.versions = self.tape.parameters, self.tape.versions
         wanted, found = {self.end}, []
         for link in reversed(self.tape.links):
             if link.output in wanted:
@@ -43,35 +35,16 @@ class Chain:
                 found.append(link)
         if 0 not in wanted:
             raise Unsupported("the output of the model does not depend on x")
-        return found[::-1]
+        self.links: list[Link] = found[::-1]  # those that the output depends on
 
-    # ---- what penalties call
-
-    def vjp(self, w: Tensor, chunk_size: int | None) -> Iterator[Tensor]:
-        """``v = Jᵀ w_k``, ``[k, *x.shape]``, in pieces, as leaves of a graph of their own."""
-        for piece in w.split(chunk_size or len(w)):
-            v = self._pull(piece.detach())
-            v = v.view(len(piece), *self.x.shape).requires_grad_()
-            self.pieces.append((piece, v))
-            yield v
-
-    def values(self, values: Tensor) -> tuple[Tensor, Tensor]:
-        """``(output, R)`` in the graph of x and the parameters."""
-        leaves = {id(self.output), *(id(v) for _, v in self.pieces)}
-        for t in (values, *(w for w, _ in self.pieces)):
-            check_leaves(t, leaves)
-        return _Chain.apply(self, values, self.x, *self.tape.parameters)
-
-    # ---- the sweeps
-
-    def _pull(self, w: Tensor) -> Tensor:
-        deltas: dict[int, Tensor] = {self.end: w.reshape(-1, *w.shape[2:])}
-        for link in reversed(self.ancestors):
+    def pull(self, w: Tensor) -> Tensor:
+        """``Jᵀ w`` for w ``[K N, ...]``."""
+        deltas: dict[int, Tensor] = {self.end: w}
+        for link in reversed(self.links):
             delta = deltas.pop(link.output, None)
+            link.idle = delta is None
             if delta is None:
-                link.idle = True
                 continue
-            link.idle = False
             for i, d in zip(link.inputs, link.vjp(delta), strict=True):
                 if d is not None:
                     deltas[i] = d if i not in deltas else deltas[i] + d
@@ -79,45 +52,22 @@ class Chain:
             raise Unsupported("the output of the model does not depend on x")
         return deltas[0]
 
-    def _push(self, u: Tensor, keep: bool, wanted: bool) -> Tensor | None:
+    def push(self, u: Tensor, keep: bool, wanted: bool) -> Tensor | None:
+        """``J u``, if it is wanted; the links keep what `down` needs."""
         tangents: dict[int, Tensor | None] = {0: u}
-        for link in self.ancestors:
+        for link in self.links:
             incoming = [tangents.get(i) for i in link.inputs]
             if link.idle or all(t is None for t in incoming):
                 continue
             tangents[link.output] = link.jvp(incoming, keep, wanted or link.output != self.end)
         return tangents.get(self.end)
 
-    def backward(self, grad: Tensor | None, grad_values: Tensor | None, values: Any, keep: bool):
-        self.tape.check_versions()
-        if grad_values is not None and self.pieces:
-            grad = self._penalty(grad, grad_values, values, keep)
-        return self._down(grad, keep)
-
-    def _penalty(self, grad: Tensor | None, grad_values: Tensor, values: Any, keep: bool):
-        leaves = [v for _, v in self.pieces]
-        *cotangents, direct = torch.autograd.grad(
-            values, [*leaves, self.output], grad_values, retain_graph=True, allow_unused=True
-        )
-        grad = _sum(grad, direct)
-        for (w, _), u in zip(self.pieces, cotangents, strict=True):
-            if u is None:
-                continue
-            if len(self.pieces) > 1:  # the links hold the state of one piece
-                self._pull(w.detach())
-            t = self._push(u.reshape(-1, *u.shape[2:]), keep, w.requires_grad)
-            if w.requires_grad and t is not None:
-                (through,) = torch.autograd.grad(
-                    w, self.output, t.view(w.shape), retain_graph=True, allow_unused=True
-                )
-                grad = _sum(grad, through)
-        return grad
-
-    def _down(self, grad: Tensor | None, keep: bool) -> list[Tensor | None]:
+    def down(self, grad: Tensor | None, keep: bool) -> list[Tensor | None]:
+        """Gradients of x and the parameters."""
         tape = self.tape
         grads: dict[int, Tensor] = {} if grad is None else {self.end: grad}
         found: list[Tensor | None] = [None] * (1 + len(tape.parameters))
-        for link in reversed(self.ancestors):
+        for link in reversed(self.links):
             wanted = tuple(tape.differentiable[i] for i in link.inputs)
             into, of_parameters = link.backward(grads.pop(link.output, None), wanted, keep)
             for i, g, want in zip(link.inputs, into, wanted, strict=True):
@@ -128,6 +78,89 @@ class Chain:
                 found[place] = _sum(found[place], g)
         found[0] = grads.get(0)
         return found
+
+    def describe(self) -> list[str]:
+        return [link.describe() for link in self.links]
+
+
+class Chain:
+    """A run of a model on x, and the VJPs that a penalty takes of it.
+
+    Raises `Unsupported` where the model is no chain. ``single``: the penalty takes all its
+    cotangents in one pass.
+    """
+
+    def __init__(self, model: Callable[..., Any], x: Tensor, single: bool = False) -> None:
+        reason = why_not(model, x)
+        if reason is not None:
+            raise Unsupported(reason)
+        self.x = x
+        self.run: Any = (Mlp.of(model, x) if single else None) or Recorded(model, x)
+        self.output = self.run.output.detach().requires_grad_()  # a leaf, for R and w
+        self.pieces: list[tuple[Tensor, Tensor]] = []  # (w, v), leaves v
+
+    # ---- what penalties call
+
+    def vjp(self, w: Tensor, chunk_size: int | None) -> Iterator[Tensor]:
+        """``v = Jᵀ w_k``, ``[k, *x.shape]``, in pieces, as leaves of a graph of their own."""
+        for piece in w.split(chunk_size or len(w)):
+            v = self.run.pull(_rows(piece.detach()))
+            v = v.view(len(piece), *self.x.shape).requires_grad_()
+            self.pieces.append((piece, v))
+            yield v
+
+    def values(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """``(output, R)`` in the graph of x and the parameters."""
+        leaves = {id(self.output), *(id(v) for _, v in self.pieces)}
+        for t in (values, *(w for w, _ in self.pieces)):
+            check_leaves(t, leaves)
+        return _Chain.apply(self, values, self.x, *self.run.parameters)
+
+    # ---- the backward
+
+    def backward(
+        self, grad: Tensor | None, grad_values: Tensor | None, values: Tensor, keep: bool
+    ) -> list[Tensor | None]:
+        for t, version in self.run.versions:
+            if t._version != version:
+                raise RuntimeError(
+                    f"a tensor of shape {tuple(t.shape)} that the model was computed with was "
+                    "modified in place before the backward: call backward() before "
+                    "optimizer.step(), or use the out-of-place operation"
+                )
+        if grad_values is not None and self.pieces:
+            grad = self._penalty(grad, grad_values, values, keep)
+        return self.run.down(grad, keep)
+
+    def _penalty(
+        self, grad: Tensor | None, grad_values: Tensor, values: Tensor, keep: bool
+    ) -> Tensor | None:
+        """Up through the chain; returns the gradient of the output, the penalty's part joined."""
+        *cotangents, direct = torch.autograd.grad(
+            values,
+            [*(v for _, v in self.pieces), self.output],
+            grad_values,
+            retain_graph=True,
+            allow_unused=True,
+        )
+        grad = _sum(grad, direct)
+        for (w, _), u in zip(self.pieces, cotangents, strict=True):
+            if u is None:
+                continue
+            if len(self.pieces) > 1:  # the run holds the state of one piece
+                self.run.pull(_rows(w.detach()))
+            t = self.run.push(_rows(u), keep, w.requires_grad)
+            if t is not None and w.requires_grad:
+                (through,) = torch.autograd.grad(
+                    w, self.output, t.view(w.shape), retain_graph=True, allow_unused=True
+                )
+                grad = _sum(grad, through)
+        return grad
+
+
+def _rows(t: Tensor) -> Tensor:
+    """``[K N, ...]`` of ``[K, N, ...]``."""
+    return t.reshape(-1, *t.shape[2:])
 
 
 def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:

@@ -84,15 +84,6 @@ class Tape:
         """Tensors that must not be written to before the backward."""
         self.versions += [(t, t._version) for t in tensors if t is not None]
 
-    def check_versions(self) -> None:
-        for t, version in self.versions:
-            if t._version != version:
-                raise RuntimeError(
-                    f"a tensor of shape {tuple(t.shape)} that the model was computed with was "
-                    "modified in place before the backward: call backward() before "
-                    "optimizer.step(), or use the out-of-place operation"
-                )
-
     def append(self, link: Link, inputs: list[Tracked], out: Tensor) -> Tracked:
         for p in link.parameters:
             if id(p) not in self.numbers:

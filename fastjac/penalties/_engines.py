@@ -90,7 +90,7 @@ def _remember(penalty: InputPenalty, model: Any, reason: str | None) -> None:
 def _run(
     penalty: InputPenalty, model: Callable[..., Any], x: Tensor, targets: Any, named: Any
 ) -> tuple[Tensor, Tensor]:
-    chain = Chain(model, x)
+    chain = Chain(model, x, getattr(penalty, "chunk_size", None) is None)
     output = chain.output
     _checks.batch("output", output, "x", len(x))
     if not output.is_floating_point():
@@ -128,7 +128,8 @@ def explain(penalty: InputPenalty, model: Any, x: Tensor) -> str:
     if reason is None:
         state = _State(model, x) if isinstance(model, nn.Module) else None
         try:
-            links = [link.describe() for link in Chain(model, x).ancestors]
+            single = getattr(penalty, "chunk_size", None) is None
+            links = Chain(model, x, single).run.describe()
         except Unsupported as error:
             reason = str(error)
         if state is not None:

@@ -1,0 +1,49 @@
+// The elementwise passes of the four sweeps through an MLP, one copy per instruction set.
+#pragma once
+
+#include <cstdint>
+
+#include "dtype.h"
+
+namespace fastjac {
+
+// One layer's operands; float or double. `size` elements of z, K times as many of delta and t.
+struct MlpCall {
+  int64_t fn;  // row of the activation table
+  double p0, p1;
+  DType dtype;
+  int64_t size, k;
+  void* z;      // down: overwritten by φ(z)
+  void* delta;  // push: overwritten by φ' δ
+  void* t;      // push: overwritten by φ' t
+  void* extra;  // push: Σ_k φ'' δ_k t_k; down: φ' g + extra in its place
+  const void* g;
+  bool pushed;  // down: whether extra holds anything
+};
+
+using MlpKernel = bool (*)(const MlpCall& call, int64_t begin, int64_t end);
+
+// out[c] = Σ_r rows[r, c] for columns [begin, end).
+struct ColumnsCall {
+  DType dtype;
+  const void* rows;
+  int64_t count, columns;
+  void* out;
+};
+
+struct MlpKernels {
+  MlpKernel push, down;
+  void (*sum_columns)(const ColumnsCall& call, int64_t begin, int64_t end);
+};
+
+namespace baseline {
+extern const MlpKernels mlp_kernels;
+}
+namespace avx2 {
+extern const MlpKernels mlp_kernels;
+}
+namespace avx512 {
+extern const MlpKernels mlp_kernels;
+}
+
+}  // namespace fastjac
