@@ -11,14 +11,15 @@ Not differentiable a third time: raises.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastjac.chain.links import Link, Unsupported
+from fastjac.chain.links import Link, Unsupported, plus
 from fastjac.chain.mlp import Mlp
 from fastjac.chain.tape import record, why_not
+from fastjac.dispatch import accumulate_dtype
 
 
 class Recorded:
@@ -75,12 +76,21 @@ class Recorded:
                     grads[i] = g if i not in grads else grads[i] + g
             for p, g in zip(link.parameters, of_parameters, strict=True):
                 place = 1 + tape.numbers[id(p)]
-                found[place] = _sum(found[place], g)
+                found[place] = plus(found[place], g)
         found[0] = grads.get(0)
         return found
 
     def describe(self) -> list[str]:
         return [link.describe() for link in self.links]
+
+
+class Piece(NamedTuple):
+    """Cotangents that went down together."""
+
+    w: Tensor
+    v: Tensor  # Jᵀ w
+    leaf: Tensor  # of the graph of R: v, or its squared norms
+    scale: float = 1.0  # of the norms
 
 
 class Chain:
@@ -97,23 +107,39 @@ class Chain:
         self.x = x
         self.run: Any = (Mlp.of(model, x) if single else None) or Recorded(model, x)
         self.output = self.run.output.detach().requires_grad_()  # a leaf, for R and w
-        self.pieces: list[tuple[Tensor, Tensor]] = []  # (w, v), leaves v
+        self.pieces: list[Piece] = []
 
     # ---- what penalties call
 
     def vjp(self, w: Tensor, chunk_size: int | None) -> Iterator[Tensor]:
         """``v = Jᵀ w_k``, ``[k, *x.shape]``, in pieces, as leaves of a graph of their own."""
-        for piece in w.split(chunk_size or len(w)):
-            v = self.run.pull(_rows(piece.detach()))
-            v = v.view(len(piece), *self.x.shape).requires_grad_()
-            self.pieces.append((piece, v))
+        for w_piece in w.split(chunk_size or len(w)):
+            v = self._pull(w_piece).requires_grad_()
+            self.pieces.append(Piece(w_piece, v, v))
             yield v
+
+    def squared_norms(self, w: Tensor, chunk_size: int | None, scale: float) -> Tensor:
+        """``scale Σ_k ‖Jᵀ w_kn‖²``, ``[N]``: as from `vjp`, its derivative written out too."""
+        found = []
+        for w_piece in w.split(chunk_size or len(w)):
+            v = self._pull(w_piece)
+            wide = v.to(accumulate_dtype(v.dtype)).flatten(2)
+            norms = torch.linalg.vecdot(wide, wide)
+            norms = norms[0] if len(norms) == 1 else norms.sum(0)
+            norms = (norms if scale == 1 else scale * norms).requires_grad_()
+            self.pieces.append(Piece(w_piece, v, norms, scale))
+            found.append(norms)
+        return found[0] if len(found) == 1 else torch.stack(found).sum(0)
+
+    def _pull(self, w: Tensor) -> Tensor:
+        return self.run.pull(_rows(w.detach())).view(len(w), *self.x.shape)
 
     def values(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """``(output, R)`` in the graph of x and the parameters."""
-        leaves = {id(self.output), *(id(v) for _, v in self.pieces)}
-        for t in (values, *(w for w, _ in self.pieces)):
-            check_leaves(t, leaves)
+        leaves = {id(self.output), *(id(piece.leaf) for piece in self.pieces)}
+        for t in (values, *(piece.w for piece in self.pieces)):
+            if t.requires_grad and id(t) not in leaves:
+                check_leaves(t, leaves)
         return _Chain.apply(self, values, self.x, *self.run.parameters)
 
     # ---- the backward
@@ -136,17 +162,21 @@ class Chain:
         self, grad: Tensor | None, grad_values: Tensor, values: Tensor, keep: bool
     ) -> Tensor | None:
         """Up through the chain; returns the gradient of the output, the penalty's part joined."""
-        *cotangents, direct = torch.autograd.grad(
-            values,
-            [*(v for _, v in self.pieces), self.output],
-            grad_values,
-            retain_graph=True,
-            allow_unused=True,
-        )
-        grad = _sum(grad, direct)
-        for (w, _), u in zip(self.pieces, cotangents, strict=True):
-            if u is None:
+        leaves = [piece.leaf for piece in self.pieces]
+        if len(leaves) == 1 and values is leaves[0]:
+            cotangents: Any = [grad_values]
+        else:
+            *cotangents, direct = torch.autograd.grad(
+                values, [*leaves, self.output], grad_values, retain_graph=True, allow_unused=True
+            )
+            grad = plus(grad, direct)
+        for piece, c in zip(self.pieces, cotangents, strict=True):
+            if c is None:
                 continue
+            w, u = piece.w, c
+            if piece.leaf is not piece.v:  # of the norms
+                c = (2 * piece.scale * c).to(piece.v.dtype)
+                u = piece.v * c.view(-1, *[1] * (piece.v.dim() - 2))
             if len(self.pieces) > 1:  # the run holds the state of one piece
                 self.run.pull(_rows(w.detach()))
             t = self.run.push(_rows(u), keep, w.requires_grad)
@@ -154,17 +184,13 @@ class Chain:
                 (through,) = torch.autograd.grad(
                     w, self.output, t.view(w.shape), retain_graph=True, allow_unused=True
                 )
-                grad = _sum(grad, through)
+                grad = plus(grad, through)
         return grad
 
 
 def _rows(t: Tensor) -> Tensor:
     """``[K N, ...]`` of ``[K, N, ...]``."""
     return t.reshape(-1, *t.shape[2:])
-
-
-def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    return b if a is None else a if b is None else a + b
 
 
 def check_leaves(t: Tensor, known: set[int]) -> None:

@@ -16,16 +16,16 @@ unless ``keep`` says that the backward will come again.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from fastjac.activations import IDS, get
 from fastjac.ops._autograd import below_autograd
 from fastjac.ops._library import raw
+
+aten = torch.ops.aten
 
 
 class Unsupported(RuntimeError):
@@ -56,6 +56,10 @@ class Link:
 
     def describe(self) -> str:
         return type(self).__name__
+
+
+def plus(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return b if a is None else a if b is None else a + b
 
 
 def flat(t: Tensor) -> Tensor:
@@ -133,19 +137,14 @@ class Convolution(Link):
 
     def vjp(self, delta):
         self.delta = delta
-        # The values of a are not looked at: its shape with K N samples is.
-        like = (
-            self.a
-            if len(self.a) == len(delta)
-            else delta.new_empty(()).expand(len(delta), *self.a.shape[1:])
-        )
+        like = _of_shape(self.a, delta)
         return (self._backward(delta, like, [True, False, False])[0],)
 
     def jvp(self, tangents, keep, out):
         (u,) = tangents
         if self.needs[0]:
             product = self._backward(self.delta, u, [False, True, False])[1]
-            self.product = _plus(self.product, product)
+            self.product = plus(self.product, product)
         if not keep:
             self.delta = None
         return torch.convolution(u, self.weight, None, *self.options) if out else None
@@ -253,96 +252,59 @@ class Add(Link):
         return (grad, grad), ()
 
 
-def _plus(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    return b if a is None else a if b is None else a + b
+class Pool(Link):
+    """Max and average pooling over two dimensions: linear in ``a`` where no maximum changes."""
 
+    def __init__(self, a: Tensor, kind: str, options: tuple[Any, ...]) -> None:
+        self.a: Any = a
+        self.kind, self.options = kind, options
+        self.index: Any = None  # of the maxima
 
-class ByAutograd(Link):
-    """Any other differentiable operation of torch, by autograd."""
+    def _pool(self, a: Tensor) -> Any:
+        if self.kind == "max":
+            return aten.max_pool2d_with_indices(a, *self.options)
+        return (aten.avg_pool2d if self.kind == "avg" else aten._adaptive_avg_pool2d)(
+            a, *self.options
+        )
 
-    def __init__(
-        self, run: Callable[..., Any], inputs: list[Tensor], parameters: Any, name: str
-    ) -> None:
-        self.parameters, self.name, self.count = tuple(parameters), name, len(inputs)
-        self.leaves = [t.detach().requires_grad_() for t in (*inputs, *self.parameters)]
-        with torch.enable_grad():
-            self.result = run(*self.leaves)
-        outputs, self.spec = tree_flatten(self.result)
-        found = [i for i, t in enumerate(outputs) if isinstance(t, Tensor) and t.requires_grad]
-        if len(found) > 1:
-            raise Unsupported(f"{name} returns several tensors")
-        self.output_place: int = found[0] if found else -1
-        if found:
-            self.out: Tensor = outputs[found[0]]
-            self.others = [None if i == found[0] else t for i, t in enumerate(outputs)]
-            if self.out.dim() == 0:
-                raise Unsupported(f"{name} returns a number for the whole batch")
-            self.result = None
-        self.extras: list[Tensor | None] = [None] * len(self.leaves)
-        self.delta: Any = None
-        self.pulled: list[Tensor | None] = []
+    def forward(self) -> Tensor:
+        out = self._pool(self.a)
+        if self.kind != "max":
+            return out
+        out, self.index = out
+        return out
 
-    def with_output(self, out: Any) -> Any:
-        """What the function returns, with ``out`` in the place of the output."""
-        self.others[self.output_place] = out
-        result = tree_unflatten(self.others, self.spec)
-        self.others = []
-        return result
+    def _back(self, grad: Tensor) -> Tensor:
+        k = len(grad) // len(self.a)
+        a = _of_shape(self.a, grad)
+        if self.kind == "max":
+            index = self.index if k == 1 else self.index.repeat(k, 1, 1, 1)
+            return aten.max_pool2d_with_indices_backward(grad, a, *self.options, index)
+        if self.kind == "avg":
+            return aten.avg_pool2d_backward(grad, a, *self.options)
+        return aten._adaptive_avg_pool2d_backward(grad, a)
 
     def vjp(self, delta):
-        self.k = len(delta) // len(self.out)
-        batched = self.k > 1
-        self.delta = delta.view(self.k, *self.out.shape) if batched else delta
-        self.delta = self.delta.detach().requires_grad_()
-        with torch.enable_grad():
-            self.pulled = list(
-                torch.autograd.grad(
-                    self.out,
-                    self.leaves[: self.count],
-                    self.delta,
-                    create_graph=True,
-                    allow_unused=True,
-                    is_grads_batched=batched,
-                )
-            )
-        return tuple(
-            None if p is None else p.detach().reshape(-1, *leaf.shape[1:])
-            for p, leaf in zip(self.pulled, self.leaves, strict=False)
-        )
+        return (self._back(delta),)
 
     def jvp(self, tangents, keep, out):
-        pairs = [
-            (p, u.reshape(p.shape))
-            for p, u in zip(self.pulled, tangents, strict=True)
-            if p is not None and u is not None and p.requires_grad
-        ]
-        if not pairs:
-            return None
-        *extras, tangent = torch.autograd.grad(
-            [p for p, _ in pairs],
-            [*self.leaves, self.delta],
-            [u for _, u in pairs],
-            retain_graph=True,
-            allow_unused=True,
-        )
-        self.extras = [_plus(a, b) for a, b in zip(self.extras, extras, strict=True)]
-        if not keep:
-            self.pulled, self.delta = [], None
-        return None if tangent is None else tangent.reshape(-1, *self.out.shape[1:])
+        (u,) = tangents
+        if self.kind != "max":
+            return self._pool(u)
+        k = len(u) // len(self.a)
+        index = self.index if k == 1 else self.index.repeat(k, 1, 1, 1)
+        return u.flatten(2).gather(2, index.flatten(2)).view(index.shape)
 
     def backward(self, grad, wanted, keep):
-        extras, self.extras = self.extras, [None] * len(self.leaves)
-        grads: list[Tensor | None] = [None] * len(self.leaves)
-        if grad is not None:
-            grads = list(
-                torch.autograd.grad(
-                    self.out, self.leaves, grad, retain_graph=keep, allow_unused=True
-                )
-            )
-        total = [_plus(a, b) for a, b in zip(grads, extras, strict=True)]
+        into = None if grad is None or not wanted[0] else self._back(grad)
         if not keep:
-            del self.out
-        return tuple(total[: self.count]), tuple(total[self.count :])
+            self.a = self.index = None
+        return (into,), ()
 
     def describe(self) -> str:
-        return f"by autograd: {self.name}"
+        return f"Pool({self.kind})"
+
+
+def _of_shape(a: Tensor, rows: Tensor) -> Tensor:
+    """``a``, or a tensor with as many samples as ``rows``, of which only the shape is looked at."""
+    return a if len(a) == len(rows) else a[:1].expand(len(rows), *a.shape[1:])

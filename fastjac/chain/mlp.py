@@ -130,7 +130,8 @@ class Mlp:
                 width = x[:1].numel()
                 continue
             if type(module) is nn.Linear:
-                weight, bias = module.weight, module.bias
+                weight: Any = module._parameters["weight"]  # 1 µs less than module.weight
+                bias = module._parameters["bias"]
                 fits = weight.shape[1] == width and weight.is_contiguous()
                 if not fits or (weight.dtype, weight.device) != kind:
                     return None

@@ -11,7 +11,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastjac.activations import TABLE, get
-from fastjac.chain.links import Activation, Add, Convolution, Linear, Shape, Unsupported
+from fastjac.chain.links import (
+    Activation,
+    Add,
+    Convolution,
+    Linear,
+    Pool,
+    Shape,
+    Unsupported,
+)
+from fastjac.chain.norms import BatchNorm
 from fastjac.chain.tape import RULES, Tape, Tracked
 from fastjac.dispatch import OPS
 from fastjac.ops._library import suffix_of
@@ -167,3 +176,84 @@ for _name in ("flatten", "reshape", "squeeze", "unsqueeze", "view", "view_as"):
     for _place in (torch, Tensor):
         if hasattr(_place, _name):
             rule(getattr(_place, _name))(_shape(getattr(_place, _name)))
+
+
+def _pool(tape: Tape, a: Any, kind: str, *options: Any) -> Any:
+    if type(a) is not Tracked or a.plain.dim() != 4:
+        return NotImplemented
+    link = Pool(a.plain, kind, options)
+    return tape.append(link, [a], link.forward())
+
+
+def _pair(v: Any) -> list[int]:
+    return [v, v] if isinstance(v, int) else list(v)
+
+
+@rule(F.avg_pool2d)
+def avg_pool2d(
+    tape: Tape,
+    input: Any,
+    kernel_size: Any,
+    stride: Any = None,
+    padding: Any = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    divisor_override: Any = None,
+) -> Any:
+    size = _pair(kernel_size)
+    step = _pair(stride) if stride else size
+    rest = (ceil_mode, count_include_pad, divisor_override)
+    return _pool(tape, input, "avg", size, step, _pair(padding), *rest)
+
+
+@rule(F.max_pool2d, torch.max_pool2d)
+def max_pool2d(
+    tape: Tape,
+    input: Any,
+    kernel_size: Any,
+    stride: Any = None,
+    padding: Any = 0,
+    dilation: Any = 1,
+    ceil_mode: bool = False,
+    return_indices: bool = False,
+) -> Any:
+    if return_indices:
+        return NotImplemented
+    size = _pair(kernel_size)
+    step = _pair(stride) if stride else size
+    return _pool(tape, input, "max", size, step, _pair(padding), _pair(dilation), ceil_mode)
+
+
+@rule(F.adaptive_avg_pool2d)
+def adaptive_avg_pool2d(tape: Tape, input: Any, output_size: Any) -> Any:
+    size = _pair(output_size)
+    return NotImplemented if None in size else _pool(tape, input, "adaptive avg", size)
+
+
+@rule(F.batch_norm)
+def batch_norm(
+    tape: Tape,
+    input: Any,
+    running_mean: Any,
+    running_var: Any,
+    weight: Any = None,
+    bias: Any = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Any:
+    if type(input) is not Tracked or not training or input.plain.device.type != "cpu":
+        return NotImplemented
+    vectors = (weight, bias)
+    if not all(plain_tensor(t, "batch_norm") for t in vectors):
+        return NotImplemented
+    # Other dtypes: torch keeps the statistics in 16 bit where the parameters are.
+    if any(t is not None and t.dtype != input.plain.dtype for t in vectors):
+        return NotImplemented
+    if input.plain.dtype not in (torch.float32, torch.float64):
+        return NotImplemented
+    if input.plain.numel() <= input.plain.shape[1]:  # torch raises
+        return NotImplemented
+    tape.watch(weight, bias)
+    link = BatchNorm(input.plain, weight, bias, eps)
+    return tape.append(link, [input], link.forward((running_mean, running_var), momentum))

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from fastjac.chain.links import ByAutograd, Link, Unsupported
+from fastjac.chain.by_autograd import ByAutograd
+from fastjac.chain.links import Link, Unsupported
 from fastjac.functional import OBSERVERS
 
 

@@ -90,6 +90,12 @@ def vjp(output: Tensor, x: Tensor, w: Tensor, chunk_size: int | None = None) -> 
         yield v if batched else v.unsqueeze(0)
 
 
+def chain_of(x: Tensor, output: Tensor) -> Any:
+    """The recorded run (`fastjac.chain`) that x and the model's output stand for, if any."""
+    chain = getattr(x, "chain", None)
+    return chain if chain is not None and output is chain.output else None
+
+
 def _chain_vjp(chain: Any, output: Tensor, w: Tensor, chunk_size: int | None) -> Iterator[Tensor]:
     if output is chain.output:
         yield from chain.vjp(w, chunk_size)

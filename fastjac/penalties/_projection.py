@@ -43,6 +43,9 @@ class ProjectionPenalty(InputPenalty):
         if len(x) == 0:
             return _autograd.attached_zeros(output)
         w = w.reshape(len(w), *output.shape)
+        chain = _autograd.chain_of(x, output)
+        if chain is not None and self.norm == "l2_squared":
+            return chain.squared_norms(w, self.chunk_size, scale)
         pieces = _autograd.vjp(output, x, w, self.chunk_size)
         total = _autograd.total(_autograd.measure(v, self.norm) for v in pieces)
         return total if scale == 1 else scale * total
