@@ -13,12 +13,32 @@ from torch import Tensor
 
 from fastjac.penalties import PENALTIES, Example, PenaltySpec
 
+def takes(spec: PenaltySpec, option: str) -> bool:
+    return option in inspect.signature(spec.functional).parameters
+
+
 SPECS = [pytest.param(spec, id=name) for name, spec in PENALTIES.items()]
 CASES = [
     pytest.param(spec, options, id=f"{name}-{k}" + "".join(f"-{o}" for o in options))
     for name, spec in PENALTIES.items()
     for k, options in enumerate(spec.cases)
 ]
+
+
+def engines_of(spec: PenaltySpec) -> list[str | None]:
+    """What to pass as ``engine`` in the model form; None where the penalty has no such option."""
+    if not takes(spec, "engine"):
+        return [None]
+    return ["autograd", "chain"] if spec.module.chain_ready else ["autograd"]
+
+
+def by_engine(cases: list[Any]) -> list[Any]:
+    """The same pytest parameters, each with every engine that can run it."""
+    return [
+        pytest.param(*case.values, engine, id=f"{case.id}-{engine}" if engine else case.id)
+        for case in cases
+        for engine in engines_of(case.values[0])
+    ]
 
 
 # Both sides sum the same few dozen products of float64 numbers in another order: some ten roundings
@@ -29,10 +49,6 @@ close_gradients = partial(torch.testing.assert_close, rtol=1e-11, atol=1e-13)
 
 def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
-
-
-def takes(spec: PenaltySpec, option: str) -> bool:
-    return option in inspect.signature(spec.functional).parameters
 
 
 def specs_with(option: str) -> list[Any]:
@@ -47,6 +63,7 @@ class Call:
     options: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
     dtype: torch.dtype = torch.float64
+    engine: str | None = None
 
     def __post_init__(self) -> None:
         self.example: Example = self.spec.example(self.dtype, seeded(self.seed))
@@ -64,15 +81,21 @@ class Call:
         """A fresh generator of the same seed for each evaluation, where there is one."""
         return {"generator": seeded(7)} if takes(self.spec, "generator") else {}
 
+    def chosen(self) -> dict[str, Any]:
+        """The engine of the model form, where one is named."""
+        return {"engine": self.engine} if self.engine else {}
+
     def model_form(self, **options: Any) -> tuple[Tensor, Tensor]:
-        options = {"reduction": "none", **self.options, **self.random(), **options}
+        own = {"reduction": "none", **self.options, **self.random(), **self.chosen()}
+        options = {**own, **options}
         return self.spec.functional(self.model, self.x, *self.targets, **options)
 
     def values(self, **options: Any) -> Tensor:
         return self.model_form(**options)[1]
 
     def module(self, **options: Any) -> Any:
-        return self.spec.module(**{**self.options, **self.random(), **options})
+        own = {**self.options, **self.random(), **self.chosen()}
+        return self.spec.module(**{**own, **options})
 
     def reference(self, **options: Any) -> Tensor:
         arguments = self.example.reference_arguments(self.model, self.x)

@@ -15,6 +15,7 @@ from penalty_cases import (
     CASES,
     SPECS,
     Call,
+    by_engine,
     close,
     close_gradients,
     gradients,
@@ -36,9 +37,9 @@ from fastjac.penalties import (
 )
 
 
-@pytest.mark.parametrize(("spec", "options"), CASES)
-def test_equals_reference(spec: PenaltySpec, options: dict[str, Any]) -> None:
-    call = Call(spec, options)
+@pytest.mark.parametrize(("spec", "options", "engine"), by_engine(CASES))
+def test_equals_reference(spec: PenaltySpec, options: dict[str, Any], engine: str | None) -> None:
+    call = Call(spec, options, engine=engine)
     value, truth = call.values(), call.reference()
     assert value.shape == (3,)
     assert truth.abs().sum() > 0
@@ -63,9 +64,11 @@ class Runner(nn.Module):
 DIFFERENTIABLE = [p for p in CASES if p.values[0].name != "finite_difference_datagrad"]
 
 
-@pytest.mark.parametrize(("spec", "options"), DIFFERENTIABLE)
-def test_first_and_second_derivative(spec: PenaltySpec, options: dict[str, Any]) -> None:
-    call = Call(spec, options)
+@pytest.mark.parametrize(("spec", "options", "engine"), by_engine(DIFFERENTIABLE))
+def test_first_and_second_derivative(
+    spec: PenaltySpec, options: dict[str, Any], engine: str | None
+) -> None:
+    call = Call(spec, options, engine=engine)
     runner = Runner(call)
     names = [name for name, _ in runner.named_parameters()]
 
@@ -76,6 +79,10 @@ def test_first_and_second_derivative(spec: PenaltySpec, options: dict[str, Any])
     inputs = tuple(t.detach().clone().requires_grad_() for t in call.inputs)
     torch.manual_seed(0)
     assert gradcheck(values, inputs)
+    if engine == "chain":
+        with pytest.raises(RuntimeError, match="differentiable once.*engine=\"autograd\""):
+            torch.autograd.grad(values(*inputs).sum(), inputs, create_graph=True)
+        return
     grad_outputs = (torch.randn(3, dtype=torch.float64, requires_grad=True),)
     assert gradgradcheck(values, inputs, grad_outputs)
 
@@ -101,9 +108,9 @@ def test_finite_difference_gradient_holds_the_direction_constant() -> None:
     close_gradients(gradients(call.values(), parameters), expected)
 
 
-@pytest.mark.parametrize("spec", SPECS)
-def test_call_forms_agree(spec: PenaltySpec) -> None:
-    call = Call(spec)
+@pytest.mark.parametrize(("spec", "engine"), by_engine(SPECS))
+def test_call_forms_agree(spec: PenaltySpec, engine: str | None) -> None:
+    call = Call(spec, engine=engine)
     output, value = call.model_form(reduction="mean")
     close(output, call.model(call.x))
     close(call.module()(call.model, call.x, *call.targets)[1], value)
@@ -111,21 +118,27 @@ def test_call_forms_agree(spec: PenaltySpec) -> None:
     close(call.module()(call.model, plain, *call.targets)[1], value)
     assert not plain.requires_grad
     if spec.kind != "layer-wise" and spec.name != "finite_difference_datagrad":
+        if engine == "chain":
+            with pytest.raises(ValueError, match="engine='chain' is for the model form"):
+                call.module()(call.x, output, *call.targets)
         output = call.model(call.x)
-        graph = call.module()(call.x, output, *call.targets)
+        penalty = spec.module(**call.options, **call.random())
+        graph = penalty(call.x, output, *call.targets)
         close(graph, value)
         options = {**call.options, **call.random()}
         close(spec.functional(call.x, output, *call.targets, **options), value)
         close_gradients(gradients(graph, call.inputs), gradients(value, call.inputs))
 
 
-@pytest.mark.parametrize("spec", SPECS)
-def test_reductions_and_weight(spec: PenaltySpec) -> None:
-    call = Call(spec)
+@pytest.mark.parametrize(("spec", "engine"), by_engine(SPECS))
+def test_reductions_and_weight(spec: PenaltySpec, engine: str | None) -> None:
+    call = Call(spec, engine=engine)
     values = call.values()
     close(call.values(reduction="mean"), values.mean())
     close(call.values(reduction="sum"), values.sum())
     close(call.values(reduction="none", weight=-2.5), -2.5 * values)
+    scaled = gradients(call.values(reduction="sum", weight=-2.5), call.inputs)
+    close_gradients(scaled, [-2.5 * g for g in gradients(values, call.inputs)])
     penalty = call.module(weight=3.0)
     close(penalty(call.model, call.x, *call.targets)[1], 3 * values.mean())
     penalty.weight = 0.5
@@ -134,9 +147,9 @@ def test_reductions_and_weight(spec: PenaltySpec) -> None:
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize("spec", SPECS)
-def test_every_third_call(spec: PenaltySpec, reduction: str) -> None:
-    call = Call(spec)
+@pytest.mark.parametrize(("spec", "engine"), by_engine(SPECS))
+def test_every_third_call(spec: PenaltySpec, engine: str | None, reduction: str) -> None:
+    call = Call(spec, engine=engine)
     penalty = call.module(every=3, reduction=reduction)
     value = call.values(reduction=reduction)
     runs = 0
@@ -179,9 +192,9 @@ def test_skipped_call_is_zero_for_nan_outputs_too() -> None:
     assert skipped.requires_grad
 
 
-@pytest.mark.parametrize("spec", specs_with("generator"))
-def test_generator(spec: PenaltySpec) -> None:
-    call = Call(spec)
+@pytest.mark.parametrize(("spec", "engine"), by_engine(specs_with("generator")))
+def test_generator(spec: PenaltySpec, engine: str | None) -> None:
+    call = Call(spec, engine=engine)
     state = torch.get_rng_state()
     first, same, other = (call.values(generator=seeded(s)) for s in (1, 1, 2))
     assert torch.equal(first, same)
@@ -200,10 +213,10 @@ def test_generator(spec: PenaltySpec) -> None:
 
 
 @pytest.mark.parametrize("size", [1, 2, 100])
-@pytest.mark.parametrize("spec", specs_with("chunk_size"))
-def test_chunk_size_changes_nothing(spec: PenaltySpec, size: int) -> None:
+@pytest.mark.parametrize(("spec", "engine"), by_engine(specs_with("chunk_size")))
+def test_chunk_size_changes_nothing(spec: PenaltySpec, engine: str | None, size: int) -> None:
     options = {"n_proj": 5} if takes(spec, "n_proj") else {}
-    call = Call(spec, options)
+    call = Call(spec, options, engine=engine)
     whole, pieces = call.values(), call.values(chunk_size=size)
     close(pieces, whole)
     close_gradients(gradients(pieces, call.inputs), gradients(whole, call.inputs))
@@ -270,7 +283,7 @@ def test_registry_lists_every_penalty_and_option() -> None:
     }
     assert {spec.module for spec in PENALTIES.values()} == classes
     common = {"weight", "reduction", "every", "at", "chunk_size", "generator"}
-    common |= {"model", "deterministic"}  # where and how, not what: the reference has neither
+    common |= {"model", "deterministic", "engine"}  # where and how, not what: the reference has neither
     for name, spec in PENALTIES.items():
         assert spec.name == name == spec.functional.__name__ == spec.reference.__name__
         assert getattr(package, name) is spec.functional

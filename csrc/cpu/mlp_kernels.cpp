@@ -10,15 +10,15 @@ constexpr int64_t run = 1024;      // elements that stay in the L1 cache over K 
 constexpr int64_t sum_rows = 16;   // terms summed in the compute type before the sum moves on
 constexpr int64_t sum_tile = 256;  // columns
 
-template <class A, class T>
+template <class A, bool First, class T>
 void push_loop(const T* __restrict z, T* __restrict delta, T* __restrict t, T* __restrict extra,
-               int64_t n, bool first, T p0, T p1) {
+               int64_t n, T p0, T p1) {
   for (int64_t i = 0; i < n; ++i) {
     const T d = delta[i], u = t[i];
     const T curved = A::template times<2>(z[i], d * u, p0, p1);
-    extra[i] = first ? curved : extra[i] + curved;
     delta[i] = A::template times<1>(z[i], d, p0, p1);
     t[i] = A::template times<1>(z[i], u, p0, p1);
+    extra[i] = First ? curved : extra[i] + curved;
   }
 }
 
@@ -37,10 +37,10 @@ void push_range(const MlpCall& call, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; i += run) {
     const int64_t n = end - i < run ? end - i : run;
     for (int64_t k = 0; k < call.k; ++k) {
-      push_loop<A, T>(static_cast<const T*>(call.z) + i,
-                      static_cast<T*>(call.delta) + k * call.size + i,
-                      static_cast<T*>(call.t) + k * call.size + i, static_cast<T*>(call.extra) + i,
-                      n, k == 0, T(call.p0), T(call.p1));
+      const auto loop = k == 0 ? push_loop<A, true, T> : push_loop<A, false, T>;
+      loop(static_cast<const T*>(call.z) + i, static_cast<T*>(call.delta) + k * call.size + i,
+           static_cast<T*>(call.t) + k * call.size + i, static_cast<T*>(call.extra) + i, n,
+           T(call.p0), T(call.p1));
     }
   }
 }
