@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastjac.penalties import PENALTIES, Example, PenaltySpec
 
+
 def takes(spec: PenaltySpec, option: str) -> bool:
     return option in inspect.signature(spec.functional).parameters
 

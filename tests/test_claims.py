@@ -32,6 +32,7 @@ from fastjac.penalties import (
 
 close = partial(torch.testing.assert_close, rtol=1e-11, atol=1e-13)
 DRAWS = 40_000
+ENGINES = ["autograd", "chain"]
 
 
 def network(activation: type[nn.Module], *widths: int) -> nn.Sequential:
@@ -106,9 +107,10 @@ def test_datagrad_is_the_projection_by_p_minus_y() -> None:
     close(igpen(x, output, target, reduction="none"), value)
 
 
-def test_frobreg_of_one_dense_layer_is_weight_decay() -> None:
+@pytest.mark.parametrize("engine", ENGINES)
+def test_frobreg_of_one_dense_layer_is_weight_decay(engine: str) -> None:
     linear, x = nn.Linear(4, 3).double(), batch(5, 4)
-    value = frobreg(linear, x)[1]
+    value = frobreg(linear, x, engine=engine)[1]
     close(value, linear.weight.square().sum())
     (gradient,) = torch.autograd.grad(value, linear.weight)
     close(gradient, 2 * linear.weight)
@@ -116,10 +118,11 @@ def test_frobreg_of_one_dense_layer_is_weight_decay() -> None:
     assert_mean(values.detach(), linear.weight.detach().square().sum())
 
 
+@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("penalty", [frobreg, spectreg, random_onehot])
-def test_relu_networks_give_the_biases_no_gradient(penalty: Any) -> None:
+def test_relu_networks_give_the_biases_no_gradient(penalty: Any, engine: str) -> None:
     model, x = network(nn.ReLU, 4, 6, 5, 3), batch(7, 4)
-    value = penalty(model, x)[1]
+    value = penalty(model, x, engine=engine)[1]
     for name, parameter in model.named_parameters():
         (gradient,) = torch.autograd.grad(
             value, parameter, retain_graph=True, allow_unused=True, materialize_grads=True
@@ -127,9 +130,10 @@ def test_relu_networks_give_the_biases_no_gradient(penalty: Any) -> None:
         assert torch.equal(gradient, torch.zeros_like(gradient)) == name.endswith("bias")
 
 
-def test_smooth_networks_give_the_biases_a_gradient() -> None:
+@pytest.mark.parametrize("engine", ENGINES)
+def test_smooth_networks_give_the_biases_a_gradient(engine: str) -> None:
     model, x = network(nn.Tanh, 4, 6, 5, 3), batch(7, 4)
-    value = frobreg(model, x)[1]
+    value = frobreg(model, x, engine=engine)[1]
     hidden = [model[0].bias, model[2].bias]
     assert all(g.abs().sum() > 0 for g in torch.autograd.grad(value, hidden))
 

@@ -80,7 +80,7 @@ def test_first_and_second_derivative(
     torch.manual_seed(0)
     assert gradcheck(values, inputs)
     if engine == "chain":
-        with pytest.raises(RuntimeError, match="differentiable once.*engine=\"autograd\""):
+        with pytest.raises(RuntimeError, match='differentiable once.*engine="autograd"'):
             torch.autograd.grad(values(*inputs).sum(), inputs, create_graph=True)
         return
     grad_outputs = (torch.randn(3, dtype=torch.float64, requires_grad=True),)
@@ -283,7 +283,11 @@ def test_registry_lists_every_penalty_and_option() -> None:
     }
     assert {spec.module for spec in PENALTIES.values()} == classes
     common = {"weight", "reduction", "every", "at", "chunk_size", "generator"}
-    common |= {"model", "deterministic", "engine"}  # where and how, not what: the reference has neither
+    common |= {
+        "model",
+        "deterministic",
+        "engine",
+    }  # where and how, not what: the reference has neither
     for name, spec in PENALTIES.items():
         assert spec.name == name == spec.functional.__name__ == spec.reference.__name__
         assert getattr(package, name) is spec.functional

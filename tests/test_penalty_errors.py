@@ -71,6 +71,9 @@ OPTIONS: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: SpectReg(shared="yes"), TypeError, "shared"),
     (lambda: SpectReg(normalize=True, scale=False), ValueError, "scale is False and normalize"),
     (lambda: SpectReg(at=0), TypeError, "at is int"),
+    (lambda: SpectReg(engine="fast"), ValueError, "engine is 'fast'.*'auto', 'chain', 'autograd'"),
+    (lambda: JacobianReg(engine=None), ValueError, "engine is None"),
+    (lambda: DREG(engine="chain"), TypeError, "engine"),
     (lambda: SpectReg(nproj=2), TypeError, "nproj"),
     (lambda: JacobianReg(norm="l1"), TypeError, "norm"),
     (lambda: Eikonal(center=2.0), TypeError, "center"),
@@ -152,11 +155,27 @@ CALLS: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: AccumulatedDREG()(MODEL, TOKENS), TypeError, "x has dtype torch.int64"),
     (lambda: AccumulatedDREG()(MODEL, X, tangent=X[:2]), ValueError, "tangent has shape"),
     (lambda: AccumulatedDREG()(MODEL, X, tangent=X.double()), TypeError, "tangent has dtype"),
+    (lambda: SpectReg(engine="chain")(X, OUT), ValueError, "engine='chain' is for the model form"),
+    (lambda: chained(lambda x: (x, x)), RuntimeError, "output of the model is tuple"),
+    (lambda: chained(lambda x: x.detach() * 2), RuntimeError, "output of the model does not dep"),
+    (lambda: chained(lambda x: MODEL(x.detach())), RuntimeError, "does not depend on x"),
+    (lambda: chained(lambda x: OUT), RuntimeError, "output of the model does not depend on x"),
+    (lambda: chained(lambda x: None), RuntimeError, "output of the model is NoneType"),
+    (lambda: chained(lambda x: MODEL(x)[:2]), ValueError, "output has batch size 2 and x has 3"),
+    (lambda: chained(lambda x: MODEL(x)[:, :0]), ValueError, "output has shape"),
+    (lambda: chained(lambda x: MODEL(x).argmax(1)), RuntimeError, "does not depend on x"),
+    (lambda: chained(MODEL, [1.0]), RuntimeError, "x is no batch of floating-point samples"),
+    (lambda: chained(MODEL, TOKENS), RuntimeError, "x is no batch of floating-point samples"),
+    (lambda: chained(MODEL, X[:0]), RuntimeError, "x is no batch of floating-point samples"),
     (lambda: spectreg(X, OUT, every=2), TypeError, "unexpected keyword argument 'every'"),
     (lambda: spectreg(X, OUT, nproj=2), TypeError, "unexpected keyword argument 'nproj'"),
     (lambda: datagrad(X, OUT, TARGET, at="0"), ValueError, "at='0' is for the model form"),
     (lambda: dreg(X, OUT), TypeError, "no graph form"),
 ]
+
+
+def chained(model: Callable[..., Any], x: Any = X) -> Any:
+    return SpectReg(engine="chain")(model, x)
 
 
 class Twice(nn.Sequential):

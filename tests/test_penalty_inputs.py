@@ -9,7 +9,18 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from penalty_cases import SPECS, Call, close, close_gradients, gradients, seeded, specs_with, takes
+from penalty_cases import (
+    SPECS,
+    Call,
+    by_engine,
+    close,
+    close_gradients,
+    engines_of,
+    gradients,
+    seeded,
+    specs_with,
+    takes,
+)
 from torch import Tensor, nn
 
 from fastjac import reference
@@ -70,11 +81,20 @@ def test_shapes_of_input_and_output(spec: PenaltySpec, shape: tuple[int, ...]) -
     options: dict[str, Any] = {"n_proj": 2} if takes(spec, "n_proj") else {}
     if spec.name == "igpen":
         options = {"loss_fn": lambda output: output.square().reshape(3, -1).sum(1)}
-    values = []
-    for function in (partial(spec.functional, reduction="none"), spec.reference):
-        seed = {"generator": seeded(3)} if takes(spec, "generator") else {}
-        values.append(function(x, output, *used, **options, **seed))
-    close(*values)
+
+    def seed() -> dict[str, Any]:
+        return {"generator": seeded(3)} if takes(spec, "generator") else {}
+
+    inputs = [x, *model.parameters()]
+    truth = spec.reference(x, output, *used, **options, **seed())
+    expected = gradients(truth, inputs)
+    function = partial(spec.functional, reduction="none", **options)
+    close(function(x, output, *used, **seed()), truth)
+    for engine in engines_of(spec):
+        again, value = function(model, x, *used, engine=engine, **seed())
+        close(again, output)
+        close(value, truth)
+        close_gradients(gradients(value, inputs), expected)
 
 
 def test_one_tangent_and_one_target_grad_shaped_like_x() -> None:
@@ -92,9 +112,14 @@ def test_one_tangent_and_one_target_grad_shaped_like_x() -> None:
     close(value, reference.sobolev(x, model(x), goal))
 
 
-@pytest.mark.parametrize("name", ["datagrad", "onehot", "finite_difference_datagrad"])
-def test_target_as_probabilities(name: str) -> None:
-    call = Call(PENALTIES[name])
+@pytest.mark.parametrize(
+    ("spec", "engine"),
+    by_engine(
+        [pytest.param(PENALTIES[n], id=n) for n in PENALTIES if takes(PENALTIES[n], "target")]
+    ),
+)
+def test_target_as_probabilities(spec: PenaltySpec, engine: str | None) -> None:
+    call = Call(spec, engine=engine)
     (target,) = call.targets
     by_index = call.values()
     call.targets = (F.one_hot(target, 3).double(),)
@@ -103,18 +128,42 @@ def test_target_as_probabilities(name: str) -> None:
     close(call.values(), call.reference())
 
 
-@pytest.mark.parametrize("name", ["spectreg", "random_onehot", "jacobian_reg"])
-def test_given_projection(name: str) -> None:
-    call = Call(PENALTIES[name])
+@pytest.mark.parametrize("spec", specs_with("projection"))
+def test_given_projection(spec: PenaltySpec) -> None:
+    call = Call(spec)
     w = torch.randn(2, 3, 3, dtype=torch.float64, generator=seeded(), requires_grad=True)
-    for projection in (w, w[0]):
-        value = call.values(projection=projection)
-        truth = call.reference(projection=projection)
-        close(value, truth)
-        close_gradients(gradients(value, [w]), gradients(truth, [w]))
+    for engine in ("autograd", "chain"):
+        call.engine = engine
+        for projection in (w.detach(), w[0].detach()):
+            value = call.values(projection=projection)
+            truth = call.reference(projection=projection)
+            close(value, truth)
+            close_gradients(gradients(value, call.inputs), gradients(truth, call.inputs))
     output = call.model(call.x)
-    penalty = call.module(reduction="none")
-    close(penalty(call.x, output, projection=w), call.values(projection=w))
+    penalty = spec.module(**call.options, reduction="none")
+    close(penalty(call.x, output, projection=w), call.reference(projection=w))
+
+
+@pytest.mark.parametrize("spec", specs_with("projection"))
+def test_given_projection_that_requires_grad(spec: PenaltySpec) -> None:
+    """Its gradient is autograd's: the chain engine knows the model alone."""
+    call = Call(spec)
+    w = torch.randn(2, 3, 3, dtype=torch.float64, generator=seeded(), requires_grad=True)
+    inputs = [w, *call.inputs]
+    call.engine = "chain"
+    with pytest.raises(RuntimeError, match=r"tensor of shape \(2, 3, 3\) that requires grad"):
+        call.values(projection=w)
+    call.engine = None
+    with pytest.warns(UserWarning, match=r"engine='autograd' runs.*shape \(2, 3, 3\).*grad"):
+        values = [call.values(projection=w)]
+    values.append(call.values(projection=w))  # the same model: no warning
+    call.engine = "autograd"
+    values.append(call.values(projection=w))
+    truth = call.reference(projection=w)
+    for value in values:
+        close(value, truth)
+        close_gradients(gradients(value, inputs), gradients(truth, inputs))
+    close(call.values(projection=w[0]), call.reference(projection=w[0]))
 
 
 def test_given_tangent() -> None:
@@ -123,9 +172,9 @@ def test_given_tangent() -> None:
     close(call.values(tangent=u), call.reference(tangent=u))
 
 
-@pytest.mark.parametrize("spec", specs_with("at"))
-def test_batch_norm_in_eval_mode(spec: PenaltySpec) -> None:
-    call = Call(spec)
+@pytest.mark.parametrize(("spec", "engine"), by_engine(specs_with("at")))
+def test_batch_norm_in_eval_mode(spec: PenaltySpec, engine: str | None) -> None:
+    call = Call(spec, engine=engine)
     norm = nn.BatchNorm1d(5).double()
     with torch.no_grad():
         for t in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
@@ -152,6 +201,9 @@ def test_at_a_hidden_layer(spec: PenaltySpec) -> None:
     assert not call.model["below"]._forward_hooks
     with pytest.raises(ValueError, match="at='below' is for the model form"):
         call.module(at="below")(hidden, hidden, *call.targets)
+    reason = "at='below'" if spec.module.chain_ready else "is not made of VJPs"
+    with pytest.raises(RuntimeError, match=f"engine='chain' cannot run this call: .*{reason}"):
+        call.values(at="below", engine="chain")
 
 
 def test_at_an_embedding_with_integer_inputs() -> None:
@@ -171,10 +223,11 @@ def test_at_a_layer_whose_output_is_overwritten() -> None:
     close(FrobReg(at="0")(model, x)[1], rows.square().sum((1, 2)).mean())
 
 
-def test_x_that_requires_grad_is_used_as_is() -> None:
+@pytest.mark.parametrize("engine", ["auto", "autograd", "chain"])
+def test_x_that_requires_grad_is_used_as_is(engine: str) -> None:
     scale = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
     x = scale * torch.randn(3, 4, dtype=torch.float64, generator=seeded())
-    value = FrobReg()(lambda t: t**2, x)[1]
+    value = FrobReg(engine=engine)(lambda t: t**2, x)[1]
     (g,) = torch.autograd.grad(value, scale)
     close(g, value.detach())  # the value is 4 s² ‖r‖², so its derivative at s = 2 is the value
 
@@ -226,19 +279,28 @@ def test_zero_gradients_have_the_subgradient_zero(norm: str) -> None:
     linear = nn.Linear(3, 2).double()
     x = torch.randn(4, 3, dtype=torch.float64, generator=seeded(), requires_grad=True)
     output = linear(x) * 0
-    for value in (
+    values = [
         FrobReg(norm=norm)(x, output),
         SpectReg(norm=norm)(x, output),
         gradient_penalty(x, output[:, 0], center=1.0),
-    ):
+    ]
+    for engine in ("autograd", "chain"):
+        values += [
+            FrobReg(norm=norm, engine=engine)(lambda t: linear(t) * 0, x)[1],
+            SpectReg(norm=norm, engine=engine)(lambda t: linear(t) * 0, x)[1],
+            gradient_penalty(lambda t: linear(t)[:, 0] * 0, x, center=1.0, engine=engine)[1],
+        ]
+    for value in values:
         (g,) = torch.autograd.grad(value, linear.weight)
         assert torch.equal(g, torch.zeros_like(g))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("spec", SPECS)
-def test_half_precision_is_accumulated_in_float32(spec: PenaltySpec, dtype: torch.dtype) -> None:
-    half, double = Call(spec, dtype=dtype), Call(spec)
+@pytest.mark.parametrize(("spec", "engine"), by_engine(SPECS))
+def test_half_precision_is_accumulated_in_float32(
+    spec: PenaltySpec, engine: str | None, dtype: torch.dtype
+) -> None:
+    half, double = Call(spec, dtype=dtype, engine=engine), Call(spec)
     value = half.values()
     assert value.dtype == torch.float32
     # Three rounded layers forward and back: a few dozen units of the half format's eps on numbers
@@ -262,6 +324,12 @@ def test_autocast(spec: PenaltySpec) -> None:
         tolerance = 32 * torch.finfo(torch.bfloat16).eps  # as above
         torch.testing.assert_close(value, exact, rtol=tolerance, atol=tolerance)
     assert all(g.isfinite().all() for g in gradients(value, call.inputs))
+    if takes(spec, "engine") and spec.module.chain_ready:
+        with (
+            torch.autocast("cpu", dtype=torch.bfloat16),
+            pytest.raises(RuntimeError, match="engine='chain' cannot run this call: autocast"),
+        ):
+            call.values(engine="chain")
 
 
 def test_float16_squares_do_not_overflow() -> None:

@@ -60,19 +60,29 @@ class Cubed(nn.Module):
         return self.second(self.function(self.first(x)))
 
 
-@pytest.mark.parametrize("penalty", [fastjac.FrobReg(), fastjac.JacReg(), fastjac.SpectReg(-1)])
-def test_many_cotangents_through_a_foreign_function(penalty):
+@pytest.mark.parametrize(
+    "make", [fastjac.FrobReg, fastjac.JacReg, lambda **o: fastjac.SpectReg(-1, **o)]
+)
+def test_many_cotangents_through_a_foreign_function(make):
     torch.manual_seed(0)
     ours = Cubed(Cube.apply).double()
     plain = Cubed(lambda z: z**3).double()
     plain.load_state_dict(ours.state_dict())
     x = torch.randn(5, 4, dtype=torch.float64)
-    grads = []
-    for model in (ours, plain):
-        _, value = penalty(model, x)
-        grads.append(torch.autograd.grad(value, list(model.parameters()), materialize_grads=True))
-    for a, b in zip(*grads, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-13)
+
+    def gradients(model, **options):
+        _, value = make(**options)(model, x)
+        return torch.autograd.grad(value, list(model.parameters()), materialize_grads=True)
+
+    with pytest.warns(UserWarning, match="engine='autograd' runs.*a torch.autograd.Function"):
+        grads = [gradients(ours)]
+    grads.append(gradients(ours))  # the same model: no warning
+    grads += [gradients(ours, engine="autograd")]
+    grads += [gradients(plain, engine="chain"), gradients(plain, engine="autograd")]
+    for found in grads[:-1]:
+        torch.testing.assert_close(found, grads[-1], rtol=1e-11, atol=1e-13)
+    with pytest.raises(RuntimeError, match="engine='chain' cannot run.*torch.autograd.Function"):
+        gradients(ours, engine="chain")
 
 
 @pytest.mark.slow
@@ -81,6 +91,8 @@ def test_many_cotangents_through_a_compiled_model_raise(no_stale_graphs):
     compiled = torch.compile(model, backend="aot_eager")
     with pytest.raises(RuntimeError, match="double backward"):
         fastjac.SpectReg(4)(compiled, torch.randn(5, 4))[1].backward()
+    with pytest.raises(RuntimeError, match="engine='chain' cannot run.*the model is compiled"):
+        fastjac.SpectReg(4, engine="chain")(compiled, torch.randn(5, 4))
 
 
 def times_square(act):

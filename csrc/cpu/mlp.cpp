@@ -13,7 +13,8 @@
 namespace fastjac {
 namespace {
 
-constexpr int64_t grain = 16384;  // fewest elements a thread is woken for
+// Fewest elements a thread is woken for: it is awake, between two GEMMs.
+constexpr int64_t grain = 2048;
 
 const MlpKernels& kernels() {
   static const MlpKernels& best = FASTJAC_BEST_ISA(mlp_kernels);
@@ -33,9 +34,9 @@ Tensor rows(const Tensor& t, int64_t first, int64_t count, bool transposed = fal
   const int64_t sizes[] = {count, columns}, strides[] = {columns, 1};
   const int64_t sizes_t[] = {columns, count}, strides_t[] = {1, columns};
   AtenTensorHandle out;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(
-      t.get(), 2, transposed ? sizes_t : sizes, transposed ? strides_t : strides,
-      first * columns, &out));
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch__reinterpret_tensor(t.get(), 2, transposed ? sizes_t : sizes,
+                                     transposed ? strides_t : strides, first * columns, &out));
   return Tensor(out);
 }
 
@@ -201,7 +202,7 @@ std::vector<Tensor> mlp_down(const std::optional<Tensor>& g, const std::optional
     if (plan.bias(l) && wanted[2 * l + 1] != 0) {
       Tensor sums = torch::stable::new_empty(x, {c});
       const ColumnsCall call{dtype_of(x), at_row(delta, at), n, c, sums.mutable_data_ptr()};
-      torch::stable::parallel_for(0, c, grain / (n + 1) + 64, [&](int64_t begin, int64_t end) {
+      torch::stable::parallel_for(0, c, 8 * grain / (n + 1) + 16, [&](int64_t begin, int64_t end) {
         kernels().sum_columns(call, begin, end);
       });
       found[2 * l + 1] = sums;

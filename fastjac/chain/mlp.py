@@ -65,45 +65,41 @@ def _hooked(module: Any) -> bool:
 
 
 @functools.lru_cache(maxsize=256)
-def _table(numbers: tuple[float, ...]) -> Tensor:
-    return torch.tensor(numbers, dtype=torch.float64)
+def _table(key: tuple[Any, ...]) -> Tensor:
+    """``plan`` of the ops, of the layers' activations and then whether each has a bias."""
+    n = len(key) // 2
+    return torch.tensor([(*key[i], key[n + i]) for i in range(n)], dtype=torch.float64)
+
+
+@functools.lru_cache(maxsize=256)
+def _wanted(flags: tuple[bool, ...]) -> Tensor:
+    return torch.tensor(flags, dtype=torch.float64)
 
 
 class Mlp:
     """One run. `of` returns None where the model is something else."""
 
-    def __init__(self, x: Tensor, linears: list[nn.Linear], activations: list[Any]) -> None:
-        weights = [m.weight for m in linears]
-        biases = [m.bias for m in linears]
+    def __init__(
+        self, x: Tensor, weights: list[Tensor], biases: list[Any], activations: list[Any]
+    ) -> None:
         self.x = x.detach().flatten(1).contiguous()
         self.n = len(x)
-        self.weights = [w.detach() for w in weights]
+        self.weights = weights
         self.shape = x.shape
-        self.plan = _table(
-            tuple(
-                number
-                for (fn, p0, p1), b in zip(activations, biases, strict=True)
-                for number in (fn, p0, p1, b is not None)
-            )
-        )
+        self.plan = _table((*activations, *(b is not None for b in biases)))
         # Each parameter's places among the gradients: weight 0, bias 0, weight 1, ...
         slots = [t for pair in zip(weights, biases, strict=True) for t in pair]
-        self.parameters: list[Tensor] = []
-        self.places: list[list[int]] = []
+        places: dict[int, list[int]] = {}
+        wanted = [t is not None and t.requires_grad for t in slots]
         for place, t in enumerate(slots):
-            if t is None or not t.requires_grad:
-                continue
-            known = [i for i, p in enumerate(self.parameters) if p is t]
-            if known:
-                self.places[known[0]].append(place)
-            else:
-                self.parameters.append(t)
-                self.places.append([place])
-        wanted = [float(t is not None and t.requires_grad) for t in slots]
-        self.wanted = _table((*wanted, float(x.requires_grad)))
+            if wanted[place]:
+                places.setdefault(id(t), []).append(place)
+        self.places = list(places.values())
+        self.parameters = [slots[first] for first, *_ in self.places]
+        self.wanted = _wanted((*wanted, x.requires_grad))
         self.versions = [(t, t._version) for t in (x, *slots) if t is not None]
         self.activations = activations
-        given = [b.detach() for b in biases if b is not None]
+        given = [b for b in biases if b is not None]
         with below_autograd():
             *self.stacks, self.output = raw("mlp_forward")(self.x, self.weights, given, self.plan)
         self.deltas: list[Tensor] = []
@@ -114,7 +110,8 @@ class Mlp:
     def of(cls, model: Any, x: Tensor) -> Mlp | None:
         if type(model) is not nn.Sequential or _hooked(model) or any(map(len, _GLOBAL_HOOKS)):
             return None
-        linears: list[nn.Linear] = []
+        weights: list[Tensor] = []
+        biases: list[Any] = []
         activations: list[Any] = []
         kind = (x.dtype, x.device)
         if x.dtype not in (torch.float32, torch.float64) or x.device.type != "cpu":
@@ -138,21 +135,22 @@ class Mlp:
                 if bias is not None and (bias.dtype, bias.device) != kind:
                     return None
                 width = weight.shape[0]
-                if len(linears) > len(activations):
+                if len(weights) > len(activations):
                     activations.append(identity)
-                linears.append(module)
+                weights.append(weight)
+                biases.append(bias)
                 continue
             found = _activation(module)
-            if found is None or len(activations) == len(linears):
+            if found is None or len(activations) == len(weights):
                 return None
             activations.append(found)
-        if len(linears) < 2 or len(activations) == len(linears):  # ends in an activation
+        if len(weights) < 2 or len(activations) == len(weights):  # ends in an activation
             return None
-        if min(m.weight.numel() for m in linears) == 0:
+        if any(w.numel() == 0 for w in weights):
             return None
         if OPS["act"].select("auto", x.device, x.dtype) != "cpu":
             return None
-        return cls(x, linears, [*activations, identity])
+        return cls(x, weights, biases, [*activations, identity])
 
     def pull(self, w: Tensor) -> Tensor:
         with below_autograd():
