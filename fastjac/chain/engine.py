@@ -37,6 +37,7 @@ class Recorded:
         if 0 not in wanted:
             raise Unsupported("the output of the model does not depend on x")
         self.links: list[Link] = found[::-1]  # those that the output depends on
+        self.tape.values.clear()  # the links hold what they need of them
 
     def pull(self, w: Tensor) -> Tensor:
         """``Jᵀ w`` for w ``[K N, ...]``."""
@@ -176,7 +177,8 @@ class Chain:
             w, u = piece.w, c
             if piece.leaf is not piece.v:  # of the norms
                 c = (2 * piece.scale * c).to(piece.v.dtype)
-                u = piece.v * c.view(-1, *[1] * (piece.v.dim() - 2))
+                c = c.view(-1, *[1] * (piece.v.dim() - 2))
+                u = piece.v * c if keep else piece.v.mul_(c)
             if len(self.pieces) > 1:  # the run holds the state of one piece
                 self.run.pull(_rows(w.detach()))
             t = self.run.push(_rows(u), keep, w.requires_grad)

@@ -135,10 +135,34 @@ class Convolution(Link):
         sizes = [len(self.weight)] if mask[2] else None
         return torch.ops.aten.convolution_backward(grad, a, self.weight, sizes, *self.options, mask)
 
+    def _flipped(self, delta: Tensor) -> bool:
+        """Whether the gradient by ``a`` is better taken as a convolution with the flipped taps.
+
+        oneDNN's own has slow code for other numbers of output channels than multiples of 16:
+        1 → 6 channels, 5×5 taps, [50, 6, 28, 28], 2 cores: 1.56 against 0.55 ms.
+        """
+        stride, padding, dilation, *_, groups = self.options
+        taps = self.weight.shape[2:]
+        return (
+            delta.device.type == "cpu"
+            and self.weight.shape[0] % 16 != 0
+            and groups == max(stride) == max(dilation) == 1
+            and all(p < k for p, k in zip(padding, taps, strict=True))
+        )
+
+    def _into(self, delta: Tensor) -> Tensor:
+        """The gradient by ``a`` of as many samples as delta has."""
+        if not self._flipped(delta):
+            return self._backward(delta, _of_shape(self.a, delta), [True, False, False])[0]
+        taps = self.weight.shape[2:]
+        padding = [k - 1 - p for p, k in zip(self.options[1], taps, strict=True)]
+        flipped = self.weight.flip(list(range(2, 2 + len(taps)))).transpose(0, 1)
+        ones = [1] * len(taps)
+        return torch.convolution(delta, flipped, None, ones, padding, ones, False, ones, 1)
+
     def vjp(self, delta):
         self.delta = delta
-        like = _of_shape(self.a, delta)
-        return (self._backward(delta, like, [True, False, False])[0],)
+        return (self._into(delta),)
 
     def jvp(self, tangents, keep, out):
         (u,) = tangents
@@ -154,8 +178,10 @@ class Convolution(Link):
         if grad is None:
             weight_grad, into, bias_grad = product, None, None
         else:
-            mask = [wanted[0], *self.needs]
+            flipped = wanted[0] and self._flipped(grad)
+            mask = [wanted[0] and not flipped, *self.needs]
             into, weight_grad, bias_grad = self._backward(grad, self.a, mask)
+            into = self._into(grad) if flipped else into
             if product is not None:
                 weight_grad.add_(product)
         if not keep:

@@ -17,7 +17,7 @@ from fastjac.ops import mlp as mlp  # registers the ops
 from fastjac.ops._autograd import below_autograd
 from fastjac.ops._library import raw
 
-LARGE = 1 << 18
+LARGE = 1 << 15
 """Elements of a layer from which the backward goes layer by layer, each freed before the next."""
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
