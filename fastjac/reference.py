@@ -68,12 +68,15 @@ def spectreg(
     normalize: bool = False,
     scale: bool = True,
     shared: bool = False,
+    distribution: str = "gaussian",
     norm: str = "l2_squared",
     projection: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """``R_n = 1/K Σ_k ‖J_nᵀ w_kn‖²``, ``w = r/√m``, ``r = randn(K, N, m)``.
 
+    ``distribution``: ``r`` of another one with ``E r rᵀ = I``: signs, points of the sphere of
+    radius √m, or up to m of these that are orthogonal to each other.
     ``normalize``: ``w = r/‖r‖``; ``scale=False``: ``w = r``; ``shared``: ``r = randn(K, 1, m)``.
     ``n_proj=-1``: the expectation itself, ``‖J‖_F² / m`` (``‖J‖_F²`` without the scale).
     """
@@ -83,11 +86,28 @@ def spectreg(
     if projection is not None:
         w = projection.reshape(-1, n, m)
     else:
-        rows = 1 if shared else n
-        r = torch.randn(n_proj, rows, m, dtype=x.dtype, device=x.device, generator=generator)
+        r = directions(distribution, n_proj, 1 if shared else n, m, x, generator)
         length = r.norm(dim=-1, keepdim=True) if normalize else math.sqrt(m) if scale else 1
         w = r / length
     return projected(x, output, w.expand(-1, n, m), norm).mean(0)
+
+
+def directions(
+    distribution: str, k: int, n: int, m: int, x: Tensor, generator: torch.Generator | None
+) -> Tensor:
+    """``r``, ``[K, N, m]``, with ``E r rᵀ = I``."""
+    options: Any = {"dtype": x.dtype, "device": x.device, "generator": generator}
+    if distribution == "rademacher":
+        return 2 * torch.randint(2, (k, n, m), **options) - 1
+    if distribution == "orthogonal":
+        size = min(k, m)
+        groups = torch.randn(math.ceil(k / size), n, m, size, **options)
+        columns = [torch.linalg.qr(g).Q.movedim(-1, 0) for g in groups]
+        return torch.cat(columns)[:k] * math.sqrt(m)
+    r = torch.randn(k, n, m, **options)
+    if distribution == "spherical":
+        return r * math.sqrt(m) / r.norm(dim=-1, keepdim=True)
+    return r
 
 
 def datagrad(x: Tensor, output: Tensor, target: Tensor, *, norm: str = "l2_squared") -> Tensor:

@@ -68,8 +68,14 @@ def assert_mean(values: Tensor, expected: Tensor) -> None:
         (random_onehot, {}, 1.0),
         (jacobian_reg, {}, 1 / 2),
         (spectreg, {"n_proj": 3}, 1 / 4),
+        (spectreg, {"distribution": "rademacher"}, 1 / 4),
+        (spectreg, {"distribution": "spherical"}, 1 / 4),
+        (spectreg, {"distribution": "orthogonal", "n_proj": 6}, 1 / 4),
     ],
-    ids=["gaussian", "scaled", "normalised", "one-hot", "jacobian-reg", "three"],
+    ids=[
+        *("gaussian", "scaled", "normalised", "one-hot", "jacobian-reg", "three"),
+        *("rademacher", "spherical", "orthogonal"),
+    ],
 )
 def test_random_projections_are_unbiased(
     penalty: Any, options: dict[str, Any], per_frobenius: float
@@ -262,3 +268,19 @@ def test_relu_penalty_is_bounded_by_the_product_of_layer_norms() -> None:
     values = frobreg(model, x, reduction="none")[1]
     bound = torch.stack([model[k].weight.square().sum() for k in (0, 2, 4)]).prod()
     assert values.max() < bound
+
+
+def test_orthogonal_projections_have_less_variance() -> None:
+    """None at all for K = m; for two of four, less than independent points of the sphere."""
+    model, x = network(nn.Tanh, 3, 5, 4), batch(1, 3)
+    exact = spectreg(model, x, n_proj=-1)[1].detach()
+    close(spectreg(model, x, n_proj=4, distribution="orthogonal")[1].detach(), exact)
+
+    def variance(distribution: str) -> Tensor:
+        seed = torch.Generator().manual_seed(3)
+        options = {"n_proj": 2, "distribution": distribution, "generator": seed}
+        return spectreg(model, copies(x), reduction="none", **options)[1].detach().var()
+
+    gaussian, spherical, orthogonal = map(variance, ("gaussian", "spherical", "orthogonal"))
+    # Two of m orthogonal ones: (m − 2) / (m − 1) of the variance, and spherical below Gaussian.
+    assert orthogonal < 0.75 * spherical < 0.75 * gaussian

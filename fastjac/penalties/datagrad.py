@@ -25,10 +25,11 @@ class DataGrad(ProjectionPenalty):
         whose rows sum to 1 (the formula needs that; it is not checked).
 
     Options:
-        norm: ``"l2_squared"``, ``"l2"`` or ``"l1"``. at, weight, reduction, every: as for all
-        penalties.
+        norm: ``"l2_squared"``, ``"l2"`` or ``"l1"``. at, engine, weight, reduction, every: as for
+        all penalties.
 
-    Sums of squares of half precision are taken in float32. Differentiable as often as the network.
+    Sums of squares of half precision are taken in float32. Differentiable once by the chain engine,
+    by autograd as often as the network.
 
     Source: Drucker & LeCun 1991; Ororbia et al. 2017, arXiv 1601.07213; as a projection: Varga,
     Csiszárik, Zombori 2017, arXiv 1712.09936, claim 2.

@@ -23,7 +23,8 @@ class FrobReg(ExactPenalty):
         their norms. chunk_size: rows per batched pass; 1 avoids vmap. at, weight, reduction,
         every: as for all penalties.
 
-    Sums of squares of half precision are taken in float32. Differentiable as often as the network.
+    Sums of squares of half precision are taken in float32. Differentiable once by the chain engine,
+    by autograd as often as the network.
 
     Source: Varga, Csiszárik, Zombori 2017, arXiv 1712.09936, section 5.1.
     """

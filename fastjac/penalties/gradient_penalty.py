@@ -23,10 +23,11 @@ class GradientPenalty(InputPenalty):
         x: ``[N, ...]`` floating point, requires grad. output: ``[N]`` or ``[N, 1]``.
 
     Options:
-        center: ``c >= 0``. one_sided: penalise gradients longer than ``c`` alone. at, weight,
-        reduction, every: as for all penalties.
+        center: ``c >= 0``. one_sided: penalise gradients longer than ``c`` alone. at, engine,
+        weight, reduction, every: as for all penalties.
 
-    Sums of squares of half precision are taken in float32. Differentiable as often as the network.
+    Sums of squares of half precision are taken in float32. Differentiable once by the chain engine,
+    by autograd as often as the network.
 
     Source: Gulrajani et al. 2017, arXiv 1704.00028; one-sided: Petzka et al. 2018,
     arXiv 1709.08894; c = 0: Mescheder, Geiger, Nowozin 2018, arXiv 1801.04406.
@@ -63,7 +64,7 @@ class Eikonal(GradientPenalty):
         x: ``[N, ...]`` floating point, requires grad. output: ``[N]`` or ``[N, 1]``.
 
     Options:
-        at, weight, reduction, every: as for all penalties.
+        at, engine, weight, reduction, every: as for all penalties.
 
     GradientPenalty with ``center=1``; the notes there hold here.
 

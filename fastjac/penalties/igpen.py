@@ -28,11 +28,11 @@ class IGPen(ProjectionPenalty):
 
     Options:
         loss_fn: default is the cross-entropy per sample, which makes this DataGrad.
-        norm: ``"l2_squared"``, ``"l2"`` or ``"l1"``. at, weight, reduction, every: as for all
-        penalties.
+        norm: ``"l2_squared"``, ``"l2"`` or ``"l1"``. at, engine, weight, reduction, every: as for
+        all penalties.
 
-    Sums of squares of half precision are taken in float32. Differentiable as often as network and
-    loss.
+    Sums of squares of half precision are taken in float32. Differentiable once by the chain engine,
+    by autograd as often as network and loss.
 
     Source: Drucker & LeCun 1991; Ross & Doshi-Velez 2018, arXiv 1711.09404.
     """

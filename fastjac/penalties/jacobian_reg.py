@@ -25,9 +25,10 @@ class JacobianReg(RandomPenalty):
     Options:
         n_proj: K; -1 for the exact ``½ ‖J_n‖_F²``. generator: on the device of ``output``; the
         draw is ``v = r/‖r‖``, ``r = torch.randn(K, N, m)``. chunk_size: cotangents per batched
-        pass. at, weight, reduction, every: as for all penalties.
+        pass. at, engine, weight, reduction, every: as for all penalties.
 
-    Sums of squares of half precision are taken in float32. Differentiable as often as the network.
+    Sums of squares of half precision are taken in float32. Differentiable once by the chain engine,
+    by autograd as often as the network.
 
     Source: Hoffman, Roberts, Yaida 2019, arXiv 1908.02729, algorithm 1.
     """

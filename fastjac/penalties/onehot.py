@@ -22,10 +22,11 @@ class OneHot(ProjectionPenalty):
         ``[N, m]``. target: class indices ``[N]`` int64, or any weights ``[N, m]``.
 
     Options:
-        norm: ``"l2_squared"``, ``"l2"`` or ``"l1"``. at, weight, reduction, every: as for all
-        penalties.
+        norm: ``"l2_squared"``, ``"l2"`` or ``"l1"``. at, engine, weight, reduction, every: as for
+        all penalties.
 
-    Sums of squares of half precision are taken in float32. Differentiable as often as the network.
+    Sums of squares of half precision are taken in float32. Differentiable once by the chain engine,
+    by autograd as often as the network.
 
     Source: Varga, Csiszárik, Zombori 2017, arXiv 1712.09936, section 5.1.
     """
@@ -46,9 +47,11 @@ class RandomOneHot(RandomPenalty):
     Options:
         n_proj: K; -1 for the exact ``‖J_n‖_F²``. norm: ``"l2_squared"``, ``"l2"`` or ``"l1"``.
         generator: on the device of ``output``; the draw is ``torch.randint(m, (K, N))``.
-        chunk_size: cotangents per batched pass. at, weight, reduction, every: as for all penalties.
+        chunk_size: cotangents per batched pass. at, engine, weight, reduction, every: as for all
+        penalties.
 
-    Sums of squares of half precision are taken in float32. Differentiable as often as the network.
+    Sums of squares of half precision are taken in float32. Differentiable once by the chain engine,
+    by autograd as often as the network.
 
     Source: Varga, Csiszárik, Zombori 2017, arXiv 1712.09936, section 5.1.
     """

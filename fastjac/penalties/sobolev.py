@@ -25,10 +25,11 @@ class Sobolev(InputPenalty):
         dtype and device of ``x``.
 
     Options:
-        chunk_size: rows of ``J`` per batched pass; 1 avoids vmap. at, weight, reduction, every: as
-        for all penalties.
+        chunk_size: rows of ``J`` per batched pass; 1 avoids vmap. at, engine, weight, reduction,
+        every: as for all penalties.
 
-    Sums of squares of half precision are taken in float32. Differentiable as often as the network.
+    Sums of squares of half precision are taken in float32. Differentiable once by the chain engine,
+    by autograd as often as the network.
 
     Source: Czarnecki et al. 2017, arXiv 1706.04859.
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +14,8 @@ from fastjac.penalties import _checks
 from fastjac.penalties._base import RandomOptions
 from fastjac.penalties._projection import RandomPenalty
 from fastjac.penalties._spec import PenaltySpec, logits_example
+
+DISTRIBUTIONS = ("gaussian", "rademacher", "spherical", "orthogonal")
 
 
 class SpectReg(RandomPenalty):
@@ -33,13 +36,17 @@ class SpectReg(RandomPenalty):
         n_proj: K; -1 for the exact expectation over ``r`` (m cotangents, nothing drawn).
         normalize: ``w = r/‖r‖``; then ``‖Jᵀw‖`` is a lower bound of the spectral norm.
         scale: False for ``w = r``, unbiased for ``‖J_n‖_F²``. Not together with ``normalize``.
+        distribution: of ``r``, all with ``E r rᵀ = I``: ``"gaussian"``; ``"rademacher"``, signs;
+        ``"spherical"``, uniform on the sphere of radius √m; ``"orthogonal"``, spherical and, of one
+        sample, orthogonal in groups of up to m: less variance for K > 1, and for K = m none.
         shared: one ``r`` for the whole batch. norm: ``"l2_squared"``, ``"l2"`` or ``"l1"``.
         generator: on the device of ``output``; the draw is ``torch.randn(K, N, m)`` (``(K, 1, m)``
-        if shared). chunk_size: cotangents per batched pass; 1 avoids vmap.
-        at, weight, reduction, every: as for all penalties.
+        if shared), ``torch.randint(2, ...)`` of signs, and ``torch.randn(groups, N, m, k)`` of
+        orthogonal ones, by its QR decomposition. chunk_size: cotangents per batched pass; 1 avoids
+        vmap. at, engine, weight, reduction, every: as for all penalties.
 
-    Sums of squares of half precision are taken in float32. Differentiable as often as the network,
-    in the parameters, ``x`` and ``projection``.
+    Sums of squares of half precision are taken in float32. Differentiable once by the chain engine,
+    by autograd as often as the network; in the parameters, ``x`` and ``projection``.
 
     Source: Varga, Csiszárik, Zombori 2017, arXiv 1712.09936, section 5.1.
     """
@@ -51,12 +58,14 @@ class SpectReg(RandomPenalty):
         normalize: bool = False,
         scale: bool = True,
         shared: bool = False,
+        distribution: str = "gaussian",
         **options: Unpack[RandomOptions],
     ) -> None:
         super().__init__(n_proj, **options)
         self.normalize = _checks.flag("normalize", normalize)
         self.scale = _checks.flag("scale", scale)
         self.shared = _checks.flag("shared", shared)
+        self.distribution = _checks.choice("distribution", distribution, DISTRIBUTIONS)
         if self.normalize and not self.scale:
             raise ValueError(
                 "scale is False and normalize True: w = r/‖r‖ has no 1/√m to leave out"
@@ -64,11 +73,24 @@ class SpectReg(RandomPenalty):
 
     def draw(self, k: int, logits: Tensor, dtype: torch.dtype) -> Tensor:
         n, m = logits.shape
-        shape = (k, 1 if self.shared else n, m)
-        r = torch.randn(shape, dtype=dtype, device=logits.device, generator=self.generator)
+        r = self._draw(k, 1 if self.shared else n, m, dtype, logits.device)
         if self.normalize:
             return r / torch.linalg.vector_norm(r, dim=-1, keepdim=True)
         return r / math.sqrt(m) if self.scale else r
+
+    def _draw(self, k: int, n: int, m: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        options: Any = {"dtype": dtype, "device": device, "generator": self.generator}
+        if self.distribution == "rademacher":
+            return torch.randint(2, (k, n, m), **options).mul_(2).sub_(1)
+        if self.distribution == "orthogonal":
+            group = min(k, m)
+            # The signs of Q's columns are not uniform, which norms do not see.
+            q = torch.linalg.qr(torch.randn(-(-k // group), n, m, group, **options)).Q
+            return q.permute(0, 3, 1, 2).reshape(-1, n, m)[:k] * math.sqrt(m)
+        r = torch.randn((k, n, m), **options)
+        if self.distribution == "spherical":
+            r = r * (math.sqrt(m) / torch.linalg.vector_norm(r, dim=-1, keepdim=True))
+        return r
 
     def scales(self, m: int) -> tuple[float, float]:
         return 1.0, 1 / m if self.scale else 1.0
@@ -88,6 +110,10 @@ SPEC = PenaltySpec.of(
         {"n_proj": 2, "scale": False},
         {"n_proj": 2, "shared": True},
         {"n_proj": 2, "shared": True, "normalize": True},
+        {"n_proj": 2, "distribution": "rademacher"},
+        {"n_proj": 2, "distribution": "spherical", "shared": True},
+        {"n_proj": 2, "distribution": "orthogonal", "scale": False},
+        {"n_proj": 4, "distribution": "orthogonal"},
         {"n_proj": 2, "norm": "l2"},
         {"n_proj": 2, "norm": "l1"},
     ),

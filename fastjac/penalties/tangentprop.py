@@ -26,8 +26,8 @@ class TangentProp(InputPenalty):
         ``x``, or ``[K, *x.shape]``; dtype and device of ``x``.
 
     Options:
-        chunk_size: tangents per batched pass; 1 avoids vmap. at, weight, reduction, every: as for
-        all penalties.
+        chunk_size: tangents per batched pass; 1 avoids vmap. at, engine, weight, reduction, every:
+        as for all penalties.
 
     Sums of squares of half precision are taken in float32. A value is twice differentiated already:
     its gradient asks the network's operations for third derivatives of their graph.
