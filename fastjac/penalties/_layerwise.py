@@ -75,6 +75,12 @@ class LayerPenalty(ModelPenalty):
         """Append a term to ``seen.terms``; returns ``φ(z)``, which is ``a`` where that is given."""
         raise NotImplementedError
 
+    computes = False
+
+    def compute(self, module: nn.Module, x: Tensor) -> Tensor | None:
+        """Where ``computes``: the output of a plain Linear or convolution, None for torch's own."""
+        return None
+
     def before_pass(self, seen: Pass) -> None:
         """Called when an attached model is about to run."""
 

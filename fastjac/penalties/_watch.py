@@ -40,6 +40,7 @@ class Pass:
 
     def __init__(self, watch: Watch, *, dry: bool = False) -> None:
         self.watch = watch
+        self.computes = watch.owner().computes  # the output of plain layers
         self.dry = dry  # a recomputation by checkpoint: the same operations, nothing is kept
         self.compiling = torch.compiler.is_compiling()
         self.grad = torch.is_grad_enabled()

@@ -32,7 +32,8 @@ class AccumulatedDREG(LayerPenalty):
     """``R_n = Σ_l ‖J_ln ⋯ J_1n u_n‖²``, ``u ~ N(0, I)``, ``J_l`` the Jacobian of hidden layer l.
 
     Unbiased for ``Σ_l ‖∂a_ln/∂x_n‖_F²``, the accumulated instead of the single layers' Jacobians
-    of DREG; ``a_l`` is the output of the activation. One forward pass with forward-mode autograd.
+    of DREG; ``a_l`` is the output of the activation. One forward pass with forward-mode autograd;
+    a layer's input and its tangent go through the weight together, as one batch.
     A reading of the word "layer-wise" in the abstract of arXiv 2606.23942 beside an author who
     accumulates forwards elsewhere, not a formula printed there.
 
@@ -67,6 +68,23 @@ class AccumulatedDREG(LayerPenalty):
         with forward_ad.dual_level():
             dual, values = super().model_form(model, forward_ad.make_dual(x, u))
             return forward_ad.unpack_dual(dual).primal, values
+
+    computes = True
+
+    def compute(self, module: Any, x: Tensor) -> Tensor | None:
+        a, u = forward_ad.unpack_dual(x)
+        if u is None or x.dim() < 2 or len(x) == 0:
+            return None
+        # Torch would take the two products apart, and add two ∂W of different memory order:
+        # 784-4×512-10, batch 128, 2 cores, 30 against 14 ms a step.
+        both, weight = torch.cat([a, u]), module.weight
+        if isinstance(module, torch.nn.Linear):
+            z, t = torch.nn.functional.linear(both, weight).split(len(a))
+        else:
+            z, t = module._conv_forward(both, weight, None).split(len(a))
+        if module.bias is not None:
+            z = z + module.bias.view(-1, *[1] * (weight.dim() - 2))
+        return forward_ad.make_dual(z, t)
 
     def on_layer(self, seen: Pass, call: Call, phi: Phi, a: Tensor | None) -> Tensor:
         if a is None:
