@@ -83,7 +83,8 @@ class AccumulatedDREG(LayerPenalty):
         else:
             z, t = module._conv_forward(both, weight, None).split(len(a))
         if module.bias is not None:
-            z = z + module.bias.view(-1, *[1] * (weight.dim() - 2))
+            # Under autocast z has the lower precision.
+            z = z + module.bias.to(z.dtype).view(-1, *[1] * (weight.dim() - 2))
         return forward_ad.make_dual(z, t)
 
     def on_layer(self, seen: Pass, call: Call, phi: Phi, a: Tensor | None) -> Tensor:
