@@ -20,7 +20,7 @@ from fastjac.chain.links import (
     Shape,
     Unsupported,
 )
-from fastjac.chain.norms import BatchNorm
+from fastjac.chain.norms import BatchNorm, LayerNorm
 from fastjac.chain.tape import RULES, Tape, Tracked
 from fastjac.dispatch import OPS
 from fastjac.ops._library import suffix_of
@@ -257,3 +257,27 @@ def batch_norm(
     tape.watch(weight, bias)
     link = BatchNorm(input.plain, weight, bias, eps)
     return tape.append(link, [input], link.forward((running_mean, running_var), momentum))
+
+
+@rule(F.layer_norm)
+def layer_norm(
+    tape: Tape,
+    input: Any,
+    normalized_shape: Any,
+    weight: Any = None,
+    bias: Any = None,
+    eps: float = 1e-5,
+) -> Any:
+    if type(input) is not Tracked:
+        return NotImplemented
+    if not all(plain_tensor(t, "layer_norm") for t in (weight, bias)):
+        return NotImplemented
+    a = input.plain
+    # The statistics of 16-bit tensors are float32 or not, by device and torch's version.
+    if a.dtype not in (torch.float32, torch.float64) or len(normalized_shape) >= a.dim():
+        return NotImplemented
+    if any(t is not None and t.dtype != a.dtype for t in (weight, bias)):
+        return NotImplemented
+    tape.watch(weight, bias)
+    link = LayerNorm(a.contiguous(), list(normalized_shape), weight, bias, eps)
+    return tape.append(link, [input], link.forward())
