@@ -60,6 +60,12 @@ ASKING = _asking()
 RULES: dict[Any, Callable[..., Any]] = {}
 """Function of torch: ``rule(tape, *args, **kwargs)`` records it, or returns NotImplemented."""
 
+DENIED = {
+    *("register_hook", "register_post_accumulate_grad_hook", "retain_grad", "requires_grad_"),
+    *("backward", "grad", "__set__", "__delete__", "set_", "as_subclass", "__setitem__"),
+}
+"""What acts on a tensor's graph or memory: there is no such graph here."""
+
 REBINDING = {"__iadd__": "add", "__isub__": "sub", "__imul__": "mul", "__itruediv__": "div"}
 
 
@@ -72,18 +78,27 @@ class Tape:
         self.numbers: dict[int, int] = {}  # id of a parameter: its place in the list
         self.versions: list[tuple[Tensor, int]] = []
         self.differentiable = [x.requires_grad]  # by value: whether anything wants its gradient
+        self.x = x
         self.input = self._value(x.detach())
         self.watch(x)
 
     def _value(self, plain: Tensor) -> Tracked:
-        t = plain.as_subclass(Tracked)
+        # It requires grad, so that what torch computes of it unseen (in a vmap, say) has a graph
+        # that leads back here, and `_independent` finds it.
+        t: Any = Tensor._make_subclass(Tracked, plain, True)
         t.tape, t.place, t.plain = self, len(self.values), plain
         self.values.append(t)
         return t
 
     def watch(self, *tensors: Tensor | None) -> None:
         """Tensors that must not be written to before the backward."""
-        self.versions += [(t, t._version) for t in tensors if t is not None]
+        for t in tensors:
+            if t is not None:
+                self.versions.append((t, t._version))
+                if t.requires_grad and t is not self.x:
+                    _independent(t)
+                elif t is self.x and self.links:
+                    raise Unsupported("the model uses x itself beside its argument")
 
     def append(self, link: Link, inputs: list[Tracked], out: Tensor) -> Tracked:
         for p in link.parameters:
@@ -112,12 +127,21 @@ class Tape:
                 f"{name} runs with gradients off: torch.no_grad() in the model, or a "
                 "torch.autograd.Function"
             )
-        rule = RULES.get(func)
-        if rule is not None:
-            out = rule(self, *args, **kwargs)
-            if out is not NotImplemented:
-                return out
-        return self.other(func, name, args, kwargs)
+        if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+            raise Unsupported(f"{name} runs in a checkpoint, or under other saved-tensor hooks")
+        if name in DENIED:
+            raise Unsupported(f"{name} of a hidden tensor")
+        try:
+            rule = RULES.get(func)
+            if rule is not None:
+                out = rule(self, *args, **kwargs)
+                if out is not NotImplemented:
+                    return out
+            return self.other(func, name, args, kwargs)
+        except Unsupported:
+            raise
+        except Exception as error:  # autograd will raise it too, or knows better
+            raise Unsupported(f"{name} failed: {error}") from error
 
     def other(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
         """Any operation of torch, by autograd."""
@@ -127,14 +151,14 @@ class Tape:
         elif name in REBINDING or (name.endswith("_") and not name.endswith("__")):
             plain_name = REBINDING.get(name, name[:-1])
             func, in_place = getattr(Tensor, plain_name, None), True
-            if func is None:
+            if not callable(func):
                 raise Unsupported(f"{name} writes to a tensor in place")
             rule = RULES.get(func)
             if rule is not None:
                 out = rule(self, *args, **kwargs)
                 if out is not NotImplemented:
                     return self.rebind(args[0], out, name)
-        elif name == "__setitem__" or kwargs.get("out") is not None:
+        elif kwargs.get("out") is not None:
             raise Unsupported(f"{name} writes to a tensor in place")
 
         leaves, spec = tree_flatten((args, kwargs))
@@ -180,6 +204,19 @@ class Tape:
         target.plain, target.place = out.plain, out.place
         self.values[out.place] = target
         return target
+
+
+def _independent(weight: Tensor) -> None:
+    """Raise if a weight that somebody computed depends on a value of the chain."""
+    seen, left = set(), [weight.grad_fn]
+    while left:
+        node = left.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if type(getattr(node, "variable", None)) is Tracked:
+            raise Unsupported("a tensor depends on x by operations that could not be recorded")
+        left += [following for following, _ in node.next_functions]
 
 
 def record(model: Callable[..., Any], x: Tensor) -> tuple[Tape, Tracked]:

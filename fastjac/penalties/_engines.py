@@ -57,6 +57,9 @@ def by_chain(
 ) -> tuple[Tensor, Tensor] | None:
     """Output and values, or None where the model turns out to be no chain."""
     first = isinstance(model, nn.Module) and _key(penalty, model) not in _tried.get(model, {})
+    if first and any(hasattr(module, "_orig_mod") for module in model.modules()):  # type: ignore[attr-defined]
+        _remember(penalty, model, "a part of the model is compiled")
+        return None
     # The first run may stop half-way: the next one starts from the same buffers and random numbers.
     state = _State(model, x) if first else None
     try:
