@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from fastjac.chain.links import Link, Unsupported, plus
+from fastjac.chain.links import Link, Unsupported, check_leaves, plus
 
 
 class ByAutograd(Link):
@@ -33,6 +33,7 @@ class ByAutograd(Link):
             if self.out.dim() == 0:
                 raise Unsupported(f"{name} returns a number for the whole batch")
             self.result = None
+            check_leaves(self.out, {id(t) for t in self.leaves}, f"{name} depends on")
         self.extras: list[Tensor | None] = [None] * len(self.leaves)
         self.delta: Any = None
         self.pulled: list[Tensor | None] = []

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastjac.chain.links import Link, Unsupported, plus
+from fastjac.chain.links import Link, Unsupported, check_leaves, plus
 from fastjac.chain.mlp import Mlp
 from fastjac.chain.tape import record, why_not
 from fastjac.dispatch import accumulate_dtype
@@ -124,7 +124,7 @@ class Chain:
         found = []
         for w_piece in w.split(chunk_size or len(w)):
             v = self._pull(w_piece)
-            wide = v.to(accumulate_dtype(v.dtype)).flatten(2)
+            wide = v.to(accumulate_dtype(v.dtype)).reshape(len(v), len(self.x), -1)
             norms = torch.linalg.vecdot(wide, wide)
             norms = norms[0] if len(norms) == 1 else norms.sum(0)
             norms = (norms if scale == 1 else scale * norms).requires_grad_()
@@ -140,7 +140,7 @@ class Chain:
         leaves = {id(self.output), *(id(piece.leaf) for piece in self.pieces)}
         for t in (values, *(piece.w for piece in self.pieces)):
             if t.requires_grad and id(t) not in leaves:
-                check_leaves(t, leaves)
+                check_leaves(t, leaves, "the penalty depends, beside the output of the model, on")
         return _Chain.apply(self, values, self.x, *self.run.parameters)
 
     # ---- the backward
@@ -178,7 +178,8 @@ class Chain:
             if piece.leaf is not piece.v:  # of the norms
                 c = (2 * piece.scale * c).to(piece.v.dtype)
                 c = c.view(-1, *[1] * (piece.v.dim() - 2))
-                u = piece.v * c if keep else piece.v.mul_(c)
+                # In place, where the memory is not that of w or of a link.
+                u = piece.v.mul_(c) if type(self.run) is Mlp and not keep else piece.v * c
             if len(self.pieces) > 1:  # the run holds the state of one piece
                 self.run.pull(_rows(w.detach()))
             t = self.run.push(_rows(u), keep, w.requires_grad)
@@ -193,23 +194,6 @@ class Chain:
 def _rows(t: Tensor) -> Tensor:
     """``[K N, ...]`` of ``[K, N, ...]``."""
     return t.reshape(-1, *t.shape[2:])
-
-
-def check_leaves(t: Tensor, known: set[int]) -> None:
-    """Raise if t depends on any other leaf, whose gradient would be lost."""
-    seen, left = set(), [t.grad_fn]
-    while left:
-        node = left.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        leaf = getattr(node, "variable", None)
-        if leaf is not None and id(leaf) not in known:
-            raise Unsupported(
-                f"the penalty depends on a tensor of shape {tuple(leaf.shape)} that requires grad, "
-                "beside the output of the model"
-            )
-        left += [following for following, _ in node.next_functions]
 
 
 class _Chain(torch.autograd.Function):

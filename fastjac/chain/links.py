@@ -31,6 +31,8 @@ aten = torch.ops.aten
 class Unsupported(RuntimeError):
     """A model, or a call, that the chain engine cannot take."""
 
+    early = False  # raised before the model computed anything
+
 
 class Link:
     """One operation of the chain, with its state for one step."""
@@ -56,6 +58,20 @@ class Link:
 
     def describe(self) -> str:
         return type(self).__name__
+
+
+def check_leaves(t: Tensor, known: set[int], what: str) -> None:
+    """Raise if t depends on a leaf that is not among the known ones: its gradient would be lost."""
+    seen, left = set(), [t.grad_fn]
+    while left:
+        node = left.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", None)
+        if leaf is not None and id(leaf) not in known:
+            raise Unsupported(f"{what} a tensor of shape {tuple(leaf.shape)} that requires grad")
+        left += [following for following, _ in node.next_functions]
 
 
 def plus(a: Tensor | None, b: Tensor | None) -> Tensor | None:

@@ -26,6 +26,10 @@ from fastjac.chain.links import Link, Unsupported
 from fastjac.functional import OBSERVERS
 
 
+class KeptTensor(RuntimeError):
+    """A value of another run, which has ended."""
+
+
 class Tracked(Tensor):
     """A value of the chain while it is recorded; ``plain`` has its numbers."""
 
@@ -79,10 +83,10 @@ class Tape:
         self.versions: list[tuple[Tensor, int]] = []
         self.differentiable = [x.requires_grad]  # by value: whether anything wants its gradient
         self.x = x
-        self.input = self._value(x.detach())
-        self.watch(x)
+        self.shared: set[int] = set()  # memory of values that constants share
+        self.versions.append((x, x._version))
 
-    def _value(self, plain: Tensor) -> Tracked:
+    def value(self, plain: Tensor) -> Tracked:
         # It requires grad, so that what torch computes of it unseen (in a vmap, say) has a graph
         # that leads back here, and `_independent` finds it.
         t: Any = Tensor._make_subclass(Tracked, plain, True)
@@ -95,21 +99,47 @@ class Tape:
         for t in tensors:
             if t is not None:
                 self.versions.append((t, t._version))
-                if t.requires_grad and t is not self.x:
-                    _independent(t)
-                elif t is self.x and self.links:
-                    raise Unsupported("the model uses x itself beside its argument")
+                if t.requires_grad:
+                    self._independent(t)
+
+    def _independent(self, weight: Tensor) -> None:
+        """Raise if a tensor that requires grad depends on x."""
+        seen, left = set(), [weight.grad_fn]
+        found = weight is self.x
+        while left and not found:
+            node = left.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            leaf = getattr(node, "variable", None)
+            found = type(leaf) is Tracked or leaf is self.x or node is self.x.grad_fn
+            left += [following for following, _ in node.next_functions]
+        if found:
+            raise Unsupported(
+                "a tensor depends on x beside the model's argument, or by operations that could "
+                "not be recorded"
+            )
+
+    def _check_own(self, tensors: Any) -> None:
+        for t in tensors:
+            if type(t) is Tracked and t.tape is not self:
+                raise KeptTensor(
+                    "a tensor that the model computed in an earlier run under a penalty, and that "
+                    'it kept, has no graph: use engine="autograd" in the penalty'
+                )
 
     def append(self, link: Link, inputs: list[Tracked], out: Tensor) -> Tracked:
         for p in link.parameters:
             if id(p) not in self.numbers:
                 self.numbers[id(p)] = len(self.parameters)
                 self.parameters.append(p)
+        if out.numel() == 0:
+            raise Unsupported(f"{link.describe()} returns no numbers")
         link.inputs, link.output = tuple(t.place for t in inputs), len(self.values)
         self.links.append(link)
         wanted = bool(link.parameters) or any(self.differentiable[i] for i in link.inputs)
         self.differentiable.append(wanted)
-        return self._value(out)
+        return self.value(out)
 
     def call(self, func: Any, args: Any, kwargs: Any) -> Any:
         if func in ASKING:
@@ -131,6 +161,8 @@ class Tape:
             raise Unsupported(f"{name} runs in a checkpoint, or under other saved-tensor hooks")
         if name in DENIED:
             raise Unsupported(f"{name} of a hidden tensor")
+        self._check_own(args)
+        self._check_own(kwargs.values())
         try:
             rule = RULES.get(func)
             if rule is not None:
@@ -138,7 +170,7 @@ class Tape:
                 if out is not NotImplemented:
                     return out
             return self.other(func, name, args, kwargs)
-        except Unsupported:
+        except (Unsupported, KeptTensor):
             raise
         except Exception as error:  # autograd will raise it too, or knows better
             raise Unsupported(f"{name} failed: {error}") from error
@@ -162,6 +194,7 @@ class Tape:
             raise Unsupported(f"{name} writes to a tensor in place")
 
         leaves, spec = tree_flatten((args, kwargs))
+        self._check_own(leaves)
         tracked: dict[int, Tracked] = {t.place: t for t in leaves if type(t) is Tracked}
         parameters = {
             id(t): t
@@ -187,36 +220,35 @@ class Tape:
         self.watch(*parameters.values())
         link = ByAutograd(run, [t.plain for t in inputs], parameters.values(), name)
         if link.output_place < 0:  # a shape, an index, a detached tensor: a constant
+            if in_place:
+                raise Unsupported(f"{name} writes to a tensor in place")
+            self._note_shared(link.result, inputs)
             return link.result
         out = self.append(link, inputs, link.out.detach())
         out = self.rebind(args[0], out, name) if in_place else out
         return link.with_output(out)
+
+    def _note_shared(self, result: Any, inputs: list[Tracked]) -> None:
+        """``h.detach()`` shows what is written to h later."""
+        memory = {t.plain.untyped_storage().data_ptr() for t in inputs}
+        for t in tree_flatten(result)[0]:
+            if isinstance(t, Tensor) and t.layout == torch.strided:
+                self.shared |= memory & {t.untyped_storage().data_ptr()}
 
     def rebind(self, target: Any, out: Tracked, name: str) -> Tracked:
         """The tensor object ``target`` now has the numbers of ``out``."""
         if type(target) is not Tracked:
             raise Unsupported(f"{name} writes to a tensor that is no value of the chain")
         memory = target.plain.untyped_storage().data_ptr()
-        if any(
+        if out.plain.dtype != target.plain.dtype or out.plain.shape != target.plain.shape:
+            raise Unsupported(f"{name} casts to the dtype or shape of the tensor it writes to")
+        if memory in self.shared or any(
             v is not target and v.plain.untyped_storage().data_ptr() == memory for v in self.values
         ):
             raise Unsupported(f"{name} writes to a tensor that another shares its memory with")
         target.plain, target.place = out.plain, out.place
         self.values[out.place] = target
         return target
-
-
-def _independent(weight: Tensor) -> None:
-    """Raise if a weight that somebody computed depends on a value of the chain."""
-    seen, left = set(), [weight.grad_fn]
-    while left:
-        node = left.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if type(getattr(node, "variable", None)) is Tracked:
-            raise Unsupported("a tensor depends on x by operations that could not be recorded")
-        left += [following for following, _ in node.next_functions]
 
 
 def record(model: Callable[..., Any], x: Tensor) -> tuple[Tape, Tracked]:
@@ -230,7 +262,10 @@ def record(model: Callable[..., Any], x: Tensor) -> tuple[Tape, Tracked]:
 
     OBSERVERS.append(observe)
     try:
-        output = model(tape.input)
+        output = model(tape.value(x.detach()))
+    except Unsupported as error:
+        error.early = not tape.links
+        raise
     finally:
         OBSERVERS.remove(observe)
         tape.closed = True

@@ -213,7 +213,7 @@ class InputPenalty(Penalty):
     def model_form(
         self, model: Callable[..., Any], x: Tensor, *targets: Any, **named: Any
     ) -> tuple[Tensor, Tensor]:
-        if _engines.chain_wanted(self, model, x):
+        if _engines.chain_wanted(self, model, x, (*targets, *named.values())):
             result = _engines.by_chain(self, model, x, targets, named)
             if result is not None:
                 return result

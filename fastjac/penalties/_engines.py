@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from fastjac.chain import Chain, Unsupported
 from fastjac.chain.tape import why_not
@@ -23,11 +24,13 @@ ENGINES = ("auto", "chain", "autograd")
 _tried: weakref.WeakKeyDictionary[nn.Module, dict[Any, str | None]] = weakref.WeakKeyDictionary()
 
 
-def chain_wanted(penalty: InputPenalty, model: Any, x: Tensor) -> bool:
+def chain_wanted(penalty: InputPenalty, model: Any, x: Tensor, arguments: Any = ()) -> bool:
     """Whether to try. Raises for ``engine="chain"`` where it is known that it cannot be."""
     if penalty.engine == "autograd":
         return False
     reason = refusal(penalty, model, x)
+    if reason is None and any(isinstance(t, Tensor) and t.requires_grad for t in arguments):
+        reason = "an argument of the penalty requires grad"
     if reason is not None and penalty.engine == "chain":
         raise RuntimeError(f"engine='chain' cannot run this call: {reason}")
     return reason is None
@@ -57,9 +60,12 @@ def by_chain(
 ) -> tuple[Tensor, Tensor] | None:
     """Output and values, or None where the model turns out to be no chain."""
     first = isinstance(model, nn.Module) and _key(penalty, model) not in _tried.get(model, {})
-    if first and any(hasattr(module, "_orig_mod") for module in model.modules()):  # type: ignore[attr-defined]
-        _remember(penalty, model, "a part of the model is compiled")
-        return None
+    if first:
+        parts = list(model.modules())  # type: ignore[attr-defined]
+        if any(hasattr(part, "_orig_mod") for part in parts):
+            _remember(penalty, model, "a part of the model is compiled")
+        if any(hasattr(part, "_orig_mod") or _uninitialized(part) for part in parts):
+            return None
     # The first run may stop half-way: the next one starts from the same buffers and random numbers.
     state = _State(model, x) if first else None
     try:
@@ -69,7 +75,7 @@ def by_chain(
             state.restore()
         if penalty.engine == "chain":
             raise RuntimeError(f"engine='chain' cannot run this model: {error}") from error
-        if state is None:  # it was taken before, and now does something else
+        if state is None and not error.early:  # it was taken before, and does something else now
             raise RuntimeError(
                 f"the chain engine took this model before and cannot take it now: {error}. Its "
                 "buffers may have been updated; use engine='autograd'"
@@ -105,19 +111,31 @@ def _run(
     return chain.values(penalty.per_sample(stand_in, output, *targets, **named))
 
 
+def _uninitialized(module: nn.Module) -> bool:
+    """Of a lazy module that has not run."""
+    tensors = (*module._parameters.values(), *module._buffers.values())
+    return any(is_lazy(t) for t in tensors)
+
+
 class _State:
     """Buffers of the model and torch's random numbers."""
 
     def __init__(self, model: Any, x: Tensor) -> None:
-        self.buffers = [(b, b.clone()) for b in model.buffers()]
+        self.buffers = [
+            (module._buffers, name, b, b.clone())
+            for module in model.modules()
+            for name, b in module._buffers.items()
+            if b is not None
+        ]
         self.cuda = x.device if x.is_cuda else None
         self.random = torch.get_rng_state()
         self.cuda_random = None if self.cuda is None else torch.cuda.get_rng_state(self.cuda)
 
     def restore(self) -> None:
-        with torch.no_grad():
-            for buffer, before in self.buffers:
-                buffer.copy_(before)
+        for buffers, name, buffer, before in self.buffers:
+            buffers[name] = buffer
+            if not torch.equal(buffer, before):
+                buffer.data.copy_(before)  # its version stays: earlier graphs may hold it
         torch.set_rng_state(self.random)
         if self.cuda is not None and self.cuda_random is not None:
             torch.cuda.set_rng_state(self.cuda_random, self.cuda)

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from fastjac.activations import get
+from fastjac.chain.links import Unsupported
+from fastjac.chain.tape import Tracked
 from fastjac.nn import Act, ConvAct1d, ConvAct2d, ConvAct3d, LinearAct
 from fastjac.penalties._layers import (
     BATCH_NORM,
@@ -98,6 +100,8 @@ def first(args: Any, kwargs: Any) -> Any:
 class Root(Forward):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         watch = self.watch
+        if watch is not None and any(type(t) is Tracked for t in args):
+            raise Unsupported("a layer-wise penalty is attached to the model")
         nested = watch is not None and watch.current is not None and watch.running() is not None
         owner = None if watch is None or nested else watch.owner()
         wanted = "no" if owner is None else owner.wanted()
