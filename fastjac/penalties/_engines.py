@@ -114,7 +114,7 @@ def _run(
 def _uninitialized(module: nn.Module) -> bool:
     """Of a lazy module that has not run."""
     tensors = (*module._parameters.values(), *module._buffers.values())
-    return any(is_lazy(t) for t in tensors)
+    return any(t is not None and is_lazy(t) for t in tensors)
 
 
 class _State:

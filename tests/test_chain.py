@@ -1,0 +1,346 @@
+"""The chain engine against autograd and the references: all gradients, in any order, precision."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from chain_cases import close, run, same, spectreg
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from layer_cases import Model
+from penalty_cases import CASES, Call, close_gradients, gradients, specs_with
+from torch import Tensor, nn
+
+import fastjac.chain.mlp as mlp_module
+from fastjac import Act
+from fastjac.activations import TABLE
+from fastjac.bench.problems import lenet, small_resnet
+from fastjac.penalties import PENALTIES, DataGrad, FrobReg, PenaltySpec, SpectReg
+
+# Exact in float32: torch's CELU rounds 1 / alpha to it (2.13), whatever the dtype of the tensor.
+PARAMS = {"negative_slope": 0.25, "alpha": 0.5, "beta": 2.0, "threshold": 1.5, "omega": 3.0}
+
+
+class Residual(nn.Sequential):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + super().forward(x)
+
+
+def module_of(name: str, form: str) -> nn.Module:
+    """The activation as torch's module or as ours, at its defaults or not."""
+    row = TABLE[name]
+    params = {k: PARAMS[k] for k in row.params} if form.endswith("other") else {}
+    if row.module is None or form.startswith("ours"):
+        return Act(name, **params)
+    return getattr(nn, row.module)(**row.torch_kwargs, **params)
+
+
+FORMS = ["torch", "ours", "torch, other", "ours, other"]
+
+
+@st.composite
+def chains(draw: Any) -> tuple[nn.Module, Tensor, dict[str, Any]]:
+    """A network, a batch and the options of a SpectReg."""
+    width = draw(st.integers(1, 4))
+    n = draw(st.sampled_from([1, 2, 3, 5]))
+    shape = draw(st.sampled_from([(width,), (width, 1), (1, width)]))
+    layers: list[nn.Module] = [nn.Flatten()] if len(shape) > 1 else []
+    extra = draw(st.booleans())  # without, a plain MLP: one C++ call a sweep
+    for _ in range(draw(st.integers(1, 4))):
+        wide = draw(st.integers(1, 5))
+        block: list[nn.Module] = [nn.Linear(width, wide, bias=draw(st.booleans()))]
+        more = draw(st.sampled_from(["", "layer norm", "batch norm", "dropout", "residual"]))
+        if extra and more == "layer norm":
+            block.append(nn.LayerNorm(wide))
+        if extra and more == "batch norm":
+            block.append(nn.BatchNorm1d(wide).train(n > 2))
+        if draw(st.booleans()):
+            block.append(
+                module_of(draw(st.sampled_from(list(TABLE))), draw(st.sampled_from(FORMS)))
+            )
+        if extra and more == "dropout":
+            block.append(nn.Dropout(0.3))
+        if extra and more == "residual":
+            block = [Residual(*block[1:], nn.Linear(width, width))]
+            wide = width
+        layers += block
+        width = wide
+    layers.append(nn.Linear(width, draw(st.integers(1, 3))))
+    chunk = draw(st.sampled_from([None, 1, 2]))
+    options = {"n_proj": draw(st.integers(1, 3)), "chunk_size": chunk}
+    return nn.Sequential(*layers), torch.randn(n, *shape), options
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_random_chains(data: st.DataObject) -> None:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        torch.manual_seed(data.draw(st.integers(0, 1000)))
+        model, x, options = data.draw(chains())
+        requires_grad = data.draw(st.booleans())
+        runs = [
+            run(model, x, spectreg(engine, **options), requires_grad=requires_grad)
+            for engine in ("chain", "autograd")
+        ]
+        same(*runs)
+    finally:
+        torch.set_default_dtype(before)
+
+
+@pytest.fixture(params=["links", "one call", "one call, large"])
+def sweeps(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The two ways of the engine, the second with its layers freed one by one or not."""
+    if request.param.endswith("large"):
+        monkeypatch.setattr(mlp_module, "LARGE", 0)
+    return request.param
+
+
+def by_way(model: nn.Module, x: Tensor, way: str) -> nn.Module:
+    """A model that the engine takes in the wanted way."""
+    model = Model(lambda m, x: m.net(x), net=model) if way == "links" else model
+    described = spectreg("chain").explain_engine(model, x)
+    assert ("one C++ call" in described) == (way != "links")
+    return model
+
+
+READY = [c for c in CASES if getattr(c.values[0].module, "chain_ready", False)]
+
+
+@pytest.mark.parametrize(("spec", "options"), READY)
+def test_every_penalty_equals_its_reference(
+    spec: PenaltySpec, options: dict[str, Any], sweeps: str
+) -> None:
+    call = Call(spec, options, engine="chain")
+    truth = call.reference()
+    expected = gradients(truth, call.inputs)
+    call.model = by_way(call.model, call.x, sweeps)
+    value = call.values()
+    close(value, truth)
+    close_gradients(gradients(value, call.inputs), expected)
+    weights = torch.tensor([2.0, -1.0, 0.5], dtype=torch.float64)
+    close_gradients(
+        gradients(weights * value, call.inputs),
+        gradients(weights * truth, call.inputs),
+    )
+
+
+@pytest.mark.parametrize("spec", specs_with("engine"))
+def test_what_the_engine_cannot_run_is_said(spec: PenaltySpec) -> None:
+    call = Call(spec, engine="chain")
+    if not spec.module.chain_ready:
+        with pytest.raises(RuntimeError, match=f"{spec.module.__name__} is not made of VJPs"):
+            call.values()
+    with pytest.raises(RuntimeError, match="engine='chain' cannot run this call: "):
+        call.values(at="0")
+    call.x = call.x[:0].detach()
+    with pytest.raises(RuntimeError, match="no batch of floating-point samples|is not made of"):
+        call.values()
+
+
+def mlp() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(4, 5), nn.GELU(), nn.Linear(5, 6), nn.SiLU(), nn.Linear(6, 3))
+
+
+def convnet() -> nn.Sequential:
+    """A link of each kind, on ``[N, 4]``."""
+    return nn.Sequential(
+        *(nn.Unflatten(1, (1, 2, 2)), nn.Conv2d(1, 3, 2, padding=1), nn.BatchNorm2d(3), nn.GELU()),
+        *(nn.MaxPool2d(2, 1), nn.Flatten(), nn.Linear(12, 5), nn.LayerNorm(5)),
+        *(nn.Tanh(), nn.Linear(5, 3)),
+    )
+
+
+OPTIONS = [{"n_proj": 1}, {"n_proj": 3}, {"n_proj": 3, "chunk_size": 2}, {"norm": "l2"}]
+
+
+WAYS = [(mlp, "links"), (mlp, "one call"), (mlp, "one call, large"), (convnet, "links")]
+
+
+@pytest.mark.usefixtures("double")
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize(("make", "sweeps"), WAYS, indirect=["sweeps"])
+def test_backward_as_often_and_in_any_order(
+    make: Any, options: dict[str, Any], sweeps: str
+) -> None:
+    """Loss and penalty together or apart, once or again: sums of the same two gradients."""
+    torch.manual_seed(0)
+    model, x = make(), torch.randn(7, 4, requires_grad=True)
+    model = by_way(model, x, sweeps)
+    inputs = [x, *model.parameters()]
+
+    def graph(engine: str) -> tuple[Tensor, Tensor]:
+        output, value = spectreg(engine, **options)(model, x)
+        return output.square().sum(), value
+
+    def grad(t: Tensor, keep: bool = False) -> list[Tensor]:
+        found = torch.autograd.grad(t, inputs, retain_graph=keep, allow_unused=True)
+        return [torch.zeros_like(p) if g is None else g for g, p in zip(found, inputs, strict=True)]
+
+    def total(*found: list[Tensor]) -> list[Tensor]:
+        return [torch.stack(g).sum(0) for g in zip(*found, strict=True)]
+
+    loss, value = graph("autograd")
+    of_loss, of_value = grad(loss, True), grad(value)
+    loss, value = graph("chain")
+    close(grad(loss + value), total(of_loss, of_value))
+    loss, value = graph("chain")
+    close(grad(loss), of_loss)
+    loss, value = graph("chain")
+    close(grad(value), of_value)
+    loss, value = graph("chain")
+    close(grad(loss, True), of_loss)
+    close(grad(value), of_value)
+    loss, value = graph("chain")
+    close(grad(value, True), of_value)
+    close(grad(loss, True), of_loss)
+    close(grad(value, True), of_value)
+    close(grad(loss + value), total(of_loss, of_value))
+    loss, value = graph("chain")
+    (loss + value).backward(retain_graph=True)
+    once = [p.grad.clone() for p in inputs]
+    (loss + value).backward()
+    for p, g in zip(inputs, once, strict=True):
+        assert torch.equal(p.grad, 2 * g)
+    with pytest.raises(RuntimeError, match="a second time.*retain_graph=True"):
+        grad(loss + value)
+
+
+@pytest.mark.usefixtures("double")
+def test_third_derivative_is_refused(sweeps: str) -> None:
+    x = torch.randn(3, 4, requires_grad=True)
+    model = by_way(mlp(), x, sweeps)
+    for penalty in (spectreg("auto"), spectreg("chain")):
+        output, value = penalty(model, x)
+        for t in (value, output.sum()):
+            with pytest.raises(RuntimeError, match='differentiable once.*use engine="autograd"'):
+                torch.autograd.grad(t, x, create_graph=True, retain_graph=True)
+    value = spectreg("autograd")(model, x)[1]
+    (g,) = torch.autograd.grad(value, x, create_graph=True)
+    assert g.requires_grad
+
+
+@pytest.mark.usefixtures("double")
+@pytest.mark.parametrize("what", ["0.weight", "0.bias", "4.weight", "x"])
+def test_written_to_between_forward_and_backward(what: str, sweeps: str) -> None:
+    x = torch.randn(3, 4)
+    model = mlp()
+    value = spectreg("chain")(by_way(model, x, sweeps), x)[1]
+    with torch.no_grad():
+        (x if what == "x" else model.get_parameter(what)).add_(1)
+    with pytest.raises(RuntimeError, match="modified in place before the backward"):
+        value.backward()
+
+
+@pytest.mark.usefixtures("double")
+def test_two_penalties_of_one_model_and_input(sweeps: str) -> None:
+    x, target = torch.randn(3, 4, requires_grad=True), torch.tensor([0, 1, 2])
+    model = by_way(mlp(), x, sweeps)
+    found = []
+    for engine in ("chain", "autograd"):
+        first, a = FrobReg(engine=engine)(model, x)
+        second, b = DataGrad(engine=engine)(model, x, target)
+        total = F.cross_entropy(first, target) * a + (a * b).sqrt() + second.square().sum()
+        found.append(torch.autograd.grad(total, [x, *model.parameters()]))
+    close(*found)
+
+
+@pytest.mark.usefixtures("double")
+def test_gradients_of_strided_and_expanded_cotangents(sweeps: str) -> None:
+    """What reaches the engine's backward is no contiguous tensor of its own."""
+    x = torch.randn(4, 3, requires_grad=True).t()
+    model = by_way(mlp(), x, sweeps)
+    for loss in (lambda o: o.sum(), lambda o: (o.t() @ torch.ones(3, 2)).square().sum()):
+        found = []
+        for engine in ("chain", "autograd"):
+            output, value = spectreg(engine, reduction="none")(model, x)
+            found.append(torch.autograd.grad(loss(output) + value.sum(), list(model.parameters())))
+        close(*found)
+
+
+@pytest.mark.usefixtures("double")
+@pytest.mark.parametrize(
+    ("make", "shape"), [(lenet, (2, 1, 28, 28)), (small_resnet, (2, 3, 32, 32))]
+)
+def test_networks_of_the_benchmark(make: Any, shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    model, x = make(), torch.randn(shape)
+    same(*[run(model, x, spectreg(engine)) for engine in ("chain", "autograd")])
+
+
+NETWORKS = {
+    "mlp": lambda: nn.Sequential(
+        nn.Linear(20, 40), nn.GELU(), nn.Linear(40, 40), nn.SiLU(), nn.Linear(40, 5)
+    ),
+    "layer norm": lambda: nn.Sequential(
+        nn.Linear(20, 40), nn.LayerNorm(40), nn.Tanh(), nn.Linear(40, 5)
+    ),
+    "convolutions": lambda: nn.Sequential(
+        *(nn.Unflatten(1, (5, 2, 2)), nn.Conv2d(5, 16, 2, padding=1), nn.BatchNorm2d(16)),
+        *(nn.GELU(), nn.AvgPool2d(2, 1), nn.Conv2d(16, 8, 2), nn.Softplus(), nn.Flatten()),
+        nn.Linear(8, 5),
+    ),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", list(NETWORKS))
+def test_rounding_errors_are_those_of_autograd(name: str, dtype: torch.dtype) -> None:
+    """All gradients together, against the truth of the same rounded numbers in float64."""
+    torch.manual_seed(0)
+    model, x = NETWORKS[name]().to(dtype), torch.randn(64, 20).to(dtype)
+    w = torch.randn(2, 64, 5).to(dtype)
+
+    def step(engine: str, dtype: torch.dtype) -> Tensor:
+        net, leaf = copy.deepcopy(model).to(dtype), x.to(dtype).requires_grad_()
+        output, value = SpectReg(engine=engine)(net, leaf, projection=w.to(dtype))
+        total = output.double().square().sum() + 20 * value.double()
+        found = torch.autograd.grad(total, [leaf, *net.parameters()])
+        return torch.cat([g.double().flatten() for g in found])
+
+    truth = step("autograd", torch.float64)
+    errors = [float((step(e, dtype) - truth).norm()) for e in ("chain", "autograd")]
+    assert 0 < errors[0] <= 2 * errors[1]
+
+
+@pytest.mark.usefixtures("double")
+@pytest.mark.parametrize("make", [mlp, convnet])
+def test_training_takes_the_same_path(make: Any) -> None:
+    curves = []
+    for engine in ("chain", "autograd"):
+        torch.manual_seed(1)
+        model, x, y = make(), torch.randn(32, 4), torch.randn(32, 3)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        penalty = spectreg(engine, weight=0.5)
+        curve = []
+        for _ in range(20):
+            optimizer.zero_grad()
+            output, value = penalty(model, x)
+            loss = F.mse_loss(output, y) + value
+            loss.backward()
+            optimizer.step()
+            curve.append(loss.item())
+        curves.append(curve)
+    assert curves[0][-1] < 0.95 * curves[0][0]
+    assert curves[0] == pytest.approx(curves[1], rel=1e-9)
+
+
+@pytest.mark.usefixtures("double")
+def test_explain_engine_lists_the_links_and_leaves_no_trace() -> None:
+    model, x = convnet(), torch.randn(5, 4)
+    before, state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    text = spectreg("auto").explain_engine(model, x)
+    assert text.splitlines()[0] == "engine: chain"
+    for word in ("Linear", "Activation(gelu)", "by autograd: unflatten"):
+        assert word in text
+    assert torch.equal(torch.get_rng_state(), state)
+    for name, t in model.state_dict().items():
+        assert torch.equal(t, before[name])
+    assert spectreg("autograd").explain_engine(model, x).endswith("engine='autograd' was asked for")
+    assert "TangentProp is not made" in PENALTIES["tangentprop"].module().explain_engine(model, x)
+    assert "model is a function" in spectreg("auto").explain_engine(lambda t: model(t), x)

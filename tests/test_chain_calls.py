@@ -1,0 +1,245 @@
+"""What the chain engine leaves behind: after a fallback, between calls, in threads, in memory."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import warnings
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from chain_cases import close, run, same, spectreg, three_layers
+from layer_cases import Model
+from torch import Tensor, nn
+
+import fastjac
+from fastjac.penalties import DREG, FrobReg, IGPen, SpectReg
+
+pytestmark = pytest.mark.usefixtures("double")
+
+
+class Straight(torch.autograd.Function):
+    """Rounds; the gradient goes straight through."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor) -> Tensor:
+        return z.round()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return g
+
+
+class Counting(nn.Module):
+    """Counts its runs in buffers and falls back at the end of the run."""
+
+    def __init__(self, replaced: bool) -> None:
+        super().__init__()
+        self.a, self.norm, self.c = nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, 3)
+        self.dropout, self.replaced = nn.Dropout(0.5), replaced
+        self.register_buffer("runs", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.replaced:
+            self.runs = self.runs + 1
+        else:
+            self.runs += 1
+        return self.c(Straight.apply(self.dropout(self.norm(self.a(x)))))
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("replaced", [False, True], ids=["written to", "replaced"])
+def test_failed_recording_leaves_one_run(replaced: bool, training: bool) -> None:
+    model, x = Counting(replaced).train(training), torch.randn(6, 4)
+    with pytest.warns(UserWarning, match="torch.autograd.Function"):
+        found = run(model, x, spectreg("auto"))
+    assert found.model.runs == 1
+    assert found.model.norm.num_batches_tracked == int(training)
+    same(found, run(model, x, spectreg("autograd")))  # buffers and random numbers among it
+
+
+def test_failed_recording_spares_the_graphs_before_it() -> None:
+    """The discriminator's own forward, then a gradient penalty that falls back, one backward."""
+    for training in (True, False):
+        model, x = Counting(False).train(training), torch.randn(6, 4)
+        output = model(x)
+        with pytest.warns(UserWarning, match="torch.autograd.Function"):
+            value = spectreg("auto")(model, x)[1]
+        (output.sum() + value).backward()
+
+
+def test_failed_recording_with_an_expanded_buffer() -> None:
+    model, x = Counting(False), torch.randn(6, 4)
+    model.register_buffer("table", torch.arange(3.0).expand(2, 3))
+    with pytest.warns(UserWarning, match="torch.autograd.Function"):
+        spectreg("auto")(model, x)
+
+
+def test_uninitialised_buffers() -> None:
+    model = nn.Sequential(nn.LazyLinear(5), nn.LazyBatchNorm1d(), nn.GELU(), nn.LazyLinear(3))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        output, value = spectreg("auto")(model, torch.randn(6, 4))
+    assert model[1].num_batches_tracked == 1
+    (output.sum() + value).backward()
+
+
+def test_call_that_the_engine_cannot_take_after_one_that_it_could() -> None:
+    """What depends on the call is no property of the model: nothing is remembered of it."""
+    model, x, target = nn.Sequential(nn.Linear(4, 3)), torch.randn(3, 4), torch.randn(3, 3)
+
+    def loss(output: Tensor, target: Tensor) -> Tensor:
+        return (output - target).square().sum(1)
+
+    for penalty, name in ((SpectReg(), "projection"), (IGPen(loss), "target")):
+        penalty(model, x, **{name: target})
+        learnt = target.clone().requires_grad_()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            value = penalty(model, x, **{name: learnt})[1]
+        expected = type(penalty)(*([loss] if name == "target" else []), engine="autograd")
+        (g,) = torch.autograd.grad(value, learnt)
+        close(g, torch.autograd.grad(expected(model, x, **{name: learnt})[1], learnt)[0])
+        fresh = type(penalty)(*([loss] if name == "target" else []), engine="chain")
+        fresh(model, x, **{name: target})
+
+
+def test_penalty_that_depends_on_more_than_the_output() -> None:
+    """A loss with parameters of its own gets their gradient, by autograd."""
+    x, head = torch.randn(3, 4), nn.Linear(3, 1)
+
+    def loss(output: Tensor) -> Tensor:
+        return head(output.sin()).squeeze(1)
+
+    found = []
+    for engine in ("autograd", "auto", "chain"):
+        torch.manual_seed(1)
+        model = nn.Sequential(nn.Linear(4, 5), nn.GELU(), nn.Linear(5, 3))
+        penalty, reason = IGPen(loss, engine=engine), r"shape \(1, 3\) that requires grad"
+        if engine == "chain":
+            with pytest.raises(RuntimeError, match=f"engine='chain' cannot run.*{reason}"):
+                penalty(model, x)
+            continue
+        if engine == "auto":
+            with pytest.warns(UserWarning, match=f"engine='autograd' runs.*{reason}"):
+                penalty(model, x)
+        value = penalty(model, x)[1]
+        found.append(torch.autograd.grad(value, [head.weight, *list(model.parameters())[:3]]))
+    close(*found)
+
+
+def test_model_that_returns_several_tensors() -> None:
+    model, x = three_layers(lambda m, x: (m.c(m.a(x)), m.a(x))), torch.randn(3, 4)
+    with pytest.raises(RuntimeError, match="engine='chain' cannot run.*is tuple, not one tensor"):
+        spectreg("chain")(model, x)
+    warned = pytest.warns(UserWarning, match="the output of the model is tuple")
+    with warned, pytest.raises(TypeError, match="output of the model is tuple: it must be a torch"):
+        spectreg("auto")(model, x)
+
+
+def test_quiet_by_autograd() -> None:
+    """Where the engine is known not to apply, autograd runs with no word of it."""
+    net = nn.Sequential(nn.Linear(4, 5), nn.GELU(), nn.Linear(5, 3))
+    x, auto = torch.randn(3, 4), spectreg("auto")
+    w = torch.randn(2, 3, 3)
+    expected = spectreg("autograd")(net, x, projection=w)[1]
+    close(auto(lambda t: net(t), x, projection=w)[1], expected)
+    close(spectreg("chain")(lambda t: net(t), x, projection=w)[1], expected)
+    with torch.autograd.graph.save_on_cpu():
+        close(auto(net, x, projection=w)[1], expected)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert auto(net.float(), x.float())[0].dtype == torch.bfloat16
+    net.double()
+    with pytest.raises(RuntimeError, match="torch.func transform"):
+        torch.func.grad(lambda t: auto(net, t)[1])(x)
+
+
+def test_autocast_inside_the_model() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            h = m.a(x)
+        return m.c(F.gelu(h.float()))
+
+    model, x, found = three_layers(forward).float(), torch.randn(3, 4).float(), []
+    for engine in ("autograd", "auto"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            value = spectreg(engine)(model, x)[1]
+        found.append(torch.autograd.grad(value, [model.a.weight, model.c.weight]))
+    torch.testing.assert_close(*found, rtol=2**-6, atol=2**-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", [False, True], ids=["whole", "part"])
+def test_compiled_models_run_by_autograd(part: bool, no_stale_graphs: None) -> None:
+    net = nn.Sequential(nn.Linear(4, 5), nn.GELU(), nn.Linear(5, 3))
+    compiled = torch.compile(net, backend="eager")
+    model = Model(lambda m, x: m.n(x), n=compiled) if part else compiled
+    x, w = torch.randn(3, 4), torch.randn(3, 3)
+    found = []
+    for engine, m in (("auto", model), ("autograd", net)):
+        value = SpectReg(engine=engine)(m, x, projection=w)[1]
+        found.append(torch.autograd.grad(value, [net[0].weight, net[2].weight]))
+    close(*found)
+    assert "engine: autograd" in SpectReg().explain_engine(model, x)
+
+
+@pytest.mark.parametrize("ours", [False, True])
+def test_together_with_an_attached_layerwise_penalty(ours: bool) -> None:
+    found = []
+    for engine in ("autograd", "auto"):
+        torch.manual_seed(1)
+        act = fastjac.Act("gelu") if ours else nn.GELU()
+        model, x = nn.Sequential(nn.Linear(4, 5), act, nn.Linear(5, 3)), torch.randn(6, 4)
+        layerwise = DREG(model)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            output, value = spectreg(engine)(model, x)
+        total = output.square().sum() + value + layerwise()
+        found.append([total.detach(), *torch.autograd.grad(total, list(model.parameters()))])
+    close(*found)
+
+
+def test_threads() -> None:
+    model = three_layers(lambda m, x: m.c(F.gelu(m.b(fastjac.gelu(m.a(x))))))
+    x = torch.randn(3, 4)
+    truth = FrobReg(engine="autograd")(model, x)[1].item()
+    values: list[float] = []
+
+    def work() -> None:
+        penalty = FrobReg(engine="chain")
+        for _ in range(40):
+            value = penalty(model, x)[1]
+            value.backward()
+            values.append(value.item())
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(values) == 160 and values == pytest.approx([truth] * 160, rel=1e-12)
+
+
+def test_nothing_stays_in_memory() -> None:
+    """No reference cycle holds the activations until the garbage collector comes."""
+    model, x = three_layers(lambda m, x: m.c(F.gelu(m.a(x)))), torch.randn(3, 4)
+
+    def recorded() -> int:
+        return sum(type(t).__name__ in ("Tracked", "Recorded", "Tape") for t in gc.get_objects())
+
+    gc.collect()
+    before = recorded()
+    gc.disable()
+    try:
+        for backward in (True, False):
+            output, value = spectreg("chain")(model, x)
+            if backward:
+                (output.sum() + value).backward()
+            del output, value
+        after = recorded()
+    finally:
+        gc.enable()
+    assert after == before

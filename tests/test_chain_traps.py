@@ -1,0 +1,304 @@
+"""What a chain engine could get wrong in silence: it falls back, raises, or is right."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from chain_cases import close, falls_back, right_or_refused, spectreg, three_layers
+from torch import Tensor, nn
+from torch.overrides import wrap_torch_function
+from torch.utils.checkpoint import checkpoint
+
+from fastjac.penalties import FrobReg
+
+pytestmark = pytest.mark.usefixtures("double")
+
+
+class Straight(torch.autograd.Function):
+    """Rounds; the gradient goes straight through."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor) -> Tensor:
+        return z.round()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return g
+
+
+class Reversed(torch.autograd.Function):
+    """Returns its very input; the gradient changes its sign."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor) -> Tensor:
+        return z
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return -g
+
+
+def no_grad_block(m: Any, x: Tensor) -> Tensor:
+    h = m.a(x)
+    with torch.no_grad():
+        scale = h.abs().amax(1, keepdim=True)
+    return m.c(h / scale)
+
+
+def write_to_shared_memory(m: Any, x: Tensor) -> Tensor:
+    h = m.a(x)
+    flat = h.view(-1)
+    h += 1
+    return m.c(flat.view(3, 5) * h)
+
+
+def score(m: Any, x: Tensor) -> Tensor:
+    h = m.a(x)
+    energy = h.sin()
+    return m.c(torch.autograd.grad(energy, h, torch.ones_like(h), create_graph=True)[0])
+
+
+def hooked(m: Any, x: Tensor) -> Tensor:
+    h = m.a(x)
+    h.register_hook(lambda g: 2 * g)
+    return m.c(h.sin())
+
+
+REFUSED: dict[str, tuple[Callable[[Any, Tensor], Any], str]] = {
+    "function": (lambda m, x: m.c(m.b(m.a(x)) + Straight.apply(m.a(x))), "gradients off"),
+    "function that returns its input": (
+        lambda m, x: m.c(m.b(m.a(x)) + Reversed.apply(m.a(x))),
+        "gradients off",
+    ),
+    "no_grad": (no_grad_block, "abs runs with gradients off: torch.no_grad"),
+    "number for the batch": (lambda m, x: m.c(m.a(x) / m.a(x).abs().max()), "whole batch"),
+    "several outputs": (lambda m, x: m.c(torch.cat(m.a(x).split([2, 3], 1), 1)), "several tensors"),
+    "rows": (lambda m, x: torch.stack([m.c(m.a(row)) for row in x]), "several tensors"),
+    "weight from x": (lambda m, x: F.linear(m.c.weight, m.b(m.a(x))), "weight depends on x"),
+    "filter from x": (
+        lambda m, x: m.c(F.conv1d(m.b.weight[None], m.a(x)[:, :, None])[0]),
+        "weight depends on x",
+    ),
+    "memory of another": (write_to_shared_memory, "add_.*shares its memory"),
+    "gradient inside": (score, "grad"),
+    "hook on a hidden tensor": (hooked, "register_hook"),
+    "buffer written to": (lambda m, x: m.c(torch.zeros(3, 5).add_(m.a(x))), "writes to a tensor"),
+    "part written to": (
+        lambda m, x: m.c(torch.zeros(3, 5).index_put_((torch.arange(3),), m.a(x))),
+        "index_put_",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", list(REFUSED))
+def test_falls_back_with_the_reason(name: str) -> None:
+    forward, reason = REFUSED[name]
+    falls_back(three_layers(forward), torch.randn(3, 4), reason)
+
+
+def detached_then_written(m: Any, x: Tensor) -> Tensor:
+    h = F.gelu(m.a(x))
+    before = h.detach()
+    h += 1  # before too
+    return m.c(m.b(h) * before)
+
+
+def data_then_written(m: Any, x: Tensor) -> Tensor:
+    h = m.a(x)
+    before = h.data
+    h.relu_()
+    return m.c(m.b(h) * before)
+
+
+def detached_in_place(m: Any, x: Tensor) -> Tensor:
+    h = F.gelu(m.a(x))
+    h.detach_()
+    return m.c(m.b(h)) + m.c(m.a(x))
+
+
+def compared_in_place(m: Any, x: Tensor) -> Tensor:
+    h = F.gelu(m.a(x))
+    h.gt_(0)
+    return m.c(m.b(h)) + m.c(m.a(x))
+
+
+def narrow_in_place(m: Any, x: Tensor) -> Tensor:
+    h = m.a(x).float()
+    h *= torch.full((5,), 1 / 3)
+    return m.c(h.double())
+
+
+def new_data(m: Any, x: Tensor) -> Tensor:
+    h = m.a(x)
+    h.data = h.data * 2
+    return m.c(h)
+
+
+def power_in_place(m: Any, x: Tensor) -> Tensor:
+    h = F.gelu(m.a(x))
+    h **= 2
+    return m.c(m.b(h))
+
+
+def reinterpreted(m: Any, x: Tensor) -> Tensor:
+    h = m.a(x)
+    return m.c(m.b(h) + h.view(torch.int64).view(torch.float64))
+
+
+def required_again(m: Any, x: Tensor) -> Tensor:
+    x.requires_grad_()
+    return m.c(m.b(F.gelu(m.a(x))))
+
+
+def empty_pieces(m: Any, x: Tensor) -> Tensor:
+    h = m.a(x)
+    return m.c(torch.cat([h[:0], torch.cat([h[:, :0], h], 1)]))
+
+
+def checkpointed(m: Any, x: Tensor) -> Tensor:
+    h = m.a(x)
+    return m.c(h + checkpoint(lambda t: m.b(t).sin().exp(), h, use_reentrant=False))
+
+
+def closed_over(m: Any, x: Tensor) -> Tensor:
+    @wrap_torch_function(lambda t: (t,))
+    def block(t: Tensor) -> Tensor:
+        return F.gelu(m.b(t))
+
+    return m.c(block(m.a(x)))
+
+
+UNSEEN: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "vmap": lambda m, x: m.c(m.a(x) + torch.func.vmap(lambda r: r.sin() * 2)(m.a(x))),
+    "func.grad": lambda m, x: m.c(m.a(x) + torch.func.grad(lambda t: t.sin().sum())(m.a(x))),
+    "func.jvp": lambda m, x: m.c(m.a(x) + torch.func.jvp(torch.sin, (m.a(x),), (m.a(x),))[1]),
+    "as_tensor": lambda m, x: m.c(m.b(m.a(x)) + torch.as_tensor(m.a(x), dtype=torch.float32)),
+    "asarray": lambda m, x: m.c(m.b(m.a(x)) + torch.asarray(m.a(x), dtype=torch.float32)),
+    "same as_tensor": lambda m, x: m.c(m.b(m.a(x)) + torch.as_tensor(m.a(x))),
+    "deepcopy of x": lambda m, x: m.c(m.a(copy.deepcopy(x)) + m.a(x)),
+    "copy": lambda m, x: m.c(copy.copy(m.a(x)) + m.a(x)),
+    "detach": lambda m, x: m.c(m.a(x) * m.b(m.a(x)).detach() + m.a(x.detach())),
+    "foreach": lambda m, x: m.c(torch._foreach_mul([m.a(x)], 2.0)[0]),
+    "keywords of add": lambda m, x: m.c(torch.add(input=m.a(x), other=m.b(m.a(x)))),
+    "keywords of flatten": lambda m, x: m.c(torch.flatten(input=m.a(x), start_dim=1)),
+    "key of a dict": lambda m, x: m.c(m.a(x) * {x: 2}[x]),
+    "list": lambda m, x: m.c(m.a(x) * (2 if any(x is t for t in [x]) else 1)),
+    "retain_grad": lambda m, x: m.c([h := m.a(x), h.retain_grad(), F.gelu(h)][2]),
+}
+WRITTEN = [
+    *(detached_then_written, data_then_written, detached_in_place, compared_in_place, new_data),
+    *(narrow_in_place, power_in_place, reinterpreted, required_again, empty_pieces, checkpointed),
+    closed_over,
+]
+
+
+@pytest.mark.parametrize("name", [*UNSEEN, *(f.__name__ for f in WRITTEN)])
+def test_right_by_whichever_engine(name: str) -> None:
+    forward = {**UNSEEN, **{f.__name__: f for f in WRITTEN}}[name]
+    right_or_refused(three_layers(forward), torch.randn(3, 4))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("kind", ["script", "trace", "function", "whole"])
+def test_torchscript(kind: str) -> None:
+    x = torch.randn(3, 4)
+    block = nn.Sequential(nn.Linear(5, 5), nn.GELU())
+    if kind == "function":
+        swish = torch.jit.trace(lambda z: z * z.sigmoid(), torch.randn(3, 5))
+        model: nn.Module = three_layers(lambda m, x: m.c(m.a(x) + swish(m.a(x))))
+    elif kind == "whole":
+        model = torch.jit.script(nn.Sequential(nn.Linear(4, 5), nn.GELU(), nn.Linear(5, 3)))
+    else:
+        make = torch.jit.script if kind == "script" else torch.jit.trace
+        part = make(block, *([torch.randn(3, 5)] if kind == "trace" else []))
+        model = three_layers(lambda m, x: m.c(m.a(x) + m.part(m.a(x))), part=part)
+    found = []
+    for engine in ("autograd", "auto"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            output, value = spectreg(engine, n_proj=1)(model, x)
+        used = [p for name, p in model.named_parameters() if not name.startswith("b.")]
+        total = output.square().sum() + value
+        found.append(torch.autograd.grad(total, used, allow_unused=True, materialize_grads=True))
+    close(*found)
+
+
+@pytest.mark.parametrize("derived", [False, True])
+@pytest.mark.parametrize("first", [False, True])
+def test_model_that_holds_x(derived: bool, first: bool) -> None:
+    """With x that requires grad the derivative by x counts every use of it, as autograd has it."""
+
+    class Holder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 5), nn.Linear(4, 5)
+            self.held = torch.ones(())
+
+        def forward(self, t: Tensor) -> Tensor:
+            return self.a(t * self.held) if first else self.a(t.sin()) * self.b(self.held)
+
+    grads = []
+    for engine in ("autograd", "auto"):
+        torch.manual_seed(0)
+        model, x = Holder(), torch.randn(3, 4, requires_grad=True)
+        model.held = x.exp() if derived else x
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            output, value = FrobReg(engine=engine)(model, x)
+        total = output.square().sum() + value
+        grads.append(torch.autograd.grad(total, [x, model.a.weight]))
+    close(*grads)
+
+
+def test_hidden_tensor_that_the_model_keeps() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        m.features, m.constant = [m.a(x)], m.a(x).detach()
+        return m.c(F.gelu(m.features[0]))
+
+    model, x = three_layers(forward), torch.randn(3, 4)
+    output, value = spectreg("auto")(model, x)
+    (output.sum() + value + model.constant.sum()).backward()
+    for use in (torch.mean, lambda t: t + 1, lambda t: 1 - t, F.gelu, Straight.apply):
+        with pytest.raises(RuntimeError, match='somebody kept.*engine="autograd"'):
+            use(model.features[0])
+    output, value = spectreg("autograd")(model, x)
+    (value + model.features[0].square().mean()).backward()
+
+
+def test_hidden_tensor_of_the_run_before() -> None:
+    """A state that is carried from call to call with its graph."""
+
+    class Memory(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.c = nn.Linear(4, 5), nn.Linear(5, 3)
+            self.before: Any = None
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.a(x)
+            out = h if self.before is None else h + self.before
+            self.before = F.gelu(h)
+            return self.c(out)
+
+    x = torch.randn(3, 4)
+    for engine in ("chain", "auto"):
+        model = Memory()
+        spectreg(engine)(model, x)
+        with pytest.raises(RuntimeError, match="engine"):
+            spectreg(engine)(model, x + 1)
+
+
+def test_hypernetwork_of_one_layer() -> None:
+    """A weight that depends on x but goes into a product, not into a layer, is an operation."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        h = F.gelu(m.a(x))
+        return m.c(torch.bmm(h.unsqueeze(2) * h.unsqueeze(1), m.b(h).unsqueeze(2)).squeeze(2))
+
+    right_or_refused(three_layers(forward), torch.randn(3, 4))
