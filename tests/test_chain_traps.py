@@ -294,6 +294,28 @@ def test_hidden_tensor_of_the_run_before() -> None:
             spectreg(engine)(model, x + 1)
 
 
+@pytest.mark.parametrize("act", [torch.tanh, torch.relu, torch.sigmoid])
+def test_hidden_tensor_written_to_behind_an_activation(act: Any) -> None:
+    """Torch keeps the result of these, the engine what went in: right, or an error."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        z = m.a(x)
+        a = act(z)
+        z.detach().mul_(-2)
+        return m.c(a)
+
+    model, x = three_layers(forward), torch.randn(3, 4)
+    expected = run(model, x, spectreg("autograd"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            found = run(model, x, spectreg("auto"))
+        except RuntimeError as error:
+            assert "modified in place" in str(error)
+        else:
+            same(found, expected)
+
+
 def test_hypernetwork_of_one_layer() -> None:
     """A weight that depends on x but goes into a product, not into a layer, is an operation."""
 

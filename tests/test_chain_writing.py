@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -216,6 +217,26 @@ def test_weights_by_functional_call() -> None:
     for engine in ("chain", "autograd"):
         value = FrobReg(engine=engine)(lambda t: torch.func.functional_call(net, state, (t,)), x)[1]
         found.append(torch.autograd.grad(value, [state["0.weight"], state["2.weight"]]))
+    close(*found)
+
+
+@pytest.mark.parametrize("of_x", [False, True], ids=["leaf", "depends on x"])
+@pytest.mark.parametrize("inside", [False, True])
+def test_weight_that_is_no_parameter(inside: bool, of_x: bool) -> None:
+    """A hypernetwork that puts its output in a layer's place of the weight."""
+    found = []
+    for engine in ("auto", "autograd"):
+        torch.manual_seed(1)
+        net, hyper = nn.Sequential(nn.Linear(4, 5), nn.GELU(), nn.Linear(5, 3)), nn.Linear(4, 20)
+        x = torch.randn(3, 4, requires_grad=True)
+        del net[0].weight
+        net[0].weight = hyper(x.mean(0) if of_x else torch.ones(4)).view(5, 4)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = Model(lambda m, x: m.net(x), net=net) if inside else net
+            output, value = spectreg(engine)(model, x)
+        total = output.square().sum() + value
+        found.append(torch.autograd.grad(total, [x, hyper.weight, net[2].weight]))
     close(*found)
 
 
