@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from chain_cases import close, falls_back, right_or_refused, spectreg, three_layers
+from chain_cases import close, falls_back, right_or_refused, run, same, spectreg, three_layers
 from torch import Tensor, nn
 from torch.overrides import wrap_torch_function
 from torch.utils.checkpoint import checkpoint

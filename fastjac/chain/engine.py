@@ -37,6 +37,8 @@ class Recorded:
         if 0 not in wanted:
             raise Unsupported("the output of the model does not depend on x")
         self.links: list[Link] = found[::-1]  # those that the output depends on
+        if self.output.numel() > 0 and any(link.empty for link in self.links):
+            raise Unsupported("an operation returns no numbers")
         self.tape.values.clear()  # the links hold what they need of them
 
     def pull(self, w: Tensor) -> Tensor:

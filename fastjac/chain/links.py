@@ -40,6 +40,7 @@ class Link:
     inputs: tuple[int, ...] = ()  # indices of values
     output = -1
     idle = False  # no cotangent reaches it
+    empty = False  # its output has no numbers
     parameters: tuple[Tensor, ...] = ()  # what beside the inputs needs a gradient
 
     def vjp(self, delta: Tensor) -> tuple[Tensor | None, ...]:

@@ -127,8 +127,12 @@ class Mlp:
                 width = x[:1].numel()
                 continue
             if type(module) is nn.Linear:
-                weight: Any = module._parameters["weight"]  # 1 µs less than module.weight
+                if not {"weight", "bias"} <= module._parameters.keys():
+                    return None  # somebody has put plain tensors there
+                weight: Any = module._parameters["weight"]
                 bias = module._parameters["bias"]
+                if weight is None:
+                    return None
                 fits = weight.shape[1] == width and weight.is_contiguous()
                 if not fits or (weight.dtype, weight.device) != kind:
                     return None

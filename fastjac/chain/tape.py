@@ -133,8 +133,7 @@ class Tape:
             if id(p) not in self.numbers:
                 self.numbers[id(p)] = len(self.parameters)
                 self.parameters.append(p)
-        if out.numel() == 0:
-            raise Unsupported(f"{link.describe()} returns no numbers")
+        link.empty = out.numel() == 0
         link.inputs, link.output = tuple(t.place for t in inputs), len(self.values)
         self.links.append(link)
         wanted = bool(link.parameters) or any(self.differentiable[i] for i in link.inputs)
@@ -159,6 +158,8 @@ class Tape:
             )
         if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
             raise Unsupported(f"{name} runs in a checkpoint, or under other saved-tensor hooks")
+        if torch.is_autocast_enabled(self.x.device.type):
+            raise Unsupported(f"{name} runs under autocast")
         if name in DENIED:
             raise Unsupported(f"{name} of a hidden tensor")
         self._check_own(args)
@@ -230,10 +231,14 @@ class Tape:
 
     def _note_shared(self, result: Any, inputs: list[Tracked]) -> None:
         """``h.detach()`` shows what is written to h later."""
-        memory = {t.plain.untyped_storage().data_ptr() for t in inputs}
         for t in tree_flatten(result)[0]:
-            if isinstance(t, Tensor) and t.layout == torch.strided:
-                self.shared |= memory & {t.untyped_storage().data_ptr()}
+            if not isinstance(t, Tensor) or t.layout != torch.strided:
+                continue
+            memory = t.untyped_storage().data_ptr()
+            for h in inputs:
+                if h.plain.untyped_storage().data_ptr() == memory:
+                    self.shared.add(memory)
+                    self.versions.append((h.plain, h.plain._version))
 
     def rebind(self, target: Any, out: Tracked, name: str) -> Tracked:
         """The tensor object ``target`` now has the numbers of ``out``."""
