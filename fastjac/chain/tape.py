@@ -70,6 +70,8 @@ DENIED = {
 }
 """What acts on a tensor's graph or memory: there is no such graph here."""
 
+GRAD_FN = vars(torch._C.TensorBase)["grad_fn"].__get__  # asked for by legacy module hooks
+
 REBINDING = {"__iadd__": "add", "__isub__": "sub", "__imul__": "mul", "__itruediv__": "div"}
 
 
@@ -160,7 +162,7 @@ class Tape:
             raise Unsupported(f"{name} runs in a checkpoint, or under other saved-tensor hooks")
         if torch.is_autocast_enabled(self.x.device.type):
             raise Unsupported(f"{name} runs under autocast")
-        if name in DENIED:
+        if name in DENIED or func == GRAD_FN:
             raise Unsupported(f"{name} of a hidden tensor")
         self._check_own(args)
         self._check_own(kwargs.values())

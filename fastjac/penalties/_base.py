@@ -188,7 +188,8 @@ class InputPenalty(Penalty):
     never falls back. ``explain_engine(model, x)`` says what runs and why. See `fastjac.chain`.
     """
 
-    chain_ready = True  # ``per_sample`` takes its VJPs from `_autograd.vjp`, of the output
+    # Whether ``per_sample`` uses x in one call of `_autograd.vjp` alone.
+    chain_ready = False
 
     def __init__(
         self, *, at: str | None = None, engine: str = "auto", **options: Unpack[PenaltyOptions]

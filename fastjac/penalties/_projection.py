@@ -22,6 +22,8 @@ class ProjectionPenalty(InputPenalty):
 
     chunk_size: int | None = None
 
+    chain_ready = True
+
     def __init__(self, *, norm: str = "l2_squared", **options: Unpack[InputOptions]) -> None:
         super().__init__(**options)
         self.norm = _checks.choice("norm", norm, _autograd.NORMS)

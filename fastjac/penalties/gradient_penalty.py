@@ -33,6 +33,8 @@ class GradientPenalty(InputPenalty):
     arXiv 1709.08894; c = 0: Mescheder, Geiger, Nowozin 2018, arXiv 1801.04406.
     """
 
+    chain_ready = True
+
     def __init__(
         self, center: float = 1.0, *, one_sided: bool = False, **options: Unpack[InputOptions]
     ) -> None:

@@ -34,6 +34,8 @@ class Sobolev(InputPenalty):
     Source: Czarnecki et al. 2017, arXiv 1706.04859.
     """
 
+    chain_ready = True
+
     def __init__(self, *, chunk_size: int | None = None, **options: Unpack[InputOptions]) -> None:
         super().__init__(**options)
         self.chunk_size = _checks.chunk_size(chunk_size)

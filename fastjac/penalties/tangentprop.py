@@ -35,8 +35,6 @@ class TangentProp(InputPenalty):
     Source: Simard, Victorri, LeCun, Denker 1991.
     """
 
-    chain_ready = False  # a JVP, taken as a VJP of a VJP
-
     def __init__(self, *, chunk_size: int | None = None, **options: Unpack[InputOptions]) -> None:
         super().__init__(**options)
         self.chunk_size = _checks.chunk_size(chunk_size)
