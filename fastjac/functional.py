@@ -61,7 +61,8 @@ def _drop_in(row: Activation) -> Callable[..., Tensor]:
     function.__name__ = function.__qualname__ = row.name
     function.__doc__ = (
         f"φ(z) of {row.name}, elementwise: ``{row.torch}`` with the fused backward and double"
-        " backward of `fastjac.act`.\n\nShapes, dtypes, gradient orders and errors as there."
+        " backward of `fastjac.act`.\n\nShapes, dtypes, gradient orders and errors as there, of"
+        " order 0; TypeError also for ``inplace`` and for too many positional arguments."
     )
     return function
 
@@ -72,8 +73,8 @@ FUNCTIONS: dict[str, Callable[..., Tensor]] = {name: _drop_in(row) for name, row
 def gelu(z: Tensor, approximate: str = "none", *, impl: str = "auto") -> Tensor:
     """φ(z) = z Φ(z), or its tanh form: ``torch.nn.functional.gelu`` with fused derivatives.
 
-    Shapes, dtypes, gradient orders and errors as `fastjac.act`; ValueError for an ``approximate``
-    other than "none" or "tanh".
+    Shapes, dtypes, gradient orders and errors as `fastjac.act` of order 0; ValueError also for an
+    ``approximate`` other than "none" or "tanh".
     """
     if approximate not in ("none", "tanh"):
         raise ValueError(f"approximate={approximate!r}; choose 'none' or 'tanh'")

@@ -26,8 +26,9 @@ class Act(nn.Module):
         impl: implementation, as in `fastjac.act`.
         **params: the activation's parameters.
 
-    Shapes, dtypes, gradient orders and errors as `fastjac.act`. Has no parameters or buffers, so
-    a ``state_dict`` does not change where it replaces torch's module.
+    Shapes, dtypes, gradient orders and errors as `fastjac.act` of order 0; an unknown fn or
+    parameter raises here, an impl when it is called. Has no parameters or buffers, so a
+    ``state_dict`` does not change where it replaces torch's module.
     """
 
     def __init__(self, fn: str, *, impl: str = "auto", **params: float) -> None:
@@ -45,7 +46,7 @@ class Act(nn.Module):
         return act(z, fn=self.fn, impl=self.impl, **self.params)
 
     def derivative(self, z: Tensor, g: Tensor | None = None, order: int = 1) -> Tensor:
-        """φ^(order)(z) · g."""
+        """φ^(order)(z) · g, `fastjac.act` of any order; penalties do not see it."""
         return act(z, g, order, self.fn, impl=self.impl, **self.params)
 
     def extra_repr(self) -> str:
@@ -104,8 +105,8 @@ class LinearAct(nn.Linear):
             in the ``state_dict`` and initialisation these are.
         fn, impl, **params: the activation, as `Act`.
 
-    Shapes: ``[N, ..., in_features]`` to ``[N, ..., out_features]``. Gradients and errors as
-    `fastjac.act`.
+    Shapes: ``[N, ..., in_features]`` to ``[N, ..., out_features]``. Dtypes as ``nn.Linear`` and
+    `fastjac.act`, gradient orders as the latter of order 0, errors as `Act` and ``nn.Linear``.
     """
 
     def __init__(
@@ -139,7 +140,8 @@ class _ConvAct(nn.modules.conv._ConvNd):
             names in the ``state_dict`` and initialisation these are.
         fn, impl, params: the activation, as `LinearAct`; its parameters as a dictionary.
 
-    Gradients and errors as `fastjac.act`. See `LinearAct`.
+    Shapes: ``[N, in_channels, ...]`` to ``[N, out_channels, ...]``, positions as torch's module.
+    Dtypes, gradient orders, errors and what `fastjac.DREG` makes of it as `LinearAct`.
     """
 
     def __init__(
@@ -224,7 +226,13 @@ def fuse(model: nn.Module, *, impl: str = "auto") -> nn.Module:
 
 
 def unfuse(model: nn.Module) -> nn.Module:
-    """Undoes `fuse`: puts the replaced activations back, in place; returns the model."""
+    """Undoes `fuse`: puts the replaced activations back, in place; returns the model.
+
+    Hooks that came since and ``training`` go along; an `Act` that replaced nothing stays.
+
+    Raises:
+        TypeError: model is not a module.
+    """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
 

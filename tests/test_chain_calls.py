@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from chain_cases import close, run, same, spectreg, three_layers
+from chain_cases import Straight, close, run, same, spectreg, three_layers
 from layer_cases import Model
 from torch import Tensor, nn
 
@@ -18,18 +18,6 @@ import fastjac
 from fastjac.penalties import DREG, FrobReg, IGPen, SpectReg
 
 pytestmark = pytest.mark.usefixtures("double")
-
-
-class Straight(torch.autograd.Function):
-    """Rounds; the gradient goes straight through."""
-
-    @staticmethod
-    def forward(ctx: Any, z: Tensor) -> Tensor:
-        return z.round()
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Tensor:
-        return g
 
 
 class Counting(nn.Module):

@@ -10,7 +10,16 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from chain_cases import close, falls_back, right_or_refused, run, same, spectreg, three_layers
+from chain_cases import (
+    Straight,
+    close,
+    falls_back,
+    right_or_refused,
+    run,
+    same,
+    spectreg,
+    three_layers,
+)
 from torch import Tensor, nn
 from torch.overrides import wrap_torch_function
 from torch.utils.checkpoint import checkpoint
@@ -18,18 +27,6 @@ from torch.utils.checkpoint import checkpoint
 from fastjac.penalties import FrobReg
 
 pytestmark = pytest.mark.usefixtures("double")
-
-
-class Straight(torch.autograd.Function):
-    """Rounds; the gradient goes straight through."""
-
-    @staticmethod
-    def forward(ctx: Any, z: Tensor) -> Tensor:
-        return z.round()
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Tensor:
-        return g
 
 
 class Reversed(torch.autograd.Function):

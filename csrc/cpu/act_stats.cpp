@@ -6,16 +6,10 @@
 #include <tuple>
 #include <vector>
 
-#include "isa.h"
 #include "sums.h"
 
 namespace fastjac {
 namespace {
-
-StatsKernel best_kernel() {
-  static const StatsKernel best = FASTJAC_BEST_ISA(act_stats_kernel);
-  return best;
-}
 
 std::tuple<Tensor, Tensor> run(const Tensor& z, const std::optional<Tensor>& g,
                                const std::optional<Tensor>& w_sample,
@@ -42,13 +36,7 @@ std::tuple<Tensor, Tensor> run(const Tensor& z, const std::optional<Tensor>& g,
                        layout,
                        sum,
                        partial.data()};
-  const StatsKernel kernel = best_kernel();
-  STD_TORCH_CHECK(kernel(call, tasks, 0, 0), "fastjac: no activation with id ", fn,
-                  " in the compiled table");
-  if (z.numel() > 0) {
-    torch::stable::parallel_for(
-        0, tasks.count(), 1, [&](int64_t begin, int64_t end) { kernel(call, tasks, begin, end); });
-  }
+  run_tasks(call, tasks);
   Tensor value = torch::stable::new_empty(z, {operands.size(statistic)}, statistic_type(z));
   if (z.numel() == 0) {
     torch::stable::zero_(value);

@@ -12,16 +12,6 @@
 namespace fastjac {
 namespace {
 
-StatsKernel first_kernel() {
-  static const StatsKernel best = FASTJAC_BEST_ISA(act_stats_kernel);
-  return best;
-}
-
-AffineKernel last_kernel() {
-  static const AffineKernel best = FASTJAC_BEST_ISA(affine_kernel);
-  return best;
-}
-
 // What the two passes need of each channel.
 template <class T>
 struct Channels {
@@ -89,12 +79,8 @@ void run(const Operands& in, double scale, int64_t fn, double p0, double p1, T* 
   call.shift = of.shift.data();
   call.mean = mean;
   call.partial_products = products.data();
-  const StatsKernel first = first_kernel();
-  STD_TORCH_CHECK(first(call, tasks, 0, 0), "fastjac: no activation with id ", fn,
-                  " in the compiled table");
+  run_tasks(call, tasks);
   if (stats.z.numel() == 0) return;
-  torch::stable::parallel_for(0, tasks.count(), 1,
-                              [&](int64_t begin, int64_t end) { first(call, tasks, begin, end); });
 
   std::vector<double> sums(channels), product_sums(channels);
   finish(stats, Statistic::bias, tasks, partial, 1.0, sums.data());
@@ -112,7 +98,7 @@ void run(const Operands& in, double scale, int64_t fn, double p0, double p1, T* 
   }
   const AffineCall last{call.dtype,  call.z,      call.out, of.a.data(),
                         of.b.data(), of.c.data(), layout};
-  const AffineKernel kernel = last_kernel();
+  static const AffineKernel kernel = FASTJAC_BEST_ISA(affine_kernel);
   torch::stable::parallel_for(0, tasks.count(), 1,
                               [&](int64_t begin, int64_t end) { kernel(last, tasks, begin, end); });
 }

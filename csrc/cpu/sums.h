@@ -1,12 +1,24 @@
-// What the tasks of a pass over a matrix leave behind, and the statistics it makes.
+// The pass of `act_stats` in threads, what its tasks leave behind, and the statistics it makes.
 #pragma once
 
 #include <vector>
 
 #include "act_stats_kernels.h"
+#include "isa.h"
 #include "stats.h"
 
 namespace fastjac {
+
+// Not for the kernels' own files: an inline function is compiled in each that calls it, and the
+// linker may keep the copy with AVX-512 for all.
+inline void run_tasks(const StatsCall& call, const Tasks& tasks) {
+  static const StatsKernel kernel = FASTJAC_BEST_ISA(act_stats_kernel);
+  STD_TORCH_CHECK(kernel(call, tasks, 0, 0), "fastjac: no activation with id ", call.fn,
+                  " in the compiled table");
+  if (tasks.count() == 0) return;
+  torch::stable::parallel_for(0, tasks.count(), 1,
+                              [&](int64_t begin, int64_t end) { kernel(call, tasks, begin, end); });
+}
 
 inline int64_t partial_sums(const Layout& layout, const Tasks& tasks, Sum sum) {
   if (sum == Sum::none) return 0;

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from fastjac.activations import IDS, get
-from fastjac.ops._autograd import below_autograd
+from fastjac.ops._autograd import below_autograd, graph_nodes
 from fastjac.ops._library import raw
 
 aten = torch.ops.aten
@@ -63,40 +63,64 @@ class Link:
 
 def check_leaves(t: Tensor, known: set[int], what: str) -> None:
     """Raise if t depends on a leaf that is not among the known ones: its gradient would be lost."""
-    seen, left = set(), [t.grad_fn]
-    while left:
-        node = left.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
+    for node in graph_nodes(t):
         leaf = getattr(node, "variable", None)
         if leaf is not None and id(leaf) not in known:
             raise Unsupported(f"{what} a tensor of shape {tuple(leaf.shape)} that requires grad")
-        left += [following for following, _ in node.next_functions]
 
 
 def plus(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     return b if a is None else a if b is None else a + b
 
 
+def plus_(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    """`plus` in the memory of a, which nobody else may hold."""
+    return b if a is None else a if b is None else a.add_(b)
+
+
+def copies(a: Tensor, rows: Tensor) -> Tensor:
+    """``[K N, ...]`` of ``a`` ``[N, ...]``, K so that it has as many samples as ``rows``."""
+    k = len(rows) // len(a)
+    return a if k == 1 else a.expand(k, *a.shape).flatten(0, 1)
+
+
+def of_shape(a: Tensor, rows: Tensor) -> Tensor:
+    """As `copies`, of which only the shape is looked at: no memory."""
+    return a if len(a) == len(rows) else a[:1].expand(len(rows), *a.shape[1:])
+
+
 def flat(t: Tensor) -> Tensor:
     return t if t.dim() == 2 else t.reshape(-1, t.shape[-1])
 
 
-class Linear(Link):
+class Weighted(Link):
+    """An operation of one input with a weight and a bias, which may be missing or need no grad."""
+
+    def __init__(self, a: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
+        self.a: Any = a
+        self.weight: Any = None if weight is None else weight.detach()
+        self.bias = None if bias is None else bias.detach()
+        self.needs = tuple(t is not None and t.requires_grad for t in (weight, bias))
+        self.parameters = self.needed(weight, bias)
+        self.delta: Any = None
+        self.weight_extra: Any = None  # the gradient of ⟨δ, f_a u⟩ by the weight
+
+    def needed(self, *of_weight_and_bias: Any) -> tuple[Any, ...]:
+        """Those of the two whose tensor requires grad."""
+        return tuple(t for t, need in zip(of_weight_and_bias, self.needs, strict=True) if need)
+
+
+class Linear(Weighted):
     """``out = a Wᵀ + b``."""
 
-    def __init__(self, a: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-        self.a: Any = a
-        self.weight, self.bias = weight.detach(), bias
-        self.parameters = tuple(t for t in (weight, bias) if t is not None and t.requires_grad)
-        self.needs = weight.requires_grad, bias is not None and bias.requires_grad
-        self.delta: Any = None
-        self.product: Tensor | None = None  # δᵀ u
-
     def forward(self) -> Tensor:
-        bias = None if self.bias is None else self.bias.detach()
-        return torch.nn.functional.linear(self.a, self.weight, bias)
+        return torch.nn.functional.linear(self.a, self.weight, self.bias)
+
+    @staticmethod
+    def _add_product(total: Tensor | None, delta: Tensor, a: Tensor) -> Tensor:
+        """``total + δᵀ a`` over all rows, in place."""
+        left, right = flat(delta).t(), flat(a)
+        return left.mm(right) if total is None else total.addmm_(left, right)
 
     def vjp(self, delta):
         self.delta = delta
@@ -105,52 +129,39 @@ class Linear(Link):
     def jvp(self, tangents, keep, out):
         (u,) = tangents
         if self.needs[0]:
-            a, b = flat(self.delta).t(), flat(u)
-            self.product = a.mm(b) if self.product is None else self.product.addmm_(a, b)
+            self.weight_extra = self._add_product(self.weight_extra, self.delta, u)
         if not keep:
             self.delta = None
         return u.matmul(self.weight.t()) if out else None
 
     def backward(self, grad, wanted, keep):
-        product = self.product
-        self.product = None
-        grads: list[Tensor | None] = []
-        a = self.a
+        of_weight, self.weight_extra = self.weight_extra, None
+        of_bias = into = None
+        if grad is not None:
+            if self.needs[0]:
+                of_weight = self._add_product(of_weight, grad, self.a)
+            of_bias = flat(grad).sum(0) if self.needs[1] else None
+            into = grad.matmul(self.weight) if wanted[0] else None
         if not keep:
             self.a = None
-        if self.needs[0]:
-            if grad is None:
-                grads.append(product)
-            elif product is None:
-                grads.append(flat(grad).t().mm(flat(a)))
-            else:
-                grads.append(product.addmm_(flat(grad).t(), flat(a)))
-        if self.needs[1]:
-            grads.append(None if grad is None else flat(grad).sum(0))
-        into = grad.matmul(self.weight) if wanted[0] and grad is not None else None
-        return (into,), tuple(grads)
+        return (into,), self.needed(of_weight, of_bias)
 
 
-class Convolution(Link):
+class Convolution(Weighted):
     """``out = conv(a, W) + b``."""
 
     def __init__(
         self, a: Tensor, weight: Tensor, bias: Tensor | None, options: tuple[Any, ...]
     ) -> None:
-        self.a: Any = a
-        self.weight, self.bias, self.options = weight.detach(), bias, options
-        self.parameters = tuple(t for t in (weight, bias) if t is not None and t.requires_grad)
-        self.needs = weight.requires_grad, bias is not None and bias.requires_grad
-        self.delta: Any = None
-        self.product: Tensor | None = None
+        super().__init__(a, weight, bias)
+        self.options = options
 
     def forward(self) -> Tensor:
-        bias = None if self.bias is None else self.bias.detach()
-        return torch.convolution(self.a, self.weight, bias, *self.options)
+        return torch.convolution(self.a, self.weight, self.bias, *self.options)
 
     def _backward(self, grad: Tensor, a: Tensor, mask: list[bool]) -> Any:
         sizes = [len(self.weight)] if mask[2] else None
-        return torch.ops.aten.convolution_backward(grad, a, self.weight, sizes, *self.options, mask)
+        return aten.convolution_backward(grad, a, self.weight, sizes, *self.options, mask)
 
     def _flipped(self, delta: Tensor) -> bool:
         """Whether the gradient by ``a`` is better taken as a convolution with the flipped taps.
@@ -170,7 +181,7 @@ class Convolution(Link):
     def _into(self, delta: Tensor) -> Tensor:
         """The gradient by ``a`` of as many samples as delta has."""
         if not self._flipped(delta):
-            return self._backward(delta, _of_shape(self.a, delta), [True, False, False])[0]
+            return self._backward(delta, of_shape(self.a, delta), [True, False, False])[0]
         taps = self.weight.shape[2:]
         padding = [k - 1 - p for p, k in zip(self.options[1], taps, strict=True)]
         flipped = self.weight.flip(list(range(2, 2 + len(taps)))).transpose(0, 1)
@@ -185,26 +196,22 @@ class Convolution(Link):
         (u,) = tangents
         if self.needs[0]:
             product = self._backward(self.delta, u, [False, True, False])[1]
-            self.product = plus(self.product, product)
+            self.weight_extra = plus_(self.weight_extra, product)
         if not keep:
             self.delta = None
         return torch.convolution(u, self.weight, None, *self.options) if out else None
 
     def backward(self, grad, wanted, keep):
-        product, self.product = self.product, None
-        if grad is None:
-            weight_grad, into, bias_grad = product, None, None
-        else:
+        extra, self.weight_extra = self.weight_extra, None
+        into = of_weight = of_bias = None
+        if grad is not None:
             flipped = wanted[0] and self._flipped(grad)
             mask = [wanted[0] and not flipped, *self.needs]
-            into, weight_grad, bias_grad = self._backward(grad, self.a, mask)
+            into, of_weight, of_bias = self._backward(grad, self.a, mask)
             into = self._into(grad) if flipped else into
-            if product is not None:
-                weight_grad.add_(product)
         if not keep:
             self.a = None
-        grads = [t for t, need in zip((weight_grad, bias_grad), self.needs, strict=True) if need]
-        return (into,), tuple(grads)
+        return (into,), self.needed(plus_(of_weight, extra), of_bias)
 
 
 class Activation(Link):
@@ -227,23 +234,19 @@ class Activation(Link):
     def forward(self) -> Tensor:
         return self.run(self.act, self.z, None, 0, *self.args)
 
-    def _z(self, rows: Tensor) -> Tensor:
-        k = len(rows) // len(self.z)
-        return self.z if k == 1 else self.z.expand(k, *self.z.shape).reshape(rows.shape)
-
     def vjp(self, delta):
         self.delta = delta if self.curved else None
-        return (self.run(self.act, self._z(delta), delta, 1, *self.args),)
+        return (self.run(self.act, copies(self.z, delta), delta, 1, *self.args),)
 
     def jvp(self, tangents, keep, out):
         (u,) = tangents
-        z = self._z(u)
+        z = copies(self.z, u)
         if not self.curved:
             return self.run(self.act, z, u, 1, *self.args)
         extra, u = self.run(self.act_backward, z, self.delta, u, 1, *self.args)
         k = len(u) // len(self.z)
         extra = extra if k == 1 else extra.view(k, *self.z.shape).sum(0)
-        self.extra = extra if self.extra is None else self.extra.add_(extra)
+        self.extra = plus_(self.extra, extra)
         if not keep:
             self.delta = None
         return u
@@ -253,10 +256,8 @@ class Activation(Link):
         self.extra = None
         if not keep:
             self.z = None
-        if grad is None:
-            return (extra,), ()
-        into = self.run(self.act, z, grad, 1, *self.args)
-        return (into if extra is None else into.add_(extra),), ()
+        into = None if grad is None else self.run(self.act, z, grad, 1, *self.args)
+        return (plus_(into, extra),), ()
 
     def describe(self) -> str:
         return f"Activation({self.fn})"
@@ -318,10 +319,9 @@ class Pool(Link):
         return out
 
     def _back(self, grad: Tensor) -> Tensor:
-        k = len(grad) // len(self.a)
-        a = _of_shape(self.a, grad)
+        a = of_shape(self.a, grad)
         if self.kind == "max":
-            index = self.index if k == 1 else self.index.repeat(k, 1, 1, 1)
+            index = copies(self.index, grad)
             return aten.max_pool2d_with_indices_backward(grad, a, *self.options, index)
         if self.kind == "avg":
             return aten.avg_pool2d_backward(grad, a, *self.options)
@@ -334,8 +334,7 @@ class Pool(Link):
         (u,) = tangents
         if self.kind != "max":
             return self._pool(u)
-        k = len(u) // len(self.a)
-        index = self.index if k == 1 else self.index.repeat(k, 1, 1, 1)
+        index = copies(self.index, u)
         return u.flatten(2).gather(2, index.flatten(2)).view(index.shape)
 
     def backward(self, grad, wanted, keep):
@@ -346,8 +345,3 @@ class Pool(Link):
 
     def describe(self) -> str:
         return f"Pool({self.kind})"
-
-
-def _of_shape(a: Tensor, rows: Tensor) -> Tensor:
-    """``a``, or a tensor with as many samples as ``rows``, of which only the shape is looked at."""
-    return a if len(a) == len(rows) else a[:1].expand(len(rows), *a.shape[1:])

@@ -7,10 +7,33 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastjac.chain.links import Link, aten, plus
+from fastjac.chain.links import Weighted, aten, plus_
 
 
-class BatchNorm(Link):
+class Norm(Weighted):
+    """``out = γ x̂ + β``: the weight is γ, the bias β."""
+
+    def __init__(self, a: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> None:
+        super().__init__(a, weight, bias)
+        self.eps = eps
+        self.pulled: Any = None  # what the VJP computed of δ
+        self.extra: Any = None  # the gradient of ⟨δ, f_a u⟩ by a
+
+    def _gradients(self, grad: Tensor, wanted: bool) -> tuple[Tensor | None, ...]:
+        """Gradients of a (where it is wanted), γ and β from that of the output alone."""
+        raise NotImplementedError
+
+    def backward(self, grad, wanted, keep):
+        extra, weight_extra = self.extra, self.weight_extra
+        self.extra = self.weight_extra = None
+        found = (None, None, None) if grad is None else self._gradients(grad, wanted[0])
+        into, of_weight, of_bias = found
+        if not keep:
+            self.a = None
+        return (plus_(into, extra),), self.needed(plus_(of_weight, weight_extra), of_bias)
+
+
+class BatchNorm(Norm):
     """``out = γ x̂ + β``, ``x̂ = (a − μ) ι``, μ and ``ι = 1/√(σ² + ε)`` those of the batch.
 
     The Jacobian ``P: u → γ ι (u − mean u − x̂ mean(x̂ u))`` is symmetric, so torch's backward kernel
@@ -20,28 +43,20 @@ class BatchNorm(Link):
         ∂⟨δ, P u⟩/∂a = −ι (p P δ + q P u + γ ι B x̂)       ∂/∂γ = ι M B
     """
 
-    def __init__(self, a: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float) -> None:
-        self.a: Any = a
-        self.gamma, self.eps = None if gamma is None else gamma.detach(), eps
-        self.beta = None if beta is None else beta.detach()
-        self.parameters = tuple(t for t in (gamma, beta) if t is not None and t.requires_grad)
-        self.needs = tuple(t is not None and t.requires_grad for t in (gamma, beta))
+    def __init__(self, a: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> None:
+        super().__init__(a, weight, bias, eps)
         self.count = a.numel() // a.shape[1]
-        self.delta: Any = None
-        self.pulled: Any = None  # of each cotangent: P δ, Σ x̂ δ, Σ δ
-        self.extra: Any = None
-        self.gamma_extra: Any = None
 
     def forward(self, running: tuple[Any, Any], momentum: float) -> Tensor:
         out, self.mean, self.invstd = torch.native_batch_norm(
-            self.a, self.gamma, self.beta, *running, True, momentum, self.eps
+            self.a, self.weight, self.bias, *running, True, momentum, self.eps
         )
         return out
 
     def _project(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """``P t``, ``Σ x̂ t`` and ``Σ t``."""
         return aten.native_batch_norm_backward(
-            *(t, self.a, self.gamma, None, None, self.mean, self.invstd, True, self.eps),
+            *(t, self.a, self.weight, None, None, self.mean, self.invstd, True, self.eps),
             [True, True, True],
         )
 
@@ -55,7 +70,7 @@ class BatchNorm(Link):
         n, m, iota = len(self.a), self.count, self.invstd
         shape = [1, -1, *[1] * (self.a.dim() - 2)]
         others = [d for d in range(self.a.dim()) if d != 1]
-        scale = iota if self.gamma is None else iota * self.gamma
+        scale = iota if self.weight is None else iota * self.weight
         pushed = []
         for d, u_k, (pulled, q, d_sum) in zip(
             self.delta.split(n), u.split(n), self.pulled, strict=True
@@ -66,28 +81,18 @@ class BatchNorm(Link):
             extra = torch.addcmul((-slope * self.mean).view(shape), self.a, slope.view(shape))
             extra.addcmul_(pulled, (-iota * p / m).view(shape))
             extra.addcmul_(t, (-iota * q / m).view(shape))
-            self.extra = extra if self.extra is None else self.extra.add_(extra)
-            self.gamma_extra = plus(self.gamma_extra, iota * m * b)
+            self.extra = plus_(self.extra, extra)
+            self.weight_extra = plus_(self.weight_extra, iota * m * b)
             pushed.append(t)
         if not keep:
             self.delta = self.pulled = None
         return pushed[0] if len(pushed) == 1 else torch.cat(pushed)
 
-    def backward(self, grad, wanted, keep):
-        extra, gamma_extra = self.extra, self.gamma_extra
-        self.extra = self.gamma_extra = None
-        into, of_gamma, of_beta = extra, gamma_extra, None
-        if grad is not None:
-            into, of_gamma, of_beta = self._project(grad)
-            into = into if extra is None else into.add_(extra)
-            of_gamma = plus(of_gamma, gamma_extra)
-        if not keep:
-            self.a = None
-        pairs = zip((of_gamma, of_beta), self.needs, strict=True)
-        return (into,), tuple(g for g, need in pairs if need)
+    def _gradients(self, grad, wanted):
+        return self._project(grad)
 
 
-class LayerNorm(Link):
+class LayerNorm(Norm):
     """``out = γ x̂ + β``, ``x̂ = (a − μ) ι`` over the last dimensions of each sample and position.
 
     As `BatchNorm`, with ``P u = ι (u − mean u − x̂ mean(x̂ u))`` without γ, which is symmetric: VJP
@@ -97,23 +102,14 @@ class LayerNorm(Link):
     """
 
     def __init__(
-        self, a: Tensor, shape: list[int], gamma: Tensor | None, beta: Tensor | None, eps: float
+        self, a: Tensor, shape: list[int], weight: Tensor | None, bias: Tensor | None, eps: float
     ) -> None:
-        self.a: Any = a
-        self.shape, self.eps = shape, eps
-        self.gamma = None if gamma is None else gamma.detach()
-        self.beta = None if beta is None else beta.detach()
-        self.parameters = tuple(t for t in (gamma, beta) if t is not None and t.requires_grad)
-        self.needs = tuple(t is not None and t.requires_grad for t in (gamma, beta))
-        self.last = list(range(-len(shape), 0))
-        self.delta: Any = None
-        self.pulled: Any = None  # P d
-        self.extra: Any = None
-        self.gamma_extra: Any = None
+        super().__init__(a, weight, bias, eps)
+        self.shape, self.last = shape, list(range(-len(shape), 0))
 
     def forward(self) -> Tensor:
         out, self.mean, self.invstd = torch.native_layer_norm(
-            self.a, self.shape, self.gamma, self.beta, self.eps
+            self.a, self.shape, self.weight, self.bias, self.eps
         )
         return out
 
@@ -131,7 +127,7 @@ class LayerNorm(Link):
 
     def vjp(self, delta):
         self.delta = self._split(delta)
-        self.pulled = self._project(self.delta if self.gamma is None else self.delta * self.gamma)
+        self.pulled = self._project(self.delta if self.weight is None else self.delta * self.weight)
         return (self.pulled.view(delta.shape),)
 
     def jvp(self, tangents, keep, out):
@@ -139,7 +135,7 @@ class LayerNorm(Link):
         pushed = self._project(u)
         iota = self.invstd
         hat = (self.a - self.mean) * iota
-        d = self.delta if self.gamma is None else self.delta * self.gamma
+        d = self.delta if self.weight is None else self.delta * self.weight
 
         def mean(t: Tensor) -> Tensor:
             return t.mean(self.last, keepdim=True)
@@ -147,26 +143,17 @@ class LayerNorm(Link):
         p, q = mean(hat * u), mean(hat * d)
         b = mean(d * u) - mean(d) * mean(u) - q * p
         extra = -iota * (p * self.pulled + q * pushed + iota * b * hat).sum(0)
-        self.extra = plus(self.extra, extra)
+        self.extra = plus_(self.extra, extra)
         if self.needs[0]:
             lead = list(range(u.dim() - len(self.shape)))
-            self.gamma_extra = plus(self.gamma_extra, (self.delta * pushed).sum(lead))
+            self.weight_extra = plus_(self.weight_extra, (self.delta * pushed).sum(lead))
         if not keep:
             self.delta = self.pulled = None
-        pushed = pushed if self.gamma is None else pushed * self.gamma
+        pushed = pushed if self.weight is None else pushed * self.weight
         return pushed.view(tangents[0].shape)
 
-    def backward(self, grad, wanted, keep):
-        extra, gamma_extra = self.extra, self.gamma_extra
-        self.extra = self.gamma_extra = None
-        into, of_gamma, of_beta = extra, gamma_extra, None
-        if grad is not None:
-            into, of_gamma, of_beta = aten.native_layer_norm_backward(
-                grad.contiguous(), self.a, self.shape, self.mean, self.invstd, self.gamma,
-                self.beta, [wanted[0], *self.needs],
-            )  # fmt: skip
-            into, of_gamma = plus(into, extra), plus(of_gamma, gamma_extra)
-        if not keep:
-            self.a = None
-        pairs = zip((of_gamma, of_beta), self.needs, strict=True)
-        return (into,), tuple(g for g, need in pairs if need)
+    def _gradients(self, grad, wanted):
+        return aten.native_layer_norm_backward(
+            *(grad.contiguous(), self.a, self.shape, self.mean, self.invstd),
+            *(self.weight, self.bias, [wanted, *self.needs]),
+        )

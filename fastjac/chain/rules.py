@@ -35,17 +35,16 @@ def rule(*functions: Any) -> Callable[[Any], Any]:
     return register
 
 
-def plain_tensor(t: Any, name: str) -> bool:
-    if type(t) is Tracked:
+def constant(name: str, *weights: Any) -> bool:
+    """Whether all are plain tensors or None; raises where one depends on x."""
+    if any(type(t) is Tracked for t in weights):
         raise Unsupported(f"{name}: the weight depends on x")
-    return t is None or isinstance(t, Tensor)
+    return all(t is None or isinstance(t, Tensor) for t in weights)
 
 
 @rule(F.linear)
 def linear(tape: Tape, input: Any, weight: Any, bias: Any = None) -> Any:
-    if type(input) is not Tracked:
-        raise Unsupported("linear: the weight depends on x")
-    if not (plain_tensor(weight, "linear") and plain_tensor(bias, "linear")):
+    if not constant("linear", weight, bias):  # so it is the input that brought the call here
         return NotImplemented
     if input.plain.dim() < 2 or weight.dim() != 2:
         return NotImplemented
@@ -65,9 +64,7 @@ def _convolution(n: int) -> Any:
         dilation: Any = 1,
         groups: int = 1,
     ) -> Any:
-        if type(input) is not Tracked:
-            raise Unsupported("convolution: the weight depends on x")
-        if not (plain_tensor(weight, "convolution") and plain_tensor(bias, "convolution")):
+        if not constant("convolution", weight, bias):
             return NotImplemented
         if input.plain.dim() != n + 2 or isinstance(padding, str):
             return NotImplemented
@@ -230,6 +227,18 @@ def adaptive_avg_pool2d(tape: Tape, input: Any, output_size: Any) -> Any:
     return NotImplemented if None in size else _pool(tape, input, "adaptive avg", size)
 
 
+def _norm_takes(name: str, a: Tensor, weight: Any, bias: Any) -> bool:
+    """Whether the link of a norm has the precision of torch's.
+
+    Of 16-bit tensors torch keeps the statistics in float32 or not, by the dtype of the parameters,
+    the device and its version.
+    """
+    if not constant(name, weight, bias):
+        return False
+    dtypes = {t.dtype for t in (a, weight, bias) if t is not None}
+    return dtypes in ({torch.float32}, {torch.float64})
+
+
 @rule(F.batch_norm)
 def batch_norm(
     tape: Tape,
@@ -244,13 +253,7 @@ def batch_norm(
 ) -> Any:
     if type(input) is not Tracked or not training or input.plain.device.type != "cpu":
         return NotImplemented
-    vectors = (weight, bias)
-    if not all(plain_tensor(t, "batch_norm") for t in vectors):
-        return NotImplemented
-    # Other dtypes: torch keeps the statistics in 16 bit where the parameters are.
-    if any(t is not None and t.dtype != input.plain.dtype for t in vectors):
-        return NotImplemented
-    if input.plain.dtype not in (torch.float32, torch.float64):
+    if not _norm_takes("batch_norm", input.plain, weight, bias):
         return NotImplemented
     if input.plain.numel() <= input.plain.shape[1]:  # torch raises
         return NotImplemented
@@ -270,13 +273,8 @@ def layer_norm(
 ) -> Any:
     if type(input) is not Tracked:
         return NotImplemented
-    if not all(plain_tensor(t, "layer_norm") for t in (weight, bias)):
-        return NotImplemented
     a = input.plain
-    # The statistics of 16-bit tensors are float32 or not, by device and torch's version.
-    if a.dtype not in (torch.float32, torch.float64) or len(normalized_shape) >= a.dim():
-        return NotImplemented
-    if any(t is not None and t.dtype != a.dtype for t in (weight, bias)):
+    if not _norm_takes("layer_norm", a, weight, bias) or len(normalized_shape) >= a.dim():
         return NotImplemented
     tape.watch(weight, bias)
     link = LayerNorm(a.contiguous(), list(normalized_shape), weight, bias, eps)

@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from fastjac.chain.by_autograd import ByAutograd
 from fastjac.chain.links import Link, Unsupported
 from fastjac.functional import OBSERVERS
+from fastjac.ops._autograd import graph_nodes
 
 
 class KeptTensor(RuntimeError):
@@ -106,17 +107,12 @@ class Tape:
 
     def _independent(self, weight: Tensor) -> None:
         """Raise if a tensor that requires grad depends on x."""
-        seen, left = set(), [weight.grad_fn]
-        found = weight is self.x
-        while left and not found:
-            node = left.pop()
-            if node is None or node in seen:
-                continue
-            seen.add(node)
+
+        def of_x(node: Any) -> bool:
             leaf = getattr(node, "variable", None)
-            found = type(leaf) is Tracked or leaf is self.x or node is self.x.grad_fn
-            left += [following for following, _ in node.next_functions]
-        if found:
+            return type(leaf) is Tracked or leaf is self.x or node is self.x.grad_fn
+
+        if weight is self.x or any(map(of_x, graph_nodes(weight))):
             raise Unsupported(
                 "a tensor depends on x beside the model's argument, or by operations that could "
                 "not be recorded"

@@ -1,7 +1,11 @@
-"""What every op's ``autograd.Function`` shares: two places where torch's ``apply`` falls short."""
+"""What every op's ``autograd.Function`` shares: two places where torch's ``apply`` falls short.
+
+And the walk over the graph that calls leave behind.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -61,6 +65,18 @@ class Function(torch.autograd.Function):
         if isinstance(out, tuple):
             return tuple(torch._add_batch_dim(o, 0, level) for o in out)
         return torch._add_batch_dim(out, 0, level)
+
+
+def graph_nodes(t: Tensor) -> Iterator[Any]:
+    """All nodes of the autograd graph of ``t``, each once; lazily, so callers may stop early."""
+    seen, left = set(), [t.grad_fn]
+    while left:
+        node = left.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        yield node
+        left += [following for following, _ in node.next_functions]
 
 
 class Multiply(Function):

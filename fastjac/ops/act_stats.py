@@ -106,7 +106,7 @@ def act_stats(
     impl: str = "auto",
     **params: float,
 ) -> tuple[Tensor, Tensor]:
-    """``φ(z)`` and, from the same pass, the sum of ``w φ'(z)²`` per channel or per sample.
+    """``φ(z)`` and, from the same pass, ``scale Σ w φ'(z)²`` per channel or per sample.
 
     Args:
         z: pre-activation, samples in dimension 0; float32, float64, bfloat16 or float16. Memory
@@ -131,9 +131,9 @@ def act_stats(
     uses up φ' and each differentiation one order more, to φ'''); then RuntimeError.
 
     Raises:
-        TypeError: z is not a floating-point tensor, weights have the wrong dtype, or an unknown
-            parameter.
-        ValueError: unknown fn, impl or per, or a dim or a shape that does not fit.
+        TypeError: z is not a floating-point tensor, weights no tensor or of the wrong dtype, or an
+            unknown parameter.
+        ValueError: unknown fn, impl or per, a dim or a shape that does not fit, or devices differ.
         RuntimeError: a named impl cannot run the call, or a derivative past φ''' is asked for.
     """
     row = get(fn)

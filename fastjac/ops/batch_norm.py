@@ -49,9 +49,9 @@ class Normed(NamedTuple):
 
 
 def batch_norm_act(
-    z: Tensor,
-    gamma: Tensor | None,
-    beta: Tensor | None,
+    z: Tensor,  # [N, C, ...]
+    gamma: Tensor | None,  # [C]
+    beta: Tensor | None,  # [C]
     normed: Normed,
     scale: float,
     fn: int,
@@ -61,8 +61,24 @@ def batch_norm_act(
 ) -> tuple[Tensor, Tensor]:
     """``(a, t)``; autograd follows ``z, gamma, beta``, and takes the norm's output as theirs.
 
-    Dtypes: z any; gamma, beta and the statistics float32, or float64 with a float64 z. Not for
-    forward mode or ``torch.func``: the Function has no rules for them and raises.
+    Args:
+        z: what the norm was given: float32, float64, bfloat16 or float16.
+        gamma, beta: None for 1 and 0; float32, or float64 with a float64 z, as the statistics are.
+        normed: the norm's result.
+        scale: factor of s.
+        fn, p0, p1: the activation's id and parameters, as the raw ops take them.
+        deterministic: as in `fastjac.act_stats`.
+
+    Returns:
+        ``φ(y)`` of y's shape and dtype, and t, ``[C]``, float32 (float64 for a float64 y),
+        accumulated in at least that.
+
+    Gradients: reverse mode: twice through t, three times through a alone; then RuntimeError. Not
+    for forward mode or ``torch.func``: the Function has no rules for them and raises.
+
+    Raises:
+        RuntimeError: no activation with this id; in the backward, a gamma, beta or statistic of
+            another shape, dtype or device.
     """
     return _apply(z, gamma, beta, normed, scale, fn, p0, p1, deterministic)
 

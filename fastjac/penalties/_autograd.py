@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastjac.dispatch import accumulate_dtype
-from fastjac.ops._autograd import Function
+from fastjac.ops._autograd import Function, graph_nodes
 from fastjac.penalties import _checks
 
 NORMS = ("l2_squared", "l2", "l1")
@@ -106,16 +106,10 @@ def _chain_vjp(chain: Any, output: Tensor, w: Tensor, chunk_size: int | None) ->
 
 def holds_foreign_function(output: Tensor) -> bool:
     """Whether the graph of ``output`` has a node of a Python ``autograd.Function`` not ours."""
-    seen, left = set(), [output.grad_fn]
-    while left:
-        node = left.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
+    for node in graph_nodes(output):
         forward = getattr(node, "_forward_cls", None)
         if forward is not None and not issubclass(forward, Function):
             return True
-        left += [following for following, _ in node.next_functions]
     return False
 
 
