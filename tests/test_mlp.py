@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastjac
+import fastjac.chain.mlp as mlp_module
 from fastjac.chain.mlp import LARGE, Mlp
 from fastjac.dispatch import why_not
 
@@ -30,13 +31,64 @@ def gradients(model: nn.Module, x: Tensor, y: Tensor, w: Tensor) -> list[Tensor]
     return list(torch.autograd.grad(loss, list(model.parameters())))
 
 
-@pytest.mark.parametrize("n", [3, LARGE // 64 + 5], ids=["small", "layer by layer"])
+@pytest.mark.parametrize(
+    ("n", "width"), [(3, 64), (301, 64), (LARGE // 320, 320)], ids=["small", "tiles", "layers"]
+)
 @pytest.mark.parametrize("k", [1, 3])
-def test_same_bits_twice(n: int, k: int) -> None:
-    model, x, y = net(), torch.randn(n, 16), torch.randint(10, (n,))
+def test_same_bits_twice(n: int, width: int, k: int) -> None:
+    model, x, y = net(width), torch.randn(n, 16), torch.randint(10, (n,))
     w = torch.randn(k, n, 10)
     first, second = (gradients(model, x, y, w) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+PENALTIES: dict[str, tuple[Any, tuple[int, ...]]] = {
+    "one projection": (fastjac.SpectReg, (13, 10)),
+    "three": (fastjac.SpectReg, (3, 13, 10)),
+    "w of the output": (fastjac.DataGrad, ()),
+    "l2": (lambda **options: fastjac.SpectReg(norm="l2", **options), (13, 10)),
+}
+
+
+@pytest.mark.parametrize("name", PENALTIES)
+@pytest.mark.parametrize("rows", [1, 5, 13])
+def test_tiles_are_exact(name: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles of 5, 5 and 3 of 13 samples; a weight that is frozen, x that is not; twice."""
+    monkeypatch.setattr(mlp_module, "rows_of_a_thread", lambda n: rows)
+    make, shape = PENALTIES[name]
+    model = net().double()
+    model[3].weight.requires_grad_(False)
+    y = torch.randint(10, (13,))
+    targets = () if shape else (y,)
+    named = {"projection": torch.randn(shape, dtype=torch.float64)} if shape else {}
+    x = torch.randn(13, 16, dtype=torch.float64)
+    found = []
+    for engine in ("chain", "autograd"):
+        inner = x.clone().requires_grad_()
+        leaves = [inner, *(p for p in model.parameters() if p.requires_grad)]
+        output, value = make(engine=engine)(model, inner, *targets, **named)
+        loss = F.cross_entropy(output, y) + value
+        first = torch.autograd.grad(loss, leaves, retain_graph=True)
+        second = torch.autograd.grad(loss, leaves)
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+        found.append(first)
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+def test_threads_set_between_forward_and_backward() -> None:
+    """The tiles are those of the forward: their size goes along."""
+    model, x, w = net(), torch.randn(64, 16), torch.randn(64, 10)
+    threads, found = torch.get_num_threads(), []
+    try:
+        for last in (2, 1):
+            torch.set_num_threads(2)
+            output, value = fastjac.SpectReg(engine="chain")(model, x, projection=w)
+            torch.set_num_threads(last)
+            found.append(torch.autograd.grad(output.sum() + value, list(model.parameters())))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 def with_hook() -> nn.Module:
@@ -71,6 +123,102 @@ def transposed(model: nn.Sequential) -> nn.Sequential:
 def test_models_that_take_it(name: str) -> None:
     make, taken = MODELS[name]
     assert (Mlp.of(make(), torch.randn(5, 16)) is not None) is taken
+
+
+CHANGES: dict[str, Any] = {
+    "hook": lambda model: model[0].register_forward_hook(lambda module, args, out: out + 1),
+    "patched forward": lambda model: setattr(model[2], "forward", lambda a: a[:, :64] * 2),
+    "hook on the model": lambda model: model.register_forward_pre_hook(lambda m, a: (a[0] * 2,)),
+    "parametrization": lambda model: nn.utils.parametrizations.weight_norm(model[2]),
+    "other module": lambda model: model.__setitem__(1, nn.Tanh()),
+    "other option": lambda model: setattr(model[1], "approximate", "tanh"),
+    "other slope": lambda model: setattr(model[5], "negative_slope", 0.5),
+    "other parameter": lambda model: setattr(model[2], "weight", nn.Parameter(torch.ones(64, 64))),
+    "bias dropped": lambda model: model[0].register_parameter("bias", None),
+    "other memory": lambda model: setattr(model[2].weight, "data", torch.ones(64, 64)),
+    "transposed memory": lambda model: setattr(model[2].weight, "data", torch.rand(64, 64).t()),
+    "other subclass": lambda model: setattr(model[2], "__class__", Doubled),
+    "inner module": lambda model: model[4].__setitem__(0, nn.Linear(64, 64)),
+    "frozen": lambda model: model[2].weight.requires_grad_(False),
+    "thawed": lambda model: model[6].weight.requires_grad_(True),
+    "appended": lambda model: model.append(nn.Tanh()),
+    "cut": lambda model: model.__delitem__(6),
+}
+
+
+class Doubled(nn.Linear):
+    def forward(self, a: Tensor) -> Tensor:
+        return 2 * super().forward(a)
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_model_that_changes_between_calls(name: str) -> None:
+    """What was found of the model at the first call is seen to hold no more."""
+    model = nn.Sequential(
+        *(nn.Linear(16, 64), nn.GELU(), nn.Linear(64, 64), nn.GELU()),
+        *(nn.Sequential(nn.Linear(64, 64)), nn.LeakyReLU(), nn.Linear(64, 10)),
+    )
+    model[6].weight.requires_grad_(False)
+    x = torch.randn(7, 16)
+    penalty = fastjac.SpectReg()
+    penalty(model, x)
+    assert Mlp.of(model, x) is not None
+    CHANGES[name](model)
+    leaves = [p for p in model.parameters() if p.requires_grad]
+    found = []
+    for engine in ("auto", "autograd"):
+        torch.manual_seed(0)
+        output, value = fastjac.SpectReg(engine=engine)(model, x)
+        grads = torch.autograd.grad(output.sum() + value, leaves, materialize_grads=True)
+        found.append((output, value, *grads))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_raw_calls_that_do_not_fit_raise() -> None:
+    """The ops look at every operand before they touch its memory."""
+    ops = torch.ops.fastjac
+    n, weights = 4, [torch.randn(8, 6), torch.randn(3, 8)]
+    biases = [torch.randn(8), torch.randn(3)]
+    plan = torch.tensor([[1.0, 0, 0, 1], [0, 0, 0, 1]], dtype=torch.float64)
+    wanted = torch.ones(5, dtype=torch.float64)
+    x, w, g = torch.randn(n, 6), torch.randn(n, 3), torch.randn(n, 3)
+    *stacks, _ = ops.mlp_forward(x, weights, biases, 2, plan)
+    *deltas, v, _ = ops.mlp_pull(w, weights, stacks, n, 2, plan)
+    good: dict[str, list[Any]] = {
+        "mlp_forward": [x, weights, biases, 2, plan],
+        "mlp_pull": [w, weights, stacks, n, 2, plan],
+        "mlp_push": [v, torch.ones(n), weights, stacks, deltas, n, 2, True, plan],
+        "mlp_down": [g, v, torch.ones(n), x, weights, stacks, deltas, n, 2, 0, True, wanted, plan],
+    }
+    for name, arguments in good.items():
+        op = getattr(ops, name)
+        op(*arguments)
+        for place, right in enumerate(arguments):
+            for number, wrong in enumerate(_wrong(right)):
+                if (name, place, number) == ("mlp_forward", 0, 2):
+                    continue  # a smaller batch fits
+                with pytest.raises(RuntimeError):
+                    op(*arguments[:place], wrong, *arguments[place + 1 :])
+
+
+def _wrong(right: Any) -> list[Any]:
+    if isinstance(right, bool):
+        return []
+    if isinstance(right, int):
+        return [-1, -(2**62), 2**62] if right == 0 else [0, -1, -(2**62)]
+    if isinstance(right, list):
+        bad = [[*right[:-1], wrong] for wrong in _wrong(right[-1])]
+        return [[], *bad]
+    other = torch.float32 if right.dtype == torch.float64 else torch.float64
+    return [
+        right.to(other),
+        right[:0],
+        right[:-1],
+        right.unsqueeze(0),
+        right.new_zeros(()),
+        right.repeat(*[2] * right.dim())[tuple(slice(None, None, 2) for _ in right.shape)],
+    ]
 
 
 def test_penalty_holds_no_more_than_it_says() -> None:

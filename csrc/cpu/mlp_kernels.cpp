@@ -108,8 +108,25 @@ void sum_columns(const ColumnsCall& call, int64_t begin, int64_t end) {
   }
 }
 
+template <class T>
+void scale_range(const ScaleCall& call, int64_t begin, int64_t end) {
+  for (int64_t r = begin; r < end; ++r) {
+    T* row = static_cast<T*>(call.rows) + r * call.columns;
+    const T factor = static_cast<const T*>(call.factor)[r];
+    for (int64_t c = 0; c < call.columns; ++c) row[c] *= factor;
+  }
+}
+
+void scale_rows(const ScaleCall& call, int64_t begin, int64_t end) {
+  if (call.dtype == DType::f64) {
+    scale_range<double>(call, begin, end);
+  } else {
+    scale_range<float>(call, begin, end);
+  }
+}
+
 }  // namespace
 
-const MlpKernels mlp_kernels = {push, down, sum_columns};
+const MlpKernels mlp_kernels = {push, down, sum_columns, scale_rows};
 
 }  // namespace fastjac::FASTJAC_ISA

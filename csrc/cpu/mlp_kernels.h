@@ -31,9 +31,18 @@ struct ColumnsCall {
   void* out;
 };
 
+// rows[r, :] *= factor[r] for rows [begin, end).
+struct ScaleCall {
+  DType dtype;
+  void* rows;
+  const void* factor;
+  int64_t columns;
+};
+
 struct MlpKernels {
   MlpKernel push, down;
   void (*sum_columns)(const ColumnsCall& call, int64_t begin, int64_t end);
+  void (*scale_rows)(const ScaleCall& call, int64_t begin, int64_t end);
 };
 
 namespace baseline {

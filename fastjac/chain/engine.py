@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fastjac.chain.links import Link, Unsupported, check_leaves, plus
 from fastjac.chain.mlp import Mlp
-from fastjac.chain.tape import record, why_not
+from fastjac.chain.tape import record
 from fastjac.dispatch import accumulate_dtype
 
 
@@ -56,8 +56,19 @@ class Recorded:
             raise Unsupported("the output of the model does not depend on x")
         return deltas[0]
 
-    def push(self, u: Tensor, keep: bool, wanted: bool) -> Tensor | None:
-        """``J u``, if it is wanted; the links keep what `down` needs."""
+    def norms(self, w: Tensor) -> tuple[Tensor, Tensor]:
+        """``v = Jᵀ w`` and ``‖v‖²`` of each row."""
+        v = self.pull(w)
+        wide = v.to(accumulate_dtype(v.dtype)).reshape(len(v), -1)
+        return v, torch.linalg.vecdot(wide, wide)
+
+    def push(
+        self, u: Tensor, keep: bool, wanted: bool, factor: Tensor | None = None
+    ) -> Tensor | None:
+        """``J u``, if it is wanted, of the rows of u times ``factor``; the links keep what `down`
+        needs."""
+        if factor is not None:
+            u = u * factor.to(u.dtype).view(-1, *[1] * (u.dim() - 1))
         tangents: dict[int, Tensor | None] = {0: u}
         for link in self.links:
             incoming = [tangents.get(i) for i in link.inputs]
@@ -91,7 +102,7 @@ class Piece(NamedTuple):
     """Cotangents that went down together."""
 
     w: Tensor
-    v: Tensor  # Jᵀ w
+    v: Tensor  # Jᵀ w; [K N, ...] with norms
     leaf: Tensor  # of the graph of R: v, or its squared norms
     scale: float = 1.0  # of the norms
 
@@ -104,9 +115,6 @@ class Chain:
     """
 
     def __init__(self, model: Callable[..., Any], x: Tensor, single: bool = False) -> None:
-        reason = why_not(model, x)
-        if reason is not None:
-            raise Unsupported(reason)
         self.x = x
         self.run: Any = (Mlp.of(model, x) if single else None) or Recorded(model, x)
         self.output = self.run.output.detach().requires_grad_()  # a leaf, for R and w
@@ -116,29 +124,27 @@ class Chain:
 
     def vjp(self, w: Tensor, chunk_size: int | None) -> Iterator[Tensor]:
         """``v = Jᵀ w_k``, ``[k, *x.shape]``, in pieces, as leaves of a graph of their own."""
-        for w_piece in w.split(chunk_size or len(w)):
-            v = self._pull(w_piece).requires_grad_()
+        for w_piece in pieces_of(w, chunk_size):
+            v = self.run.pull(_rows(w_piece)).view(len(w_piece), *self.x.shape).requires_grad_()
             self.pieces.append(Piece(w_piece, v, v))
             yield v
 
     def squared_norms(self, w: Tensor, chunk_size: int | None, scale: float) -> Tensor:
         """``scale Σ_k ‖Jᵀ w_kn‖²``, ``[N]``: as from `vjp`, its derivative written out too."""
         found = []
-        for w_piece in w.split(chunk_size or len(w)):
-            v = self._pull(w_piece)
-            wide = v.to(accumulate_dtype(v.dtype)).reshape(len(v), len(self.x), -1)
-            norms = torch.linalg.vecdot(wide, wide)
-            norms = norms[0] if len(norms) == 1 else norms.sum(0)
+        for w_piece in pieces_of(w, chunk_size):
+            v, norms = self.run.norms(_rows(w_piece))
+            if len(w_piece) > 1:
+                norms = norms.view(len(w_piece), -1).sum(0)
             norms = (norms if scale == 1 else scale * norms).requires_grad_()
             self.pieces.append(Piece(w_piece, v, norms, scale))
             found.append(norms)
         return found[0] if len(found) == 1 else torch.stack(found).sum(0)
 
-    def _pull(self, w: Tensor) -> Tensor:
-        return self.run.pull(_rows(w.detach())).view(len(w), *self.x.shape)
-
     def values(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """``(output, R)`` in the graph of x and the parameters."""
+        if len(self.pieces) > 1 and type(self.run) is Mlp:
+            raise Unsupported("the penalty takes its cotangents in several passes")
         leaves = {id(self.output), *(id(piece.leaf) for piece in self.pieces)}
         for t in (values, *(piece.w for piece in self.pieces)):
             if t.requires_grad and id(t) not in leaves:
@@ -176,15 +182,15 @@ class Chain:
         for piece, c in zip(self.pieces, cotangents, strict=True):
             if c is None:
                 continue
-            w, u = piece.w, c
-            if piece.leaf is not piece.v:  # of the norms
-                c = (2 * piece.scale * c).to(piece.v.dtype)
-                c = c.view(-1, *[1] * (piece.v.dim() - 2))
-                # In place, where the memory is not that of w or of a link.
-                u = piece.v.mul_(c) if type(self.run) is Mlp and not keep else piece.v * c
+            w, factor = piece.w, None
+            if piece.leaf is piece.v:
+                u = _rows(c)
+            else:  # of the norms
+                u, factor = piece.v, 2 * piece.scale * c
+                factor = factor if len(w) == 1 else factor.repeat(len(w))
             if len(self.pieces) > 1:  # the run holds the state of one piece
-                self.run.pull(_rows(w.detach()))
-            t = self.run.push(_rows(u), keep, w.requires_grad)
+                self.run.pull(_rows(w))
+            t = self.run.push(u, keep, w.requires_grad, factor)
             if t is not None and w.requires_grad:
                 (through,) = torch.autograd.grad(
                     w, self.output, t.view(w.shape), retain_graph=True, allow_unused=True
@@ -193,9 +199,14 @@ class Chain:
         return grad
 
 
+def pieces_of(w: Tensor, chunk_size: int | None) -> tuple[Tensor, ...]:
+    return (w,) if chunk_size is None or chunk_size >= len(w) else w.split(chunk_size)
+
+
 def _rows(t: Tensor) -> Tensor:
-    """``[K N, ...]`` of ``[K, N, ...]``."""
-    return t.reshape(-1, *t.shape[2:])
+    """``[K N, ...]`` of ``[K, N, ...]``, without its graph."""
+    t = t.detach()
+    return t[0] if len(t) == 1 else t.flatten(0, 1)
 
 
 class _Chain(torch.autograd.Function):

@@ -5,13 +5,17 @@ on the CPU; K cotangents a sample; all matrices contiguous. Of each hidden layer
 ``T_l``, of every layer a stack ``S_l``, ``[(K + 1) N, C_l]``, which the sweeps fill:
 
     mlp_forward   x [N, d]     T_l = [–; z_l]; the output
-    mlp_pull      w [K N, m]   S_l = [δ_l; –]; v = Jᵀw
+    mlp_pull      w [K N, m]   S_l = [δ_l; –]; v = Jᵀw, ‖v‖² of each row
     mlp_push      u [K N, d]   S_l = [φ' δ_l; Σ_k φ'' δ_k t_k], T_l = [u_l; z_l]; J u
     mlp_down      g [N, m]     S_l = [φ' δ_l; ∂z_l], T_l = [u_l; a_l], layer by layer; the gradients
 
 so that the gradient of a weight, of loss and penalty together, is one GEMM ``S_lᵀ T_{l-1}``.
-(``mlp_forward`` makes T_l for K = 1.) GEMMs are torch's, with one pass of ours between two of them
-and no Python: that is what a small network costs.
+(``mlp_forward`` makes T_l for K = 1; ``mlp_down`` pushes u first if told to.)
+
+A sweep takes each ``tile`` rows of the batch through all layers on one thread, so that they stay in
+its cache and it is woken once; the tiles' gradients are summed in order, the same bits each time. A
+stack holds ``[u; z]`` of the first tile, then of the next. With one tile (``tile >= n``, needed for
+K > 1) the threads share each GEMM. GEMMs are those of torch's BLAS.
 
 ``plan``: of each layer (row of the activation table, its two parameters, whether it has a bias).
 Not differentiable; `fastjac.chain` is what calls them.
@@ -21,15 +25,21 @@ from __future__ import annotations
 
 from fastjac.ops._library import define, register_not_differentiable
 
-define("mlp_forward(Tensor x, Tensor[] weights, Tensor[] biases, Tensor plan) -> Tensor[]")
-define("mlp_pull(Tensor w, Tensor[] weights, Tensor[] stacks, int n, Tensor plan) -> Tensor[]")
 define(
-    "mlp_push(Tensor u, Tensor[] weights, Tensor(a!)[] stacks, Tensor(b!)[] deltas, int n,"
-    " bool top, Tensor plan) -> Tensor"
+    "mlp_forward(Tensor x, Tensor[] weights, Tensor[] biases, int tile, Tensor plan) -> Tensor[]"
 )
 define(
-    "mlp_down(Tensor? g, Tensor? u, Tensor x, Tensor[] weights, Tensor(a!)[] stacks,"
-    " Tensor(b!)[] deltas, int n, int start, Tensor wanted, Tensor plan) -> Tensor[]"
+    "mlp_pull(Tensor w, Tensor[] weights, Tensor[] stacks, int n, int tile, Tensor plan)"
+    " -> Tensor[]"
+)
+define(
+    "mlp_push(Tensor(a!) u, Tensor? factor, Tensor[] weights, Tensor(b!)[] stacks,"
+    " Tensor(c!)[] deltas, int n, int tile, bool wanted, Tensor plan) -> Tensor"
+)
+define(
+    "mlp_down(Tensor? g, Tensor(a!)? u, Tensor? factor, Tensor x, Tensor[] weights,"
+    " Tensor(b!)[] stacks, Tensor(c!)[] deltas, int n, int tile, int start, bool push,"
+    " Tensor wanted, Tensor plan) -> Tensor[]"
 )
 for _name in ("mlp_forward", "mlp_pull", "mlp_push", "mlp_down"):
     register_not_differentiable(_name, "use the penalties, engine='chain'")

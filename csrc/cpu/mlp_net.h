@@ -1,0 +1,152 @@
+// An MLP as the sweeps of mlp.cpp see it: checked once, then raw memory.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "act_kernels.h"
+#include "gemm.h"
+#include "isa.h"
+#include "mlp_kernels.h"
+#include "tensors.h"
+
+namespace fastjac {
+
+using Tensors = std::vector<Tensor>;
+
+struct Layer {
+  const void* weight;  // [c, d]
+  int64_t c, d;
+  int64_t fn;  // row of the activation table
+  double p0, p1;
+  bool bias;
+
+  Matrix matrix() const { return {weight, c, d}; }
+};
+
+// Rows of the batch that one thread takes through all layers.
+struct Tile {
+  int64_t first, rows;
+};
+
+// Memory of a stack [parts N, columns]: of each tile all its parts, one after the other.
+struct Stack {
+  char* data;
+  int64_t parts, columns, item;
+
+  char* part(const Tile& tile, int64_t i) const {
+    return data + (parts * tile.first + i * tile.rows) * columns * item;
+  }
+  char* last(const Tile& tile) const { return part(tile, parts - 1); }
+};
+
+inline char* row(const Tensor& t, int64_t i, int64_t item) {
+  return const_cast<char*>(static_cast<const char*>(t.const_data_ptr())) + i * t.size(1) * item;
+}
+
+inline void check_matrix(const Tensor& t, const Tensor& like, int64_t rows, int64_t columns,
+                         const char* name) {
+  STD_TORCH_CHECK(t.dim() == 2 && t.size(0) == rows && t.size(1) == columns, "fastjac: mlp: ", name,
+                  " must be [", rows, ", ", columns, "]");
+  STD_TORCH_CHECK(t.scalar_type() == like.scalar_type() && t.device() == like.device(),
+                  "fastjac: mlp: ", name, " must have the dtype and device of the others");
+  STD_TORCH_CHECK(t.is_contiguous(), "fastjac: mlp: ", name, " must be contiguous");
+}
+
+inline void check_vector(const Tensor& t, const Tensor& like, int64_t size, const char* name) {
+  STD_TORCH_CHECK(t.dim() == 1 && t.size(0) == size && t.scalar_type() == like.scalar_type() &&
+                      t.device() == like.device() && t.is_contiguous(),
+                  "fastjac: mlp: ", name, " must be [", size,
+                  "], contiguous, of the dtype and device of the others");
+}
+
+inline const MlpKernels& mlp_kernels() {
+  static const MlpKernels& best = FASTJAC_BEST_ISA(mlp_kernels);
+  return best;
+}
+
+inline const ActKernels& act_kernels() {
+  static const ActKernels& best = FASTJAC_BEST_ISA(act_kernels);
+  return best;
+}
+
+// Fewest elements a thread is woken for, where tiles leave threads: it is awake, between GEMMs.
+constexpr int64_t grain = 2048;
+
+inline Tensor empty(const Tensor& like, int64_t rows, int64_t columns) {
+  return torch::stable::new_empty(like, {rows, columns});
+}
+
+// `plan`: float64, 4 numbers a layer, the last whether it has a bias.
+struct Net {
+  Net(const Tensor& like, const Tensors& weights, const Tensor& plan, int64_t n, int64_t tile)
+      : dtype(dtype_of(like)), item(dtype == DType::f64 ? 8 : 4), n(n), tile(std::min(tile, n)) {
+    STD_TORCH_CHECK(dtype == DType::f32 || dtype == DType::f64,
+                    "fastjac: mlp: float32 or float64 only");
+    STD_TORCH_CHECK(n > 0 && tile > 0, "fastjac: mlp: n and tile must be positive");
+    STD_TORCH_CHECK(!weights.empty() && plan.dim() == 2 &&
+                        plan.size(0) >= int64_t(weights.size()) && plan.size(1) == 4 &&
+                        dtype_of(plan) == DType::f64 && plan.is_contiguous(),
+                    "fastjac: mlp: plan must be float64 [layers, 4], one layer or more");
+    const auto* entry = static_cast<const double*>(plan.const_data_ptr());
+    for (const Tensor& w : weights) {
+      STD_TORCH_CHECK(w.dim() == 2 && w.size(0) > 0 && w.size(1) > 0,
+                      "fastjac: mlp: a weight must be a matrix that holds numbers");
+      const int64_t d = layers.empty() ? w.size(1) : layers.back().c;
+      check_matrix(w, like, w.size(0), d, "a weight");
+      layers.push_back(
+          {w.const_data_ptr(), w.size(0), d, int64_t(entry[0]), entry[1], entry[2], entry[3] != 0});
+      widest = std::max({widest, w.size(0), d});
+      const ActCall call{layers.back().fn, 0,       entry[1], entry[2], dtype,
+                         nullptr,          nullptr, nullptr,  nullptr,  nullptr};
+      STD_TORCH_CHECK(act_kernels().forward(call, 0, 0), "fastjac: no activation with id ",
+                      entry[0]);
+      entry += 4;
+    }
+  }
+
+  // `parts` N rows for each of the first layers.
+  std::vector<Stack> stacks(const Tensors& tensors, size_t count, int64_t parts,
+                            const char* name) const {
+    STD_TORCH_CHECK(tensors.size() >= count && parts > 0, "fastjac: mlp: too few ", name);
+    std::vector<Stack> found;
+    for (size_t l = 0; l < count; ++l) {
+      check_matrix(tensors[l], tensors[0], parts * n, layers[l].c, name);
+      STD_TORCH_CHECK(dtype_of(tensors[l]) == dtype, "fastjac: mlp: ", name, " of another dtype");
+      found.push_back({row(tensors[l], 0, item), parts, layers[l].c, item});
+    }
+    return found;
+  }
+
+  int64_t tiles() const { return (n + tile - 1) / tile; }
+
+  // f(tile, its number), one thread a tile; with one tile, threads are left to what f calls.
+  template <class F>
+  void for_tiles(F f) const {
+    torch::stable::parallel_for(0, tiles(), 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        f(Tile{i * tile, std::min(tile, n - i * tile)}, i);
+      }
+    });
+  }
+
+  // φ^(order)(z) g of a hidden layer.
+  void activate(size_t l, int64_t size, int64_t order, const void* z, const void* g,
+                void* out) const {
+    const Layer& layer = layers[l];
+    const ActCall call{layer.fn, order, layer.p0, layer.p1, dtype, z, g, nullptr, out, nullptr};
+    torch::stable::parallel_for(0, size, grain, [&](int64_t begin, int64_t end) {
+      act_kernels().forward(call, begin, end);
+    });
+  }
+
+  DType dtype;
+  int64_t item;
+  int64_t n, tile;
+  int64_t widest = 0;
+  std::vector<Layer> layers;
+};
+
+}  // namespace fastjac
