@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from fastjac.penalties import (
@@ -284,3 +285,49 @@ def test_orthogonal_projections_have_less_variance() -> None:
     gaussian, spherical, orthogonal = map(variance, ("gaussian", "spherical", "orthogonal"))
     # Two of m orthogonal ones: (m − 2) / (m − 1) of the variance, and spherical below Gaussian.
     assert orthogonal < 0.75 * spherical < 0.75 * gaussian
+
+
+class Images(nn.Module):
+    """A convolution, so that it runs link by link."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(1, 4, 3), nn.Linear(144, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.gelu(self.conv(x.view(-1, 1, 8, 8))).flatten(1))
+
+
+@pytest.mark.parametrize("make", [lambda: network(nn.GELU, 64, 48, 32, 10), lambda: Images()])
+def test_same_loss_curve_on_digits_as_eager_torch(make: Any) -> None:
+    """SpectReg on scikit-learn's digits from one seed: 60 steps, one with a last short batch."""
+    pixels, labels = load_digits(return_X_y=True)
+    x, y = torch.tensor(pixels[:350] / 16), torch.tensor(labels[:350])
+
+    def eager(model: nn.Module, images: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        images = images.clone().requires_grad_()
+        logits = model(images)
+        (v,) = torch.autograd.grad(logits, images, w, create_graph=True)
+        return logits, v.square().sum(1).mean()
+
+    def chain(model: nn.Module, images: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        return spectreg(model, images, projection=w, engine="chain")
+
+    def curve(penalty: Any) -> Tensor:
+        torch.manual_seed(0)
+        model, found = make().double(), []
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        for _ in range(20):
+            for images, classes in zip(x.split(128), y.split(128), strict=True):
+                w = torch.randn(len(images), 10, dtype=torch.float64) / 10**0.5
+                logits, value = penalty(model, images, w)
+                loss = F.cross_entropy(logits, classes) + 0.1 * value
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                found.append(loss.detach())
+        return torch.stack(found)
+
+    expected = curve(eager)
+    assert expected[-1] < 0.5 * expected[0]  # it learns
+    torch.testing.assert_close(curve(chain), expected, rtol=1e-9, atol=0)
