@@ -11,7 +11,7 @@ void for_elements(MlpKernel kernel, const MlpCall& call) {
                               [&](int64_t begin, int64_t end) { kernel(call, begin, end); });
 }
 
-// One tile of u up, its rows first multiplied by `factor` if that is given: leaves φ' δ and
+// One tile of u up, its rows first multiplied by 2 `factor` if that is given: leaves φ' δ and
 // Σ φ'' δ t in the deltas and u in the stacks; J u in `out`.
 void push_tile(const Net& net, const Tile& tile, int64_t k, char* u, const char* factor,
                const std::vector<Stack>& stacks, const std::vector<Stack>& deltas, char* out) {

@@ -112,7 +112,7 @@ template <class T>
 void scale_range(const ScaleCall& call, int64_t begin, int64_t end) {
   for (int64_t r = begin; r < end; ++r) {
     T* row = static_cast<T*>(call.rows) + r * call.columns;
-    const T factor = static_cast<const T*>(call.factor)[r];
+    const T factor = 2 * static_cast<const T*>(call.factor)[r];
     for (int64_t c = 0; c < call.columns; ++c) row[c] *= factor;
   }
 }

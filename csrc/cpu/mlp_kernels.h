@@ -31,7 +31,7 @@ struct ColumnsCall {
   void* out;
 };
 
-// rows[r, :] *= factor[r] for rows [begin, end).
+// rows[r, :] *= 2 factor[r], the gradient of their squared norms, for rows [begin, end).
 struct ScaleCall {
   DType dtype;
   void* rows;

@@ -19,7 +19,7 @@ from torch import Tensor
 from fastjac.chain.links import Link, Unsupported, check_leaves, plus
 from fastjac.chain.mlp import Mlp
 from fastjac.chain.tape import record
-from fastjac.dispatch import accumulate_dtype
+from fastjac.ops.row_sqnorm import gradient_of_one, rows_of_one
 
 
 class Recorded:
@@ -58,17 +58,18 @@ class Recorded:
 
     def norms(self, w: Tensor) -> tuple[Tensor, Tensor]:
         """``v = Jᵀ w`` and ``‖v‖²`` of each row."""
-        v = self.pull(w)
-        wide = v.to(accumulate_dtype(v.dtype)).reshape(len(v), -1)
-        return v, torch.linalg.vecdot(wide, wide)
+        v = self.pull(w).contiguous()
+        return v, rows_of_one(v)
 
     def push(
         self, u: Tensor, keep: bool, wanted: bool, factor: Tensor | None = None
     ) -> Tensor | None:
-        """``J u``, if it is wanted, of the rows of u times ``factor``; the links keep what `down`
-        needs."""
+        """``J u``, if it is wanted; the links keep what `down` needs.
+
+        With ``factor``, one number a row, of ``2 factor u``, the gradient of squared norms.
+        """
         if factor is not None:
-            u = u * factor.to(u.dtype).view(-1, *[1] * (u.dim() - 1))
+            u = gradient_of_one(u, factor)
         tangents: dict[int, Tensor | None] = {0: u}
         for link in self.links:
             incoming = [tangents.get(i) for i in link.inputs]
@@ -186,7 +187,7 @@ class Chain:
             if piece.leaf is piece.v:
                 u = _rows(c)
             else:  # of the norms
-                u, factor = piece.v, 2 * piece.scale * c
+                u, factor = piece.v, c if piece.scale == 1 else piece.scale * c
                 factor = factor if len(w) == 1 else factor.repeat(len(w))
             if len(self.pieces) > 1:  # the run holds the state of one piece
                 self.run.pull(_rows(w))

@@ -213,7 +213,7 @@ class Mlp:
             )
         self.deltas: list[Tensor] = []
         self.u: Tensor | None = None
-        self.factor: Tensor | None = None  # of the rows of u
+        self.factor: Tensor | None = None  # for rows 2 factor u
         self.waiting = False  # u is for mlp_down to push
         self.pushed: tuple[list[Tensor], list[Tensor]] | None = None  # as mlp_push leaves them
 

@@ -10,7 +10,8 @@ on the CPU; K cotangents a sample; all matrices contiguous. Of each hidden layer
     mlp_down      g [N, m]     S_l = [φ' δ_l; ∂z_l], T_l = [u_l; a_l], layer by layer; the gradients
 
 so that the gradient of a weight, of loss and penalty together, is one GEMM ``S_lᵀ T_{l-1}``.
-(``mlp_forward`` makes T_l for K = 1; ``mlp_down`` pushes u first if told to.)
+(``mlp_forward`` makes T_l for K = 1; ``mlp_down`` pushes u first if told to; with ``factor``, one
+number a row, it is ``2 factor u`` that goes up, the gradient of squared norms.)
 
 A sweep takes each ``tile`` rows of the batch through all layers on one thread, so that they stay in
 its cache and it is woken once; the tiles' gradients are summed in order, the same bits each time. A

@@ -181,6 +181,26 @@ class _RowSqnorm(Function):
         return None, None, *out
 
 
+def rows_of_one(v: Tensor) -> Tensor:
+    """``‖v_n‖²`` of a contiguous tensor, outside any graph."""
+    chosen = _OP.select("auto", v.device, v.dtype)
+    if chosen == "reference":
+        return composed_rows(v)
+    with below_autograd():
+        return raw("row_sqnorm" + suffix_of(chosen))([v])
+
+
+def gradient_of_one(v: Tensor, c: Tensor) -> Tensor:
+    """``2 c_n v_n`` of a contiguous tensor, outside any graph; c in the accumulation dtype."""
+    chosen = _OP.select("auto", v.device, v.dtype)
+    if chosen == "reference":
+        return (2 * spread(c, v, 0) * v).to(v.dtype)
+    out = torch.empty_like(v)
+    with below_autograd():
+        add_to([out], [v], c.contiguous(), suffix_of(chosen), add=False)
+    return out
+
+
 def plus_rows(grad: Tensor | None, c: Tensor | None, weight: Tensor) -> Tensor | None:
     """``grad + 2 c W`` in differentiable operations."""
     if c is None:
