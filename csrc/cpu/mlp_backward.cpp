@@ -136,17 +136,18 @@ void down_tile(const Net& net, const Tile& tile, int64_t number, size_t from, co
     }
     // First what φ'(z) is needed for; then z is overwritten by a, which the weight's gradient
     // takes.
-    gemm(net.dtype, of_grad, layer.matrix(), scratch, false);
+    char* product = want_weight ? gradients.at(2 * l, number) : nullptr;
+    char* into = product != nullptr && layer.c >= tile.rows ? product : scratch;
+    gemm(net.dtype, of_grad, layer.matrix(), into, false);
     const Layer& below = net.layers[l - 1];
     const Stack& stack = stacks[l - 1];
     MlpCall call{};
     call.fn = below.fn, call.p0 = below.p0, call.p1 = below.p1, call.dtype = net.dtype;
     call.size = tile.rows * layer.d, call.k = 1;
     call.z = stack.last(tile), call.extra = deltas[l - 1].last(tile);
-    call.g = scratch, call.pushed = u != nullptr;
+    call.g = into, call.pushed = u != nullptr;
     for_elements(mlp_kernels().down, call);
     if (!want_weight) continue;
-    char* product = gradients.at(2 * l, number);
     if (u != nullptr) {  // [φ' δ; ∂z]ᵀ [u; a] in one GEMM
       const int64_t rows = delta.parts * tile.rows;
       const Matrix both{delta.part(tile, 0), rows, layer.c};
@@ -201,7 +202,12 @@ Tensors mlp_down(const std::optional<Tensor>& g, std::optional<Tensor> u,
   if (want_x) found[2 * layers] = empty(x, n, d);
   const Tensor others = empty(x, net.tiles() - 1, gradients.total);
   gradients.others = static_cast<char*>(others.mutable_data_ptr());
-  const Tensor scratch = empty(x, n, net.widest);
+  // φ's cotangents are kept where the weight's gradient will be, if that is big enough.
+  bool fits = true;
+  for (size_t l = std::max<size_t>(from, 1); l < layers; ++l) {
+    fits = fits && gradients.offsets[2 * l] >= 0 && net.layers[l].c >= net.tile;
+  }
+  const Tensor scratch = empty(x, fits ? 0 : n, net.widest);
 
   net.for_tiles([&](const Tile& tile, int64_t number) {
     char* tile_u = u ? row(*u, k * tile.first, net.item) : nullptr;
@@ -211,7 +217,7 @@ Tensors mlp_down(const std::optional<Tensor>& g, std::optional<Tensor> u,
       std::memcpy(s[top].last(tile), row(*g, tile.first, net.item), bytes);
     }
     down_tile(net, tile, number, size_t(from), row(x, tile.first, net.item), tile_u, t, s,
-              gradients, row(scratch, tile.first, net.item),
+              gradients, fits ? nullptr : row(scratch, tile.first, net.item),
               want_x ? row(found[2 * layers], tile.first, net.item) : nullptr);
   });
   if (net.tiles() > 1) gradients.sum(net.dtype, net.tiles());
