@@ -8,7 +8,7 @@ from fastjac.dispatch import explain
 from fastjac.functional import FUNCTIONS as _FUNCTIONS
 from fastjac.native import backend as _backend
 from fastjac.nn import Act, fuse, unfuse
-from fastjac.ops import act, act_stats, row_sqnorm
+from fastjac.ops import act, act_stats, row_sqnorm, softmax_residual
 from fastjac.penalties import *  # noqa: F403
 from fastjac.penalties import __all__ as _penalties
 
@@ -30,6 +30,7 @@ __all__ = [
     "penalties",
     "reference",
     "row_sqnorm",
+    "softmax_residual",
     "unfuse",
     *_FUNCTIONS,
     *_penalties,

@@ -31,6 +31,15 @@ def double():
     torch.set_default_dtype(before)
 
 
+@pytest.fixture
+def poison():
+    """NaN in all memory that torch hands out: outputs and workspaces."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(2).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 @pytest.fixture(params=["rows by layer", "rows at once"])
 def both_ways(request, monkeypatch):
     """An attached penalty takes the row norms as the CPU does, or as a GPU would."""

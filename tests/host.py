@@ -23,6 +23,8 @@ SCHEMAS = (
     " -> (Tensor, Tensor)",
     "row_sqnorm(Tensor[] weights) -> Tensor",
     "row_sqnorm_backward(Tensor(a!)[] grads, Tensor[] weights, Tensor c, bool add) -> ()",
+    "softmax_residual(Tensor logits, Tensor target) -> Tensor",
+    "softmax_residual_backward(Tensor logits, Tensor v) -> Tensor",
 )
 CUDA = ROOT / "csrc/cuda"
 TABLE = ROOT / "build/native/generated"  # holds activations.h

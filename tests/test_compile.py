@@ -83,7 +83,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 from fastjac.activations import TABLE
-from fastjac.kernels import act, act_stats, row_sqnorm
+from fastjac.kernels import act, act_stats, row_sqnorm, softmax_residual
 from fastjac.ops.act_stats import BIAS, CHANNEL, NONE, SAMPLE
 
 arch, folder = int(sys.argv[1]), Path(sys.argv[2])
@@ -186,6 +186,12 @@ for label, dtype in dtypes.items():
     for add in (False, True):
         compile(row_sqnorm, "row_sqnorm_kernel", f"backward_{add}_{label}",
                 lambda: row_sqnorm.row_sqnorm_backward(w, w, c, add))
+    for m in (10, 1024, 50_000):
+        z, target = torch.empty(4, m, dtype=dtype), torch.zeros(4, dtype=torch.int64)
+        compile(softmax_residual, "softmax_kernel", f"{m}_{label}",
+                lambda: softmax_residual.softmax_residual(z, target), ())
+        compile(softmax_residual, "softmax_kernel", f"backward_{m}_{label}",
+                lambda: softmax_residual.softmax_residual_backward(z, z), ())
 """
 
 

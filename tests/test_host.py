@@ -88,15 +88,6 @@ SHAPES = {
 }
 
 
-@pytest.fixture
-def poison():
-    """NaN in all memory that torch hands out: outputs and workspaces."""
-    torch.use_deterministic_algorithms(True)
-    assert torch.empty(2).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 def tensor(shape, dtype, memory_format=torch.contiguous_format, offset=0, seed=0):
     """Random numbers in a view of a buffer that is NaN elsewhere."""
     like = torch.empty(shape).to(memory_format=memory_format)
@@ -286,3 +277,34 @@ def test_row_sqnorm_refusals():
         host_ops().row_sqnorm_backward([w.clone()], [w], torch.ones(3), True)
     with pytest.raises(RuntimeError, match="the same strides"):
         host_ops().row_sqnorm_backward([w.t().contiguous().t()], [w], torch.ones(4), True)
+
+
+# ---- softmax_residual
+
+
+@pytest.mark.parametrize("dtype", fastjac.dispatch.FLOAT_DTYPES)
+@pytest.mark.parametrize("shape", [(1, 1), (9, 10), (3, 33), (2, 1024), (2, 1025), (3, 2500)])
+def test_softmax_residual_kernels(shape, dtype, poison):
+    z, v = (tensor(shape, dtype, offset=3, seed=i) for i in range(2))
+    target = torch.arange(shape[0]) * 7 % shape[1]
+    r = host_ops().softmax_residual(z, target)
+    p = z.double().softmax(1)
+    limit = tolerance("cuda", dtype)
+    assert relative_error(r, p - torch.nn.functional.one_hot(target, shape[1])) <= limit
+    grad = host_ops().softmax_residual_backward(z, v)
+    dot = (p * v.double()).sum(1, keepdim=True)
+    # p (v − ⟨p, v⟩) cancels: an error of ⟨p, v⟩ counts against the size of p v.
+    error = (grad.double() - p * (v.double() - dot)).norm()
+    assert error <= limit * ((p * v.double()).norm() + (p * dot).norm())
+    target[-1] = shape[1]
+    wrong = host_ops().softmax_residual(z, target)
+    assert wrong[-1].isnan().all() and not wrong[:-1].isnan().any()
+
+
+def test_softmax_residual_refusals():
+    z = torch.randn(4, 3)
+    assert host_ops().softmax_residual(z[:0], torch.arange(0)).shape == (0, 3)
+    with pytest.raises(RuntimeError, match=r"target must be int64 \[N\]"):
+        host_ops().softmax_residual(z, torch.arange(3))
+    with pytest.raises(RuntimeError, match="v must have the shape"):
+        host_ops().softmax_residual_backward(z, z[:3])

@@ -117,6 +117,14 @@ def same_device(argument: str, value: Tensor, other: str, model: Tensor) -> None
 
 def class_rows(target: Any, logits: Tensor) -> Tensor:
     """Class indices or probabilities as rows ``y`` ``[N, m]`` in the dtype of ``logits``."""
+    y = class_target(target, logits)
+    if y.is_floating_point():
+        return y
+    return torch.zeros_like(logits).scatter_(1, y[:, None], 1)
+
+
+def class_target(target: Any, logits: Tensor) -> Tensor:
+    """Class indices ``[N]``, or probabilities ``[N, m]`` in the dtype of ``logits``."""
     n, m = logits.shape
     target = batch("target", target, "output", n)
     same_device("target", target, "output", logits)
@@ -136,15 +144,18 @@ def class_rows(target: Any, logits: Tensor) -> Tensor:
         raise ValueError(
             f"target has shape {tuple(target.shape)}: class indices must be [{n}], one per sample"
         )
-    # On a GPU the look at the values would wait for the device, in a compiled graph it would break
-    # it; scatter_ itself checks the range there.
-    look = target.device.type == "cpu" and n > 0 and not torch.compiler.is_compiling()
-    if look and (target.min() < 0 or target.max() >= m):
+    if torch.compiler.is_compiling():
+        # Compiled code makes an index that is out of range a row of zeros, and says nothing.
+        inside = (target >= 0) & (target < m)
+        torch._assert_async(inside.all(), f"target has class indices outside of [0, {m})")
+    # On a GPU the look at the values would wait for the device; there scatter_ checks the range, and
+    # softmax_residual makes a wrong row NaN.
+    elif target.device.type == "cpu" and n > 0 and (target.min() < 0 or target.max() >= m):
         raise ValueError(
             f"target has class indices from {target.min()} to {target.max()}: they must lie in "
             f"[0, {m}); leave samples to be ignored out of the batch"
         )
-    return logits.new_zeros(n, m).scatter_(1, target[:, None], 1)
+    return target
 
 
 def classes(penalty: str, logits: Tensor) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from fastjac import reference
+from fastjac.ops import softmax_residual
 from fastjac.penalties import _checks
 from fastjac.penalties._projection import ProjectionPenalty
 from fastjac.penalties._spec import PenaltySpec, classifier_example
@@ -37,8 +38,9 @@ class DataGrad(ProjectionPenalty):
 
     def cotangents(self, logits: Tensor, target: Any) -> tuple[Tensor, float]:
         _checks.classes("DataGrad", logits)
-        y = _checks.class_rows(target, logits)
-        return (logits.softmax(1) - y).unsqueeze(0), 1.0
+        y = _checks.class_target(target, logits)
+        w = logits.softmax(1) - y if y.is_floating_point() else softmax_residual(logits, y)
+        return w.unsqueeze(0), 1.0
 
 
 SPEC = PenaltySpec.of(

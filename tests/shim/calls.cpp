@@ -130,6 +130,16 @@ void rows(ScalarType dtype) {
   }
 }
 
+void residuals(ScalarType dtype) {
+  for (const Shape& shape : std::vector<Shape>{{1, 1}, {13, 10}, {3, 1001}, {2, 2500}}) {
+    const Tensor z = numbers(shape, dtype), v = numbers(shape, dtype);
+    Tensor target = torch::stable::new_empty(z, {shape[0]}, ScalarType::Long);
+    torch::stable::zero_(target);
+    call<1>("fastjac_host::softmax_residual", z, target);
+    call<1>("fastjac_host::softmax_residual_backward", z, v);
+  }
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY(fastjac_host, m) {
@@ -145,6 +155,7 @@ int main(int argc, char** argv) {
     if (wanted("act")) elementwise(dtype);
     if (wanted("act_stats")) statistics(dtype);
     if (wanted("row_sqnorm")) rows(dtype);
+    if (wanted("softmax_residual")) residuals(dtype);
   }
   std::puts("all calls done");
 }

@@ -1,0 +1,147 @@
+"""``softmax_residual``: ``p − y``, ``p = softmax(z)``, the gradient of the cross-entropy by z.
+
+Its own VJP is that of the softmax, ``p (v − ⟨p, v⟩)``, one pass over z and v. It keeps z alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.library import register_fake
+
+from fastjac.dispatch import Example, Op
+from fastjac.ops._autograd import Function, below_autograd
+from fastjac.ops._library import (
+    LIBRARY,
+    SUFFIXES,
+    define,
+    raw,
+    refuse_transforms,
+    register_not_differentiable,
+    register_triton,
+    suffix_of,
+)
+from fastjac.ops.act_stats import recorded, transformed
+
+for _suffix in SUFFIXES:
+    define(f"softmax_residual{_suffix}(Tensor logits, Tensor target) -> Tensor")
+    define(f"softmax_residual_backward{_suffix}(Tensor logits, Tensor v) -> Tensor")
+
+
+def _examples() -> Iterator[Example]:
+    """Few and many classes, and logits far apart."""
+    for name, n, m, scale in (("10 classes", 7, 10, 1.0), ("3000 classes", 3, 3000, 20.0)):
+        target = torch.arange(n) * 13 % m
+
+        def call(
+            inputs: dict[str, Tensor], impl: str, target: Tensor = target
+        ) -> dict[str, Tensor]:
+            z = inputs["z"].detach().requires_grad_()
+            r = softmax_residual(z, target.to(z.device), impl=impl)
+            (grad,) = torch.autograd.grad(r, z, inputs["v"])
+            return {"p − y": r.detach(), "gradient": grad}
+
+        z = scale * torch.sin(torch.arange(n * m, dtype=torch.float64)).view(n, m)
+        yield Example(name, {"z": z, "v": z.cos()}, call)
+
+
+_OP = Op("softmax_residual", ("cuda", "triton", "cpu", "reference"), _examples)
+
+
+def softmax_residual(logits: Tensor, target: Tensor, *, impl: str = "auto") -> Tensor:
+    """``softmax(z) − y``, y the unit vector of the class: ``∂ CE(z, target) / ∂z``, per sample.
+
+    Args:
+        logits: z, ``[N, m]``, float32, float64, bfloat16 or float16.
+        target: classes, int64 ``[N]``, in ``[0, m)``.
+        impl: as in `fastjac.act`.
+
+    Returns:
+        ``[N, m]`` in z's dtype; half precision is computed in float32.
+
+    Gradients: in z, reverse and forward mode, ``torch.func``, any number of times.
+
+    Raises:
+        TypeError: logits no floating-point tensor, or target not int64.
+        ValueError: a shape that does not fit, or devices differ.
+        RuntimeError: a named impl cannot run the call; on a CPU, a class out of range. On a GPU its
+            row is NaN, since a look at it would wait for the device.
+    """
+    if not isinstance(logits, Tensor) or not logits.is_floating_point():
+        what = logits.dtype if isinstance(logits, Tensor) else type(logits).__name__
+        raise TypeError(f"logits is {what}; it must be a floating-point tensor")
+    if not isinstance(target, Tensor) or target.dtype != torch.int64:
+        what = target.dtype if isinstance(target, Tensor) else type(target).__name__
+        raise TypeError(f"target is {what}; it must be an int64 tensor of classes")
+    if logits.dim() != 2 or logits.shape[1] == 0:
+        raise ValueError(f"logits has shape {tuple(logits.shape)}; it must be [N, m], m >= 1")
+    if target.shape != logits.shape[:1]:
+        raise ValueError(f"target has shape {tuple(target.shape)}; it must be [{len(logits)}]")
+    if target.device != logits.device:
+        raise ValueError(f"target is on {target.device}, logits on {logits.device}")
+    chosen = _OP.select(impl, logits.device, logits.dtype)
+    # In a compiled region its compiler fuses the formula with what stands around it.
+    if chosen == "reference" or (impl == "auto" and torch.compiler.is_compiling()):
+        return composed(logits, target)
+    return _in_graph(logits, target, suffix_of(chosen))
+
+
+def composed(logits: Tensor, target: Tensor) -> Tensor:
+    """The same in torch's operations."""
+    wide = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
+    y = torch.zeros_like(wide).scatter(1, target.unsqueeze(1), 1.0)
+    return (wide.softmax(1) - y).to(logits.dtype)
+
+
+class _SoftmaxResidual(Function):
+    @staticmethod
+    def forward(logits, target, suffix):
+        with below_autograd():
+            return raw("softmax_residual" + suffix)(logits, target)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        logits, _, ctx.suffix = inputs
+        ctx.save_for_backward(logits)
+
+    @staticmethod
+    def backward(ctx, v):
+        (logits,) = ctx.saved_tensors
+        if recorded(v):
+            p = logits.softmax(1)
+            return p * (v - (p * v).sum(1, keepdim=True)), None, None
+        with below_autograd():
+            return raw("softmax_residual_backward" + ctx.suffix)(logits, v), None, None
+
+
+@torch.compiler.allow_in_graph
+def _in_graph(logits, target, suffix):
+    if transformed():
+        return composed(logits, target)
+    return _SoftmaxResidual.apply(logits, target, suffix)
+
+
+# ---- the raw ops: fake kernels, and an autograd key that loses no derivative
+
+
+def _register(suffix: str) -> None:
+    def through_function(logits, target):
+        refuse_transforms("softmax_residual" + suffix)
+        return _SoftmaxResidual.apply(logits, target, suffix)
+
+    def fake(logits, other):
+        return logits.new_empty(logits.shape)
+
+    register_fake(f"fastjac::softmax_residual{suffix}", fake, lib=LIBRARY)
+    register_fake(f"fastjac::softmax_residual_backward{suffix}", fake, lib=LIBRARY)
+    LIBRARY.impl("softmax_residual" + suffix, through_function, "Autograd")
+    register_not_differentiable(
+        "softmax_residual_backward" + suffix, "call fastjac.softmax_residual"
+    )
+
+
+for _suffix in SUFFIXES:
+    _register(_suffix)
+register_triton("softmax_residual", "softmax_residual", "softmax_residual_backward")
