@@ -231,3 +231,34 @@ def test_nothing_stays_in_memory() -> None:
     finally:
         gc.enable()
     assert after == before
+
+
+class OwnPerSample(fastjac.SpectReg):
+    """Uses x itself, which the chain engine would take for a constant."""
+
+    def per_sample(self, x: Tensor, output: Tensor, *targets: Any, **named: Any) -> Tensor:
+        return super().per_sample(x, output, *targets, **named) + x.square().sum(1)
+
+
+class TwoPasses(fastjac.SpectReg):
+    chain_ready = True
+
+    def per_sample(self, x: Tensor, output: Tensor, *targets: Any, **named: Any) -> Tensor:
+        first = super().per_sample(x, output, *targets, **named)
+        return first + 2 * super().per_sample(x, output, *targets, **named)
+
+
+@pytest.mark.parametrize("make", [OwnPerSample, TwoPasses])
+@pytest.mark.filterwarnings("ignore:.*engine='autograd' runs instead")
+def test_penalties_of_users(make: Any) -> None:
+    """A subclass with a ``per_sample`` of its own, on a model that runs in one call a sweep."""
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+    x, w = torch.randn(5, 4).double().requires_grad_(), torch.randn(5, 3).double()
+    found = []
+    for engine in ("auto", "autograd"):
+        output, value = make(engine=engine)(model, x, projection=w)
+        found.append(torch.autograd.grad(output.sum() + value, [x, *model.parameters()]))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+    with pytest.raises(RuntimeError, match="is not made of VJPs|takes its cotangents in several"):
+        make(engine="chain")(model, x, projection=w)

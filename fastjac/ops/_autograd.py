@@ -67,9 +67,12 @@ class Function(torch.autograd.Function):
         return torch._add_batch_dim(out, 0, level)
 
 
-def graph_nodes(t: Tensor) -> Iterator[Any]:
-    """All nodes of the autograd graph of ``t``, each once; lazily, so callers may stop early."""
-    seen, left = set(), [t.grad_fn]
+def graph_nodes(t: Tensor, *without: Any) -> Iterator[Any]:
+    """All nodes of the autograd graph of ``t``, each once; lazily, so callers may stop early.
+
+    Nothing of, and beyond, the nodes ``without``.
+    """
+    seen, left = set(without), [t.grad_fn]
     while left:
         node = left.pop()
         if node is None or node in seen:

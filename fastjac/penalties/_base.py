@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from fastjac.penalties import _autograd, _checks, _engines
+from fastjac.penalties import _autograd, _checks, _compiled, _engines
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -163,7 +163,8 @@ class Penalty(nn.Module):
             return factor * values
         # The mean over no samples would be 0/0.
         mean = self.reduction == "mean" and len(values) > 0
-        return factor * (values.mean() if mean else values.sum())
+        value = values.mean() if mean else values.sum()
+        return value if factor == 1 else factor * value
 
     def extra_repr(self) -> str:
         """The options that are not at their defaults."""
@@ -183,13 +184,27 @@ class InputPenalty(Penalty):
     tensor itself as ``x``.
 
     ``engine`` (model form): ``"chain"`` writes the double backward out, link by link, without
-    ``create_graph``; ``"autograd"`` asks torch for it. ``"auto"`` takes the chain engine for an
-    ``nn.Module`` that it can record, else autograd, with a warning the first time; a named engine
-    never falls back. ``explain_engine(model, x)`` says what runs and why. See `fastjac.chain`.
+    ``create_graph``; ``"autograd"`` asks torch for it; ``"compiled"`` is ``torch.func.vjp`` inside
+    ``torch.compile``. ``"auto"`` takes the chain engine for an ``nn.Module`` that it can record,
+    else autograd, with a warning the first time; a named engine never falls back.
+    ``explain_engine(model, x)`` says what runs and why. See `fastjac.chain`.
+
+    ``"compiled"`` is for models that torch traces as one graph, and is never chosen by ``"auto"``:
+    it compiles for seconds at the first call, and anew for other shapes, dtypes and modes.
+    Differentiable once. Random numbers are those of the compiled code: the same for the same
+    ``torch.manual_seed``, not those of the other engines; a ``generator`` raises. So does what
+    torch cannot trace (control flow that depends on numbers, hidden tensors that the model keeps),
+    or would differentiate wrongly (a ``torch.autograd.Function``, ``.data``, hooks on tensors).
     """
 
-    # Whether ``per_sample`` uses x in one call of `_autograd.vjp` alone.
+    # Whether ``per_sample`` uses x only in calls of `_autograd.vjp`: said by the class that has it,
+    # so that a subclass with another one runs on autograd.
     chain_ready = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "per_sample" in vars(cls) and "chain_ready" not in vars(cls):
+            cls.chain_ready = False
 
     def __init__(
         self, *, at: str | None = None, engine: str = "auto", **options: Unpack[PenaltyOptions]
@@ -205,15 +220,18 @@ class InputPenalty(Penalty):
             raise ValueError(
                 f"at={self.at!r} is for the model form: here pass the hidden tensor itself as x"
             )
-        if self.engine == "chain":
+        if self.engine in ("chain", "compiled"):
             raise ValueError(
-                "engine='chain' is for the model form, (model, x, ...): here the graph exists"
+                f"engine={self.engine!r} is for the model form, (model, x, ...): here the graph "
+                "exists"
             )
         return self._checked(x, output, *targets, **named)
 
     def model_form(
         self, model: Callable[..., Any], x: Tensor, *targets: Any, **named: Any
     ) -> tuple[Tensor, Tensor]:
+        if self.engine == "compiled":
+            return _compiled.run(self, model, x, targets, named)
         if _engines.chain_wanted(self, model, x, (*targets, *named.values())):
             result = _engines.by_chain(self, model, x, targets, named)
             if result is not None:

@@ -148,7 +148,7 @@ def class_target(target: Any, logits: Tensor) -> Tensor:
         # Compiled code makes an index that is out of range a row of zeros, and says nothing.
         inside = (target >= 0) & (target < m)
         torch._assert_async(inside.all(), f"target has class indices outside of [0, {m})")
-    # On a GPU the look at the values would wait for the device; there scatter_ checks the range, and
+    # On a GPU a look at the values would wait for the device; scatter_ checks the range there, and
     # softmax_residual makes a wrong row NaN.
     elif target.device.type == "cpu" and n > 0 and (target.min() < 0 or target.max() >= m):
         raise ValueError(

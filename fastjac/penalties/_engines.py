@@ -13,12 +13,12 @@ from torch.nn.parameter import is_lazy
 
 from fastjac.chain import Chain, Unsupported
 from fastjac.chain.tape import why_not
-from fastjac.penalties import _checks
+from fastjac.penalties import _checks, _compiled
 
 if TYPE_CHECKING:
     from fastjac.penalties._base import InputPenalty
 
-ENGINES = ("auto", "chain", "autograd")
+ENGINES = ("auto", "chain", "autograd", "compiled")
 
 # By model, then training mode and penalty: None if the chain engine took it, or why it did not.
 _tried: weakref.WeakKeyDictionary[nn.Module, dict[Any, str | None]] = weakref.WeakKeyDictionary()
@@ -143,6 +143,8 @@ class _State:
 
 def explain(penalty: InputPenalty, model: Any, x: Tensor) -> str:
     """The engine of ``penalty(model, x)`` and its reasons, as text; runs the model once."""
+    if penalty.engine == "compiled":
+        return _compiled.explain(penalty, model, x)
     reason = "engine='autograd' was asked for" if penalty.engine == "autograd" else None
     reason = reason or refusal(penalty, model, x)
     links: list[str] = []

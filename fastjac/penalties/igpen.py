@@ -11,7 +11,9 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from fastjac import reference
+from fastjac.penalties import _autograd
 from fastjac.penalties._base import ProjectionOptions
+from fastjac.penalties._compiled import Pullback
 from fastjac.penalties._projection import ProjectionPenalty
 from fastjac.penalties._spec import PenaltySpec, classifier_example
 
@@ -37,6 +39,8 @@ class IGPen(ProjectionPenalty):
     Source: Drucker & LeCun 1991; Ross & Doshi-Velez 2018, arXiv 1711.09404.
     """
 
+    chain_ready = True
+
     def __init__(
         self,
         loss_fn: Callable[..., Tensor] | None = None,
@@ -52,17 +56,26 @@ class IGPen(ProjectionPenalty):
 
     def per_sample(self, x: Tensor, output: Tensor, *targets: Any, **named: Any) -> Tensor:
         loss_fn = self.loss_fn or partial(F.cross_entropy, reduction="none")
-        loss = loss_fn(output, *targets, **named)
-        if not isinstance(loss, Tensor) or loss.shape != (len(x),):
-            shape = list(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
-            raise ValueError(
-                f"loss_fn returned {shape}: it must return one loss per sample, [{len(x)}] (for "
-                "torch's losses reduction='none'). The gradient of a batch mean is 1/N of the "
-                "sample's own, and its square would be 1/N² of the penalty"
-            )
-        if not loss.requires_grad:
-            raise RuntimeError("loss_fn returned a loss with no grad_fn: it must not detach output")
-        return super().per_sample(x, loss)
+
+        def losses(output: Tensor) -> Tensor:
+            loss = loss_fn(output, *targets, **named)
+            if not isinstance(loss, Tensor) or loss.shape != (len(x),):
+                shape = list(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+                raise ValueError(
+                    f"loss_fn returned {shape}: it must return one loss per sample, [{len(x)}] "
+                    "(for torch's losses reduction='none'). The gradient of a batch mean is 1/N of "
+                    "the sample's own, and its square would be 1/N² of the penalty"
+                )
+            if not loss.requires_grad:
+                raise RuntimeError(
+                    "loss_fn returned a loss with no grad_fn: it must not detach output"
+                )
+            return loss
+
+        chain = _autograd.chain_of(x, output)
+        if isinstance(chain, Pullback):
+            return self.projected(x, output, chain.cotangent_of(losses).unsqueeze(0), 1.0)
+        return super().per_sample(x, losses(output))
 
 
 SPEC = PenaltySpec.of(
