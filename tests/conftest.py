@@ -57,6 +57,24 @@ def no_stale_graphs():
     torch._dynamo.reset()
 
 
+@pytest.fixture(scope="module")
+def empty_graphs():
+    """For modules that compile: they leave an empty dynamo cache."""
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def backend(request, monkeypatch):
+    """The compiled engine's: inductor for the slow tests, unless one says otherwise."""
+    from fastjac.penalties import _compiled
+
+    slow = request.node.get_closest_marker("slow") is not None
+    name = getattr(request, "param", "inductor" if slow else "aot_eager")
+    monkeypatch.setattr(_compiled, "BACKEND", name)
+    return name
+
+
 def pytest_collection_modifyitems(items):
     if not torch.cuda.is_available():
         for item in items:

@@ -1,0 +1,291 @@
+"""What the compiled engine refuses, and the errors that are not its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from chain_cases import close, three_layers
+from compiled_cases import (
+    MARKS,
+    compare,
+    graphs,
+    mlp,
+    refuses,
+)
+from layer_cases import Model
+from torch import Tensor, nn
+
+import fastjac
+from fastjac.penalties import DREG, DataGrad, IGPen, SpectReg, TangentProp
+from fastjac.penalties._base import InputPenalty
+
+pytestmark = MARKS
+
+
+# ---- what it refuses
+
+
+class Straight(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, z: Tensor) -> Tensor:
+        return z**3
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return g
+
+
+class Cube(torch.autograd.Function):
+    """Written for ``torch.func``; compiled torch loses its second-order term, with no error."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(z: Tensor) -> Tensor:
+        return z**3
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        (z,) = ctx.saved_tensors
+        return 3 * g * z * z
+
+
+def branches(m: Any, x: Tensor) -> Tensor:
+    return m.c(F.gelu(m.a(x))) if x.sum() > 0 else m.c(m.a(x))
+
+
+def keeps(m: Any, x: Tensor) -> Tensor:
+    m.kept = F.gelu(m.a(x))
+    return m.c(m.kept)
+
+
+def hooks_a_tensor(m: Any, x: Tensor) -> Tensor:
+    h = m.a(x)
+    h.register_hook(lambda g: 2 * g)
+    return m.c(F.gelu(h))
+
+
+def infers(m: Any, x: Tensor) -> Tensor:
+    with torch.inference_mode():
+        scale = m.b(m.a(x)).tanh()
+    return m.c(m.a(x) * scale)
+
+
+def writes_to_weights(m: Any, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        m.a.weight.mul_(0.5)
+    return m.c(F.gelu(m.a(x)))
+
+
+REFUSED: dict[str, tuple[Callable[[Any, Tensor], Tensor], str]] = {
+    "control flow": (branches, "Data-dependent branching"),
+    "Function": (lambda m, x: m.c(Straight.apply(m.a(x))), "autograd.?Function"),
+    "Function for torch.func": (lambda m, x: m.c(Cube.apply(m.a(x))), "autograd.?Function"),
+    "data": (lambda m, x: m.c(F.gelu(m.a(x)) * m.b(m.a(x)).data), r"it uses \.data"),
+    "kept": (keeps, "it keeps a tensor that it computes"),
+    "tensor hook": (hooks_a_tensor, "hook"),
+    "inference mode": (infers, "it enters inference mode"),
+    "writes to weights": (writes_to_weights, "fake tensor"),
+    "not compiled": (
+        lambda m, x: m.c(torch.compiler.disable(F.gelu)(m.a(x))),
+        "Attempted to call function marked as skipped",
+    ),
+}
+
+
+@pytest.mark.usefixtures("double")
+@pytest.mark.parametrize("name", list(REFUSED))
+def test_models_that_are_refused(name: str) -> None:
+    forward, reason = REFUSED[name]
+    model, x = three_layers(forward), torch.randn(6, 4)
+    refuses(model, x, reason)
+    assert not hasattr(model, "kept")
+
+
+class OfALoss(InputPenalty):
+    """A penalty of a user, which differentiates a loss of its own."""
+
+    chain_ready = True
+
+    def per_sample(self, x: Tensor, output: Tensor) -> Tensor:
+        loss = output.square().sum(1)
+        (v,) = fastjac.penalties._autograd.vjp(loss, x, torch.ones_like(loss).unsqueeze(0))
+        return v.square().flatten(1).sum(1)
+
+
+@pytest.mark.usefixtures("double")
+def test_calls_that_are_refused() -> None:
+    model, x = mlp(), torch.randn(6, 4)
+    with pytest.raises(ValueError, match=r"generator is given.*drop generator, pass projection="):
+        SpectReg(engine="compiled", generator=torch.Generator())(model, x)
+    with pytest.raises(ValueError, match="engine='compiled' is for the model form"):
+        leaf = x.clone().requires_grad_()
+        SpectReg(engine="compiled")(leaf, model(leaf))
+    with pytest.raises(
+        RuntimeError, match=r"compiled' cannot run.*TangentProp is not made of VJPs"
+    ):
+        TangentProp(engine="compiled")(model, x, x)
+    with pytest.raises(RuntimeError, match=r"compiled' cannot run.*at='0'"):
+        SpectReg(engine="compiled", at="0")(model, x)
+    with pytest.raises(RuntimeError, match=r"compiled' cannot run.*use|Use engine='autograd'"):
+        OfALoss(engine="compiled")(model, x)
+    with torch.no_grad(), pytest.raises(RuntimeError, match=r"torch.no_grad\(\) is active"):
+        SpectReg(engine="compiled")(model, x)
+    with pytest.raises(RuntimeError, match="torch.func transform"):
+        torch.func.grad(lambda t: SpectReg(engine="compiled")(model, t)[1])(x)
+    with torch.autograd.graph.save_on_cpu():
+        refuses(model, x, "hooks on saved tensors")
+    with torch.compiler.set_stance("force_eager"):
+        refuses(model, x, "torch.compile is switched off")
+    handle = nn.modules.module.register_module_forward_hook(lambda module, args, out: None)
+    try:
+        refuses(model, x, "hooks on all modules")
+    finally:
+        handle.remove()
+    refuses(nn.Sequential(nn.LazyLinear(3)), x, "a lazy module has not run")
+    compiled = torch.compile(model, backend="eager")
+    refuses(compiled, x, "is compiled: pass it before compiling")
+    refuses(nn.Sequential(compiled), x, "is compiled: pass it before compiling")
+
+    class Slots:
+        __slots__ = ()
+
+        def __call__(self, t: Tensor) -> Tensor:
+            return model(t)
+
+    refuses(Slots(), x, "cannot be cached: wrap it")
+
+
+@pytest.mark.usefixtures("double")
+def test_inside_a_compiled_function(no_stale_graphs: None) -> None:
+    model, x, penalty = mlp(), torch.randn(6, 4), SpectReg(engine="compiled")
+    step = torch.compile(lambda x: penalty(model, x)[1], backend="eager", fullgraph=True)
+    with pytest.raises(Exception, match="torch.compile traces it already"):
+        step(x)
+
+
+@pytest.mark.usefixtures("double")
+@pytest.mark.parametrize(
+    ("way", "backend"),
+    [
+        ("the same tensor", "aot_eager"),
+        *(
+            pytest.param(way, "aot_eager", marks=pytest.mark.slow)
+            for way in ("made of it", "kept by the model", "target")
+        ),
+    ],
+    indirect=["backend"],
+)
+def test_dependence_on_x_beside_the_argument(way: str, backend: str) -> None:
+    """Autograd counts it where x requires grad; ``torch.func`` does not see it."""
+    net = mlp()
+    for wanted in (True, False):
+        x = torch.randn(6, 4).requires_grad_(wanted)
+        y = x if way == "the same tensor" else 2 * x
+        model: Any = lambda t, y=y: net(t) + net(y)  # noqa: E731
+        if way == "kept by the model":
+            model = Model(lambda m, t: m.net(t) * m.y.sum(1, keepdim=True), net=net)
+            model.y = y
+        penalty: Any = lambda e, model=model, x=x: SpectReg(engine=e, n_proj=-1)(model, x)  # noqa: E731
+        if way == "target":
+            penalty = lambda e, x=x: IGPen(  # noqa: E731
+                lambda out, t: (out.sum(1) - t.sum(1)).square(), engine=e
+            )(net, x, x)
+        if wanted:
+            with pytest.raises(RuntimeError, match=r"compiled' cannot run.*depends on x beside"):
+                penalty("compiled")
+        else:
+            found = [
+                torch.autograd.grad(penalty(e)[1], net[0].weight) for e in ("compiled", "autograd")
+            ]
+            close(*found)
+
+
+def fails(m: Any, x: Tensor) -> Tensor:
+    raise KeyError("mine")
+
+
+def compiled(penalty: Any, model: Any, *targets: Tensor, **options: Any) -> Callable[[], Any]:
+    return lambda: penalty(engine="compiled", **options)(model, torch.randn(6, 4), *targets)
+
+
+LABELS = torch.zeros(6, dtype=torch.int64)
+NET = mlp().double()
+NO_GRAD = "output does not depend on x"
+PLAIN_ERRORS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
+    "of the model": (compiled(SpectReg, three_layers(fails)), KeyError, "mine"),
+    "labels": (compiled(DataGrad, NET, LABELS[:5]), ValueError, "target has batch size 5"),
+    "tuple": (compiled(SpectReg, lambda t: (t, t)), TypeError, "output of the model is tuple"),
+    "detached": (compiled(SpectReg, lambda t: NET(t.detach())), RuntimeError, NO_GRAD),
+    "detached loss": (
+        compiled(IGPen, NET, loss_fn=lambda out: out.detach().sum(1)),
+        RuntimeError,
+        "must not detach output",
+    ),
+    # slow:
+    "label dtype": (compiled(DataGrad, NET, LABELS.int()), TypeError, "target has dtype"),
+    "label 3": (compiled(DataGrad, NET, LABELS + 3), RuntimeError, "class indices outside"),
+    "label -100": (compiled(DataGrad, NET, LABELS - 100), RuntimeError, "class indices outside"),
+    "batch": (compiled(SpectReg, lambda t: t[:3]), ValueError, "output has batch size 3"),
+    "integers": (compiled(SpectReg, lambda t: t.long()), TypeError, "output has dtype"),
+    "constant": (
+        compiled(SpectReg, lambda t: NET(torch.ones(6, 4, dtype=torch.float64))),
+        RuntimeError,
+        NO_GRAD,
+    ),
+    "weight": (
+        compiled(SpectReg, Model(lambda m, t: m.a.weight, a=nn.Linear(3, 6))),
+        RuntimeError,
+        NO_GRAD,
+    ),
+    "mean loss": (
+        compiled(IGPen, NET, loss_fn=lambda out: out.sum()),
+        ValueError,
+        "one loss per sample",
+    ),
+}
+
+
+@pytest.mark.usefixtures("double")
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[pytest.mark.slow] * (i > 4)) for i, n in enumerate(PLAIN_ERRORS)],
+)
+def test_errors_that_are_not_the_engines_own_come_as_they_are(name: str) -> None:
+    """Also from compiled code, which by itself would make zeros of labels out of range."""
+    call, kind, message = PLAIN_ERRORS[name]
+    with pytest.raises(kind, match=message):
+        call()
+
+
+@pytest.mark.usefixtures("double")
+def test_together_with_an_attached_layerwise_penalty() -> None:
+    """Refused on the model that it watches, then and later; on another one nothing changes."""
+    x, watched, other = torch.randn(6, 4), fastjac.fuse(mlp()), fastjac.fuse(mlp())
+    compare(watched, x)
+    layerwise = DREG(watched)
+    refuses(watched, x, "it keeps a tensor")
+    compare(other, x)
+    layerwise.detach()
+    compare(watched, x)
+
+
+@pytest.mark.usefixtures("double")
+def test_auto_never_takes_it_and_explain_engine_knows_it() -> None:
+    model, x = mlp(), torch.randn(6, 4)
+    before = graphs()
+    SpectReg()(model, x)
+    SpectReg()(lambda t: model(t), x)
+    text = SpectReg(engine="compiled").explain_engine(model, x)
+    assert text.startswith("engine: compiled\n") and "torch.compile" in text
+    refused = SpectReg(engine="compiled", at="0").explain_engine(model, x)
+    assert refused.startswith("engine: none") and "at='0'" in refused
+    assert graphs() == before
