@@ -67,11 +67,11 @@ def empty_graphs():
 @pytest.fixture
 def backend(request, monkeypatch):
     """The compiled engine's: inductor for the slow tests, unless one says otherwise."""
-    from fastjac.penalties import _compiled
+    from fastjac.penalties import _backend
 
     slow = request.node.get_closest_marker("slow") is not None
     name = getattr(request, "param", "inductor" if slow else "aot_eager")
-    monkeypatch.setattr(_compiled, "BACKEND", name)
+    monkeypatch.setattr(_backend, "NAME", name)
     return name
 
 

@@ -191,10 +191,11 @@ class InputPenalty(Penalty):
 
     ``"compiled"`` is for models that torch traces as one graph, and is never chosen by ``"auto"``:
     it compiles for seconds at the first call, and anew for other shapes, dtypes and modes.
-    Differentiable once. Random numbers are those of the compiled code: the same for the same
-    ``torch.manual_seed``, not those of the other engines; a ``generator`` raises. So does what
-    torch cannot trace (control flow that depends on numbers, hidden tensors that the model keeps),
-    or would differentiate wrongly (a ``torch.autograd.Function``, ``.data``, hooks on tensors).
+    The first run of what was compiled is compared with torch's own kernels, and raises if it is
+    wrong. Differentiable once. Random numbers come from torch's global generator, as in the other
+    engines; a ``generator`` raises. So does what torch cannot trace (control flow that depends on
+    numbers, hidden tensors that the model keeps), or would differentiate wrongly (a
+    ``torch.autograd.Function``, ``.data``, hooks on tensors).
     """
 
     # Whether ``per_sample`` uses x only in calls of `_autograd.vjp`: said by the class that has it,

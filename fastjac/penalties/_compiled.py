@@ -15,16 +15,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch._dynamo.exc import FailOnRecompileLimitHit, ObservedException, TorchDynamoException
-from torch._ops import HigherOrderOperator
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from fastjac.ops._autograd import graph_nodes
-from fastjac.penalties import _autograd, _buffers, _checks
+from fastjac.penalties import _autograd, _backend, _buffers, _checks
 
 if TYPE_CHECKING:
     from fastjac.penalties._base import InputPenalty
 
-BACKEND = "inductor"
 # Torch's defaults overlook a hook that the model gets after it was compiled, and give up after 8
 # graphs for all the modes, shapes and options.
 CONFIG = {"skip_nnmodule_hook_guards": False, "recompile_limit": 64}
@@ -132,7 +130,7 @@ def explain(penalty: InputPenalty, model: Any, x: Tensor) -> str:
     if reason is not None:
         return f"engine: none, the call raises\n   compiled cannot run: {reason}"
     return (
-        f"engine: compiled\n   torch.func.vjp inside torch.compile(backend={BACKEND!r})\n"
+        f"engine: compiled\n   torch.func.vjp inside torch.compile(backend={_backend.NAME!r})\n"
         "   compiles at the first call, and anew for other modes, dtypes and shapes\n"
         "   raises if torch cannot trace the model, which is not tried here"
     )
@@ -145,7 +143,7 @@ def _function_of(model: Any, penalty: InputPenalty) -> Callable[..., Any]:
         own = types.FunctionType(_step.__code__.replace(), _step.__globals__)
         # Not dynamic: torch fails on dropout and torch.randn of symbolic shapes (seen on 2.13).
         functions[type(penalty)] = torch.compile(
-            own, fullgraph=True, dynamic=False, backend=_backend
+            own, fullgraph=True, dynamic=False, backend=_backend.compiled
         )
     return functions[type(penalty)]
 
@@ -186,28 +184,6 @@ def _reaches(x: Tensor, own: Tensor, values: Tensor) -> bool:
     assert own.grad_fn is not None
     goal = own.grad_fn.next_functions[0][0]
     return any(node is goal for node in graph_nodes(values, own.grad_fn))
-
-
-class _Refused(RuntimeError):
-    """An operation that torch traces, and differentiates wrongly."""
-
-
-def _backend(graph: torch.fx.GraphModule, inputs: Any) -> Callable[..., Any]:
-    """Compile, unless torch would get a second derivative wrong with no error (seen on 2.13)."""
-    for part in graph.modules():
-        for node in part.graph.nodes if isinstance(part, torch.fx.GraphModule) else ():
-            name = getattr(node.target, "__name__", "")
-            if name == "_get_data_attr":
-                raise _Refused("it uses .data of a tensor, where .detach() would do")
-            if name == "_enter_inference_mode":
-                raise _Refused("it enters inference mode, where torch.no_grad() would do")
-            if isinstance(node.target, HigherOrderOperator):
-                raise _Refused(
-                    f"it calls {node.target} (an autograd.Function, a hook, a checkpoint, control "
-                    "flow), whose second derivative torch may get wrong"
-                )
-    with torch._functorch.config.patch(donated_buffer=False):  # backward(retain_graph=True) works
-        return torch._dynamo.lookup_backend(BACKEND)(graph, inputs)
 
 
 def _message(error: Exception) -> str:
