@@ -1,7 +1,8 @@
 """The ``fastjac`` command: ``info``, ``check``, ``bench``.
 
-Exit codes: 0, 1 (a check missed, a benchmark contestant was wrong or failed), 2 (bad arguments),
-130 (Ctrl-C; what was finished is reported and written).
+Exit codes: 0, 1 (a check missed, a benchmark contestant was wrong or failed, or became slower than
+in the records compared with), 2 (bad arguments, nothing to compare), 130 (Ctrl-C; what was finished
+is reported and written).
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import importlib
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -20,7 +22,7 @@ from rich.text import Text
 if TYPE_CHECKING:
     import torch
 
-    from fastjac.bench import Options, Outcome, Record
+    from fastjac.bench import Case, Contestant, Options, Outcome, Record
 
 app = typer.Typer(
     name="fastjac",
@@ -108,7 +110,9 @@ def bench(
         Names,
         typer.Option(metavar="NAME", help="Only this case; * matches; may be repeated."),
     ] = None,
-    suite: Annotated[str | None, typer.Option(metavar="NAME", help="Only this suite.")] = None,
+    suite: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Only this suite; --list describes them.")
+    ] = None,
     contestant: Annotated[
         Names,
         typer.Option(metavar="NAME", help="Only this contestant (and plain); may be repeated."),
@@ -136,36 +140,56 @@ def bench(
             metavar="FILE",
             exists=True,
             dir_okay=False,
-            help="Show and plot the records of this JSON or CSV file, run nothing.",
+            help="Show, plot and compare the records of this JSON or CSV file, run nothing.",
         ),
     ] = None,
+    compare_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--compare",
+            metavar="OLD",
+            exists=True,
+            dir_okay=False,
+            help="Say what is faster or slower than in this JSON or CSV file, beyond the noise.",
+        ),
+    ] = None,
+    keep_going: Annotated[
+        bool, typer.Option("--keep-going", help="Go on after a contestant with wrong gradients.")
+    ] = False,
 ) -> None:
     """Time penalties and ops against plain, eager and compiled torch.
 
     Every contestant's gradients are first compared with a float64 reference; one that misses is
-    shown as WRONG, not timed, and makes the exit code 1.
+    shown as WRONG, not timed, ends the run with its case and makes the exit code 1.
+
+    --compare measures what seems changed a second time, and exits with 1 if something of ours is
+    slower beyond the noise; with --from, two files are compared.
     """
     from fastjac.bench import plots, records, report
 
     console = _console(json_file)
+    old = _load(compare_file)  # before the run, which may add to the same file
     try:
         if plot is not None:
             plots.require_matplotlib()
-        if from_file is not None:
-            loaded = records.load(from_file)
-            report.render(loaded, console)
-            _draw(loaded, plot, console)
-            return
-        options = _options(quick, threads, device, dtype)
-        cases, contestants = _selection(case, suite, contestant, options)
+        if from_file is None:
+            options = replace(_options(quick, threads, device, dtype), keep_going=keep_going)
+            cases, contestants = _selection(case, suite, contestant, options)
         if csv_file is not None:
             records.check_csv(csv_file)
     except (ValueError, RuntimeError) as error:
         _usage_error(error)
+    if from_file is not None:
+        loaded = _load(from_file)
+        report.render(loaded, console)
+        _draw(loaded, plot, console)
+        _conclude(old, loaded, console)
+        return
     if list_only:
         report.render_list(cases, contestants, options, console)
         return
     outcome = _run(cases, contestants, options)
+    _measure_again(old, outcome, cases, contestants, options)
     report.render(outcome.records, console)
     if json_file is not None:
         _write_text(records.to_json(outcome.records), json_file)
@@ -175,6 +199,10 @@ def bench(
     if outcome.interrupted:
         console.print("interrupted: what is shown was finished", style="yellow")
         raise typer.Exit(130)
+    if outcome.stopped:
+        last = outcome.records[-1].case
+        console.print(f"stopped at {last}; --keep-going runs the rest", style="bold red")
+    _conclude(old, outcome.records, console)
     if outcome.bad:
         raise typer.Exit(1)
 
@@ -182,7 +210,7 @@ def bench(
 def _options(quick: bool, threads: int | None, device: Device, dtype: Dtype) -> Options:
     import torch
 
-    from fastjac.bench.runner import Options, available_cores
+    from fastjac.bench.options import Options, available_cores
 
     if device is Device.cuda and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch finds no CUDA device here; use --device cpu")
@@ -199,10 +227,10 @@ def _options(quick: bool, threads: int | None, device: Device, dtype: Dtype) -> 
 
 def _selection(
     names: list[str] | None, suite: str | None, contestant: list[str] | None, options: Options
-) -> tuple[list[Any], list[Any]]:
+) -> tuple[list[Case], list[Contestant]]:
     """Cases and contestants of a command line; ``--quick`` alone means the quick suite."""
     from fastjac.bench import select_cases, select_contestants
-    from fastjac.bench.runner import contestants_of
+    from fastjac.bench.options import contestants_of
 
     if options.quick and suite is None:
         suite = "quick"
@@ -221,9 +249,57 @@ def _selection(
     return entered, contestants
 
 
-def _run(cases: list[Any], contestants: list[Any], options: Options) -> Outcome:
+def _load(path: Path | None) -> list[Record]:
+    from fastjac.bench import records
+
+    try:
+        loaded = [] if path is None else records.load(path)
+    except ValueError as error:
+        _usage_error(error)
+    if path is not None and not loaded:
+        _usage_error(f"{path} holds no records")
+    return loaded
+
+
+def _conclude(old: list[Record], new: list[Record], console: Console) -> None:
+    """Print the comparison, if there is one; exit where it finds something slower, or nothing."""
+    if not old or not new:
+        return
+    from fastjac.bench import report_compare
+    from fastjac.bench.compare import compare
+
+    comparison = compare(old, new)
+    report_compare.render(comparison, console)
+    if not comparison.changes:
+        _usage_error("--compare: nothing was compared: no case of ours is on both sides")
+    if comparison.slower:
+        raise typer.Exit(1)
+
+
+def _measure_again(
+    old: list[Record],
+    outcome: Outcome,
+    cases: list[Case],
+    contestants: list[Contestant],
+    options: Options,
+) -> None:
+    """Run the cases that seem changed once more, into the same outcome.
+
+    A change is real if it comes back; if not, the spread of the two runs is part of the noise.
+    """
+    if not old or outcome.interrupted or outcome.stopped:
+        return
+    from fastjac.bench.compare import compare
+
+    changed = {case for change in compare(old, outcome.records).beyond for case in change.cases}
+    if changed:
+        again = _run([case for case in cases if case.name in changed], contestants, options)
+        outcome.add(again)
+
+
+def _run(cases: list[Case], contestants: list[Contestant], options: Options) -> Outcome:
     from fastjac.bench import report, run
-    from fastjac.bench.runner import busy
+    from fastjac.bench.options import busy
 
     console = Console(stderr=True)
     warning = busy(options.threads)

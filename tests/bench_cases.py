@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import copy
 import functools
+from dataclasses import replace
+from typing import Any
 from unittest import mock
 
 import torch
 
 from fastjac.activations import TABLE
-from fastjac.bench import Case, Contestant, Options, Prepared, layer_idioms
+from fastjac.bench import Case, Contestant, Options, Prepared, Record, layer_idioms, steps
 from fastjac.bench import contestants as entrants
+from fastjac.bench.cases import PHASES
 from fastjac.bench.idioms import INPUT_JACOBIAN
 from fastjac.bench.layer_idioms import EagerDreg
 from fastjac.bench.problems import (
@@ -19,6 +22,7 @@ from fastjac.bench.problems import (
     elementwise_problem,
     mlp,
     small_resnet,
+    squared_error,
     step_problem,
 )
 
@@ -30,21 +34,31 @@ NETWORKS = {
     "dreg-resnet": (functools.partial(small_resnet, (2, 3, 4)), (5, 3, 8, 8)),
     "dreg-transformer": (functools.partial(TransformerClassifier, 8, 2, 12, 2), (5, 4, 8)),
 }
-STEPS = (*PENALTIES, *NETWORKS)
+#: SpectReg with several projections, and as in the SIN experiment
+VARIANTS: dict[str, dict[str, Any]] = {
+    "spectreg-k3": {"n_proj": 3},
+    "spectreg-sin": {"outputs": 1, "loss": squared_error},
+}
+STEPS = (*PENALTIES, *NETWORKS, *VARIANTS)
 
 
 def tiny_problem(penalty: str, dtype: torch.dtype = torch.float32) -> StepProblem:
     if penalty in NETWORKS:
         return step_problem(*NETWORKS[penalty], "dreg", device=CPU, dtype=dtype)
-    outputs = 1 if penalty == "gradient-penalty" else 3
-    network = functools.partial(mlp, [6, 8, 7, outputs])
-    return step_problem(network, (5, 6), penalty, device=CPU, dtype=dtype, outputs=outputs)
+    options = {"outputs": 1 if penalty == "gradient-penalty" else 3, **VARIANTS.get(penalty, {})}
+    network = functools.partial(mlp, [6, 8, 7, options["outputs"]])
+    return step_problem(network, (5, 6), _of(penalty), device=CPU, dtype=dtype, **options)
+
+
+def _of(name: str) -> str:
+    """The penalty of one of `STEPS`."""
+    return "dreg" if name in NETWORKS else "spectreg" if name in VARIANTS else name
 
 
 def tiny_case(penalty: str = "spectreg", name: str | None = None) -> Case:
     return Case(
         name or f"{penalty}-tiny",
-        "dreg" if penalty in NETWORKS else penalty,
+        _of(penalty),
         "step",
         ("tiny",),
         lambda device, dtype: tiny_problem(penalty, dtype),
@@ -83,19 +97,19 @@ def without_second_order(problem):
     model = copy.deepcopy(problem.model)
     x = problem.x.detach().requires_grad_()
     output = model(x)
-    (v,) = torch.autograd.grad(output, x, problem.projection, retain_graph=True)
+    (v,) = torch.autograd.grad(output, x, problem.projection[0], retain_graph=True)
     value = v.square().sum(1).mean()
     (problem.loss(output, problem.target) + problem.weight * value).backward()
     return [p.grad for p in model.parameters()]
 
 
 def slightly_off(problem):
-    gradients = list(entrants.eager_step(problem).gradients())
+    gradients = list(steps.eager_step(problem).gradients())
     return [gradients[0] * (1 + 2e-5), *gradients[1:]]
 
 
 def not_a_number(problem):
-    return [g * float("nan") for g in entrants.eager_step(problem).gradients()]
+    return [g * float("nan") for g in steps.eager_step(problem).gradients()]
 
 
 def layerwise_gradients(problem: StepProblem, kind: type[EagerDreg] = EagerDreg):
@@ -144,6 +158,39 @@ def interrupting(at_call: int) -> Contestant:
             if calls == at_call:
                 raise KeyboardInterrupt
 
-        return Prepared(step, entrants.eager_step(problem).gradients)
+        return Prepared(step, steps.eager_step(problem).gradients)
 
     return Contestant("interrupting", setup)
+
+
+def record(case: str = "c", contestant: str = "eager", **values: Any) -> Record:
+    base = Record(
+        *(case, "spectreg", "step", "quick", "", "", contestant, "ok", "cpu", "float32", 2)
+    )
+    return replace(base, n_rounds=5, torch="2.13", machine="M, 1", **values)
+
+
+def trio(case: str, ratio: float, **values: Any) -> list[Record]:
+    """plain, eager and fastjac, which is ``ratio`` times as fast as eager."""
+    shared = {"p20_ms": 1.0, "p80_ms": 9.0, "rel_err": 1e-7, **values}
+    return [
+        record(case, "plain", median_ms=4.0, overhead=1.0, peak_mb=3.0, **shared),
+        record(case, "eager", median_ms=8.0, overhead=2.0, vs_eager=1.0, peak_mb=6.0, **shared),
+        record(
+            *(case, "fastjac"),
+            median_ms=8 / ratio,
+            overhead=2 / ratio,
+            vs_eager=ratio,
+            peak_mb=4.0,
+            **shared,
+        ),
+    ]
+
+
+def elementwise_records() -> list[Record]:
+    shared = {"kind": "elementwise", "activation": "gelu", "gbps": 5.0, "copy_gbps": 10.0}
+    return [
+        replace(r, pct_copy=50.0, phase=phase, **shared)
+        for phase in PHASES
+        for r in trio(f"act-gelu-{phase}", 4.5)
+    ]

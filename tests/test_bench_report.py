@@ -1,25 +1,28 @@
-"""Records, their files, tables and plots."""
+"""Records, their files and tables."""
 
 from __future__ import annotations
 
+import csv
 import io
 import json
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 import torch
 from bench_cases import (
     FAST,
+    elementwise_records,
     named,
+    record,
     tiny_activation,
     tiny_case,
+    trio,
 )
 from rich.console import Console
 
-from fastjac.bench import Record, plots, report, run
-from fastjac.bench import cases as registry
-from fastjac.bench import contestants as entrants
 from fastjac.bench import records as storage
+from fastjac.bench import report, run
 
 
 @pytest.fixture(autouse=True)
@@ -52,15 +55,8 @@ def test_record_schema():
     assert act["peak_mb"] >= 2 * 16 * 9 * 4 / 1e6
 
 
-def _record(case="c", contestant="eager", **values) -> Record:
-    base = Record(
-        *(case, "spectreg", "step", "quick step", "", "", contestant, "ok", "cpu", "float32", 2)
-    )
-    return replace(base, n_rounds=5, torch="2.13", machine="M, 1", **values)
-
-
 def test_csv_and_json_come_back(tmp_path):
-    records = [_record(median_ms=1.5, rel_err=1e-7), _record(contestant="fastjac", message='a,"b"')]
+    records = [record(median_ms=1.5, rel_err=1e-7), record(contestant="fastjac", message='a,"b"')]
     path = tmp_path / "r.csv"
     storage.append_csv(records[:1], path)
     storage.append_csv(records[1:], path)
@@ -70,8 +66,28 @@ def test_csv_and_json_come_back(tmp_path):
     assert storage.load(tmp_path / "r.json") == records
 
 
+def test_files_of_earlier_versions_are_read_and_added_to(tmp_path):
+    path = tmp_path / "old.csv"
+    later = ("ratio", "ratio_se", "gflop", "gemm_gflops", "pct_gemm", "engine", "axes")
+    first = asdict(record(median_ms=1.5, overhead=2.0))
+    with path.open("w", newline="") as file:
+        old = csv.DictWriter(file, [c for c in storage.COLUMNS if c not in later])
+        old.writeheader()
+        old.writerow({k: v for k, v in first.items() if k not in later})
+    assert [asdict(r) for r in storage.load(path)] == [first]
+    added = record(contestant="fastjac", ratio=1.5, engine="chain")
+    storage.append_csv([added], path)
+    assert [asdict(r) for r in storage.load(path)] == [first, asdict(added)]
+    assert [p.name for p in tmp_path.iterdir()] == ["old.csv"]
+
+
+def test_the_recorded_history_is_read():
+    path = Path(__file__).resolve().parent.parent / "benchmarks" / "history.csv"
+    assert all(r.status == "ok" and r.median_ms for r in storage.load(path))
+
+
 def test_infinite_errors_are_valid_json():
-    row = json.loads(storage.to_json([_record(rel_err=float("inf"))]))[0]
+    row = json.loads(storage.to_json([record(rel_err=float("inf"))]))[0]
     assert row["rel_err"] is None
 
 
@@ -79,43 +95,16 @@ def test_other_files_are_refused(tmp_path):
     path = tmp_path / "other.csv"
     path.write_text("a,b\n1,2\n")
     with pytest.raises(ValueError, match="other columns"):
-        storage.append_csv([_record()], path)
+        storage.append_csv([record()], path)
     assert path.read_text() == "a,b\n1,2\n"
     with pytest.raises(ValueError, match="not a list of benchmark records"):
         storage.load(path)
 
 
-def _pair(case, ratio, **values):
-    shared = {"p20_ms": 1.0, "p80_ms": 9.0, "rel_err": 1e-7, **values}
-    return [
-        _record(case, "plain", median_ms=4.0, overhead=1.0, peak_mb=3.0, **shared),
-        _record(case, "eager", median_ms=8.0, overhead=2.0, vs_eager=1.0, peak_mb=6.0, **shared),
-        _record(
-            *(case, "fastjac"),
-            median_ms=8 / ratio,
-            overhead=2 / ratio,
-            vs_eager=ratio,
-            peak_mb=4.0,
-            **shared,
-        ),
-    ]
-
-
-def _elementwise_records():
-    shared = {"kind": "elementwise", "activation": "gelu", "gbps": 5.0, "copy_gbps": 10.0}
-    return [
-        replace(r, pct_copy=50.0, phase=phase, **shared)
-        for phase in registry.PHASES
-        for r in _pair(f"act-gelu-{phase}", 4.5)
-    ]
-
-
 @pytest.mark.parametrize("width", [80, 140])
 def test_tables_show_the_ratio_and_what_is_wrong(width):
-    wrong = replace(
-        _record("case-b", "compiled"), status="wrong", message="relative error 3.00e-01"
-    )
-    records = [*_pair("case-a", 1.25), wrong, *_elementwise_records()]
+    wrong = replace(record("case-b", "compiled"), status="wrong", message="relative error 3.00e-01")
+    records = [*trio("case-a", 1.25), wrong, *elementwise_records()]
     console = Console(width=width, record=True, file=io.StringIO())
     report.render(records, console)
     text = console.export_text()
@@ -128,37 +117,3 @@ def test_tables_show_the_ratio_and_what_is_wrong(width):
 def test_estimate_grows_with_compiling_contestants():
     few = report.expected_seconds(named("eager"), FAST)
     assert report.expected_seconds(named("eager", "compiled"), FAST) > few + 5
-
-
-def test_plots_are_drawn_from_records(tmp_path):
-    records = [*_pair("case-a", 1.25), *_elementwise_records()]
-    written = plots.draw(records, tmp_path / "new" / "folder")
-    assert [p.name for p in written] == [
-        f"{kind}-cpu-float32-2t.png" for kind in ("overhead", "speedup", "bandwidth", "memory")
-    ]
-    assert all(p.read_bytes().startswith(b"\x89PNG") for p in written)
-
-
-def test_plots_keep_machines_apart_and_take_the_last_record(tmp_path, monkeypatch):
-    seen = []
-    monkeypatch.setattr(
-        plots, "PAINTERS", {"p": lambda figure, rows: bool(seen.append(rows)) or True}
-    )
-    old, new = _pair("case-a", 1.0), _pair("case-a", 2.0)
-    other = [replace(r, machine="Other GPU") for r in old]
-    bad = replace(_record("case-b"), status="wrong")
-    written = plots.draw([*old, *other, *new, bad], tmp_path)
-    assert [p.name for p in written] == [
-        "p-cpu-float32-2t-m-1.png",
-        "p-cpu-float32-2t-other-gpu.png",
-    ]
-    assert seen == [new, other]
-
-
-def test_nothing_to_plot_draws_nothing(tmp_path):
-    assert plots.draw([replace(_record(), status="failed")], tmp_path) == []
-
-
-def test_every_contestant_has_a_colour():
-    assert {c.name for c in entrants.all_contestants()} <= plots.COLOURS.keys()
-    assert set(asdict(_record())) == set(storage.COLUMNS)

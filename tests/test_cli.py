@@ -12,6 +12,7 @@ import fastjac.bench.cases
 import fastjac.bench.contestants
 from fastjac import cli
 from fastjac.bench import records as storage
+from fastjac.bench.steps import eager_step, plain_step
 
 runner = CliRunner()
 
@@ -65,7 +66,7 @@ def test_files_are_written(tmp_path):
     from_json, from_csv = (storage.load(tmp_path / name) for name in ("r.json", "r.csv"))
     assert len(from_json) == 9 and from_csv == from_json
     kinds = sorted(path.name.partition("-")[0] for path in (tmp_path / "p").iterdir())
-    assert kinds == ["bandwidth", "memory", "overhead", "speedup"]
+    assert kinds == ["bandwidth", "memory", "overhead", "roofline", "speedup"]
     assert "vs eager" in result.stdout and "overhead-cpu-float32" in result.stdout
 
 
@@ -85,6 +86,101 @@ def test_a_wrong_contestant_makes_the_exit_code_1_and_is_named(plant, tmp_path):
     assert "WRONG spectreg-tiny, planted: relative error" in flat(result)
     statuses = {r.contestant: r.status for r in storage.load(tmp_path / "r.json")}
     assert statuses == {"plain": "ok", "eager": "ok", "fastjac": "ok", "planted": "wrong"}
+
+
+def test_a_wrong_contestant_stops_the_run_unless_told_otherwise(plant):
+    plant(planted("planted", slightly_off))
+    result = invoke("bench", "--json", "-")
+    assert result.exit_code == 1, result.output
+    assert {r["case"] for r in json.loads(result.stdout)} == {"spectreg-tiny"}
+    assert "stopped at spectreg-tiny; --keep-going runs the rest" in flat(result)
+    result = invoke("bench", "--json", "-", "--keep-going")
+    assert result.exit_code == 1, result.output
+    assert len({r["case"] for r in json.loads(result.stdout)}) == 3
+
+
+class Clock:
+    """Time that passes by a microsecond a look, and as its contestants say."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def perf_counter(self) -> float:
+        self.now += 1e-6
+        return self.now
+
+    def contestant(self, name: str, seconds: dict[str, float]) -> fastjac.bench.Contestant:
+        def setup(problem):
+            right = (plain_step if name == "plain" else eager_step)(problem)
+
+            def step():
+                self.now += seconds[name]
+
+            return fastjac.bench.Prepared(step, right.gradients)
+
+        return fastjac.bench.Contestant(name, setup)
+
+
+@pytest.fixture
+def seconds(monkeypatch):
+    """How long each contestant takes, to be changed."""
+    taken = {"plain": 4e-3, "eager": 9e-3, "fastjac": 8e-3}
+    clock = Clock()
+    everyone = tuple(clock.contestant(name, taken) for name in taken)
+    cases = tuple(tiny_case(name=f"case-{k}") for k in range(3))
+    monkeypatch.setattr(fastjac.bench.contestants, "all_contestants", lambda: everyone)
+    monkeypatch.setattr(fastjac.bench.cases, "all_cases", lambda: cases)
+    monkeypatch.setattr("fastjac.bench.measure.time", clock)
+    return taken
+
+
+@pytest.mark.parametrize("kind", ["csv", "json"])
+def test_a_planted_slowdown_is_reported_by_compare(seconds, tmp_path, kind):
+    old, new = tmp_path / f"old.{kind}", tmp_path / f"new.{kind}"
+    assert invoke("bench", f"--{kind}", old).exit_code == 0
+    same = invoke("bench", "--compare", old)
+    assert same.exit_code == 0, same.output
+    assert "3 cases compared (3 contestants of ours), nothing beyond the noise" in flat(same)
+
+    seconds["fastjac"] *= 1.15
+    slower = invoke("bench", "--case", "case-1", "--compare", old, f"--{kind}", new)
+    assert slower.exit_code == 1, slower.output
+    assert "case-1 fastjac 2.00× 2.30× +15.0%" in flat(slower) and "slower" in flat(slower)
+    assert "only among the old records, 4: case-0 (eager, fastjac), case-2" in flat(slower)
+    assert len(storage.load(new)) == 6  # what seemed changed was measured twice
+
+    files = invoke("bench", "--from", new, "--compare", old)
+    assert files.exit_code == 1 and "+15.0%" in flat(files)
+
+
+def test_faster_and_equal_exit_with_0(seconds, tmp_path):
+    path = tmp_path / "r.csv"
+    invoke("bench", "--csv", path)
+    seconds["fastjac"] /= 1.15
+    # the records are compared with those from before the run, in the file that it adds to
+    result = invoke("bench", "--csv", path, "--compare", path)
+    assert result.exit_code == 0, result.output
+    assert flat(result).count("faster") == 3 and "-13.0%" in flat(result)
+
+
+def test_a_comparison_of_nothing_does_not_pass(seconds, tmp_path):
+    path = tmp_path / "r.json"
+    invoke("bench", "--json", path)
+    path.write_text(path.read_text().replace('"threads": 1', '"threads": 64'))
+    result = invoke("bench", "--compare", path)
+    assert result.exit_code == 2, result.output
+    assert "64 threads" in flat(result) and "nothing was compared" in flat(result)
+    path.write_text("[]")
+    result = invoke("bench", "--compare", path)
+    assert result.exit_code == 2 and "holds no records" in flat(result)
+
+
+def test_a_file_that_holds_no_records_is_refused_before_measuring(tmp_path, monkeypatch):
+    monkeypatch.setattr(cli, "_run", lambda *_: pytest.fail("measured before the check"))
+    path = tmp_path / "other.csv"
+    path.write_text("a,b\n1,2\n")
+    result = invoke("bench", "--compare", path)
+    assert result.exit_code == 2 and "not a list of benchmark records" in flat(result)
 
 
 def test_ctrl_c_exits_130_and_writes_what_is_done(plant, tmp_path):
@@ -109,7 +205,7 @@ def test_ctrl_c_exits_130_and_writes_what_is_done(plant, tmp_path):
             ["--case", "spectreg-tin"],
             "did you mean spectreg-tiny, dreg-tiny? valid names are: spectreg-tiny,",
         ),
-        (["--suite", "fast"], "suite 'fast' does not exist; the suites are tiny"),
+        (["--suite", "fast"], "suite 'fast' does not exist; the suites are quick, layerwise"),
         (["--contestant", "egaer"], "did you mean eager? valid names are: plain, eager, compiled"),
         (
             ["--contestant", "jacobianreg", "--case", "dreg*"],
@@ -154,6 +250,7 @@ def test_list_names_cases_contestants_and_reasons():
     result = invoke("bench", "--list")
     assert result.exit_code == 0
     assert "dreg-tiny" in flat(result) and "plain eager compiled fastjac" in flat(result)
+    assert "layerwise steps with a layer-wise penalty" in flat(result)
     assert "jacobianreg is left out: JacobianReg cannot express" in flat(result)
 
 

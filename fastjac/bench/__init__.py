@@ -5,9 +5,11 @@ it. No contestant is timed before its gradients agreed with the float64 truth.
 """
 
 from fastjac.bench.cases import Case, all_cases, select_cases
-from fastjac.bench.contestants import Contestant, Prepared, all_contestants, select_contestants
+from fastjac.bench.contestants import Contestant, all_contestants, select_contestants
+from fastjac.bench.options import Options
 from fastjac.bench.records import Record
-from fastjac.bench.runner import Options, Outcome, run
+from fastjac.bench.runner import Outcome, run
+from fastjac.bench.steps import Prepared
 
 __all__ = [
     "Case",

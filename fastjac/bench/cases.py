@@ -14,6 +14,7 @@ from torch import nn
 from fastjac.activations import TABLE
 from fastjac.bench.problems import (
     ElementwiseProblem,
+    Loss,
     Problem,
     StepProblem,
     TransformerClassifier,
@@ -21,14 +22,35 @@ from fastjac.bench.problems import (
     lenet,
     mlp,
     small_resnet,
+    squared_error,
     step_problem,
 )
 
 Build = Callable[[torch.device, torch.dtype], Problem]
 
+#: what ``--suite`` takes, and what it holds
+SUITES = {
+    "quick": "the short look: five steps and the activations, few contestants, under 3 minutes",
+    "layerwise": "steps with a layer-wise penalty (DREG)",
+    "double-backward": "steps with a penalty on the input Jacobian (SpectReg, DataGrad, …)",
+    "elementwise": "every activation: forward, backward and double backward",
+    "papers": "networks of the papers: LeNet-5, a CIFAR ResNet, SIN (2017); MLPs with DREG (2026)",
+    "scaling": "SpectReg on an MLP by width, batch, depth and projections: one axis at a time",
+    "all": "every case; what runs if no suite is named",
+}
+
 PHASES = ("forward", "backward", "double")
 #: activations whose double backward is in the quick suite
 QUICK_DOUBLE = ("gelu_tanh", "silu", "gelu", "mish")
+
+#: the point through which the axes of the scaling suite run, and the other values on each
+SCALING_BASE = {"width": 256, "batch": 128, "depth": 4, "projections": 1}
+SCALING_AXES = {
+    "width": (64, 1024, 4096),
+    "batch": (8, 32, 512, 2048),
+    "depth": (1, 2, 8, 16),
+    "projections": (2, 4, 8, 16),
+}
 
 
 @dataclass(frozen=True)
@@ -39,10 +61,12 @@ class Case:
         name: what ``--case`` takes.
         penalty: the penalty of a step, or ``"act"``.
         kind: ``"step"`` (forward, loss, backward) or ``"elementwise"`` (one op).
-        suites: what ``--suite`` takes.
+        suites: of :data:`SUITES`; ``"all"`` goes without saying.
         build: makes the problem on a device in a dtype.
         quick: contestants of the quick suite; empty if the case is not in it.
+        only: the contestants that take part in any suite; empty for all.
         activation, phase: of an elementwise case.
+        axes: of a scaling case, ``"width=256 batch=128 depth=4 projections=1"``.
     """
 
     name: str
@@ -51,19 +75,16 @@ class Case:
     suites: tuple[str, ...]
     build: Build
     quick: tuple[str, ...] = ()
+    only: tuple[str, ...] = ()
     activation: str = ""
     phase: str = ""
+    axes: str = ""
 
 
 @functools.cache
 def all_cases() -> tuple[Case, ...]:
     """Every case, steps first."""
-    return (*_step_cases(), *_elementwise_cases())
-
-
-def suites() -> list[str]:
-    """Names of the suites, in order of appearance."""
-    return list(dict.fromkeys(suite for case in all_cases() for suite in case.suites))
+    return (*_step_cases(), *_scaling_cases(), *_elementwise_cases())
 
 
 def select_cases(
@@ -78,20 +99,22 @@ def select_cases(
     """
     chosen = list(all_cases() if cases is None else cases)
     known = [case.name for case in chosen]
-    if suite is not None:
-        valid = list(dict.fromkeys(s for case in chosen for s in case.suites))
-        if suite not in valid:
-            raise ValueError(f"suite {suite!r} does not exist; the suites are {', '.join(valid)}")
+    if suite is not None and suite not in SUITES:
+        raise ValueError(f"suite {suite!r} does not exist; the suites are {', '.join(SUITES)}")
+    if suite not in (None, "all"):
         chosen = [case for case in chosen if suite in case.suites]
     names = list(names)
-    if not names:
-        return chosen
     for name in names:
         if not fnmatch.filter(known, name):
             raise ValueError(unknown("case", name, known))
-    kept = [case for case in chosen if any(fnmatch.fnmatchcase(case.name, name) for name in names)]
+    kept = [
+        case
+        for case in chosen
+        if not names or any(fnmatch.fnmatchcase(case.name, name) for name in names)
+    ]
     if not kept:
-        raise ValueError(f"case {names[0]!r} is not in the suite {suite!r}")
+        what = f"case {names[0]!r} is not" if names else "no case is"
+        raise ValueError(f"{what} in the suite {suite!r}")
     return kept
 
 
@@ -111,15 +134,21 @@ def _step(
     quick: str = "",
     outputs: int = 10,
     kinks: bool = False,
+    loss: Loss | None = None,
 ) -> Case:
     def build(device: torch.device, dtype: torch.dtype) -> StepProblem:
         return step_problem(
-            network, shape, penalty, device=device, dtype=dtype, outputs=outputs, kinks=kinks
+            *(network, shape, penalty),
+            device=device,
+            dtype=dtype,
+            outputs=outputs,
+            kinks=kinks,
+            loss=loss,
         )
 
-    family = "layer-wise" if penalty == "dreg" else "input-jacobian"
+    family = "layerwise" if penalty == "dreg" else "double-backward"
     named = ("quick",) if quick else ()
-    return Case(name, penalty, "step", (*named, "step", family, *suites), build, (*quick.split(),))
+    return Case(name, penalty, "step", (*named, family, *suites), build, (*quick.split(),))
 
 
 def _mlp(inputs: int, hidden: int, width: int, outputs: int = 10, activation: type = nn.GELU):
@@ -147,22 +176,57 @@ def _step_cases() -> list[Case]:
             (128, 784),
             outputs=1,
         ),
-        _step("dreg-mlp-b128-w512", "dreg", net512, (128, 784), quick=f"{short} compiled"),
-        _step("dreg-mlp-b512-w1024", "dreg", _mlp(784, 4, 1024), (512, 784)),
-        _step("dreg-mlp-b4096-w256", "dreg", _mlp(784, 4, 256), (4096, 784)),
+        _step(
+            "dreg-mlp-b128-w512", "dreg", net512, (128, 784), "papers", quick=f"{short} compiled"
+        ),
+        _step("dreg-mlp-b512-w1024", "dreg", _mlp(784, 4, 1024), (512, 784), "papers"),
+        _step("dreg-mlp-b4096-w256", "dreg", _mlp(784, 4, 256), (4096, 784), "papers"),
         # four of its seven 3x3 convolutions count: the others end in a sum with the shortcut
-        _step("dreg-resnet", "dreg", small_resnet, (32, 3, 32, 32), "conv"),
+        _step("dreg-resnet", "dreg", small_resnet, (32, 3, 32, 32)),
         _step("dreg-transformer", "dreg", TransformerClassifier, (16, 64, 256)),
         _step(
             *("spectreg-relu-mlp-b128-w512", "spectreg", _mlp(784, 4, 512, activation=nn.ReLU)),
             (128, 784),
             kinks=True,
         ),
-        _step("spectreg-lenet", "spectreg", lenet, (50, 1, 28, 28), "conv", kinks=True),
+        _step("spectreg-lenet", "spectreg", lenet, (50, 1, 28, 28), "papers", kinks=True),
         # GELU: in a ReLU network of this size (3M units a batch) some unit is always within
         # rounding of its kink, and two correct convolutions differ by 2e-3 in the gradient
-        _step("spectreg-resnet", "spectreg", small_resnet, (32, 3, 32, 32), "conv"),
+        _step("spectreg-resnet", "spectreg", small_resnet, (32, 3, 32, 32), "papers"),
+        # examples/sin.py: network, batch and loss of the experiment; what it fits costs no time
+        _step(
+            *("spectreg-sin", "spectreg", _mlp(1, 5, 64, 1, nn.ReLU), (100, 1), "papers"),
+            outputs=1,
+            kinks=True,
+            loss=squared_error,
+        ),
     ]
+
+
+def _scaling_cases() -> list[Case]:
+    points = [SCALING_BASE]
+    for axis, values in SCALING_AXES.items():
+        points += [{**SCALING_BASE, axis: value} for value in values]
+    return [_scaling(point) for point in points]
+
+
+def _scaling(point: dict[str, int]) -> Case:
+    network = _mlp(64, point["depth"], point["width"])
+
+    def build(device: torch.device, dtype: torch.dtype) -> StepProblem:
+        shape, k = (point["batch"], 64), point["projections"]
+        return step_problem(network, shape, "spectreg", device=device, dtype=dtype, n_proj=k)
+
+    moved = [f"{axis}-{value}" for axis, value in point.items() if value != SCALING_BASE[axis]]
+    return Case(
+        name=f"scale-{''.join(moved) or 'base'}",
+        penalty="spectreg",
+        kind="step",
+        suites=("scaling",),
+        build=build,
+        only=("plain", "eager", "compiled", "fastjac"),
+        axes=" ".join(f"{axis}={value}" for axis, value in point.items()),
+    )
 
 
 def _elementwise_cases() -> list[Case]:
@@ -185,7 +249,7 @@ def _elementwise(fn: str, phase: str) -> Case:
         name=f"act-{fn}-{phase}",
         penalty="act",
         kind="elementwise",
-        suites=(*(("quick",) if quick else ()), "act", f"act-{phase}"),
+        suites=(*(("quick",) if quick else ()), "elementwise"),
         build=build,
         quick=("plain", "eager", "fastjac") if quick else (),
         activation=fn,

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import functools
+import time
+import traceback
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from fastjac.bench import contestants as entrants
+from fastjac.bench import phases, steps
+from fastjac.bench.ceilings import FlopCounter
+from fastjac.bench.contestants import Contestant
 from fastjac.bench.problems import ElementwiseProblem, Problem, StepProblem
+from fastjac.bench.records import Record
+from fastjac.bench.steps import Prepared
 
 
 @dataclass(frozen=True)
@@ -21,12 +29,16 @@ class Gate:
         plain_truth: those of the step without penalty (elementwise: ``phi(z)``).
         limit, plain_limit: largest relative L2 error: twice eager's own in the run's dtype, and
             not less than rounding of a float32 (float64) result.
+        gflop, plain_gflop: 10^9 operations of the matrix products and convolutions of the eager
+            and of the plain step.
     """
 
     truth: Sequence[Tensor]
     plain_truth: Sequence[Tensor]
     limit: float
     plain_limit: float
+    gflop: float = 0.0
+    plain_gflop: float = 0.0
 
     def error(self, contestant: str, gradients: Sequence[Tensor]) -> tuple[float, float]:
         """Error of a contestant, and its limit."""
@@ -56,30 +68,85 @@ def open_gate(problem: Problem, dtype: torch.dtype) -> Gate:
     if isinstance(problem, StepProblem):
         assert isinstance(wide, StepProblem)
         problem.weight = wide.weight = _balanced_weight(wide)
-        plain = entrants.plain_step(problem), entrants.plain_step(wide)
-        eager = entrants.eager_step(problem), entrants.eager_step(wide)
+        plain = steps.plain_step(problem), steps.plain_step(wide)
+        eager = steps.eager_step(problem), steps.eager_step(wide)
     else:
         assert isinstance(wide, ElementwiseProblem)
         plain = (
-            entrants.forward_phase(problem, problem.phi),
-            entrants.forward_phase(wide, wide.phi),
+            phases.forward_phase(problem, problem.phi),
+            phases.forward_phase(wide, wide.phi),
         )
-        eager = entrants.eager_phase(problem), entrants.eager_phase(wide)
+        eager = phases.eager_phase(problem), phases.eager_phase(wide)
     # 8 eps of float32: what a sum of rounded terms differs by when its order changes. A 16-bit
     # contestant has to stay within twice eager's error, with no such floor.
     floor = 1e-12 if dtype == torch.float64 else 1e-6
-    limits = []
+    found = []
     for mine, true in (plain, eager):
         truth = true.gradients()
-        limits.append((truth, max(2 * relative_error(mine.gradients(), truth), floor)))
-    (plain_truth, plain_limit), (truth, limit) = limits
-    return Gate(truth, plain_truth, limit, plain_limit)
+        with FlopCounter() as counter:
+            gradients = mine.gradients()
+        limit = max(2 * relative_error(gradients, truth), floor)
+        found.append((truth, limit, counter.total / 1e9))
+    (plain_truth, plain_limit, plain_gflop), (truth, limit, gflop) = found
+    return Gate(truth, plain_truth, limit, plain_limit, gflop, plain_gflop)
 
 
 def _balanced_weight(wide: StepProblem) -> float:
     """Power of two that gives loss and penalty gradients of like norm."""
-    loss = entrants.plain_step(wide).gradients()
-    both = entrants.eager_step(wide).gradients()  # its weight is 1
+    loss = steps.plain_step(wide).gradients()
+    both = steps.eager_step(wide).gradients()  # its weight is 1
     penalty = sum(float((b - a).square().sum()) for a, b in zip(loss, both, strict=True)) ** 0.5
     own = sum(float(a.square().sum()) for a in loss) ** 0.5
     return float(2.0 ** round(torch.tensor(own / penalty).log2().item()))
+
+
+def admit(contestant: Contestant, problem: Problem, gate: Gate, record: Record) -> Prepared | None:
+    """Set a contestant up and let it through the gate, or say in its record why not."""
+    device = torch.device(record.device)
+    cache = _fresh_compile_cache(device) if contestant.compiles else contextlib.nullcontext()
+    with contextlib.ExitStack() as refused:
+        try:
+            with cache:
+                began = time.perf_counter()
+                prepared = contestant.setup(problem)
+                refused.callback(prepared.close)
+                gradients = prepared.gradients()
+                took = time.perf_counter() - began
+            if contestant.compiles:
+                record.compile_s = took
+            record.engine = prepared.engine
+            record.rel_err, record.rel_err_limit = gate.error(contestant.name, gradients)
+        except Exception as error:
+            record.status, record.message = "failed", short(error)
+            return None
+        if not record.rel_err <= record.rel_err_limit:
+            record.status = "wrong"
+            record.message = (
+                f"relative error {record.rel_err:.2e} of its gradients, limit "
+                f"{record.rel_err_limit:.2e}"
+            )
+            return None
+        refused.pop_all()
+        return prepared
+
+
+def short(error: Exception) -> str:
+    """Last line of what a traceback would show, on one line."""
+    lines = "".join(traceback.format_exception_only(error)).strip().splitlines()
+    return lines[0][:300] if lines else type(error).__name__
+
+
+@contextlib.contextmanager
+def _fresh_compile_cache(device: torch.device) -> Iterator[None]:
+    """Compile time without what an earlier run left on disk, and without torch's own start-up."""
+    from torch._inductor.utils import fresh_cache
+
+    _start_compiler(device)
+    with fresh_cache():
+        yield
+
+
+@functools.cache
+def _start_compiler(device: torch.device) -> None:
+    """A first, trivial torch.compile: it imports the compiler and probes the processor."""
+    torch.compile(torch.sin, fullgraph=True)(torch.ones(8, device=device))

@@ -34,7 +34,7 @@ class InputJacobian:
 def _given(output: Tensor, target: Tensor, projection: Tensor | None) -> Tensor:
     if projection is None:
         raise ValueError("projection: SpectReg needs one here, so that contestants share it")
-    return projection.unsqueeze(0)
+    return projection
 
 
 def _cross_entropy_gradient(output: Tensor, target: Tensor, projection: Tensor | None) -> Tensor:
@@ -61,12 +61,16 @@ def _squared_norm(v: Tensor) -> Tensor:
     return v.square().sum(dim=(0, 2))
 
 
+def _mean_squared_norm(v: Tensor) -> Tensor:
+    return v.square().sum(dim=2).mean(dim=0)
+
+
 def _norm_minus_one_squared(v: Tensor) -> Tensor:
     return (_squared_norm(v).sqrt() - 1).square()
 
 
 INPUT_JACOBIAN = {
-    "spectreg": InputJacobian(_given, _squared_norm),
+    "spectreg": InputJacobian(_given, _mean_squared_norm),
     "datagrad": InputJacobian(_cross_entropy_gradient, _squared_norm),
     "frobreg": InputJacobian(_unit_vectors, _squared_norm),
     "jacreg": InputJacobian(_softmax_rows, _squared_norm),
@@ -109,18 +113,19 @@ def jacobian_reg_objective(problem: StepProblem, model: nn.Module) -> Tensor:
     output = model(x)
     y = output.softmax(dim=1) if problem.penalty == "jacreg" else output
     n, m = y.shape
-    exact = problem.projection is None
+    given = problem.projection
+    passes = m if given is None else len(given)
     value = x.new_zeros(())
-    for k in range(m if exact else 1):
-        if exact:
+    for k in range(passes):
+        if given is None:
             v = torch.zeros_like(y)
             v[:, k] = 1
         else:
-            v = _given(y, problem.target, problem.projection)[0]
+            v = given[k]
         (jv,) = torch.autograd.grad(
             y.reshape(-1), x, v.reshape(-1), retain_graph=True, create_graph=True
         )
-        value = value + 0.5 * jv.norm() ** 2 / n
+        value = value + 0.5 * jv.norm() ** 2 / (n if given is None else n * passes)
     return problem.loss(output, problem.target) + problem.weight * (2 * value)
 
 

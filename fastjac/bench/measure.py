@@ -49,12 +49,25 @@ def warm_up(step: Step, device: torch.device, sample_s: float) -> tuple[int, flo
 
 
 def order_of_round(names: Sequence[str], round_number: int) -> list[str]:
-    """The contestants in turn, each round starting with the next one.
+    """The contestants in turn, each round starting with the next one, every other cycle backwards.
 
-    Whoever runs after a big step finds a cold cache; rotation spreads that evenly.
+    Whoever runs after a big step finds a cold cache; so nobody always follows the same one.
     """
-    first = round_number % len(names)
-    return [*names[first:], *names[:first]]
+    cycle, first = divmod(round_number, len(names))
+    turned = [*names[first:], *names[:first]]
+    return turned[::-1] if cycle % 2 else turned
+
+
+#: of a normal distribution: the range p20 to p80 in standard deviations
+FIFTHS = 2 * statistics.NormalDist().inv_cdf(0.8)
+
+
+def error_of_median(p20: float, p80: float, n: int) -> float:
+    """Standard error of the median of ``n`` values, from the range of their middle three fifths.
+
+    ``sqrt(pi / 2) sigma / sqrt(n)``, with sigma taken from that range, which outliers do not move.
+    """
+    return math.sqrt(math.pi / 2 / n) * (p80 - p20) / FIFTHS
 
 
 @dataclass
@@ -70,11 +83,25 @@ class Samples:
 
     def quantiles_ms(self, name: str) -> tuple[float, float, float]:
         """p20, median and p80 in ms."""
-        values = [1e3 * s for s in self.seconds[name][: self.n_rounds]]
-        if len(values) == 1:
-            return values[0], values[0], values[0]
-        fifths = statistics.quantiles(values, n=5, method="inclusive")
-        return fifths[0], statistics.median(values), fifths[3]
+        return quantiles([1e3 * s for s in self.seconds[name][: self.n_rounds]])
+
+    def ratio(self, name: str, base: str) -> tuple[float, float]:
+        """Median over the rounds of a contestant's time over another's, and the error of its log.
+
+        Taken round by round, it is not moved by what slows both.
+        """
+        n = self.n_rounds
+        pairs = zip(self.seconds[name][:n], self.seconds[base][:n], strict=True)
+        p20, median, p80 = quantiles([math.log(mine / other) for mine, other in pairs])
+        return math.exp(median), error_of_median(p20, p80, n)
+
+
+def quantiles(values: Sequence[float]) -> tuple[float, float, float]:
+    """p20, median and p80."""
+    if len(values) == 1:
+        return values[0], values[0], values[0]
+    fifths = statistics.quantiles(values, n=5, method="inclusive")
+    return fifths[0], statistics.median(values), fifths[3]
 
 
 def interleave(
@@ -86,21 +113,32 @@ def interleave(
     max_rounds: int,
     sample_s: float,
     samples: Samples,
+    ceilings: Mapping[str, Step] | None = None,
 ) -> None:
     """Sample the steps in turn, round after round, into ``samples``.
 
     The number of rounds is what fits ``budget_s`` per step, between the two limits. What was
     sampled stays in ``samples`` if the caller is interrupted.
+
+    Args:
+        steps: the contestants.
+        device: what they run on.
+        budget_s, min_rounds, max_rounds, sample_s: see `Options`.
+        samples: filled.
+        ceilings: sampled once at the end of each round, so that what they leave in the cache meets
+            each contestant in turn.
     """
-    names = list(steps)
+    ceilings = ceilings or {}
+    names = [*steps, *ceilings]
+    everything = {**steps, **ceilings}
     samples.seconds.update({name: [] for name in names})
-    plans = {name: warm_up(step, device, sample_s) for name, step in steps.items()}
+    plans = {name: warm_up(step, device, sample_s) for name, step in everything.items()}
     round_s = sum(expected for _, expected in plans.values())
     rounds = min(max(int(budget_s * len(names) / round_s), min_rounds), max_rounds)
     gc.collect()
     for k in range(rounds):
-        for name in order_of_round(names, k):
-            samples.seconds[name].append(timed(steps[name], plans[name][0], device))
+        for name in (*order_of_round([*steps], k), *ceilings):
+            samples.seconds[name].append(timed(everything[name], plans[name][0], device))
 
 
 def peak_bytes(step: Step, device: torch.device) -> int:

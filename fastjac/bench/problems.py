@@ -30,8 +30,8 @@ class StepProblem:
         target: class indices ``[N]``, or float labels ``[N]`` for a network with one output.
         loss: mean task loss of ``(output, target)``.
         penalty: key of :data:`fastjac.bench.idioms.INPUT_JACOBIAN`, or ``"dreg"``.
-        projection: explicit cotangents ``w``, ``[N, m]``, so that every contestant projects on the
-            same numbers; None for penalties that draw nothing.
+        projection: explicit cotangents ``w``, ``[K, N, m]``, so that every contestant projects on
+            the same numbers; None for penalties that draw nothing.
         weight: factor of the penalty. The runner sets it so that penalty and loss have gradients
             of like norm: with a small weight a wrong second-order term would hide under the
             tolerance of the gate.
@@ -177,6 +177,11 @@ def binary_cross_entropy(output: Tensor, target: Tensor) -> Tensor:
     return F.binary_cross_entropy_with_logits(output.flatten(), target)
 
 
+def squared_error(output: Tensor, target: Tensor) -> Tensor:
+    """Mean squared error of a network with one output, ``[N, 1]`` against ``[N]``."""
+    return F.mse_loss(output.flatten(), target)
+
+
 def step_problem(
     network: Callable[[], nn.Module],
     shape: Sequence[int],
@@ -186,6 +191,8 @@ def step_problem(
     dtype: torch.dtype,
     outputs: int = 10,
     kinks: bool = False,
+    n_proj: int = 1,
+    loss: Loss | None = None,
 ) -> StepProblem:
     """A seeded network on a seeded Gaussian batch.
 
@@ -194,8 +201,10 @@ def step_problem(
         shape: shape of the input, batch first.
         penalty: see :class:`StepProblem`.
         device, dtype: where and in what the step runs.
-        outputs: ``m``; with 1 the task loss is the logistic one.
+        outputs: ``m``; with 1 the labels are floats, 0 or 1.
         kinks: the network is only piecewise smooth; see :func:`away_from_kinks`.
+        n_proj: K of SpectReg.
+        loss: None is cross entropy, logistic for one output.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -205,12 +214,14 @@ def step_problem(
         if kinks:
             x = away_from_kinks(model, x, batch)
         target = torch.randint(max(outputs, 2), (batch,))
-        projection = torch.randn(batch, outputs) / outputs**0.5 if penalty == "spectreg" else None
+        projection = (
+            torch.randn(n_proj, batch, outputs) / outputs**0.5 if penalty == "spectreg" else None
+        )
     return StepProblem(
         model.to(device, dtype),
         x.to(device, dtype),
         target.to(device, dtype) if outputs == 1 else target.to(device),
-        binary_cross_entropy if outputs == 1 else F.cross_entropy,
+        loss or (binary_cross_entropy if outputs == 1 else F.cross_entropy),
         penalty,
         None if projection is None else projection.to(device, dtype),
     )

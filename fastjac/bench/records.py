@@ -31,6 +31,8 @@ class Record:
         n_rounds: samples behind the median; each sample is at least 2 ms of repeated calls.
         median_ms, p20_ms, p80_ms: time of one call.
         overhead: median over the plain step's median in the same run.
+        ratio, ratio_se: what two runs are compared by: median over the rounds of its time over
+            plain's in the same round, and the standard error of its logarithm.
         vs_eager: eager's median over this one's; above 1 is faster than eager.
         peak_mb: 10^6 bytes allocated at the peak of one call, above what was there before it
             (parameters and inputs are not counted; activations, gradients and temporaries are).
@@ -39,8 +41,14 @@ class Record:
         gbps, copy_gbps, pct_copy: elementwise only. Bytes the op must move over its time; the same
             of ``Tensor.clone`` on buffers of that size in the same rounds; their ratio in percent.
             An op that reads more than it writes can pass 100: a CPU reads a line to write it.
+        gflop, gemm_gflops, pct_gemm: steps only. 10^9 floating-point operations of the matrix
+            products and convolutions that the case takes (of the eager idiom, whoever is timed;
+            of the plain step for plain); operations per second of a large matrix product in the
+            same rounds; how much of that the contestant reaches, in percent.
         impl: the implementation of the fused ops that a fastjac contestant ran; ``fastjac`` alone
             takes what ``impl="auto"`` chooses.
+        engine: what ran a fastjac penalty on the input Jacobian.
+        axes: of a scaling case, see `Case`.
         message: what went wrong.
         torch, triton, fastjac, machine, commit: versions and processor or GPU name.
     """
@@ -69,7 +77,14 @@ class Record:
     gbps: float | None = None
     copy_gbps: float | None = None
     pct_copy: float | None = None
+    ratio: float | None = None
+    ratio_se: float | None = None
+    gflop: float | None = None
+    gemm_gflops: float | None = None
+    pct_gemm: float | None = None
     impl: str = ""
+    engine: str = ""
+    axes: str = ""
     message: str = ""
     torch: str = ""
     triton: str = ""
@@ -79,10 +94,13 @@ class Record:
 
 
 COLUMNS = tuple(field.name for field in fields(Record))
+#: columns that files of earlier versions do not have
+_LATER = ("ratio", "ratio_se", "gflop", "gemm_gflops", "pct_gemm", "engine", "axes")
 _INTEGERS = ("threads", "n_rounds")
 _TEXTS = (
     *("case", "penalty", "kind", "suite", "activation", "phase", "contestant", "status"),
-    *("device", "dtype", "impl", "message", "torch", "triton", "fastjac", "machine", "commit"),
+    *("device", "dtype", "impl", "engine", "axes", "message"),
+    *("torch", "triton", "fastjac", "machine", "commit"),
 )
 
 
@@ -102,23 +120,49 @@ def check_csv(path: Path) -> bool:
     Raises:
         ValueError: the file has other columns.
     """
-    if not path.exists() or path.stat().st_size == 0:
-        return True
-    with path.open(newline="") as file:
-        header = next(csv.reader(file))
-    if tuple(header) != COLUMNS:
+    header = _header(path)
+    if header and not _readable(header):
         raise ValueError(f"{path} has other columns than this version writes; name a new file")
-    return False
+    return not header
 
 
 def append_csv(records: Sequence[Record], path: Path) -> None:
-    """Add the records to a CSV file, which is made with a header line if it is not there."""
+    """Add the records to a CSV file, which is made with a header line if it is not there.
+
+    A file of an earlier version is rewritten with the columns of this one, its rows as they were.
+    """
     new = check_csv(path)
+    if not new and _header(path) != COLUMNS:
+        _widen(path)
     with path.open("a", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)
         if new:
             writer.writeheader()
         writer.writerows(asdict(record) for record in records)
+
+
+def _header(path: Path) -> tuple[str, ...]:
+    if not path.exists() or path.stat().st_size == 0:
+        return ()
+    with path.open(newline="") as file:
+        return tuple(next(csv.reader(file)))
+
+
+def _readable(header: Sequence[str]) -> bool:
+    """Of this version or an earlier one."""
+    missing = set(COLUMNS) - set(header)
+    return len(header) + len(missing) == len(COLUMNS) and missing <= set(_LATER)
+
+
+def _widen(path: Path) -> None:
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    aside = path.with_name(path.name + ".new")
+    with aside.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
+    aside.replace(path)  # in one step: the records of months are in there
 
 
 def load(path: Path) -> list[Record]:
@@ -141,7 +185,7 @@ def load(path: Path) -> list[Record]:
 def _parse(row: dict[str, Any]) -> Record:
     values: dict[str, Any] = {}
     for key in COLUMNS:
-        value = row[key]
+        value: Any = row.get(key) if key in _LATER else row[key]
         if key in _TEXTS:
             values[key] = value or ""
         elif key in _INTEGERS:
@@ -152,7 +196,7 @@ def _parse(row: dict[str, Any]) -> Record:
 
 
 @functools.cache
-def versions(device_type: str) -> dict[str, str]:
+def versions(device_type: str) -> dict[str, Any]:
     """The columns of a record that say where and with what it was measured."""
     try:
         import triton

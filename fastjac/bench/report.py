@@ -18,10 +18,10 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from fastjac.bench.cases import Case
+from fastjac.bench.cases import SUITES, Case
 from fastjac.bench.contestants import Contestant
+from fastjac.bench.options import Options, contestants_of
 from fastjac.bench.records import Record
-from fastjac.bench.runner import Options, contestants_of
 
 #: seconds one torch.compile of a step takes, for the estimate only (6 to 55 s on 2 cores)
 COMPILE_S = 12.0
@@ -157,7 +157,13 @@ def render_list(
     options: Options,
     console: Console,
 ) -> None:
-    """Print the cases with the contestants that would run, and why the others would not."""
+    """Print the suites, the cases with the contestants that would run, and why others would not."""
+    suites = Table(
+        "suite", "", title="Suites", title_justify="left", box=SIMPLE_HEAD, pad_edge=False
+    )
+    for suite, what in SUITES.items():
+        suites.add_row(suite, what)
+    console.print(suites)
     table = _empty_table("Cases")
     table.add_column("suites", overflow="fold")
     table.add_column("contestants", overflow="fold")
@@ -242,4 +248,5 @@ class _Remaining(ProgressColumn):
 def expected_seconds(contestants: Sequence[Contestant], options: Options) -> float:
     """Rough duration of a case: sampling, one compile per contestant that compiles, the gate."""
     compiling = COMPILE_S * sum(contestant.compiles for contestant in contestants)
-    return 0.5 + 1.5 * options.budget_s * len(contestants) + compiling
+    # and the ceiling, which is sampled like a contestant
+    return 0.5 + 1.3 * options.budget_s * (len(contestants) + 1) + compiling

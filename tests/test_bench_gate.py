@@ -1,0 +1,220 @@
+"""Contestants are right, and a wrong one is caught, before anything is timed."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import replace
+
+import pytest
+import torch
+from bench_cases import (
+    CPU,
+    FAST,
+    NETWORKS,
+    STEPS,
+    OneLayerShort,
+    SlopeConstant,
+    StatisticsConstant,
+    WithoutTheNorm,
+    layerwise_gradients,
+    named,
+    tiny_activation,
+    tiny_case,
+    tiny_problem,
+)
+from torch import nn
+
+import fastjac
+from fastjac.activations import TABLE
+from fastjac.bench import cases as registry
+from fastjac.bench import contestants as entrants
+from fastjac.bench import phases, run, steps
+from fastjac.bench.gate import open_gate, relative_error
+from fastjac.bench.layer_idioms import EagerDreg, WrittenOutDreg
+from fastjac.bench.problems import elementwise_problem, mlp, step_problem
+
+
+@pytest.fixture(autouse=True)
+def small_buffers(monkeypatch):
+    """Three buffers are enough where nothing is measured."""
+    monkeypatch.setattr("fastjac.bench.problems.last_level_cache", lambda device: 0)
+
+
+@pytest.mark.parametrize("penalty", STEPS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+def test_every_contestant_passes_the_gate(penalty, dtype):
+    options = replace(FAST, dtype=dtype)
+    contestants = [c for c in entrants.all_contestants() if not c.compiles]
+    outcome = run([tiny_case(penalty)], contestants, options)
+    assert [(r.contestant, r.message) for r in outcome.bad] == []
+    ours = "fastjac:reference" if penalty.startswith("dreg") else "fastjac-autograd"
+    assert {"plain", "eager", "fastjac", ours} <= {r.contestant for r in outcome.records}
+
+
+@pytest.mark.parametrize("penalty", STEPS)
+@pytest.mark.usefixtures("no_stale_graphs")
+def test_the_compiled_form_is_one_graph_and_right(penalty):
+    # aot_eager: what Dynamo and AOTAutograd make of the form, without seconds of code generation
+    problem = tiny_problem(penalty)
+    gate = open_gate(problem, torch.float32)
+    prepared = steps.compiled_step(problem, backend="aot_eager")
+    error, limit = gate.error("compiled", prepared.gradients())
+    assert error <= limit
+
+
+@pytest.mark.parametrize("penalty", ["spectreg", "spectreg-k3", "datagrad"])
+@pytest.mark.usefixtures("no_stale_graphs")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+def test_the_compiled_engine_passes_the_gate(penalty, monkeypatch):
+    monkeypatch.setattr("fastjac.penalties._backend.NAME", "aot_eager")
+    problem = tiny_problem(penalty)
+    gate = open_gate(problem, torch.float32)
+    prepared = steps.fastjac_step(problem, engine="compiled")
+    error, limit = gate.error("fastjac-compiled", prepared.gradients())
+    assert error <= limit and prepared.engine == "compiled"
+
+
+@pytest.mark.usefixtures("no_stale_graphs")
+def test_the_compiled_form_takes_batch_norm():
+    network = functools.partial(
+        lambda: nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.GELU(), nn.Linear(8, 3))
+    )
+    problem = step_problem(network, (5, 6), "spectreg", device=CPU, dtype=torch.float32, outputs=3)
+    gate = open_gate(problem, torch.float32)
+    error, limit = gate.error(
+        "compiled", steps.compiled_step(problem, backend="aot_eager").gradients()
+    )
+    assert error <= limit
+    assert problem.model[1].running_mean is not None  # a copy was changed, not the problem
+
+
+@pytest.mark.parametrize("case", NETWORKS)
+def test_all_forms_find_the_same_layers(case):
+    problem = tiny_problem(case)
+    names = {module: name for name, module in problem.model.named_modules()}
+    penalty = fastjac.DREG(problem.model)
+    problem.model(problem.x)
+    penalty()
+    penalty.detach()
+    eager = [names[layer] for layer, _, _ in EagerDreg(problem.model).layers]
+    assert penalty.layers_found == eager
+    assert len(eager) == {"dreg-resnet": 4, "dreg-transformer": 2}[case]
+
+
+@pytest.mark.parametrize(
+    ("case", "fault"),
+    [
+        ("dreg-resnet", WithoutTheNorm),
+        ("dreg-resnet", StatisticsConstant),
+        *((case, fault) for case in NETWORKS for fault in (OneLayerShort, SlopeConstant)),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_a_wrong_layer_wise_penalty_is_caught(case, fault, dtype):
+    problem = tiny_problem(case, dtype)
+    gate = open_gate(problem, dtype)
+    error, limit = gate.error("right", layerwise_gradients(problem))
+    assert error <= limit
+    error, limit = gate.error("planted", layerwise_gradients(problem, fault))
+    assert error > limit
+
+
+def test_layer_wise_idioms_refuse_what_they_cannot_do():
+    relu = mlp([3, 4, 2], nn.ReLU)
+    with pytest.raises(ValueError, match="followed by a GELU"):
+        EagerDreg(relu)
+    with pytest.raises(TypeError, match="exact GELU only, not ReLU"):
+        WrittenOutDreg(relu)(torch.zeros(2, 3))
+
+
+def test_plain_computes_no_input_gradient():
+    problem = tiny_problem("spectreg")
+    seen = []
+    problem.model.register_forward_pre_hook(lambda module, args: seen.append(args[0].requires_grad))
+    steps.plain_step(problem).step()
+    assert seen == [False]
+
+
+@pytest.mark.parametrize("phase", registry.PHASES)
+@pytest.mark.parametrize("fn", [fn for fn in TABLE if fn != "identity"])
+def test_every_activation_passes_the_gate(fn, phase):
+    outcome = run([tiny_activation(fn, phase)], named("eager", "fastjac"), FAST)
+    assert [(r.contestant, r.message) for r in outcome.bad] == []
+    assert [r.contestant for r in outcome.records] == ["plain", "eager", "fastjac"]
+
+
+@pytest.mark.parametrize("phase", ["backward", "double"])
+def test_no_forward_is_timed(phase):
+    calls = []
+    problem = elementwise_problem(
+        *("gelu", TABLE["gelu"].torch_function(), phase),
+        device=CPU,
+        dtype=torch.float32,
+        shape=(4, 3),
+    )
+    phi = problem.phi
+
+    def counting(z):
+        calls.append(1)
+        return phi(z)
+
+    prepared = phases.autograd_phase(problem, counting)
+    before = len(calls)
+    for _ in range(7):
+        prepared.step()
+    assert before == len(problem.z) and len(calls) == before
+
+
+def test_buffers_are_used_in_turn():
+    problem = elementwise_problem(
+        *("gelu", TABLE["gelu"].torch_function(), "forward"),
+        device=CPU,
+        dtype=torch.float32,
+        shape=(4, 3),
+    )
+    seen = []
+
+    def spy(z):
+        seen.append(z.data_ptr())
+        return z
+
+    prepared = phases.forward_phase(problem, spy)
+    for _ in range(2 * len(problem.z)):
+        prepared.step()
+    pointers = [z.data_ptr() for z in problem.z]
+    assert seen == 2 * pointers and len(set(pointers)) >= 3
+
+
+@pytest.mark.parametrize("penalty", STEPS)
+def test_penalty_and_loss_weigh_alike(penalty):
+    problem = tiny_problem(penalty, torch.float64)
+    open_gate(problem, torch.float64)
+    loss = steps.plain_step(problem).gradients()
+    both = steps.eager_step(problem).gradients()
+    shares = [sum(float(g.square().sum()) for g in gs) ** 0.5 for gs in (loss, both)]
+    added = sum(float((b - a).square().sum()) for a, b in zip(loss, both, strict=True)) ** 0.5
+    assert 0.7 < added / shares[0] < 1.42
+
+
+def test_the_limit_is_eagers_own_error_or_rounding():
+    gate = open_gate(tiny_problem("spectreg", torch.bfloat16), torch.bfloat16)
+    assert 1e-4 < gate.limit < 0.1  # eager's own in bfloat16, twice
+    assert open_gate(tiny_problem("spectreg"), torch.float32).limit == 1e-6
+
+
+def test_relative_error():
+    truth = [torch.tensor([3.0, 4.0], dtype=torch.float64)]
+    assert relative_error([torch.tensor([3.0, 4.5])], truth) == pytest.approx(0.1)
+    assert relative_error([torch.tensor([3.0, float("nan")])], truth) == float("inf")
+    with pytest.raises(ValueError, match="shapes"):
+        relative_error([torch.zeros(3)], truth)
+
+
+def test_the_gate_counts_the_products():
+    problem = tiny_problem("spectreg")  # 6-8-7-3 and a batch of 5
+    gate = open_gate(problem, torch.float32)
+    products = [2 * 5 * a * b for a, b in ((6, 8), (8, 7), (7, 3))]
+    # forward, both gradients of each layer but the one of x
+    assert gate.plain_gflop * 1e9 == pytest.approx(3 * sum(products) - products[0])
+    # VJP and JVP, and the weights' gradient of the VJP, but the output layer's w is a constant
+    assert gate.gflop * 1e9 == pytest.approx(6 * sum(products) - products[0] - products[2], rel=0.1)

@@ -1,0 +1,154 @@
+"""Cases, suites, contestants and the networks and data behind them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from bench_cases import (
+    CPU,
+    FAST,
+    named,
+    tiny_activation,
+    tiny_case,
+    tiny_problem,
+)
+from torch import nn
+
+from fastjac.activations import TABLE
+from fastjac.bench import cases as registry
+from fastjac.bench import contestants as entrants
+from fastjac.bench.idioms import INPUT_JACOBIAN
+from fastjac.bench.options import contestants_of
+from fastjac.bench.problems import (
+    TransformerClassifier,
+    away_from_kinks,
+    lenet,
+    mlp,
+    small_resnet,
+)
+
+
+def test_compiled_needs_a_compiler(monkeypatch):
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    (compiled,) = (c for c in entrants.all_contestants() if c.name == "compiled")
+    assert "compiler" in (compiled.why_not(tiny_case(), CPU, torch.float32) or "")
+
+
+def test_registered_names():
+    names = {case.name for case in registry.all_cases()}
+    assert len(names) == len(registry.all_cases())
+    steps = """
+        spectreg-mlp-b512-w2048 spectreg-mlp-b128-w512 spectreg-mlp-b100-w64 datagrad-mlp-b128-w512
+        frobreg-mlp-b128-w512 jacreg-mlp-b128-w512 dreg-mlp-b128-w512 dreg-mlp-b512-w1024
+        dreg-mlp-b4096-w256 gradient-penalty-mlp-b128-w512 spectreg-relu-mlp-b128-w512
+        spectreg-lenet spectreg-resnet spectreg-sin dreg-resnet dreg-transformer
+    """
+    assert set(steps.split()) <= names
+    assert {
+        f"act-{fn}-{phase}" for fn in TABLE if fn != "identity" for phase in registry.PHASES
+    } <= names
+    assert [c.name for c in entrants.all_contestants()] == [
+        *("plain", "eager", "compiled", "jacobianreg"),
+        *("fastjac", "fastjac-autograd", "fastjac-compiled"),
+        *("fastjac:reference", "fastjac:cpu", "fastjac:triton", "fastjac:cuda"),
+    ]
+
+
+def test_suites_hold_what_their_names_say():
+    assert [case.name for case in registry.select_cases(suite="layerwise")] == [
+        *("dreg-mlp-b128-w512", "dreg-mlp-b512-w1024", "dreg-mlp-b4096-w256"),
+        *("dreg-resnet", "dreg-transformer"),
+    ]
+    assert {c.penalty for c in registry.select_cases(suite="double-backward")} == {*INPUT_JACOBIAN}
+    assert {c.kind for c in registry.select_cases(suite="elementwise")} == {"elementwise"}
+    papers = {case.name for case in registry.select_cases(suite="papers")}
+    assert {"spectreg-lenet", "spectreg-resnet", "spectreg-sin", "dreg-mlp-b128-w512"} <= papers
+    assert registry.select_cases(suite="all") == list(registry.all_cases())
+    for case in registry.all_cases():
+        assert case.suites and {*case.suites} <= {*registry.SUITES}
+
+
+def test_scaling_moves_one_axis_at_a_time():
+    cases = registry.select_cases(suite="scaling")
+    moved: dict[str, list[int]] = {axis: [] for axis in registry.SCALING_AXES}
+    for case in cases:
+        point = {k: int(v) for k, v in (part.split("=") for part in case.axes.split())}
+        away = {k: v for k, v in point.items() if v != registry.SCALING_BASE[k]}
+        assert len(away) == (case.name != "scale-base")
+        for axis, value in away.items():
+            moved[axis].append(value)
+    assert moved["projections"] == [2, 4, 8, 16] and moved["width"] == [64, 1024, 4096]
+    (case,) = registry.select_cases(["scale-projections-4"])
+    problem = case.build(CPU, torch.float32)
+    assert problem.projection.shape == (4, 128, 10)
+    entered = contestants_of(case, entrants.all_contestants(), FAST)
+    assert [c.name for c in entered] == ["plain", "eager", "compiled", "fastjac"]
+
+
+def test_engines_are_for_input_jacobians_and_implementations_for_the_rest():
+    def ours(case):
+        entered = contestants_of(case, entrants.all_contestants(), FAST)
+        return [c.name for c in entered if c.name not in entrants.TORCHS]
+
+    engines = ["fastjac", "fastjac-autograd", "fastjac-compiled"]
+    assert ours(tiny_case("datagrad")) == engines
+    for case in (tiny_case("dreg"), tiny_activation()):
+        assert ours(case)[:2] == ["fastjac", "fastjac:reference"]
+        assert not {*ours(case)} & {*engines[1:]}
+
+
+def test_quick_suite_runs_its_own_contestants():
+    options = replace(FAST, quick=True)
+    quick = registry.select_cases(suite="quick")
+    assert all(case.quick for case in quick)
+    compiled = 0
+    for case in quick:
+        entered = [c.name for c in contestants_of(case, entrants.all_contestants(), options)]
+        assert {"plain", "eager", "fastjac"} <= set(entered)
+        compiled += "compiled" in entered
+    assert 1 <= compiled <= 4  # each costs ten seconds
+
+
+def test_select_cases():
+    assert [c.name for c in registry.select_cases(["act-gelu-*"])] == [
+        f"act-gelu-{phase}" for phase in registry.PHASES
+    ]
+    with pytest.raises(ValueError, match=r"did you mean dreg-mlp-b128-w512.*valid names"):
+        registry.select_cases(["dreg-mlp-b128-w51"])
+    with pytest.raises(ValueError, match="the suites are quick, layerwise, double-backward"):
+        registry.select_cases(suite="everything")
+    with pytest.raises(ValueError, match="not in the suite"):
+        registry.select_cases(["spectreg-lenet"], "elementwise")
+    with pytest.raises(ValueError, match="valid names are: plain, eager"):
+        entrants.select_contestants(["torch"])
+    assert [c.name for c in named("fastjac")] == ["plain", "fastjac"]
+
+
+def test_networks():
+    assert sum(p.numel() for p in lenet().parameters()) == 61706  # the paper's count
+    assert lenet()(torch.zeros(2, 1, 28, 28)).shape == (2, 10)
+    assert small_resnet()(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
+    assert TransformerClassifier()(torch.zeros(2, 3, 256)).shape == (2, 10)
+    widths = [m.out_features for m in mlp([784, 512, 512, 10]) if isinstance(m, nn.Linear)]
+    assert widths == [512, 512, 10]
+
+
+def test_problems_are_seeded_and_leave_the_generator_alone():
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    first, second = tiny_problem("spectreg"), tiny_problem("spectreg")
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(first.x, second.x) and torch.equal(first.projection, second.projection)
+    assert torch.equal(first.model[0].weight, second.model[0].weight)
+
+
+def test_samples_at_a_kink_are_dropped():
+    model = nn.Sequential(nn.Linear(2, 1, bias=False), nn.ReLU(), nn.Linear(1, 1))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor([[1.0, -1.0]]))
+    at_kink = torch.tensor([[1.0, 1.0], [2.0, 2.0 + 1e-7]])
+    clear = torch.tensor([[1.0, 0.5], [0.7, 0.1]])
+    candidates = torch.stack([at_kink[0], clear[0], at_kink[1], clear[1]])
+    assert torch.equal(away_from_kinks(model, candidates, 2), clear)

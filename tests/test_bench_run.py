@@ -1,0 +1,144 @@
+"""A run: nothing wrong is timed, what is done is kept, nothing stays behind."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from bench_cases import (
+    FAST,
+    interrupting,
+    named,
+    not_a_number,
+    planted,
+    slightly_off,
+    tiny_activation,
+    tiny_case,
+    without_second_order,
+)
+
+from fastjac.bench import Contestant, run, steps
+from fastjac.bench.options import busy
+from fastjac.functional import OBSERVERS
+
+
+@pytest.fixture(autouse=True)
+def small_buffers(monkeypatch):
+    """Three buffers are enough where nothing is measured."""
+    monkeypatch.setattr("fastjac.bench.problems.last_level_cache", lambda device: 0)
+
+
+def test_no_penalty_stays_attached():
+    before = list(OBSERVERS)
+    closed = []
+
+    def setup(problem):
+        wrong = replace(problem, weight=2 * problem.weight)
+        prepared = steps.fastjac_step(wrong)
+
+        def close():
+            closed.append(1)
+            prepared.close()
+
+        return replace(prepared, close=close)
+
+    contestants = [*named("fastjac", "fastjac:cpu"), Contestant("planted", setup)]
+    outcome = run([tiny_case("dreg")], contestants, FAST)
+    assert [r.contestant for r in outcome.bad] == ["planted"]
+    assert closed == [1] and before == OBSERVERS
+
+
+@pytest.mark.parametrize("gradients", [without_second_order, slightly_off, not_a_number])
+def test_a_wrong_contestant_is_caught_and_never_timed(gradients):
+    contestants = [*named("eager"), planted("planted", gradients)]
+    outcome = run([tiny_case()], contestants, FAST)
+    (bad,) = outcome.bad
+    assert (bad.case, bad.contestant, bad.status) == ("spectreg-tiny", "planted", "wrong")
+    assert bad.median_ms is None and not bad.rel_err <= bad.rel_err_limit
+    assert [r.contestant for r in outcome.records if r.median_ms] == ["plain", "eager"]
+
+
+@pytest.mark.parametrize("keep_going", [False, True])
+def test_a_wrong_gradient_stops_the_run_with_its_case(keep_going):
+    cases = [tiny_case(name="first"), tiny_case(name="second")]
+    contestants = [*named("eager"), planted("planted", slightly_off)]
+    outcome = run(cases, contestants, replace(FAST, keep_going=keep_going))
+    assert outcome.stopped is not keep_going
+    seen = list(dict.fromkeys(r.case for r in outcome.records))
+    assert seen == (["first", "second"] if keep_going else ["first"])
+    # the others of the case are timed all the same
+    assert [r.status for r in outcome.records[:3]] == ["ok", "ok", "wrong"]
+
+
+def test_a_case_that_cannot_be_built_leaves_the_others_alone():
+    def build(device, dtype):
+        raise MemoryError("too large")
+
+    cases = [replace(tiny_case(name="large"), build=build), tiny_case(name="small")]
+    outcome = run(cases, named("eager"), FAST)
+    assert [(r.case, r.status) for r in outcome.records] == [
+        *(("large", "failed"), ("large", "failed"), ("small", "ok"), ("small", "ok")),
+    ]
+
+
+def test_ceilings_are_measured_beside_the_contestants():
+    cases = [tiny_case(), tiny_activation()]
+    outcome = run(cases, named("eager", "fastjac"), FAST)
+    for record in outcome.records:
+        step = record.kind == "step"
+        assert (record.gemm_gflops is not None) == step == (record.copy_gbps is None)
+        assert record.ratio > 0 and record.ratio_se >= 0
+        if step:
+            rate = record.gflop / record.median_ms * 1e3
+            assert record.pct_gemm == pytest.approx(100 * rate / record.gemm_gflops)
+    plain, eager, ours = outcome.records[:3]
+    assert (plain.ratio, plain.ratio_se) == (1, 0)
+    assert plain.gflop < eager.gflop == ours.gflop
+    assert (ours.engine, eager.engine) == ("chain", "")
+
+
+def test_a_failing_contestant_leaves_the_others_alone():
+    def setup(problem):
+        raise RuntimeError("no such kernel\nsecond line")
+
+    outcome = run([tiny_case()], [*named("eager"), Contestant("broken", setup)], FAST)
+    (bad,) = outcome.bad
+    assert (bad.contestant, bad.status) == ("broken", "failed")
+    assert "no such kernel" in bad.message and "\n" not in bad.message
+    assert [r.contestant for r in outcome.records if r.status == "ok"] == ["plain", "eager"]
+
+
+def test_ctrl_c_keeps_finished_cases():
+    cases = [tiny_case(name="first"), tiny_case(name="second"), tiny_case(name="third")]
+    seen = []
+
+    def setup(problem):
+        seen.append(problem)
+        return interrupting(1 if len(seen) == 2 else 10**9).setup(problem)
+
+    outcome = run(cases, [*named("eager"), Contestant("interrupting", setup)], FAST)
+    assert outcome.interrupted
+    assert {r.case for r in outcome.records} == {"first"}
+    assert all(r.median_ms and r.peak_mb is not None for r in outcome.records)
+
+
+def test_ctrl_c_keeps_the_current_case_once_it_has_rounds():
+    options = replace(FAST, min_rounds=50, max_rounds=50, sample_s=0)
+    outcome = run([tiny_case()], [*named("eager"), interrupting(30)], options)
+    assert outcome.interrupted
+    assert {r.contestant for r in outcome.records} == {"plain", "eager", "interrupting"}
+    assert all(3 <= r.n_rounds < 50 and r.median_ms for r in outcome.records)
+
+
+def test_a_busy_machine_is_warned_about(monkeypatch):
+    monkeypatch.setattr("fastjac.bench.options.available_cores", lambda: 4)
+    monkeypatch.setattr("os.getloadavg", lambda: (2.5, 0, 0))
+    assert busy(2) is None
+    assert "load 2.5, 4 cores, 3 threads" in (busy(3) or "")
+
+
+def test_settings_are_restored():
+    before = torch.get_num_threads(), torch.backends.cudnn.allow_tf32
+    run([tiny_case()], named("plain"), replace(FAST, threads=before[0] + 1))
+    assert (torch.get_num_threads(), torch.backends.cudnn.allow_tf32) == before
