@@ -53,6 +53,9 @@ for fn in TABLE:
                 z = torch.randn(shape, device="cuda", dtype=dtype).requires_grad_()
                 a, s = fastjac.act_stats(z, fn, dim=dim, per=per, impl="cuda")
                 torch.autograd.grad((a.sum(), s.sum()), z)
+    for n, m in ((5, 10), (3, 1500)):
+        z, y = torch.randn(n, m, device="cuda").requires_grad_(), torch.arange(n, device="cuda")
+        torch.autograd.grad(fastjac.softmax_residual(z, y, impl="cuda").sum(), z)
     w = [torch.randn(s, device="cuda").requires_grad_() for s in ((33, 7), (5, 4, 3, 3), (2, 5000))]
     torch.autograd.grad(torch.cat(fastjac.row_sqnorm(w, impl="cuda")).sum(), w)
 torch.cuda.synchronize()'
@@ -62,7 +65,7 @@ stage install install
 stage info "$py" -m fastjac.cli info --json "$out/info.json"
 stage check "$py" -m fastjac.cli check --device "$device" --json "$out/check.json"
 stage tests "$py" -m pytest -q -x tests/test_act.py tests/test_nn.py tests/test_act_stats.py \
-  tests/test_row_sqnorm.py tests/test_attach.py \
+  tests/test_row_sqnorm.py tests/test_softmax_residual.py tests/test_attach.py \
   tests/test_attach_life.py tests/test_attach_traps.py tests/test_batch_norm.py -m "not slow"
 [ "$device" = cuda ] && stage sanitize sanitize
 stage layerwise timeout 120 "$py" benchmarks/layerwise_gpu.py --device "$device" \

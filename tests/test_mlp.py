@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import pytest
@@ -173,6 +174,20 @@ def test_model_that_changes_between_calls(name: str) -> None:
         found.append((output, value, *grads))
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_models_are_let_go_and_may_hold_anything() -> None:
+    """What is remembered of a model does not keep it, nor look at what its user puts there."""
+    model, x = fastjac.fuse(net()), torch.randn(5, 16)
+    model.kept, model[1].kept, model[1].step = torch.randn(3), torch.randn(3), 0
+    for step in range(2):
+        output, value = fastjac.SpectReg(engine="chain")(model, x)
+        (output.sum() + value).backward()
+        model.kept, model[1].kept, model[1].step = torch.randn(3), torch.randn(3), step
+        assert Mlp.of(model, x) is not None
+    watched = weakref.ref(model), weakref.ref(model[0].weight)
+    del model, output, value
+    assert [w() for w in watched] == [None, None]
 
 
 def test_raw_calls_that_do_not_fit_raise() -> None:

@@ -14,7 +14,7 @@ from torch.nn.modules import module as module_hooks
 
 from fastjac.activations import IDS, TABLE, get
 from fastjac.dispatch import OPS
-from fastjac.nn import activation_of
+from fastjac.nn import Act, activation_of
 from fastjac.ops import mlp as mlp  # registers the ops
 from fastjac.ops._autograd import below_autograd
 from fastjac.ops._library import raw
@@ -63,20 +63,22 @@ class Part:
     """A module of the model as it was found."""
 
     def __init__(self, module: nn.Module) -> None:
-        self.module, self.kind = module, type(module)
+        # Weakly: the first part is the model, the key of this.
+        self.module, self.kind = weakref.ref(module), type(module)
         self.state = vars(module)
         self.children = list(module._modules.values())
         self.parameters = dict(module._parameters)
-        # Its options: the slope of a LeakyReLU, say.
+        # Its options: the slope of a LeakyReLU, say. What else its user keeps there is no matter.
         self.options = [
-            (name, dict(value) if isinstance(value, dict) else value)
+            (name, dict(value) if name == "params" else value)
             for name, value in self.state.items()
-            if not name.startswith("_") and name != "training"
+            if isinstance(value, int | float | str) or (name == "params" and self.kind is Act)
+            if name != "training" and self.kind is not nn.Sequential
         ]
 
     def holds(self) -> bool:
         state = self.state
-        if type(self.module) is not self.kind or _hooked(state):
+        if type(self.module()) is not self.kind or _hooked(state):
             return False
         if self.children and list(state["_modules"].values()) != self.children:
             return False
@@ -121,7 +123,7 @@ class Recipe:
         layers: list[tuple[Tensor, Any, Any]] = []
         open_layer = False  # without an activation yet
         for place, part in enumerate(part for part in parts if part.kind is not nn.Sequential):
-            module: Any = part.module
+            module: Any = part.module()
             if part.kind is nn.Flatten and place == 0:
                 if (module.start_dim, module.end_dim) != (1, -1):
                     return None
