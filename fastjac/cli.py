@@ -180,11 +180,9 @@ def bench(
     except (ValueError, RuntimeError) as error:
         _usage_error(error)
     if from_file is not None:
-        loaded = _load(from_file)
-        report.render(loaded, console)
+        report.render(loaded := _load(from_file), console)
         _draw(loaded, plot, console)
-        _conclude(old, loaded, console)
-        return
+        return _conclude(old, loaded, console)
     if list_only:
         report.render_list(cases, contestants, options, console)
         return

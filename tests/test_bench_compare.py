@@ -65,7 +65,7 @@ def test_a_planted_slowdown_is_reported(before):
     assert (change.old, change.new) == (pytest.approx(2.0), pytest.approx(2.3))
     text = text_of(old, new)
     assert "case-3 fastjac 2.00× 2.30× +15.0%" in text and text.count("slower") == 1
-    assert "8 cases compared (8 contestants of ours), 1 beyond the noise" in text
+    assert "8 cases compared (8 ratios), 1 beyond the noise" in text
 
 
 def test_many_small_changes_are_reported_as_one():

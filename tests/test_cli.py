@@ -140,7 +140,7 @@ def test_a_planted_slowdown_is_reported_by_compare(seconds, tmp_path, kind):
     assert invoke("bench", f"--{kind}", old).exit_code == 0
     same = invoke("bench", "--compare", old)
     assert same.exit_code == 0, same.output
-    assert "3 cases compared (3 contestants of ours), nothing beyond the noise" in flat(same)
+    assert "3 cases compared (3 ratios), nothing beyond the noise" in flat(same)
 
     seconds["fastjac"] *= 1.15
     slower = invoke("bench", "--case", "case-1", "--compare", old, f"--{kind}", new)

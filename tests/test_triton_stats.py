@@ -11,6 +11,7 @@ import torch
 from conftest import DEVICE
 
 import fastjac
+from fastjac import launch
 from fastjac.activations import IDS
 from fastjac.check import relative_error, tolerance
 from fastjac.dispatch import FLOAT_DTYPES, accumulate_dtype, why_not
@@ -24,6 +25,7 @@ from fastjac.kernels import row_sqnorm as rows
 
 pytestmark = pytest.mark.triton
 
+TILE, _, PROGRAMS = launch.STATS
 STATISTICS = {"none": NONE, "channel": CHANNEL, "sample": SAMPLE, "bias": BIAS}
 LAYOUTS = {  # (shape, channels, memory)
     "[N, C]": ((37, 19), 1, None),
@@ -189,7 +191,9 @@ def test_split_strips(case, monkeypatch):
     assert all(map(torch.equal, first, call()))
     assert_right(call(deterministic=False), want, torch.float32)
     # Few programs of long strips, in one level; and offsets in int64.
-    monkeypatch.setattr(stats, "PROGRAMS", 6)
+    few = (1024, 4, 6)
+    monkeypatch.setattr(launch, "STATS", few)
+    monkeypatch.setattr(launch, "_DEFAULTS", dict.fromkeys(launch.KERNELS, few))
     monkeypatch.setattr(stats, "MOST_INT32", 0)
     assert_right(call(), want, torch.float32)
     assert_right(call(deterministic=False), want, torch.float32)
@@ -199,7 +203,9 @@ def test_what_is_split():
     """The cases above reach what they are for."""
     for case, (shape, dim, statistic) in SPLIT.items():
         p = torch.Size(shape[2:]).numel()
-        at = stats._strips(shape[0], shape[dim], p, p == 1, statistic == SAMPLE, True, 4)
+        at = stats._strips(
+            shape[0], shape[dim], p, p == 1, statistic == SAMPLE, True, TILE, PROGRAMS
+        )
         assert -(-at.steps // at.run) > stats.GROUP.value, case
         assert (at.channels > 0) == (case == "columns of samples")
 
@@ -221,10 +227,10 @@ def test_runs_are_short_and_programs_enough(n, p):
     for inner, per_sample in itertools.product([True, False], repeat=2):
         if p == 1 and not inner:
             continue
-        at = stats._strips(n, 64, p, inner, per_sample, n < 10**6, 2)
+        at = stats._strips(n, 64, p, inner, per_sample, n < 10**6, TILE, PROGRAMS)
         assert at.run <= stats.LONGEST_RUN
         programs = at.tiles * -(-at.steps // at.run)
-        assert programs >= min(at.tiles * at.steps // stats.SHORT_RUN, stats.PROGRAMS // 2)
+        assert programs >= min(at.tiles * at.steps // stats.SHORT_RUN, PROGRAMS // 2)
 
 
 def test_captured_tables_hold_the_same():

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "launch.cuh"
+#include "launch_config.h"
 #include "reduce.cuh"
 #include "rows.h"
 
@@ -148,12 +149,15 @@ __global__ void __launch_bounds__(threads)
 
 bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
-// Threads of a row: one a pack up to a warp, then four packs a thread.
-int row_bits(int64_t columns, int pack) {
+// Packs of a thread in rows for which a warp has too few. The bits of the norms follow from it.
+constexpr int default_packs = 4;
+
+// Threads of a row: one a pack up to a warp, then `packs_each` a thread.
+int row_bits(int64_t columns, int pack, int packs_each) {
   const int64_t packs = (columns + pack - 1) / pack;
   int bits = 0;
   while (bits < 5 && int64_t(1) << bits < packs) ++bits;
-  while (bits < 8 && int64_t(4) << bits < packs) ++bits;
+  while (bits < 8 && int64_t(packs_each) << bits < packs) ++bits;
   return bits;
 }
 
@@ -162,6 +166,12 @@ int row_bits(int64_t columns, int pack) {
 void for_all_rows(const std::vector<Tensor>& weights, const std::vector<Tensor>* grads,
                   void* per_row, bool add) {
   const Stream stream(weights[0]);
+  int packs_each = default_packs;
+  if (grads != nullptr) {
+    int64_t size = 0;
+    for (const Tensor& w : weights) size += w.numel();
+    packs_each = launch_config(Tunable::row_sqnorm_backward, weights[0], size, packs_each);
+  }
   visit_dtype(dtype_of(weights[0]), [&](auto tag) {
     using S = decltype(tag);
     RowsCall<S> call{};
@@ -176,7 +186,7 @@ void for_all_rows(const std::vector<Tensor>& weights, const std::vector<Tensor>*
       call.grad[i] =
           grads == nullptr ? nullptr : static_cast<S*>((*grads)[next].mutable_data_ptr());
       call.columns[i] = row_length(w);
-      call.x_bits[i] = uint8_t(row_bits(call.columns[i], Pack<S>::size));
+      call.x_bits[i] = uint8_t(row_bits(call.columns[i], Pack<S>::size, packs_each));
       call.vector[i] =
           call.columns[i] % Pack<S>::size == 0 && aligned(call.w[i]) && aligned(call.grad[i]);
       call.first_row[i] = row;

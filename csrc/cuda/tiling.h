@@ -24,11 +24,11 @@ struct Tiling {
   static constexpr int threads = 256;
 #ifdef FASTJAC_HOST_SHIM
   // Small tensors must get where only large ones do on a GPU: to many packs a thread.
-  static constexpr int64_t enough_blocks = 4, most_blocks = 16;
+  static constexpr int default_blocks = 4;
 #else
-  static constexpr int64_t enough_blocks = 1024, most_blocks = 4096;
+  static constexpr int default_blocks = 1024;
 #endif
-  static constexpr int64_t most_counters = most_blocks;  // chunks > 1: no more tiles than that
+  static constexpr int64_t most_counters = 4 * default_blocks;  // chunks > 1: no more tiles
 
   int64_t columns, groups, rows, group_stride, row_stride;
   int64_t positions = 1;  // rows of the matrix that are one sample, where that is not the group
@@ -43,10 +43,15 @@ struct Tiling {
   bool down_columns, channel_inner, group_is_sample;
   int unit, unit_bits;  // elements that move at once, and their logarithm
 
-  // `pack` elements are 16 bytes.
-  Tiling(const Layout& layout, bool per_sample, int pack, int unit)
+  static bool sums_columns(const Layout& layout, bool per_sample) {
+    return layout.channel_inner && !per_sample;
+  }
+
+  // `pack` elements are 16 bytes. The bits of sums follow from `enough_blocks`: the default, but
+  // where nothing is summed or atomics sum.
+  Tiling(const Layout& layout, bool per_sample, int pack, int unit, int64_t enough_blocks)
       : columns(layout.columns()),
-        down_columns(layout.channel_inner && !per_sample),
+        down_columns(sums_columns(layout, per_sample)),
         channel_inner(layout.channel_inner),
         group_is_sample(per_sample),
         unit(unit),
@@ -63,7 +68,7 @@ struct Tiling {
       group_stride = 1, row_stride = layout.c;
     }
     place_threads(pack);
-    cut();
+    cut(enough_blocks);
   }
 
   // Columns from the first element of a thread's pack to the i-th.
@@ -114,13 +119,13 @@ struct Tiling {
   // 1024 blocks fill any GPU (132 processors with 2 to 4 blocks each, and a last wave) before a
   // block takes a second pack a thread. From 8 packs on, more blocks even out the last wave; past
   // 4096 the sums of chunks would cost more than that gains.
-  void cut() {
+  void cut(int64_t enough_blocks) {
     const int64_t steps_down = divide_up(rows, j);
     const int64_t out = down_columns ? column_tiles : divide_up(groups, o);
     const int64_t steps = down_columns ? steps_down : steps_down * column_tiles;
     const int64_t work = out * steps;
     int64_t each = greatest(1, least(8, divide_up(work, enough_blocks)));
-    each = greatest(each, divide_up(work, most_blocks));
+    each = greatest(each, divide_up(work, 4 * enough_blocks));
     if (down_columns) {
       each = greatest(each, divide_up(steps, 32 * j));  // the last block adds 32 chunks a thread
       rows_each = each * j, tiles_each = 1;

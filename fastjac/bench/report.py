@@ -59,7 +59,7 @@ def render(records: Sequence[Record], console: Console) -> None:
 
 #: columns of a table: heading -> cell; the ones in WIDE are dropped on a narrow terminal
 Column = Callable[[Record], Text]
-WIDE = ("p20 - p80", "rel err", "compile s")
+WIDE = ("p20 - p80", "% GEMM", "rel err", "compile s")
 WIDE_FROM = 108
 
 
@@ -77,6 +77,7 @@ def _columns(kind: str) -> dict[str, Column]:
         return {
             **time,
             "× plain": lambda r: Text(ratio(r.overhead)),
+            "% GEMM": lambda r: Text("" if r.pct_gemm is None else f"{r.pct_gemm:.0f}%"),
             **end,
             "compile s": lambda r: Text("" if r.compile_s is None else f"{r.compile_s:.1f}"),
         }

@@ -22,7 +22,7 @@ def render(comparison: Comparison, console: Console) -> None:
     """Print what is beyond the noise, or that nothing is; then what was not compared."""
     changes = comparison.changes
     cases = len({case for change in changes for case in change.cases})
-    compared = f"{_count(cases, 'case')} compared ({_count(len(changes), 'contestant')} of ours)"
+    compared = f"{_count(cases, 'case')} compared ({_count(len(changes), 'ratio')})"
     beyond = comparison.beyond
     if beyond:
         console.print(_table(beyond))
@@ -31,9 +31,7 @@ def render(comparison: Comparison, console: Console) -> None:
         console.print(f"{compared}, nothing beyond the noise{_range(changes)}", highlight=False)
     if comparison.controls:
         n, half = len(comparison.controls), _half(comparison.controls)
-        noise = (
-            f"between the runs {_count(n, 'contestant')} of torch alone moved by {half} (median)"
-        )
+        noise = f"{_count(n, 'ratio')} of torch alone moved by {half} between the runs (median)"
         console.print(noise, style="dim", highlight=False)
     for reason, records in comparison.left_out.items():
         names = [(record.case, record.contestant) for record in records]

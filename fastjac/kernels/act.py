@@ -7,12 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastjac import launch
 from fastjac.activations import MAX_ORDER, ROWS
 from fastjac.kernels._phi import phi
-
-# Elementwise and bound by memory: 8 elements a thread give 16- or 32-byte accesses.
-BLOCK = 1024
-NUM_WARPS = 4
 
 # Per row and order, once: `has_zeros` reads the expression.
 _ZEROS = [[row.has_zeros(k) for k in range(MAX_ORDER + 1)] for row in ROWS]
@@ -75,10 +72,12 @@ def act(z: Tensor, g: Tensor | None, order: int, fn: int, p0: float, p1: float) 
         return out
     z_dense = _with_strides_of(z, out)
     g_dense = z_dense if g is None else _with_strides_of(g, out)
-    act_kernel[(triton.cdiv(z.numel(), BLOCK),)](
-        z_dense, g_dense, out, z.numel(), p0, p1, fn, order,
+    numel = z.numel()
+    block, warps = launch.config("triton act forward" if g is None else "triton act vjp", z, numel)
+    act_kernel[(triton.cdiv(numel, block),)](
+        z_dense, g_dense, out, numel, p0, p1, fn, order,
         ZEROS=_ZEROS[fn][order], HAS_G=g is not None,
-        COMPUTE=compute_dtype(z.dtype), BLOCK=BLOCK, num_warps=NUM_WARPS,
+        COMPUTE=compute_dtype(z.dtype), BLOCK=block, num_warps=warps,
     )  # fmt: skip
     return out
 
@@ -90,9 +89,11 @@ def act_backward(
     if grad_z.numel() == 0:
         return grad_z, grad_g
     dense = [_with_strides_of(t, grad_z) for t in (z, g, v)]
-    act_backward_kernel[(triton.cdiv(z.numel(), BLOCK),)](
-        *dense, grad_z, grad_g, z.numel(), p0, p1, fn, order,
+    numel = z.numel()
+    block, warps = launch.config("triton act_backward", z, numel)
+    act_backward_kernel[(triton.cdiv(numel, block),)](
+        *dense, grad_z, grad_g, numel, p0, p1, fn, order,
         ZEROS=_ZEROS[fn][order], ZEROS_NEXT=_ZEROS[fn][order + 1],
-        COMPUTE=compute_dtype(z.dtype), BLOCK=BLOCK, num_warps=NUM_WARPS,
+        COMPUTE=compute_dtype(z.dtype), BLOCK=block, num_warps=warps,
     )  # fmt: skip
     return grad_z, grad_g

@@ -22,15 +22,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastjac import launch
 from fastjac.dispatch import accumulate_dtype
 from fastjac.kernels._phi import phi
 from fastjac.kernels.act import _ZEROS, _with_strides_of, compute_dtype, times
 from fastjac.ops.act_stats import BIAS, CHANNEL, NONE, SAMPLE
 
-NUM_WARPS = 4
-# 8 elements a thread, 4 of float64. Twice as many take up to 230 registers and spill for some
-# activations.
-TILE, TILE_FLOAT64 = 1024, 512
 # Widest tile: along a row that is summed, and across columns that are.
 ROW_TILE, COLUMN_TILE = 512, 128
 # Largest tile [channels, columns] that sums columns by channel: 32 registers a thread.
@@ -40,8 +37,6 @@ LARGEST_SORT = 4096
 LEAST_PLANE = 128
 # Elements that are counted in int32: lanes past the end of the last tile must not overflow either.
 MOST_INT32 = 2**30
-# Two waves of 132 SMs that hold 8 programs each.
-PROGRAMS = 2048
 # A strip of so few tiles is not split: a barrier, an atomic and a read wait for memory as often.
 SHORT_RUN = 4
 # Longest serial run of float32 additions; past it sums are trees, or float64.
@@ -49,6 +44,16 @@ LONGEST_RUN = 64
 # Partial sums that one program adds up. More are added in two levels: the 2048 of a tall, narrow
 # matrix would be read by a single program while the GPU idles.
 GROUP = tl.constexpr(64)
+# Names in `fastjac.launch`, by (backward, nothing is summed, columns are).
+_KERNELS = {
+    (backward, none, columns): f"triton {call} {along}"
+    for backward, none, call in (
+        (False, False, "act_stats atomic"),
+        (True, False, "act_stats_backward atomic"),
+        (True, True, "act_stats_backward none"),
+    )
+    for columns, along in enumerate(("rows", "columns"))
+}
 
 
 @triton.jit
@@ -237,6 +242,7 @@ class Strips:
     columns: int
     row_stride: int
     tile: tuple[int, int]
+    programs: int  # that the strips are split into, if they are long enough
     planes: int = 1  # matrices that are summed too, one after the other in a strip of rows
     plane_stride: int = 0
     weight: str = "row"  # how the index of the summed weight follows from that of the element
@@ -257,19 +263,19 @@ class Strips:
     def run(self) -> int:
         if self.steps <= SHORT_RUN:
             return self.steps
-        most = triton.cdiv(PROGRAMS, self.tiles), triton.cdiv(self.steps, LONGEST_RUN)
+        most = triton.cdiv(self.programs, self.tiles), triton.cdiv(self.steps, LONGEST_RUN)
         return triton.cdiv(self.steps, min(self.steps, max(most)))
 
 
 @functools.lru_cache(maxsize=1024)
 def _strips(
-    n: int, c: int, p: int, inner: bool, per_sample: bool, weighted: bool, element_size: int
+    n: int, c: int, p: int, inner: bool, per_sample: bool, weighted: bool, size: int, programs: int
 ) -> Strips:
-    size = TILE if element_size < 8 else TILE_FLOAT64
+    """``size``: elements of a tile."""
 
     def tile(rows: int, columns: int, widest: int) -> tuple[int, int]:
         rows, columns = triton.next_power_of_2(rows), triton.next_power_of_2(columns)
-        tile_rows = min(rows, size // min(columns, widest))
+        tile_rows = min(rows, max(1, size // min(columns, widest)))
         return tile_rows, min(columns, size // tile_rows)  # wider where there are few rows
 
     if per_sample:
@@ -279,14 +285,14 @@ def _strips(
             planes, columns = 1, c * p
             weight, period = ("modulo", c) if inner else ("divide", p)
         at = tile(n, columns, ROW_TILE)
-        return Strips("rows", n, n, columns, c * p, at, planes, columns, weight, period)
+        return Strips("rows", n, n, columns, c * p, at, programs, planes, columns, weight, period)
     if inner:
-        return Strips("columns", c, n * p, c, c, tile(n * p, c, COLUMN_TILE), period=p)
+        return Strips("columns", c, n * p, c, c, tile(n * p, c, COLUMN_TILE), programs, period=p)
     sample, channels = triton.next_power_of_2(c * p), triton.next_power_of_2(c)
     if sample <= size and sample * channels <= LARGEST_SORT:
         at = tile(n, sample, sample)
-        return Strips("columns", c * p, n, c * p, c * p, at, period=p, channels=channels)
-    return Strips("rows", c, c, p, p, tile(c, p, ROW_TILE), n, c * p, "plane")
+        return Strips("columns", c * p, n, c * p, c * p, at, programs, period=p, channels=channels)
+    return Strips("rows", c, c, p, p, tile(c, p, ROW_TILE), programs, n, c * p, "plane")
 
 
 def _check(w: Tensor | None, size: int, z: Tensor) -> Tensor | None:
@@ -324,13 +330,19 @@ def _launch(z, g, w_sample, w_channel, dim, statistic, scale, deterministic, fn,
     z = _with_strides_of(z, result)
     g_dense = z if g is None else _with_strides_of(g, result)
 
-    at = _strips(n, c, p, inner, statistic == SAMPLE, w_channel is not None, z.element_size())
+    per_sample = statistic == SAMPLE
+    tile, warps, programs = launch.STATS
+    if statistic == NONE or not deterministic:
+        kernel = _KERNELS[backward, statistic == NONE, inner and not per_sample]
+        tile, warps, programs = launch.config(kernel, z, z.numel())
+    tile = tile if z.element_size() < 8 else tile // 2
+    at = _strips(n, c, p, inner, per_sample, w_channel is not None, tile, programs)
     run, tiles = at.run, at.tiles
     splits = triton.cdiv(at.steps, run)
     split = statistic != NONE and splits > 1
     sums = (torch.empty if deterministic or not split else torch.zeros)(size, **options)
     partial = counters = sums
-    kept, summed = (w_sample, w_channel) if statistic == SAMPLE else (w_channel, w_sample)
+    kept, summed = (w_sample, w_channel) if per_sample else (w_channel, w_sample)
     with torch.cuda.device_of(z):
         if split and deterministic:
             groups = triton.cdiv(splits, GROUP.value)
@@ -347,7 +359,7 @@ def _launch(z, g, w_sample, w_channel, dim, statistic, scale, deterministic, fn,
             WEIGHT=at.weight, SPLIT=split, ATOMIC=not deterministic,
             COMPUTE=compute_dtype(z.dtype),
             INDEX=tl.int32 if z.numel() <= MOST_INT32 else tl.int64,
-            ROWS=at.tile[0], COLS=at.tile[1], CHANNELS=at.channels, num_warps=NUM_WARPS,
+            ROWS=at.tile[0], COLS=at.tile[1], CHANNELS=at.channels, num_warps=warps,
         )  # fmt: skip
     return result, sums
 

@@ -131,7 +131,7 @@ def _panels(groups: Sequence[Group], layerwise: dict[str, bool]) -> dict[str, li
     for heading, mine in families.items():
         usual = statistics.median(map(_longest, mine)) if mine else 0.0
         panels[heading] = [g for g in mine if _longest(g) <= 2.5 * usual]
-        panels[f"{heading}, longer"] = [g for g in mine if _longest(g) > 2.5 * usual]
+        panels[f"{heading}, on a longer axis"] = [g for g in mine if _longest(g) > 2.5 * usual]
     return {heading: part for heading, part in panels.items() if part}
 
 
