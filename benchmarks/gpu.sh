@@ -39,37 +39,58 @@ install() {
 }
 
 sanitize() { # the kernels at small sizes under compute-sanitizer, where it is there
-  command -v compute-sanitizer >/dev/null || { echo "compute-sanitizer not found"; return 0; }
-  compute-sanitizer --error-exitcode 9 "$py" -c '
-import torch, fastjac
+  local checker=(compute-sanitizer --error-exitcode 9)
+  [ "$device" = cuda ] || checker=(env)
+  command -v "${checker[0]}" >/dev/null || { echo "compute-sanitizer not found"; return 0; }
+  "${checker[@]}" "$py" -c '
+import sys, torch, fastjac
 from fastjac.activations import TABLE
+device = sys.argv[1]
+torch.set_default_device(device)
+impl = "cuda" if device == "cuda" else "auto"
 for fn in TABLE:
     for dtype in (torch.float32, torch.bfloat16):
-        z = torch.randn(1237, device="cuda", dtype=dtype)[1:].requires_grad_()
-        (d,) = torch.autograd.grad(fastjac.act(z, fn=fn, impl="cuda").sum(), z, create_graph=True)
+        z = torch.randn(1237, dtype=dtype)[1:].requires_grad_()
+        (d,) = torch.autograd.grad(fastjac.act(z, fn=fn, impl=impl).sum(), z, create_graph=True)
         torch.autograd.grad(d.sum(), z, materialize_grads=True)
         for shape, dim in (((37, 130), 1), ((5, 33, 7), 1), ((5, 7, 33), 2), ((3, 5000), 1)):
             for per in ("channel", "sample"):
-                z = torch.randn(shape, device="cuda", dtype=dtype).requires_grad_()
-                a, s = fastjac.act_stats(z, fn, dim=dim, per=per, impl="cuda")
+                z = torch.randn(shape, dtype=dtype).requires_grad_()
+                a, s = fastjac.act_stats(z, fn, dim=dim, per=per, impl=impl)
                 torch.autograd.grad((a.sum(), s.sum()), z)
     for n, m in ((5, 10), (3, 1500)):
-        z, y = torch.randn(n, m, device="cuda").requires_grad_(), torch.arange(n, device="cuda")
-        torch.autograd.grad(fastjac.softmax_residual(z, y, impl="cuda").sum(), z)
-    w = [torch.randn(s, device="cuda").requires_grad_() for s in ((33, 7), (5, 4, 3, 3), (2, 5000))]
-    torch.autograd.grad(torch.cat(fastjac.row_sqnorm(w, impl="cuda")).sum(), w)
-torch.cuda.synchronize()'
+        z, y = torch.randn(n, m).requires_grad_(), torch.arange(n)
+        torch.autograd.grad(fastjac.softmax_residual(z, y, impl=impl).sum(), z)
+    w = [torch.randn(s).requires_grad_() for s in ((33, 7), (5, 4, 3, 3), (2, 5000))]
+    torch.autograd.grad(torch.cat(fastjac.row_sqnorm(w, impl=impl)).sum(), w)
+if device == "cuda":
+    torch.cuda.synchronize()' "$device"
 }
+
+plots() { # from the records; where matplotlib is missing, draw them elsewhere from bench.csv
+  "$py" -c 'import matplotlib' 2>/dev/null || { echo "matplotlib not found"; return 0; }
+  "$py" -m fastjac.cli bench --from "$out/bench.csv" --plot "$out/pictures"
+}
+
+# The dry run reads every line that a GPU would, on the smallest work that does.
+if [ "$device" = cuda ]; then
+  pytest=() tune=(--budget 60) bench=(--quick)
+else
+  pytest=(--collect-only) tune=(--help) bench=(--case spectreg-mlp-b100-w64 --contestant fastjac)
+fi
 
 stage install install
 stage info "$py" -m fastjac.cli info --json "$out/info.json"
 stage check "$py" -m fastjac.cli check --device "$device" --json "$out/check.json"
-stage tests "$py" -m pytest -q -x tests/test_act.py tests/test_nn.py tests/test_act_stats.py \
-  tests/test_row_sqnorm.py tests/test_softmax_residual.py tests/test_attach.py \
-  tests/test_attach_life.py tests/test_attach_traps.py tests/test_batch_norm.py -m "not slow"
-[ "$device" = cuda ] && stage sanitize sanitize
+stage tests "$py" -m pytest -q -x "${pytest[@]}" tests/test_act.py tests/test_nn.py \
+  tests/test_act_stats.py tests/test_row_sqnorm.py tests/test_softmax_residual.py \
+  tests/test_attach.py tests/test_attach_life.py tests/test_attach_traps.py \
+  tests/test_batch_norm.py tests/test_tuning.py tests/test_tuning_kernels.py -m "not slow"
+stage sanitize sanitize
+stage tune timeout 90 "$py" -m fastjac.cli tune "${tune[@]}"
 stage layerwise timeout 120 "$py" benchmarks/layerwise_gpu.py --device "$device" \
   --json "$out/layerwise.json"
-stage bench timeout 280 "$py" -m fastjac.cli bench --quick --device "$device" \
+stage bench timeout 280 "$py" -m fastjac.cli bench "${bench[@]}" --device "$device" \
   --json "$out/bench.json" --csv "$out/bench.csv"
+stage plots plots
 exit "$failed"

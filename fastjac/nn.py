@@ -29,6 +29,12 @@ class Act(nn.Module):
     Shapes, dtypes, gradient orders and errors as `fastjac.act` of order 0; an unknown fn or
     parameter raises here, an impl when it is called. Has no parameters or buffers, so a
     ``state_dict`` does not change where it replaces torch's module.
+
+    Example:
+
+        >>> z = torch.randn(4, 3)
+        >>> torch.allclose(fastjac.Act("silu")(z), nn.functional.silu(z), atol=1e-6)
+        True
     """
 
     def __init__(self, fn: str, *, impl: str = "auto", **params: float) -> None:
@@ -107,6 +113,13 @@ class LinearAct(nn.Linear):
 
     Shapes: ``[N, ..., in_features]`` to ``[N, ..., out_features]``. Dtypes as ``nn.Linear`` and
     `fastjac.act`, gradient orders as the latter of order 0, errors as `Act` and ``nn.Linear``.
+
+    Example:
+
+        >>> layer, x = fastjac.nn.LinearAct(3, 8, "tanh"), torch.randn(4, 3)
+        >>> truth = torch.tanh(nn.functional.linear(x, layer.weight, layer.bias))
+        >>> torch.allclose(layer(x), truth, atol=1e-6)
+        True
     """
 
     def __init__(
@@ -197,6 +210,12 @@ def fuse(model: nn.Module, *, impl: str = "auto") -> nn.Module:
     Raises:
         TypeError: model is not a module.
         ValueError: unknown impl.
+
+    Example:
+
+        >>> model = nn.Sequential(nn.Linear(3, 8), nn.GELU(), nn.Linear(8, 2))
+        >>> fastjac.fuse(model)[1]
+        Act(gelu)
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -232,6 +251,12 @@ def unfuse(model: nn.Module) -> nn.Module:
 
     Raises:
         TypeError: model is not a module.
+
+    Example:
+
+        >>> model = fastjac.fuse(nn.Sequential(nn.Linear(3, 8), nn.GELU()))
+        >>> fastjac.unfuse(model)[1]
+        GELU(approximate='none')
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")

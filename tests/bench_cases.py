@@ -167,7 +167,7 @@ def record(case: str = "c", contestant: str = "eager", **values: Any) -> Record:
     base = Record(
         *(case, "spectreg", "step", "quick", "", "", contestant, "ok", "cpu", "float32", 2)
     )
-    return replace(base, n_rounds=5, torch="2.13", machine="M, 1", **values)
+    return replace(base, **({"n_rounds": 5, "torch": "2.13", "machine": "M, 1"} | values))
 
 
 def trio(case: str, ratio: float, **values: Any) -> list[Record]:

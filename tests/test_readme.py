@@ -3,7 +3,11 @@
 import re
 from pathlib import Path
 
+import pytest
+
 import fastjac.support
+from fastjac.bench import page
+from fastjac.bench.records import load
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -11,6 +15,13 @@ README = (ROOT / "README.md").read_text()
 
 def test_support_table_is_the_registries():
     assert fastjac.support.update(README) == README, "run: python -m fastjac.support README.md"
+
+
+@pytest.mark.parametrize("name", ("README.md", "benchmarks/README.md"))
+def test_performance_tables_are_drawn_from_the_history(name):
+    text = (ROOT / name).read_text()
+    renewed = page.update(text, load(ROOT / page.HISTORY))
+    assert renewed == text, f"run: python -m fastjac.bench.page {name}"
 
 
 def test_examples_run():

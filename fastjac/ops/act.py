@@ -106,6 +106,16 @@ def act(
         TypeError: z or g is not a floating-point tensor, dtypes differ, or an unknown parameter.
         ValueError: unknown fn or impl, order outside 0 to 3, shapes or devices differ.
         RuntimeError: a named impl cannot run the call, or a derivative past φ''' is asked for.
+
+    Example:
+
+        >>> z = torch.randn(4, 3)
+        >>> torch.allclose(fastjac.act(z, fn="gelu"), nn.functional.gelu(z), atol=1e-6)
+        True
+        >>> g = torch.randn(4, 3)
+        >>> s = torch.sigmoid(z)
+        >>> torch.allclose(fastjac.act(z, g, 1, "sigmoid"), g * s * (1 - s))  # φ'(z) ⊙ g
+        True
     """
     row = get(fn)
     _check(z, g, order)

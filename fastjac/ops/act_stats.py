@@ -135,6 +135,13 @@ def act_stats(
             unknown parameter.
         ValueError: unknown fn, impl or per, a dim or a shape that does not fit, or devices differ.
         RuntimeError: a named impl cannot run the call, or a derivative past φ''' is asked for.
+
+    Example:
+
+        >>> z = torch.randn(4, 3)
+        >>> a, s = fastjac.act_stats(z, "relu")
+        >>> torch.allclose(s, (z > 0).float().mean(0))  # φ'² of each channel
+        True
     """
     row = get(fn)
     dim = _check(z, dim, per, weights)

@@ -73,6 +73,13 @@ def row_sqnorm(weights: Sequence[Tensor], *, impl: str = "auto") -> list[Tensor]
         TypeError: a tensor in place of a list, no floating-point tensors, or different dtypes.
         ValueError: no weight, a scalar, or different devices.
         RuntimeError: a named impl cannot run the call.
+
+    Example:
+
+        >>> w = torch.randn(8, 3)
+        >>> (r,) = fastjac.row_sqnorm([w])
+        >>> torch.allclose(r, w.square().sum(1))
+        True
     """
     if isinstance(weights, Tensor):  # a list of it would be its rows
         raise TypeError("weights is a tensor; pass a list of weights, [weight] for one")

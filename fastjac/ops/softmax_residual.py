@@ -68,6 +68,13 @@ def softmax_residual(logits: Tensor, target: Tensor, *, impl: str = "auto") -> T
         ValueError: a shape that does not fit, or devices differ.
         RuntimeError: a named impl cannot run the call; on a CPU, a class out of range. On a GPU its
             row is NaN, since a look at it would wait for the device.
+
+    Example:
+
+        >>> logits, y = torch.randn(4, 5), torch.tensor([0, 3, 4, 1])
+        >>> truth = logits.softmax(1) - nn.functional.one_hot(y, 5)
+        >>> torch.allclose(fastjac.softmax_residual(logits, y), truth, atol=1e-6)
+        True
     """
     if not isinstance(logits, Tensor) or not logits.is_floating_point():
         what = logits.dtype if isinstance(logits, Tensor) else type(logits).__name__

@@ -53,6 +53,15 @@ class AccumulatedDREG(LayerPenalty):
     as the network; not inside another forward-mode computation.
 
     Source: a reading of Martnishn 2026, arXiv 2606.23942.
+
+    Example:
+
+        >>> layer = nn.Sequential(nn.Linear(3, 8), nn.Sigmoid())
+        >>> x, u = torch.randn(4, 3), torch.randn(4, 3)
+        >>> output, value = fastjac.AccumulatedDREG()(layer, x, tangent=u)
+        >>> pushed = output * (1 - output) * (u @ layer[0].weight.T)  # J u
+        >>> torch.allclose(value, pushed.square().sum(1).mean())
+        True
     """
 
     def __init__(

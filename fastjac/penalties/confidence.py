@@ -28,6 +28,12 @@ class ConfidencePenalty(Penalty):
     Half precision is computed in float32. Differentiable to any order.
 
     Source: Pereyra et al. 2017, arXiv 1701.06548.
+
+    Example:
+
+        >>> x, output = torch.randn(4, 3), torch.zeros(4, 2)  # p = 1/2
+        >>> torch.allclose(fastjac.ConfidencePenalty()(x, output), -torch.tensor(2.0).log())
+        True
     """
 
     needs_grad = False

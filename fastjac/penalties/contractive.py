@@ -25,6 +25,14 @@ class Contractive(DREG):
         weight, reduction, every: as for all penalties.
 
     Source: Rifai, Vincent, Muller, Glorot, Bengio 2011.
+
+    Example:
+
+        >>> encoder = nn.Sequential(nn.Linear(3, 8), nn.Sigmoid())
+        >>> output, value = fastjac.Contractive()(encoder, torch.randn(4, 3))
+        >>> truth = (output * (1 - output)).square() @ encoder[0].weight.square().sum(1)
+        >>> torch.allclose(value, truth.mean())
+        True
     """
 
     def __init__(
@@ -57,6 +65,15 @@ class GuRigazio(DREG):
         layer_weights: the ``λ_l``, default 1. weight, reduction, every: as for all penalties.
 
     Source: Gu & Rigazio 2014, arXiv 1412.5068, eq. 6.
+
+    Example:
+
+        >>> model, x = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2)), torch.zeros(4, 3)
+        >>> output, value = fastjac.GuRigazio()(model, x)
+        >>> slope = (model[0].bias > 0).float()  # φ' at x = 0
+        >>> truth = (slope @ model[0].weight.square().sum(1)).sqrt() + model[2].weight.norm()
+        >>> torch.allclose(value, truth)
+        True
     """
 
     def __init__(

@@ -34,6 +34,16 @@ class DataGrad(ProjectionPenalty):
 
     Source: Drucker & LeCun 1991; Ororbia et al. 2017, arXiv 1601.07213; as a projection: Varga,
     Csiszárik, Zombori 2017, arXiv 1712.09936, claim 2.
+
+    Example:
+
+        >>> model, x = nn.Linear(3, 2), torch.randn(4, 3)
+        >>> w = model.weight
+        >>> y = torch.tensor([0, 1, 1, 0])
+        >>> output, value = fastjac.DataGrad()(model, x, y)
+        >>> residual = output.softmax(1) - nn.functional.one_hot(y)
+        >>> torch.allclose(value, (residual @ w).square().sum(1).mean())
+        True
     """
 
     def cotangents(self, logits: Tensor, target: Any) -> tuple[Tensor, float]:

@@ -108,6 +108,19 @@ class DREG(LayerPenalty):
 
     Source: Martnishn 2026, arXiv 2606.23942 (abstract); the norm of each layer's Jacobian: Gu &
     Rigazio 2014, arXiv 1412.5068, eq. 6.
+
+    Example:
+
+        >>> model = nn.Sequential(nn.Linear(3, 8), nn.Sigmoid(), nn.Linear(8, 2))
+        >>> penalty = fastjac.DREG(model)
+        >>> x, w = torch.randn(4, 3), model[0].weight
+        >>> output, value = model(x), penalty()
+        >>> s = torch.sigmoid(nn.functional.linear(x, w, model[0].bias))
+        >>> slope = (s * (1 - s)).square()  # φ'²
+        >>> torch.allclose(value, (slope @ w.square().sum(1)).mean())
+        True
+        >>> penalty.layers_found
+        ['0']
     """
 
     def __init__(

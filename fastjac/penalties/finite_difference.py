@@ -37,6 +37,14 @@ class FiniteDifferenceDataGrad(ModelPenalty):
     Half-precision losses are computed in float32. Differentiable as often as the network.
 
     Source: Ororbia, Kifer, Giles 2017, arXiv 1601.07213.
+
+    Example:
+
+        >>> model, x = nn.Linear(3, 2).double(), torch.randn(4, 3).double()
+        >>> y = torch.tensor([0, 1, 1, 0])
+        >>> output, value = fastjac.FiniteDifferenceDataGrad(eps=1e-5)(model, x, y)
+        >>> torch.allclose(value, fastjac.DataGrad()(model, x, y)[1], rtol=1e-3)
+        True
     """
 
     needs_grad = True

@@ -27,6 +27,14 @@ class FrobReg(ExactPenalty):
     by autograd as often as the network.
 
     Source: Varga, Csiszárik, Zombori 2017, arXiv 1712.09936, section 5.1.
+
+    Example:
+
+        >>> model, x = nn.Linear(3, 2), torch.randn(4, 3)
+        >>> w = model.weight
+        >>> output, value = fastjac.FrobReg()(model, x)
+        >>> torch.allclose(value, w.square().sum())
+        True
     """
 
     def cotangents(self, logits: Tensor) -> tuple[Tensor, float]:

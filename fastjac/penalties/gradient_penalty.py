@@ -31,6 +31,13 @@ class GradientPenalty(InputPenalty):
 
     Source: Gulrajani et al. 2017, arXiv 1704.00028; one-sided: Petzka et al. 2018,
     arXiv 1709.08894; c = 0: Mescheder, Geiger, Nowozin 2018, arXiv 1801.04406.
+
+    Example:
+
+        >>> critic, x = nn.Linear(3, 1), torch.randn(4, 3)
+        >>> output, value = fastjac.GradientPenalty()(critic, x)
+        >>> torch.allclose(value, (critic.weight.norm() - 1).square())
+        True
     """
 
     chain_ready = True
@@ -71,6 +78,13 @@ class Eikonal(GradientPenalty):
     GradientPenalty with ``center=1``; the notes there hold here.
 
     Source: Gropp et al. 2020, arXiv 2002.10099.
+
+    Example:
+
+        >>> sdf, x = nn.Linear(3, 1), torch.randn(4, 3)
+        >>> output, value = fastjac.Eikonal()(sdf, x)
+        >>> torch.allclose(value, (sdf.weight.norm() - 1).square())
+        True
     """
 
     def __init__(

@@ -37,6 +37,15 @@ class IGPen(ProjectionPenalty):
     by autograd as often as network and loss.
 
     Source: Drucker & LeCun 1991; Ross & Doshi-Velez 2018, arXiv 1711.09404.
+
+    Example:
+
+        >>> model, x, y = nn.Linear(3, 1), torch.randn(4, 3), torch.randn(4, 1)
+        >>> penalty = fastjac.IGPen(lambda output, y: (output - y).square().sum(1))
+        >>> output, value = penalty(model, x, y)
+        >>> truth = (2 * (output - y) @ model.weight).square().sum(1).mean()
+        >>> torch.allclose(value, truth)
+        True
     """
 
     chain_ready = True

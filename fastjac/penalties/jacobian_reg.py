@@ -31,6 +31,14 @@ class JacobianReg(RandomPenalty):
     by autograd as often as the network.
 
     Source: Hoffman, Roberts, Yaida 2019, arXiv 1908.02729, algorithm 1.
+
+    Example:
+
+        >>> model, x = nn.Linear(3, 2), torch.randn(4, 3)
+        >>> w = model.weight
+        >>> output, value = fastjac.JacobianReg(n_proj=-1)(model, x)
+        >>> torch.allclose(value, w.square().sum() / 2)
+        True
     """
 
     def __init__(

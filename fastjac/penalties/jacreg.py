@@ -30,6 +30,16 @@ class JacReg(ExactPenalty):
     by autograd as often as the network.
 
     Source: Sokolić, Giryes, Sapiro, Rodrigues 2017, arXiv 1605.08254.
+
+    Example:
+
+        >>> model, x = nn.Linear(3, 2), torch.randn(4, 3)
+        >>> w = model.weight
+        >>> output, value = fastjac.JacReg()(model, x)
+        >>> p = output.softmax(1)
+        >>> truth = 2 * (p[:, 0] * p[:, 1] * (w[0] - w[1]).norm()).square()  # m = 2
+        >>> torch.allclose(value, truth.mean())
+        True
     """
 
     def cotangents(self, logits: Tensor) -> tuple[Tensor, float]:

@@ -29,6 +29,15 @@ class OneHot(ProjectionPenalty):
     by autograd as often as the network.
 
     Source: Varga, Csiszárik, Zombori 2017, arXiv 1712.09936, section 5.1.
+
+    Example:
+
+        >>> model, x = nn.Linear(3, 2), torch.randn(4, 3)
+        >>> w = model.weight
+        >>> y = torch.tensor([0, 1, 1, 0])
+        >>> output, value = fastjac.OneHot()(model, x, y)
+        >>> torch.allclose(value, w[y].square().sum(1).mean())
+        True
     """
 
     def cotangents(self, logits: Tensor, target: Any) -> tuple[Tensor, float]:
@@ -54,6 +63,14 @@ class RandomOneHot(RandomPenalty):
     by autograd as often as the network.
 
     Source: Varga, Csiszárik, Zombori 2017, arXiv 1712.09936, section 5.1.
+
+    Example:
+
+        >>> model, x = nn.Linear(3, 2), torch.randn(4, 3)
+        >>> w = model.weight
+        >>> output, value = fastjac.RandomOneHot(n_proj=-1)(model, x)  # every row once
+        >>> torch.allclose(value, w.square().sum())
+        True
     """
 
     def draw(self, k: int, logits: Tensor, dtype: torch.dtype) -> Tensor:

@@ -32,6 +32,14 @@ class Sobolev(InputPenalty):
     by autograd as often as the network.
 
     Source: Czarnecki et al. 2017, arXiv 1706.04859.
+
+    Example:
+
+        >>> model, x = nn.Linear(3, 2), torch.randn(4, 3)
+        >>> w = model.weight
+        >>> output, value = fastjac.Sobolev()(model, x, w.detach().expand(4, 2, 3))
+        >>> value.item() == 0.0
+        True
     """
 
     chain_ready = True

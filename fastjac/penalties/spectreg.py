@@ -49,6 +49,14 @@ class SpectReg(RandomPenalty):
     by autograd as often as the network; in the parameters, ``x`` and ``projection``.
 
     Source: Varga, Csiszárik, Zombori 2017, arXiv 1712.09936, section 5.1.
+
+    Example:
+
+        >>> model, x = nn.Linear(3, 2), torch.randn(4, 3)
+        >>> w = model.weight
+        >>> output, value = fastjac.SpectReg(n_proj=-1)(model, x)  # exact: ‖J‖²/m
+        >>> torch.allclose(value, w.square().sum() / 2)
+        True
     """
 
     def __init__(

@@ -33,6 +33,15 @@ class TangentProp(InputPenalty):
     its gradient asks the network's operations for third derivatives of their graph.
 
     Source: Simard, Victorri, LeCun, Denker 1991.
+
+    Example:
+
+        >>> model, x = nn.Linear(3, 2), torch.randn(4, 3)
+        >>> w = model.weight
+        >>> t = torch.randn(4, 3)
+        >>> output, value = fastjac.TangentProp()(model, x, t)
+        >>> torch.allclose(value, (t @ w.T).square().sum(1).mean())
+        True
     """
 
     def __init__(self, *, chunk_size: int | None = None, **options: Unpack[InputOptions]) -> None:
