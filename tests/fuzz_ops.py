@@ -59,14 +59,15 @@ def read_only(schema: Any, args: list[Any]) -> list[Tensor]:
     return [t for t in kept if t.untyped_storage().data_ptr() not in written]
 
 
-def memory(t: Tensor) -> bytes:
-    return bytes(t.untyped_storage())
+def memory(t: Tensor) -> Tensor:
+    """The bytes of a tensor's storage; shared with it."""
+    return torch.empty(0, dtype=torch.uint8).set_(t.untyped_storage())
 
 
 def call(op: Any, args: list[Any], rng: Random) -> str | None:
     """Runs one case; what went wrong, None if nothing did. RuntimeError and such pass through."""
     untouched = read_only(op._schema, args)
-    before = [memory(t) for t in untouched]
+    before = [memory(t).clone() for t in untouched]
     mode = rng.choice((torch.enable_grad, torch.enable_grad, torch.no_grad, torch.inference_mode))
     with mode():
         out = op(*args)
@@ -76,7 +77,7 @@ def call(op: Any, args: list[Any], rng: Random) -> str | None:
         if differentiable and inputs:
             torch.autograd.grad([t.sum() for t in differentiable], inputs, allow_unused=True)
     for t, was in zip(untouched, before, strict=True):
-        if memory(t) != was:
+        if not torch.equal(memory(t), was):
             return f"wrote to an argument {described(t)} that its schema does not give away"
     devices = {t.device for t in tensors_in(args)}
     for t in results:
@@ -89,6 +90,14 @@ def call(op: Any, args: list[Any], rng: Random) -> str | None:
     return None
 
 
+def within(rows: int, schema: Any, args: list[Any]) -> list[Any]:
+    """For a library with the first rows of the activation table only: mostly one of these."""
+    return [
+        value % rows if declared.name == "fn" and value < 100 else value
+        for declared, value in zip(schema.arguments, args, strict=True)
+    ]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--namespace", default="fastjac")
@@ -97,11 +106,13 @@ def main() -> int:
     parser.add_argument("--cases", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--first", type=int, default=0)
+    parser.add_argument("--rows", type=int, default=0, help="of the library's activation table")
     parser.add_argument("--log", type=Path, default=Path(os.devnull))
     options = parser.parse_args()
     faulthandler.enable()
     warnings.simplefilter("ignore")  # quantized and nested tensors warn
     torch.set_num_threads(2)
+    torch.manual_seed(0)
     # The compute of huge sizes must fail at once: not so with a sanitizer, which maps terabytes.
     if "asan" not in os.environ.get("LD_PRELOAD", ""):
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
@@ -121,6 +132,8 @@ def main() -> int:
             op = ops[name]
             stem = name.partition("::")[2].partition(".")[0].removesuffix("_triton")
             args = draw_call(rng, op._schema, right_calls.get(stem, ()))
+            if options.rows:
+                args = within(options.rows, op._schema, args)
             line = f"seed {options.seed} case {case}: {name}({', '.join(map(described, args))})"
             log.seek(0)
             log.truncate()

@@ -24,11 +24,10 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.library import register_fake
 
 from fastjac.dispatch import accumulate_dtype
 from fastjac.ops._autograd import Function, below_autograd
-from fastjac.ops._library import LIBRARY, define, raw, register_not_differentiable
+from fastjac.ops._library import define, raw, register_fake, register_not_differentiable
 from fastjac.ops.act_stats import composed, named, recorded
 
 define(
@@ -139,5 +138,5 @@ def _fake(z, g, mean, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(z), torch.empty_like(mean), torch.empty_like(mean)
 
 
-register_fake("fastjac::batch_norm_act_backward", _fake, lib=LIBRARY)
+register_fake("batch_norm_act_backward", _fake)
 register_not_differentiable("batch_norm_act_backward", "use BatchNorm and fastjac.act_stats")

@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
-from torch.library import register_fake
 
 from fastjac.dispatch import Example, Op, accumulate_dtype
 from fastjac.ops._autograd import Function, below_autograd
@@ -20,6 +19,7 @@ from fastjac.ops._library import (
     define,
     raw,
     refuse_transforms,
+    register_fake,
     register_not_differentiable,
     register_triton,
     suffix_of,
@@ -238,8 +238,8 @@ def _register(suffix: str) -> None:
         refuse_transforms("row_sqnorm" + suffix)
         return _RowSqnorm.apply(suffix, False, *weights)
 
-    register_fake(f"fastjac::row_sqnorm{suffix}", _fake, lib=LIBRARY)
-    register_fake(f"fastjac::row_sqnorm_backward{suffix}", _fake_backward, lib=LIBRARY)
+    register_fake("row_sqnorm" + suffix, _fake)
+    register_fake("row_sqnorm_backward" + suffix, _fake_backward)
     LIBRARY.impl("row_sqnorm" + suffix, through_function, "Autograd")
     register_not_differentiable("row_sqnorm_backward" + suffix, "call fastjac.row_sqnorm")
 

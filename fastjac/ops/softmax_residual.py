@@ -9,7 +9,6 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from torch.library import register_fake
 
 from fastjac.dispatch import Example, Op
 from fastjac.ops._autograd import Function, below_autograd
@@ -19,6 +18,7 @@ from fastjac.ops._library import (
     define,
     raw,
     refuse_transforms,
+    register_fake,
     register_not_differentiable,
     register_triton,
     suffix_of,
@@ -134,8 +134,8 @@ def _register(suffix: str) -> None:
     def fake(logits, other):
         return logits.new_empty(logits.shape)
 
-    register_fake(f"fastjac::softmax_residual{suffix}", fake, lib=LIBRARY)
-    register_fake(f"fastjac::softmax_residual_backward{suffix}", fake, lib=LIBRARY)
+    register_fake("softmax_residual" + suffix, fake)
+    register_fake("softmax_residual_backward" + suffix, fake)
     LIBRARY.impl("softmax_residual" + suffix, through_function, "Autograd")
     register_not_differentiable(
         "softmax_residual_backward" + suffix, "call fastjac.softmax_residual"
