@@ -98,8 +98,8 @@ def resized(rng: Random, t: Tensor) -> Tensor:
         # numel stays 0, or no memory is behind it
         shape = [0 if rng.random() < 0.3 else s for s in shape]
         shape[rng.randrange(len(shape))] = rng.choice(HUGE)
-        if math.prod(shape) >= 2**63:
-            shape = [min(s, 1) for s in shape[:-1]] + [rng.choice(HUGE)]
+        if math.prod(s for s in shape if s) >= 2**63:
+            shape = [s if s in HUGE else min(s, 1) for s in shape]
         return t.new_zeros([]).expand(shape)
     else:
         shape[rng.randrange(len(shape))] = rng.choice(SIZES)
@@ -143,7 +143,7 @@ def exotic(rng: Random, t: Tensor) -> Any:
 
 def mutated(rng: Random, t: Any) -> Any:
     """One thing about a tensor changed."""
-    if not isinstance(t, Tensor) or type(t) is not Tensor or t.layout != torch.strided:
+    if type(t) is not Tensor or t.layout != torch.strided or t.is_nested:
         return t
     t = t.detach()
     if t.device.type == "meta" or t.is_quantized or t.is_neg() or t.is_conj():
@@ -345,7 +345,7 @@ def described(value: Any) -> str:
 ALLOCATIONS = ('"aten::contiguous"', '"aten::empty_like"', '"aten::new_empty"', '"aten::zero_"')
 INTERNAL = (
     "INTERNAL ASSERT", "API call failed", "std::", "vector::", "bad_alloc", "please report",
-    "NoneType", "object has no attribute", "unhashable", "aoti_torch_",
+    "'NoneType' object", "object has no attribute", "unhashable", "aoti_torch_",
 )  # fmt: skip
 
 

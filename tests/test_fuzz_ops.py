@@ -43,7 +43,7 @@ def fuzz(
     program: tuple[str, ...] = (str(TESTS / "fuzz_ops.py"),),
     **environment: str,
 ) -> tuple[bool, str]:
-    """Runs the program; whether it found nothing, and what it said, the call it died in included."""
+    """Runs the program: whether all was well, and what it said, the call it died in included."""
     done = subprocess.run(
         [sys.executable, *program, f"--log={log}", f"--cases={cases}", f"--seed={SEED}", *options],
         env={
@@ -76,7 +76,7 @@ def sanitized() -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def sanitized_copy(tmp_path_factory):
-    """A copy of the package whose C++ library has the sanitizers, and the function that builds it."""
+    """A copy of the package, its C++ library with sanitizers, and the function that builds it."""
     folder = copy_of_the_sources(tmp_path_factory.mktemp("sanitized"))
 
     def build() -> Path:
@@ -163,9 +163,10 @@ def test_triton_ops(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def planted():
+def planted(request):
     """Ops that do what none of ours may, in a namespace of their own."""
     library = torch.library.Library("fuzz_planted", "DEF")
+    request.addfinalizer(library._destroy)
 
     def plant(schema, function):
         library.define(schema)
@@ -178,8 +179,7 @@ def planted():
     plant("declares(Tensor(a!) z) -> Tensor", lambda z: z.detach().add_(1).clone())
     plant("mixes(Tensor z, Tensor other) -> Tensor", on_meta)
     plant("asserts(Tensor z) -> Tensor", lambda z: {}[z])
-    yield torch.ops.fuzz_planted
-    del library
+    return torch.ops.fuzz_planted
 
 
 def test_faults_of_a_call_are_seen(planted):

@@ -126,6 +126,9 @@ def check_z(z: Tensor) -> None:
             f"z has dtype {z.dtype}; an activation needs floating point (for token ids, apply it to"
             " the embeddings)"
         )
+    if z.layout != torch.strided or z.is_nested:
+        kind = "nested" if z.is_nested else z.layout
+        raise TypeError(f"z is a {kind} tensor; the kernels read dense ones, z.to_dense()")
 
 
 def _check(z: Tensor, g: Tensor | None, order: int) -> None:

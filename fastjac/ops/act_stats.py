@@ -140,6 +140,8 @@ def act_stats(
     row = get(fn)
     dim = _check(z, dim, per, weights)
     p0, p1 = row.param_values(params)
+    if not isinstance(scale, (int, float, torch.SymInt, torch.SymFloat, type(None))):
+        raise TypeError(f"scale is {type(scale).__name__}; it must be a number, or None")
     chosen = _OP.select(impl, z.device, z.dtype)
     per_sample = per == "sample"
     if scale is None:
@@ -157,6 +159,8 @@ def _check(z: Tensor, dim: int, per: str, weights: Tensor | None) -> int:
         raise ValueError(
             f"z has shape {tuple(z.shape)}; it needs samples and channels: [N, ..., C]"
         )
+    if not isinstance(dim, int):
+        raise TypeError(f"dim is {type(dim).__name__}; it must be 1 or the last dimension, -1")
     wanted, dim = dim, dim % z.dim() if -z.dim() <= dim < z.dim() else 0
     if dim not in (1, z.dim() - 1):
         raise ValueError(f"dim={wanted}; the channels are dimension 1 or the last of {z.dim()}")

@@ -117,7 +117,9 @@ def _recorded_backward(g, q, z, gamma, beta, needs, scale, fn, p0, p1, eps):
     name, params = named(fn, p0, p1)
     inputs = [t for t, need in zip((z, gamma, beta), needs, strict=True) if need]
     with torch.enable_grad():
-        y = F.batch_norm(z, None, None, gamma, beta, training=True, eps=eps)
+        # Torch's backward for [N, C] reads a γ with strides as if it had none (2.13, no error).
+        dense = None if gamma is None else gamma.contiguous()
+        y = F.batch_norm(z, None, None, dense, beta, training=True, eps=eps)
         a, s = composed(y, None, 1, False, scale, name, params, "auto")
         pairs = ((a, g), (s * inverse_variance(z, eps), q))
         outputs, cotangents = zip(*(p for p in pairs if p[1] is not None), strict=True)

@@ -6,7 +6,7 @@ writes it, or adds it to gradients that are there already (`add_to`), again in o
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -76,6 +76,8 @@ def row_sqnorm(weights: Sequence[Tensor], *, impl: str = "auto") -> list[Tensor]
     """
     if isinstance(weights, Tensor):  # a list of it would be its rows
         raise TypeError("weights is a tensor; pass a list of weights, [weight] for one")
+    if not isinstance(weights, Iterable):
+        raise TypeError(f"weights is {type(weights).__name__}; pass a list of weights")
     weights = list(weights)
     _check(weights)
     chosen = _OP.select(impl, weights[0].device, weights[0].dtype)

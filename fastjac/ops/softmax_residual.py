@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from fastjac.dispatch import Example, Op
+from fastjac.dispatch import Example, Op, accumulate_dtype
 from fastjac.ops._autograd import Function, below_autograd
 from fastjac.ops._library import (
     LIBRARY,
@@ -110,8 +110,9 @@ class _SoftmaxResidual(Function):
     def backward(ctx, v):
         (logits,) = ctx.saved_tensors
         if recorded(v):
-            p = logits.softmax(1)
-            return p * (v - (p * v).sum(1, keepdim=True)), None, None
+            wide = accumulate_dtype(logits.dtype)
+            p, v = logits.to(wide).softmax(1), v.to(wide)
+            return (p * (v - (p * v).sum(1, keepdim=True))).to(logits.dtype), None, None
         with below_autograd():
             return raw("softmax_residual_backward" + ctx.suffix)(logits, v), None, None
 
