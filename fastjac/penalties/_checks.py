@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -32,6 +32,15 @@ def number(argument: str, value: Any) -> float:
     if not abs(value) <= sys.float_info.max:  # NaN, or an integer that is no float
         raise ValueError(f"{argument} is {value!r}: it must be finite")
     return float(value)
+
+
+def numbers(argument: str, values: Any) -> tuple[float, ...] | None:
+    """Finite real numbers in a sequence, or None."""
+    if values is None:
+        return None
+    if isinstance(values, str) or not isinstance(values, Iterable):
+        raise TypeError(f"{argument} is {values!r}: it must be a sequence of numbers, or None")
+    return tuple(number(argument, value) for value in values)
 
 
 def count(argument: str, value: Any, *, exact: bool = False) -> int:
