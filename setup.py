@@ -15,6 +15,7 @@ Environment:
                                   wherever nvcc is (a compile check on a machine with CPU torch)
     TORCH_CUDA_ARCH_LIST          default 8.0;9.0;10.0+PTX
     CUDA_HOME, CXX, MAX_JOBS      as usual
+    CXXFLAGS, LDFLAGS             added for the C++ library (-fsanitize=address)
 """
 
 from __future__ import annotations
@@ -167,10 +168,12 @@ class NativeBuild(build_ext):
         if not cxx or not shutil.which(cxx):
             return {"built": False, "why": "no C++ compiler found (set CXX or install g++)"}
         includes = f"-I{ROOT}/csrc/common -I{BUILD}/generated"
-        ninja.rule("cxx", f"{cxx} -MMD -MF $out.d {CXX_FLAGS} {includes} $flags -c $in -o $out")
+        more, link = (os.environ.get(name, "") for name in ("CXXFLAGS", "LDFLAGS"))
+        command = f"{cxx} -MMD -MF $out.d {CXX_FLAGS} {more} {includes} $flags -c $in -o $out"
+        ninja.rule("cxx", command)
         # DT_NEEDED only: torch is in the process before the library is loaded, so no rpath.
         torch_libs = f"-L{include.parent}/lib -Wl,--no-as-needed -ltorch_cpu -lc10"
-        ninja.rule("link", f"{cxx} -shared -o $out $in {torch_libs}", depfile=False)
+        ninja.rule("link", f"{cxx} -shared {link} -o $out $in {torch_libs}", depfile=False)
         isas = list(ISA_FLAGS) if platform.machine() in ("x86_64", "AMD64") else ["baseline"]
         objects = []
         for source in sorted((ROOT / "csrc/cpu").glob("*.cpp")):

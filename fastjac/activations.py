@@ -34,6 +34,7 @@ import hashlib
 import importlib
 import math
 import re
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -113,6 +114,8 @@ class Activation:
                     f"{name} is {type(value).__name__}: activation parameters are numbers, and a"
                     " tensor would get no gradient; pass a float (or scale z to learn one)"
                 )
+            if isinstance(value, int) and abs(value) > sys.float_info.max:
+                raise ValueError(f"{name} is an integer too large for a float")
         values = [float(given.get(name, default)) for name, default in self.params.items()]
         values += [0.0] * (MAX_PARAMS - len(values))
         return values[0], values[1]

@@ -101,6 +101,8 @@ def why_not(impl: str, device_type: str, dtype: torch.dtype) -> str | None:
 
 @torch.compiler.assume_constant_result  # dynamo would trace into the loading of libraries
 def _select(op: str, impl: str, device_type: str, dtype: torch.dtype) -> str:
+    if not isinstance(impl, str):
+        raise ValueError(f"impl={impl!r} is no name of an implementation")
     return _select_cached(op, impl, device_type, dtype)
 
 

@@ -70,16 +70,21 @@ def run(command: list[str]) -> None:
         raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
 
 
-@functools.cache
-def library() -> ctypes.CDLL:
-    """The kernels for the CPU, built and loaded once a session."""
+def load(out: Path) -> None:
+    """Registers the kernels of a library that `compile_host` made."""
     definitions = torch.library.Library("fastjac_host", "DEF")
     for schema in SCHEMAS:
         definitions.define(schema)
+    torch.ops.load_library(str(out))
+    load.definitions = definitions  # type: ignore[attr-defined]  # lives as long as the ops
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """The kernels for the CPU, built and loaded once a session."""
     out = Path(tempfile.mkdtemp(prefix="fastjac-host-")) / "host.so"
     compile_host(out)
-    torch.ops.load_library(str(out))
-    library.definitions = definitions  # type: ignore[attr-defined]  # lives as long as the ops
+    load(out)
     return ctypes.CDLL(str(out))
 
 

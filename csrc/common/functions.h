@@ -107,7 +107,12 @@ FASTJAC_HD int32_t to_bits(float x) {
   return bits;
 }
 
-FASTJAC_HD float power_of_two(int32_t n) { return from_bits((n + 127) << 23); }  // -126 <= n <= 127
+// Unsigned: a NaN's bits would overflow an int.
+FASTJAC_HD int32_t to_exponent(int32_t n) {
+  return static_cast<int32_t>(static_cast<uint32_t>(n) << 23);
+}
+
+FASTJAC_HD float power_of_two(int32_t n) { return from_bits(to_exponent(n + 127)); }  // -126 to 127
 
 FASTJAC_HD float abs(float x) { return from_bits(to_bits(x) & 0x7fffffff); }
 
@@ -153,7 +158,7 @@ FASTJAC_HD float exp_neg(float x) {
   p = fma(p, r, 0.4999999403953552f);
   p = fma(p, r, 1.0f);
   p = fma(p, r, 1.0f);
-  return p * from_bits(to_bits(shifted) << 23) * 0x1p-64f;
+  return p * from_bits(to_exponent(to_bits(shifted))) * 0x1p-64f;
 }
 
 // 1.5 ulp. Scaled by 2^(n-1) and doubled, so that x just below ln(FLT_MAX) does not overflow early.
@@ -191,7 +196,7 @@ FASTJAC_HD float sin_cos(float x, int32_t quadrant) {
   const double high = wide - k * 1.5707963267341256;  // 33 bits of π/2: k * high is exact to 2^20
   float r = static_cast<float>(high - k * 6.0771005065061922e-11);
   r = where(r < -0.8f, -0.8f, where(r > 0.8f, 0.8f, r));
-  const int32_t n = static_cast<int32_t>(bits) + quadrant;
+  const int32_t n = static_cast<int32_t>(bits & 3) + quadrant;
   const float square = r * r;
   float s = -0.00019514454470481724f;
   s = fma(s, square, 0.008332154713571072f);

@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <limits>
 #include <vector>
 
 #include "tensors.h"
@@ -39,6 +40,9 @@ inline int64_t total_rows(const std::vector<Tensor>& weights) {
     STD_TORCH_CHECK(
         w.scalar_type() == weights[0].scalar_type() && w.device() == weights[0].device(),
         "fastjac: all weights must have one dtype and one device");
+    // Rows without elements take no memory: there may be any number of them.
+    STD_TORCH_CHECK(w.size(0) <= std::numeric_limits<int64_t>::max() - rows,
+                    "fastjac: the weights have too many rows");
     rows += w.size(0);
   }
   return rows;

@@ -17,7 +17,7 @@ RowsKernel norms_kernel() {
 // Stacks [2 N, C] whose second part is z, one of each hidden layer; then the output.
 Tensors mlp_forward(const Tensor& x, const Tensors& weights, const Tensors& biases, int64_t tile,
                     const Tensor& plan) {
-  const Net net(x, weights, plan, x.size(0), tile);
+  const Net net(x, weights, plan, rows_of(x, "x"), tile);
   const int64_t n = net.n;
   const size_t top = net.layers.size() - 1;
   check_matrix(x, x, n, net.layers[0].d, "x");
@@ -63,10 +63,10 @@ Tensors mlp_pull(const Tensor& w, const Tensors& weights, const Tensors& stacks,
                  int64_t tile, const Tensor& plan) {
   const Net net(w, weights, plan, n, tile);
   const size_t top = net.layers.size() - 1;
-  const int64_t k = w.size(0) / n, m = net.layers[top].c, d = net.layers[0].d;
+  const int64_t k = rows_of(w, "w") / n, m = net.layers[top].c, d = net.layers[0].d;
   check_matrix(w, w, k * n, m, "w");
   STD_TORCH_CHECK(k == 1 || tile >= n, "fastjac: mlp: several cotangents want one tile");
-  const int64_t parts = top > 0 && !stacks.empty() ? stacks[0].size(0) / n : 1;
+  const int64_t parts = top > 0 && !stacks.empty() ? rows_of(stacks[0], "stacks") / n : 1;
   const std::vector<Stack> z = net.stacks(stacks, top, parts, "stacks");
   Tensors found;
   for (const Layer& layer : net.layers) found.push_back(empty(w, (k + 1) * n, layer.c));

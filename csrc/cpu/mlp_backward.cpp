@@ -51,7 +51,7 @@ Tensor mlp_push(Tensor u, const std::optional<Tensor>& factor, const Tensors& we
                 const Tensor& plan) {
   const Net net(u, weights, plan, n, tile);
   const size_t top = net.layers.size() - 1;
-  const int64_t k = u.size(0) / n;
+  const int64_t k = rows_of(u, "u") / n;
   check_matrix(u, u, k * n, net.layers[0].d, "u");
   if (factor) check_vector(*factor, u, k * n, "factor");
   STD_TORCH_CHECK(k == 1 || tile >= n, "fastjac: mlp: several cotangents want one tile");
@@ -173,16 +173,16 @@ Tensors mlp_down(const std::optional<Tensor>& g, std::optional<Tensor> u,
                       dtype_of(wanted) == DType::f64 && wanted.is_contiguous(),
                   "fastjac: mlp: wanted must be float64, 2 numbers a layer and 1");
   STD_TORCH_CHECK(from >= 0 && from < int64_t(layers), "fastjac: mlp: no layer ", from);
-  const int64_t k = u ? u->size(0) / n : 0;
+  const int64_t k = u ? rows_of(*u, "u") / n : 0;
   if (u) check_matrix(*u, x, k * n, d, "u");
   if (factor) check_vector(*factor, x, k * n, "factor");
   if (g) check_matrix(*g, x, n, net.layers[top].c, "g");
   STD_TORCH_CHECK(u || !push, "fastjac: mlp: nothing to push");
   STD_TORCH_CHECK(k <= 1 || tile >= n, "fastjac: mlp: several cotangents want one tile");
-  const int64_t parts = deltas.empty() ? 0 : deltas[0].size(0) / n;
+  const int64_t parts = deltas.empty() ? 0 : rows_of(deltas[0], "deltas") / n;
   STD_TORCH_CHECK(parts > 0 && (!u || parts == k + 1), "fastjac: mlp: deltas have other rows");
   // A backward without a JVP may find stacks for one.
-  const int64_t stack_parts = u || stacks.empty() ? k + 1 : stacks[0].size(0) / n;
+  const int64_t stack_parts = u || stacks.empty() ? k + 1 : rows_of(stacks[0], "stacks") / n;
   const std::vector<Stack> t = net.stacks(stacks, top, stack_parts, "stacks");
   const std::vector<Stack> s = net.stacks(deltas, layers, parts, "deltas");
 

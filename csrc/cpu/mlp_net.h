@@ -55,6 +55,12 @@ inline void check_matrix(const Tensor& t, const Tensor& like, int64_t rows, int6
   STD_TORCH_CHECK(t.is_contiguous(), "fastjac: mlp: ", name, " must be contiguous");
 }
 
+// Of a matrix: asking for the size of a dimension that is not there would lose torch's message.
+inline int64_t rows_of(const Tensor& t, const char* name) {
+  STD_TORCH_CHECK(t.dim() == 2, "fastjac: mlp: ", name, " must be a matrix");
+  return t.size(0);
+}
+
 inline void check_vector(const Tensor& t, const Tensor& like, int64_t size, const char* name) {
   STD_TORCH_CHECK(t.dim() == 1 && t.size(0) == size && t.scalar_type() == like.scalar_type() &&
                       t.device() == like.device() && t.is_contiguous(),

@@ -9,7 +9,9 @@ from torch import Tensor
 
 from fastjac import launch
 from fastjac.activations import MAX_ORDER, ROWS
+from fastjac.dispatch import FLOAT_DTYPES
 from fastjac.kernels._phi import phi
+from fastjac.ops._library import check_like
 
 # Per row and order, once: `has_zeros` reads the expression.
 _ZEROS = [[row.has_zeros(k) for k in range(MAX_ORDER + 1)] for row in ROWS]
@@ -58,6 +60,10 @@ def act_backward_kernel(
 
 
 def compute_dtype(dtype: torch.dtype) -> tl.dtype:
+    if dtype not in FLOAT_DTYPES:
+        raise RuntimeError(
+            f"fastjac: tensors must be float32, float64, bfloat16 or float16, not {dtype}"
+        )
     return tl.float64 if dtype == torch.float64 else tl.float32
 
 
@@ -66,7 +72,16 @@ def _with_strides_of(t: Tensor, like: Tensor) -> Tensor:
     return t if t.stride() == like.stride() else torch.empty_like(like).copy_(t)
 
 
+def check_activation(fn: int, order: int, most: int) -> None:
+    if not 0 <= fn < len(ROWS):
+        raise RuntimeError(f"fastjac: no activation with id {fn}")
+    if not 0 <= order <= most:
+        raise RuntimeError(f"fastjac: order must be 0 to {most}, got {order}")
+
+
 def act(z: Tensor, g: Tensor | None, order: int, fn: int, p0: float, p1: float) -> Tensor:
+    check_activation(fn, order, MAX_ORDER)
+    check_like(g, z, "g")
     out = torch.empty_like(z)
     if out.numel() == 0:
         return out
@@ -85,6 +100,9 @@ def act(z: Tensor, g: Tensor | None, order: int, fn: int, p0: float, p1: float) 
 def act_backward(
     z: Tensor, g: Tensor, v: Tensor, order: int, fn: int, p0: float, p1: float
 ) -> tuple[Tensor, Tensor]:
+    check_activation(fn, order, MAX_ORDER - 1)
+    check_like(g, z, "g")
+    check_like(v, z, "v")
     grad_z, grad_g = torch.empty_like(z), torch.empty_like(z)
     if grad_z.numel() == 0:
         return grad_z, grad_g

@@ -25,8 +25,15 @@ from torch import Tensor
 from fastjac import launch
 from fastjac.dispatch import accumulate_dtype
 from fastjac.kernels._phi import phi
-from fastjac.kernels.act import _ZEROS, _with_strides_of, compute_dtype, times
-from fastjac.ops.act_stats import BIAS, CHANNEL, NONE, SAMPLE
+from fastjac.kernels.act import (
+    _ZEROS,
+    _with_strides_of,
+    check_activation,
+    compute_dtype,
+    times,
+)
+from fastjac.ops._library import check_like
+from fastjac.ops.act_stats import BIAS, CHANNEL, NONE, SAMPLE, check_channels
 
 # Widest tile: along a row that is summed, and across columns that are.
 ROW_TILE, COLUMN_TILE = 512, 128
@@ -310,10 +317,9 @@ def _check(w: Tensor | None, size: int, z: Tensor) -> Tensor | None:
 def _launch(z, g, w_sample, w_channel, dim, statistic, scale, deterministic, fn, p0, p1, backward):
     if statistic not in (NONE, CHANNEL, SAMPLE, BIAS):
         raise RuntimeError(f"fastjac: statistic must be 0 to 3, got {statistic}")
-    if not 1 <= dim < z.dim():
-        raise RuntimeError(f"fastjac: dim must be 1 to {z.dim() - 1}, got {dim}")
-    if g is not None and (g.shape, g.dtype, g.device) != (z.shape, z.dtype, z.device):
-        raise RuntimeError("fastjac: g must have the shape, dtype and device of z")
+    check_activation(fn, 0, 0)
+    check_channels(z, dim)
+    check_like(g, z, "g")
     result = torch.empty_like(z)
     layout = _layout(result, dim)
     if layout is None:

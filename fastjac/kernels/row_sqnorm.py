@@ -198,6 +198,7 @@ def _check(weights: list[Tensor]) -> None:
     if not weights:
         raise RuntimeError("fastjac: row_sqnorm needs at least one weight")
     first = weights[0]
+    compute_dtype(first.dtype)  # raises
     for w in weights:
         if w.dim() == 0:
             raise RuntimeError("fastjac: a weight must have at least 1 dimension")

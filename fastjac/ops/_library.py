@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import functools
 import importlib
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.library import Library
+from torch.library import register_fake as torch_register_fake
 
 LIBRARY = Library("fastjac", "FRAGMENT")
 
@@ -46,6 +49,44 @@ def impl_of(suffix: str, device_type: str) -> str:
     return "triton" if suffix else device_type
 
 
+def tensors_of(args: Iterable[Any]) -> Iterator[Tensor]:
+    """The tensors among the arguments of a raw op, those in lists too."""
+    for a in args:
+        if isinstance(a, Tensor):
+            yield a
+        elif isinstance(a, (list, tuple)):
+            yield from tensors_of(a)
+
+
+def check_one_device(name: str, args: Iterable[Any]) -> None:
+    devices = {t.device for t in tensors_of(args)}
+    if len(devices) > 1:
+        found = ", ".join(sorted(map(str, devices)))
+        raise RuntimeError(
+            f"fastjac: the tensors of {name} are on {found}; move them to one device"
+        )
+
+
+def check_like(t: Tensor | None, z: Tensor, name: str) -> None:
+    """Of an operand that is read beside z; None is none."""
+    if t is not None and (t.shape, t.dtype, t.device) != (z.shape, z.dtype, z.device):
+        raise RuntimeError(f"fastjac: {name} must have the shape, dtype and device of z")
+
+
+def register_fake(name: str, fake: Callable[..., Any]) -> None:
+    """The fake kernel of a raw op.
+
+    One tensor on meta brings the whole call here: others on the CPU would be given results that
+    nobody has computed, so that raises.
+    """
+
+    def checked(*args):
+        check_one_device(name, args)
+        return fake(*args)
+
+    torch_register_fake(f"fastjac::{name}", checked, lib=LIBRARY)
+
+
 def register_triton(module: str, *names: str) -> None:
     """``name_triton`` runs the function ``name`` of ``fastjac.kernels.<module>``."""
 
@@ -74,10 +115,7 @@ def register_not_differentiable(name: str, instead: str) -> None:
     """A raw op that is a gradient already: raises where autograd would be asked to go on."""
 
     def autograd(*args):
-        flat = [t for a in args for t in (a if isinstance(a, (list, tuple)) else (a,))]
-        if torch.is_grad_enabled() and any(
-            isinstance(t, torch.Tensor) and t.requires_grad for t in flat
-        ):
+        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors_of(args)):
             raise RuntimeError(f"torch.ops.fastjac.{name} has no derivative of its own: {instead}")
         with torch._C._AutoDispatchBelowAutograd():
             return raw(name)(*args)

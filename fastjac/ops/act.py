@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import register_fake, register_vmap
+from torch.library import register_vmap
 
 from fastjac.activations import IDS, MAX_ORDER, ROWS, TABLE, Activation, get
 from fastjac.dispatch import Example, Op
@@ -32,9 +32,11 @@ from fastjac.ops._autograd import Add, Function, Multiply, below_autograd
 from fastjac.ops._library import (
     LIBRARY,
     SUFFIXES,
+    check_like,
     define,
     raw,
     refuse_transforms,
+    register_fake,
     register_triton,
     suffix_of,
 )
@@ -134,6 +136,9 @@ def check_z(z: Tensor) -> None:
             f"z has dtype {z.dtype}; an activation needs floating point (for token ids, apply it to"
             " the embeddings)"
         )
+    if z.layout != torch.strided or z.is_nested:
+        kind = "nested" if z.is_nested else z.layout
+        raise TypeError(f"z is a {kind} tensor; the kernels read dense ones, z.to_dense()")
 
 
 def _check(z: Tensor, g: Tensor | None, order: int) -> None:
@@ -292,6 +297,8 @@ def _register(name: str, function: type[Function], operands: int, suffix: str) -
     op = raw(name + suffix)
 
     def fake(z, *args):
+        for name_of, operand in zip("gv", args[: operands - 1], strict=False):
+            check_like(operand, z, name_of)
         outs = [torch.empty_like(z) for _ in range(len(op._schema.returns))]
         return tuple(outs) if len(outs) > 1 else outs[0]
 
@@ -310,7 +317,7 @@ def _register(name: str, function: type[Function], operands: int, suffix: str) -
         out = op(*map(moved, args[:operands], in_dims[:operands]), *args[operands:])
         return out, (0, 0) if isinstance(out, tuple) else 0
 
-    register_fake(f"fastjac::{name}{suffix}", fake, lib=LIBRARY)
+    register_fake(name + suffix, fake)
     register_vmap(f"fastjac::{name}{suffix}", batched, lib=LIBRARY)
     LIBRARY.impl(name + suffix, through_function, "Autograd")
 

@@ -28,7 +28,6 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from torch._C._functorch import is_legacy_batchedtensor
-from torch.library import register_fake
 
 from fastjac.activations import IDS, TABLE, get
 from fastjac.dispatch import Example, Op, accumulate_dtype
@@ -36,10 +35,12 @@ from fastjac.ops._autograd import Function, below_autograd
 from fastjac.ops._library import (
     LIBRARY,
     SUFFIXES,
+    check_like,
     define,
     impl_of,
     raw,
     refuse_transforms,
+    register_fake,
     register_not_differentiable,
     register_triton,
     suffix_of,
@@ -146,6 +147,8 @@ def act_stats(
     row = get(fn)
     dim = _check(z, dim, per, weights)
     p0, p1 = row.param_values(params)
+    if not isinstance(scale, (int, float, torch.SymInt, torch.SymFloat, type(None))):
+        raise TypeError(f"scale is {type(scale).__name__}; it must be a number, or None")
     chosen = _OP.select(impl, z.device, z.dtype)
     per_sample = per == "sample"
     if scale is None:
@@ -163,6 +166,8 @@ def _check(z: Tensor, dim: int, per: str, weights: Tensor | None) -> int:
         raise ValueError(
             f"z has shape {tuple(z.shape)}; it needs samples and channels: [N, ..., C]"
         )
+    if not isinstance(dim, int):
+        raise TypeError(f"dim is {type(dim).__name__}; it must be 1 or the last dimension, -1")
     wanted, dim = dim, dim % z.dim() if -z.dim() <= dim < z.dim() else 0
     if dim not in (1, z.dim() - 1):
         raise ValueError(f"dim={wanted}; the channels are dimension 1 or the last of {z.dim()}")
@@ -304,12 +309,21 @@ def _result_like(z: Tensor, dim: int) -> Tensor:
     return out
 
 
+def check_channels(z: Tensor, dim: int) -> None:
+    """That the raw ops' dim is one: not negative, and not that of the samples."""
+    if not 1 <= dim < z.dim():
+        raise RuntimeError(f"fastjac: dim must be 1 to {z.dim() - 1}, got {dim}")
+
+
 def _fake(z, w, dim, per_sample, *rest):
+    check_channels(z, dim)
     size = z.shape[0] if per_sample else z.shape[dim]
     return _result_like(z, dim), z.new_empty(size, dtype=accumulate_dtype(z.dtype))
 
 
 def _fake_backward(z, g, w_sample, w_channel, dim, statistic, *rest):
+    check_channels(z, dim)
+    check_like(g, z, "g")
     size = {NONE: 0, SAMPLE: z.shape[0]}.get(statistic, z.shape[dim])
     return _result_like(z, dim), z.new_empty(size, dtype=accumulate_dtype(z.dtype))
 
@@ -319,8 +333,8 @@ def _register(suffix: str) -> None:
         refuse_transforms("act_stats" + suffix)
         return _ActStats.apply(z, *args, suffix, impl_of(suffix, z.device.type))
 
-    register_fake(f"fastjac::act_stats{suffix}", _fake, lib=LIBRARY)
-    register_fake(f"fastjac::act_stats_backward{suffix}", _fake_backward, lib=LIBRARY)
+    register_fake("act_stats" + suffix, _fake)
+    register_fake("act_stats_backward" + suffix, _fake_backward)
     LIBRARY.impl("act_stats" + suffix, through_function, "Autograd")
     register_not_differentiable("act_stats_backward" + suffix, "call fastjac.act_stats")
 

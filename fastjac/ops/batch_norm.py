@@ -24,11 +24,10 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.library import register_fake
 
 from fastjac.dispatch import accumulate_dtype
 from fastjac.ops._autograd import Function, below_autograd
-from fastjac.ops._library import LIBRARY, define, raw, register_not_differentiable
+from fastjac.ops._library import define, raw, register_fake, register_not_differentiable
 from fastjac.ops.act_stats import composed, named, recorded
 
 define(
@@ -118,7 +117,9 @@ def _recorded_backward(g, q, z, gamma, beta, needs, scale, fn, p0, p1, eps):
     name, params = named(fn, p0, p1)
     inputs = [t for t, need in zip((z, gamma, beta), needs, strict=True) if need]
     with torch.enable_grad():
-        y = F.batch_norm(z, None, None, gamma, beta, training=True, eps=eps)
+        # Torch's backward for [N, C] reads a γ with strides as if it had none (2.13, no error).
+        dense = None if gamma is None else gamma.contiguous()
+        y = F.batch_norm(z, None, None, dense, beta, training=True, eps=eps)
         a, s = composed(y, None, 1, False, scale, name, params, "auto")
         pairs = ((a, g), (s * inverse_variance(z, eps), q))
         outputs, cotangents = zip(*(p for p in pairs if p[1] is not None), strict=True)
@@ -139,5 +140,5 @@ def _fake(z, g, mean, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(z), torch.empty_like(mean), torch.empty_like(mean)
 
 
-register_fake("fastjac::batch_norm_act_backward", _fake, lib=LIBRARY)
+register_fake("batch_norm_act_backward", _fake)
 register_not_differentiable("batch_norm_act_backward", "use BatchNorm and fastjac.act_stats")

@@ -6,11 +6,10 @@ writes it, or adds it to gradients that are there already (`add_to`), again in o
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
-from torch.library import register_fake
 
 from fastjac.dispatch import Example, Op, accumulate_dtype
 from fastjac.ops._autograd import Function, below_autograd
@@ -20,6 +19,7 @@ from fastjac.ops._library import (
     define,
     raw,
     refuse_transforms,
+    register_fake,
     register_not_differentiable,
     register_triton,
     suffix_of,
@@ -83,6 +83,8 @@ def row_sqnorm(weights: Sequence[Tensor], *, impl: str = "auto") -> list[Tensor]
     """
     if isinstance(weights, Tensor):  # a list of it would be its rows
         raise TypeError("weights is a tensor; pass a list of weights, [weight] for one")
+    if not isinstance(weights, Iterable):
+        raise TypeError(f"weights is {type(weights).__name__}; pass a list of weights")
     weights = list(weights)
     _check(weights)
     chosen = _OP.select(impl, weights[0].device, weights[0].dtype)
@@ -245,8 +247,8 @@ def _register(suffix: str) -> None:
         refuse_transforms("row_sqnorm" + suffix)
         return _RowSqnorm.apply(suffix, False, *weights)
 
-    register_fake(f"fastjac::row_sqnorm{suffix}", _fake, lib=LIBRARY)
-    register_fake(f"fastjac::row_sqnorm_backward{suffix}", _fake_backward, lib=LIBRARY)
+    register_fake("row_sqnorm" + suffix, _fake)
+    register_fake("row_sqnorm_backward" + suffix, _fake_backward)
     LIBRARY.impl("row_sqnorm" + suffix, through_function, "Autograd")
     register_not_differentiable("row_sqnorm_backward" + suffix, "call fastjac.row_sqnorm")
 

@@ -9,9 +9,8 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from torch.library import register_fake
 
-from fastjac.dispatch import Example, Op
+from fastjac.dispatch import Example, Op, accumulate_dtype
 from fastjac.ops._autograd import Function, below_autograd
 from fastjac.ops._library import (
     LIBRARY,
@@ -19,6 +18,7 @@ from fastjac.ops._library import (
     define,
     raw,
     refuse_transforms,
+    register_fake,
     register_not_differentiable,
     register_triton,
     suffix_of,
@@ -117,8 +117,9 @@ class _SoftmaxResidual(Function):
     def backward(ctx, v):
         (logits,) = ctx.saved_tensors
         if recorded(v):
-            p = logits.softmax(1)
-            return p * (v - (p * v).sum(1, keepdim=True)), None, None
+            wide = accumulate_dtype(logits.dtype)
+            p, v = logits.to(wide).softmax(1), v.to(wide)
+            return (p * (v - (p * v).sum(1, keepdim=True))).to(logits.dtype), None, None
         with below_autograd():
             return raw("softmax_residual_backward" + ctx.suffix)(logits, v), None, None
 
@@ -141,8 +142,8 @@ def _register(suffix: str) -> None:
     def fake(logits, other):
         return logits.new_empty(logits.shape)
 
-    register_fake(f"fastjac::softmax_residual{suffix}", fake, lib=LIBRARY)
-    register_fake(f"fastjac::softmax_residual_backward{suffix}", fake, lib=LIBRARY)
+    register_fake("softmax_residual" + suffix, fake)
+    register_fake("softmax_residual_backward" + suffix, fake)
     LIBRARY.impl("softmax_residual" + suffix, through_function, "Autograd")
     register_not_differentiable(
         "softmax_residual_backward" + suffix, "call fastjac.softmax_residual"

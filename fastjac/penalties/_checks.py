@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -29,9 +29,18 @@ def number(argument: str, value: Any) -> float:
     """A finite real number."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{argument} is {value!r}: it must be a Python number")
-    if not math.isfinite(value):
+    if not abs(value) <= sys.float_info.max:  # NaN, or an integer that is no float
         raise ValueError(f"{argument} is {value!r}: it must be finite")
     return float(value)
+
+
+def numbers(argument: str, values: Any) -> tuple[float, ...] | None:
+    """Finite real numbers in a sequence, or None."""
+    if values is None:
+        return None
+    if isinstance(values, str) or not isinstance(values, Iterable):
+        raise TypeError(f"{argument} is {values!r}: it must be a sequence of numbers, or None")
+    return tuple(number(argument, value) for value in values)
 
 
 def count(argument: str, value: Any, *, exact: bool = False) -> int:
@@ -41,6 +50,8 @@ def count(argument: str, value: Any, *, exact: bool = False) -> int:
     if value < 1 and not (exact and value == -1):
         also = ", or -1 for the exact value" if exact else ""
         raise ValueError(f"{argument} is {value}: it must be at least 1{also}")
+    if value >= 2**63:
+        raise ValueError(f"{argument} is {value}: it must be less than 2**63")
     return value
 
 
@@ -69,6 +80,8 @@ def tensor(argument: str, value: Any) -> Tensor:
     """A tensor with a batch dimension."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{argument} is {type(value).__name__}: it must be a torch.Tensor")
+    if value.is_nested:
+        raise TypeError(f"{argument} is a nested tensor: pass a dense one, padded")
     if value.dim() == 0:
         raise ValueError(f"{argument} has no dimensions: dimension 0 must be the batch")
     return value
@@ -83,6 +96,8 @@ def floating(argument: str, value: Any) -> Tensor:
             "penalise the embeddings (pass the embedded tensor, or in the model form "
             "at='<name of the embedding module>')"
         )
+    if value.layout != torch.strided:
+        raise TypeError(f"{argument} is a {value.layout} tensor: pass {argument}.to_dense()")
     return value
 
 

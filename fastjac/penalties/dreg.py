@@ -145,11 +145,7 @@ class DREG(LayerPenalty):
         self.use_weight = _checks.flag("use_weight", use_weight)
         self.squared = _checks.flag("squared", squared)
         self.deterministic = _checks.flag("deterministic", deterministic)
-        self.layer_weights = (
-            None
-            if layer_weights is None
-            else tuple(_checks.number("layer_weights", c) for c in layer_weights)
-        )
+        self.layer_weights = _checks.numbers("layer_weights", layer_weights)
         if model is not None:  # last: an option that is refused leaves the model as it was
             self._attach(model)
 
