@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -141,12 +141,14 @@ class PenaltyTerm:
         output = outputs[0]
         if self.output is not None:
             output = self.output(output)
+        elif isinstance(output, Mapping):
+            output = output.get("logits")
         elif not isinstance(output, Tensor):
-            output = getattr(output, "logits", output)
+            output = getattr(output, "logits", None)
         if not isinstance(output, Tensor):
             raise TypeError(
-                f"module={self.module!r} returned {type(output).__name__}: say by output= which "
-                "tensor of it is to be penalised"
+                f"module={self.module!r} returned {type(outputs[0]).__name__}: say by output= "
+                "which tensor of it is to be penalised"
             )
         targets = () if self.targets is None else self.targets(batch)
         targets = targets if isinstance(targets, tuple) else (targets,)
