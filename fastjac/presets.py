@@ -89,10 +89,13 @@ class WGANGP(GradientPenalty):
         self,
         *,
         generator: torch.Generator | None = None,
+        at: str | None = None,
+        engine: str = "auto",
         weight: float = 1.0,
-        **options: Unpack[PresetOptions],
+        reduction: str = "mean",
+        every: int = 1,
     ) -> None:
-        super().__init__(1.0, weight=weight, **options)
+        super().__init__(1.0, at=at, engine=engine, weight=weight, reduction=reduction, every=every)
         self.generator = _checks.generator(generator)
 
     def forward(

@@ -82,8 +82,10 @@ class WeightSchedule:
         self.penalty.weight = self.base * factor
 
     def state_dict(self) -> dict[str, Any]:
+        """The step and the base weight."""
         return {"last_step": self.last_step, "base": self.base}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a `state_dict`, at its step."""
         self.base = _checks.number("base", state["base"])
         self.set_step(state["last_step"])

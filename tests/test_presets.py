@@ -241,6 +241,8 @@ def test_wgan_gp_generator() -> None:
 
 def test_presets_can_be_copied() -> None:
     critic = net(4, 5, 5, 1)
+    assert repr(presets.wgan_gp(every=4)) == "WGANGP(weight=10.0, every=4)"
+    assert repr(presets.r1(3.0)) == "GradientPenalty(center=0.0, weight=1.5)"
     for make in (presets.r1, presets.r2, presets.igr):
         penalty = make(reduction="sum", every=2)
         for twin in (copy.deepcopy(penalty), pickle.loads(pickle.dumps(penalty))):

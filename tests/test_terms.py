@@ -121,6 +121,18 @@ def test_several_terms_and_the_schedule() -> None:
         sum(values.values(), loss).backward()
 
 
+def test_state_of_terms() -> None:
+    model = net()
+    terms = Terms([PenaltyTerm(FrobReg(every=3)), PenaltyTerm(SpectReg(every=2))], 0)
+    with terms.watch(model):
+        terms.values(None, model(X).sum())
+    state = terms.state_dict()
+    assert state == {"FrobReg": {"calls": torch.tensor(1)}, "SpectReg": {"calls": torch.tensor(1)}}
+    resumed = Terms([PenaltyTerm(FrobReg(every=3)), PenaltyTerm(DataGrad(every=2))], 0)
+    resumed.load_state_dict(state)  # one of them is new
+    assert [t.penalty._calls for t in resumed.terms] == [1, 0]
+
+
 def test_time_shares(monkeypatch: pytest.MonkeyPatch) -> None:
     """By a clock that goes on by one second at each reading."""
     clock = iter(range(1000))

@@ -205,5 +205,6 @@ class Terms:
         return {term.name: term.penalty.state_dict() for term in self.terms}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """What the checkpoint does not know, a term that is new or lazy since, counts from 0."""
         for term in self.terms:
-            term.penalty.load_state_dict(state[term.name])
+            term.penalty.load_state_dict(state.get(term.name, {}), strict=False)
