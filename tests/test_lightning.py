@@ -94,13 +94,15 @@ def same_weights(module: Module, other: Module) -> None:
         close(p, q, rtol=1e-10, atol=1e-12)
 
 
+def labels(batch: Any) -> Tensor:
+    return batch[1]
+
+
 def terms(module: Module, every: int = 1) -> list[PenaltyTerm | Penalty]:
     """One of each kind."""
     return [
         DREG(module.net, weight=0.2, every=every),
-        PenaltyTerm(
-            DataGrad(weight=0.5, every=every), module="net", targets=lambda batch: batch[1]
-        ),
+        PenaltyTerm(DataGrad(weight=0.5, every=every), module="net", targets=labels),
     ]
 
 
@@ -195,6 +197,16 @@ def test_bfloat16_autocast(tmp_path: Path) -> None:
     assert history.rows[0]["fastjac/DataGrad"] == pytest.approx(exact, rel=1e-5)
 
 
+def test_two_processes(tmp_path: Path) -> None:
+    """DDP: what the callback adds is in the gradients that are averaged."""
+    ours, theirs = Module(), Module()
+    theirs.own = by_hand
+    for module, callbacks in ((ours, [PenaltyCallback(*terms(ours))]), (theirs, [])):
+        fit(module, tmp_path, *callbacks, strategy="ddp_spawn", devices=2, max_epochs=1)
+    same_weights(ours, theirs)
+    assert not torch.allclose(ours.net[0].weight, Module().net[0].weight, atol=1e-3)
+
+
 def test_skipped_steps(tmp_path: Path) -> None:
     class Skips(Module):
         def training_step(self, batch: Any, batch_idx: int) -> Any:
@@ -210,7 +222,7 @@ def test_skipped_steps(tmp_path: Path) -> None:
 
 def test_what_is_refused(tmp_path: Path) -> None:
     module = Module()
-    with pytest.raises(RuntimeError, match="give all penalties to one PenaltyCallback"):
+    with pytest.raises(RuntimeError, match="and all penalties to one PenaltyCallback"):
         fit(module, tmp_path, *[_Named(t) for t in terms(module)])
     module = Module()
     module.automatic_optimization = False

@@ -206,6 +206,10 @@ def test_runs_that_are_refused() -> None:
         run(PenaltyTerm(FrobReg()), Tokens(), TOKENS)
     with pytest.raises(ValueError, match="at='emb' is not a submodule"):
         run(PenaltyTerm(FrobReg(), at="emb"), Tokens(), TOKENS)
+    with pytest.raises(ValueError, match="module='nett' is not a submodule of ModuleDict"):
+        run(PenaltyTerm(FrobReg(), module="nett"), model)
+    with pytest.raises(TypeError, match="compiled, and torch cannot differentiate"):
+        run(PenaltyTerm(FrobReg()), torch.compile(net()), X)
     with pytest.raises(TypeError, match="returned tuple: say by output="):
         run(PenaltyTerm(FrobReg()), Pair(), X)
     assert no_hooks(model)

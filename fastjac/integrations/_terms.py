@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastjac.integrations._timing import StepTimer
-from fastjac.penalties import Penalty, _autograd, _checks
+from fastjac.penalties import Penalty, _checks
 from fastjac.penalties._base import InputPenalty, ModelPenalty
 from fastjac.penalties._layerwise import LayerPenalty
 from fastjac.presets import WGANGP
@@ -84,12 +84,18 @@ class PenaltyTerm:
         if self.attached:
             yield
             return
-        module = _autograd.submodule(model, self.module) if self.module else model
+        if any(hasattr(part, "_orig_mod") for part in model.modules()):
+            raise TypeError(
+                "the model is compiled, and torch cannot differentiate compiled graphs twice: "
+                "train it without torch.compile; layer-wise penalties, attached before, go with it"
+            )
+        module = _submodule(model, "module", self.module) if self.module else model
         with ExitStack() as handles:
             if self.at is None:
                 handle = module.register_forward_pre_hook(self._enter, with_kwargs=True)
             else:
-                handle = _autograd.submodule(model, self.at).register_forward_hook(self._hidden)
+                hidden = _submodule(model, "at", self.at)
+                handle = hidden.register_forward_hook(self._hidden)
             handles.callback(handle.remove)
             handle = module.register_forward_hook(self._leave)
             handles.callback(handle.remove)
@@ -153,6 +159,17 @@ class PenaltyTerm:
         targets = () if self.targets is None else self.targets(batch)
         targets = targets if isinstance(targets, tuple) else (targets,)
         return self.penalty(inputs[0], output, *targets)
+
+
+def _submodule(model: nn.Module, argument: str, name: str) -> nn.Module:
+    found = dict(model.named_modules(remove_duplicate=False)).get(name)
+    if found is None or name == "":
+        names = ", ".join(n for n, _ in model.named_modules() if n)
+        raise ValueError(
+            f"{argument}={name!r} is not a submodule of {type(model).__name__}: it has "
+            f"{names or 'none'}"
+        )
+    return found
 
 
 def _is_floating(value: Any) -> bool:

@@ -63,8 +63,8 @@ class PenaltyCallback(pl.Callback):
             )
         if "training_step" in vars(pl_module):
             raise RuntimeError(
-                "training_step is wrapped already: give all penalties to one PenaltyCallback, "
-                "PenaltyCallback(first, second)"
+                "training_step is wrapped already, by torch.compile or another PenaltyCallback: "
+                "pass the module uncompiled, and all penalties to one PenaltyCallback"
             )
         original = pl_module.training_step
 
