@@ -162,6 +162,24 @@ def test_more_calls_than_torch_compiles_are_right_or_refused() -> None:
                 close(step(X), plain(X).sum() + other())
 
 
+@pytest.mark.usefixtures("no_stale_graphs")
+def test_schedule_under_compile() -> None:
+    """A weight that changes is a number of the graph, not a reason for another graph."""
+    model, plain, counts = net(), net(), [0]
+    penalty, other = DREG(model), DREG(plain)
+    schedules = [WeightSchedule(p, Warmup(steps=20)) for p in (penalty, other)]
+    step = compiled(lambda x: model(x).square().sum() + penalty(), counts)
+    for _ in range(12):
+        value, truth = step(X), plain(X).square().sum() + other()
+        close(value, truth)
+        close_gradients(
+            gradients(value, list(model.parameters())), gradients(truth, list(plain.parameters()))
+        )
+        for schedule in schedules:
+            schedule.step()
+    assert counts[0] <= 3
+
+
 def test_warmup() -> None:
     linear, cosine = Warmup("linear", steps=4, start=2), Warmup("cosine", steps=4, start=2)
     assert [linear(k) for k in range(8)] == [0, 0, 0, 0.25, 0.5, 0.75, 1, 1]
