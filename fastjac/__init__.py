@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from fastjac import check, info, nn, penalties, reference
+from fastjac import check, info, nn, penalties, presets, reference, schedules
 from fastjac._version import __version__
 from fastjac.dispatch import explain
 from fastjac.functional import FUNCTIONS as _FUNCTIONS
@@ -11,6 +11,7 @@ from fastjac.nn import Act, fuse, unfuse
 from fastjac.ops import act, act_stats, row_sqnorm, softmax_residual
 from fastjac.penalties import *  # noqa: F403
 from fastjac.penalties import __all__ as _penalties
+from fastjac.schedules import Warmup, WeightSchedule
 
 for _name in ("cpu", "cuda"):  # before any op runs: the kernels register with torch's dispatcher
     _backend(_name)
@@ -19,6 +20,8 @@ globals().update(_FUNCTIONS)
 
 __all__ = [
     "Act",
+    "Warmup",
+    "WeightSchedule",
     "__version__",
     "act",
     "act_stats",
@@ -28,8 +31,10 @@ __all__ = [
     "info",
     "nn",
     "penalties",
+    "presets",
     "reference",
     "row_sqnorm",
+    "schedules",
     "softmax_residual",
     "unfuse",
     *_FUNCTIONS,

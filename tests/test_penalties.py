@@ -247,8 +247,8 @@ def test_empty_batch_and_single_sample(spec: PenaltySpec) -> None:
 @pytest.mark.parametrize("spec", SPECS)
 def test_module_is_stateless_and_can_be_copied(spec: PenaltySpec) -> None:
     call = Call(spec)
+    assert spec.module(**call.options).state_dict() == {}
     penalty = spec.module(**call.options, weight=0.5, reduction="none", every=2)
-    assert penalty.state_dict() == {}
     for twin in (copy.deepcopy(penalty), pickle.loads(pickle.dumps(penalty))):
         assert repr(twin) == repr(penalty)
         torch.manual_seed(0)

@@ -82,11 +82,12 @@ class Penalty(nn.Module):
       batch gives 0.
     * ``every``: in training mode compute at calls 1, 1 + k, 1 + 2k, … of this module, multiplied by
       k. The other calls cost nothing and return an exact zero that is attached to the graph of
-      ``output``. The count starts anew in a new process. In ``eval()`` mode each call computes, and
-      nothing is multiplied.
+      ``output``. In ``eval()`` mode each call computes, and nothing is multiplied. A whole step
+      under torch.compile is compiled once for each of the k calls (``recompile_limit`` is 8).
 
     The value has the dtype of the gradient it measures, half precision promoted to float32. There
-    are no parameters, and the ``state_dict`` is empty.
+    are no parameters. Copies and pickles go on with the count of ``every``; the ``state_dict``
+    holds it (``calls``, 0-dim int64) where k > 1, and is empty otherwise.
     """
 
     needs_grad = True
@@ -96,6 +97,7 @@ class Penalty(nn.Module):
         self.weight = _checks.number("weight", weight)
         self.reduction = _checks.choice("reduction", reduction, REDUCTIONS)
         self.every = _checks.count("every", every)
+        # Modulo `every`: torch.compile takes the number for a constant, so this makes k graphs.
         self._calls = 0
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -130,12 +132,34 @@ class Penalty(nn.Module):
 
     def due(self) -> bool:
         """Whether this call computes (`every`)."""
-        # The count is not even read with every=1: torch.compile would compile each step anew.
-        return self.every == 1 or not self.training or self._calls % self.every == 0
+        return self.every == 1 or not self.training or self._calls == 0
 
     def count_call(self) -> None:
         if self.every > 1 and self.training:
-            self._calls += 1
+            self._calls = (self._calls + 1) % self.every
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.every > 1:
+            destination[prefix + "calls"] = torch.tensor(self._calls)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        *others: Any,
+    ) -> None:
+        calls = state_dict.pop(prefix + "calls", None)  # of no use with every=1
+        if self.every > 1 and calls is None and strict:
+            missing_keys.append(prefix + "calls")
+        elif self.every > 1 and calls is not None:
+            self._calls = int(calls) % self.every
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, *others
+        )
 
     def graph_form(self, x: Tensor, output: Tensor, *targets: Any, **named: Any) -> Tensor:
         """Per-sample values of an existing graph."""

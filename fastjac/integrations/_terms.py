@@ -1,0 +1,227 @@
+"""A penalty in a loop that fastjac does not write: where its input is, its weight, its name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastjac.integrations._timing import StepTimer
+from fastjac.penalties import Penalty, _checks
+from fastjac.penalties._base import InputPenalty, ModelPenalty
+from fastjac.penalties._layerwise import LayerPenalty
+from fastjac.presets import WGANGP
+from fastjac.schedules import WeightSchedule
+
+
+class PenaltyTerm:
+    """A penalty, and how to compute it from a training step that knows nothing of it.
+
+    A layer-wise penalty is attached to the model by the caller, ``PenaltyTerm(DREG(net))``, and
+    needs no more. An input-Jacobian penalty is computed in the graph of the step's own forward
+    pass, by autograd: hooks make the input of ``module`` require grad and note its output. One run
+    of ``module`` with gradients on is expected per step.
+
+    Arguments:
+        penalty: of fastjac, with ``reduction="mean"`` or ``"sum"``.
+        module: name of the submodule that is penalised; ``""`` is the whole model. Its one
+        floating-point argument is ``x``.
+        at: name of a submodule of the model whose output is ``x`` instead, such as the embedding of
+        token inputs.
+        output: picks the tensor to penalise out of what ``module`` returns. By default that itself,
+        or its ``logits``.
+        targets: of the batch, what the penalty takes after ``x, output``: a tensor or a tuple.
+        schedule: a factor of ``penalty.weight`` by the optimiser's step, as `fastjac.Warmup`.
+        name: in the logs, ``fastjac/<name>``; by default the penalty's class.
+    """
+
+    def __init__(
+        self,
+        penalty: Penalty,
+        *,
+        module: str = "",
+        at: str | None = None,
+        output: Callable[[Any], Tensor] | None = None,
+        targets: Callable[[Any], Any] | None = None,
+        schedule: Callable[[int], float] | None = None,
+        name: str | None = None,
+    ) -> None:
+        if not isinstance(penalty, Penalty):
+            raise TypeError(f"penalty is {type(penalty).__name__}: it must be one of fastjac's")
+        if penalty.reduction == "none":
+            raise ValueError("penalty has reduction='none': a loss needs 'mean' or 'sum'")
+        kind = type(penalty).__name__
+        self.attached = isinstance(penalty, LayerPenalty)
+        if isinstance(penalty, LayerPenalty):
+            if penalty._watch is None:
+                raise ValueError(f"penalty is attached to no model: pass {kind}(model)")
+            if module or at is not None or output is not None or targets is not None:
+                raise ValueError(
+                    f"penalty is {kind}, which is attached to its model: module, at, output and "
+                    "targets are for penalties on the input Jacobian"
+                )
+        elif isinstance(penalty, ModelPenalty | WGANGP):
+            raise TypeError(
+                f"penalty is {kind}, which runs the model itself: call it in the training step, "
+                "and add its value to the loss there"
+            )
+        elif isinstance(penalty, InputPenalty) and penalty.at is not None:
+            raise ValueError(f"penalty has at={penalty.at!r}: give at to the term instead")
+        self.penalty, self.module, self.at = penalty, module, at
+        self.output, self.targets = output, targets
+        self.schedule = None if schedule is None else WeightSchedule(penalty, schedule)
+        self.name = kind if name is None else name
+        self._inputs: list[Tensor] = []
+        self._outputs: list[Any] = []
+
+    @contextmanager
+    def watch(self, model: nn.Module) -> Iterator[None]:
+        """Note input and output of the model's run in this block."""
+        self._inputs, self._outputs = [], []
+        if self.attached:
+            yield
+            return
+        if any(hasattr(part, "_orig_mod") for part in model.modules()):
+            raise TypeError(
+                "the model is compiled, and torch cannot differentiate compiled graphs twice: "
+                "train it without torch.compile; layer-wise penalties, attached before, go with it"
+            )
+        module = _submodule(model, "module", self.module) if self.module else model
+        with ExitStack() as handles:
+            if self.at is None:
+                handle = module.register_forward_pre_hook(self._enter, with_kwargs=True)
+            else:
+                hidden = _submodule(model, "at", self.at)
+                handle = hidden.register_forward_hook(self._hidden)
+            handles.callback(handle.remove)
+            handle = module.register_forward_hook(self._leave)
+            handles.callback(handle.remove)
+            yield
+
+    def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return None
+        args, kwargs = list(args), dict(kwargs)
+        places: list[tuple[Any, Any]] = [(args, k) for k in range(len(args))]
+        places += [(kwargs, k) for k in kwargs]
+        places = [(p, k) for p, k in places if _is_floating(p[k])]
+        if len(places) != 1:
+            raise RuntimeError(
+                f"module={self.module!r} was called with {len(places)} floating-point tensors: x "
+                "must be the only one; name the submodule whose output is x by at= (for tokens "
+                "the embedding)"
+            )
+        place, k = places[0]
+        if not place[k].requires_grad:
+            place[k] = place[k].detach().requires_grad_()
+        self._inputs.append(place[k])
+        return tuple(args), kwargs
+
+    def _hidden(self, module: nn.Module, args: Any, hidden: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return None
+        hidden = _checks.floating(f"the output of at={self.at!r}", hidden)
+        self._inputs.append(hidden if hidden.requires_grad else hidden.detach().requires_grad_())
+        return self._inputs[-1].clone()  # what is done to it in place is done to a copy
+
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        if torch.is_grad_enabled():
+            self._outputs.append(output)
+
+    def value(self, batch: Any) -> Tensor:
+        """The penalty of the run that was watched."""
+        inputs, outputs = self._inputs, self._outputs
+        self._inputs, self._outputs = [], []
+        if self.attached:
+            return self.penalty()
+        for place, seen in ((f"module={self.module!r}", outputs), (f"at={self.at!r}", inputs)):
+            if len(seen) != 1:
+                raise RuntimeError(
+                    f"{place} ran {len(seen)} times with gradients on in this training step: it "
+                    "must run exactly once; name the right submodule, or call the penalty in the "
+                    "training step"
+                )
+        output = outputs[0]
+        if self.output is not None:
+            output = self.output(output)
+        elif isinstance(output, Mapping):
+            output = output.get("logits")
+        elif not isinstance(output, Tensor):
+            output = getattr(output, "logits", None)
+        if not isinstance(output, Tensor):
+            raise TypeError(
+                f"module={self.module!r} returned {type(outputs[0]).__name__}: say by output= "
+                "which tensor of it is to be penalised"
+            )
+        targets = () if self.targets is None else self.targets(batch)
+        targets = targets if isinstance(targets, tuple) else (targets,)
+        return self.penalty(inputs[0], output, *targets)
+
+
+def _submodule(model: nn.Module, argument: str, name: str) -> nn.Module:
+    found = dict(model.named_modules(remove_duplicate=False)).get(name)
+    if found is None or name == "":
+        names = ", ".join(n for n, _ in model.named_modules() if n)
+        raise ValueError(
+            f"{argument}={name!r} is not a submodule of {type(model).__name__}: it has "
+            f"{names or 'none'}"
+        )
+    return found
+
+
+def _is_floating(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+class Terms:
+    """The terms of one training loop: adds them to the loss, and times them."""
+
+    def __init__(self, terms: Sequence[PenaltyTerm | Penalty], measure_every: int) -> None:
+        if not terms:
+            raise ValueError("no penalty is given")
+        self.terms = [t if isinstance(t, PenaltyTerm) else PenaltyTerm(t) for t in terms]
+        names = [t.name for t in self.terms]
+        if len(set(names)) < len(names):
+            raise ValueError(f"names are {names}: they must differ; give name= to PenaltyTerm")
+        period = _checks.count("measure_every", measure_every) if measure_every != 0 else 0
+        window = max(t.penalty.every for t in self.terms)
+        self.timer = StepTimer(max(period, window) if period else 0, window)
+
+    @contextmanager
+    def watch(self, model: nn.Module) -> Iterator[None]:
+        with ExitStack() as stack:
+            for term in self.terms:
+                stack.enter_context(term.watch(model))
+            yield
+
+    def set_step(self, step: int) -> None:
+        """The optimiser's step, for the schedules."""
+        for term in self.terms:
+            if term.schedule is not None:
+                term.schedule.set_step(step)
+
+    def values(self, batch: Any, loss: Tensor) -> dict[str, Tensor]:
+        """Each penalty of the run that was watched, to be added to ``loss``, by its name."""
+        values = {}
+        for term in self.terms:
+            with self.timer.call(term.name):
+                values[term.name] = term.value(batch)
+            self.timer.backward(term.name, values[term.name], loss)
+        return values
+
+    def clear(self) -> None:
+        """Forget the run that was watched: its step has no loss."""
+        for term in self.terms:
+            if isinstance(term.penalty, LayerPenalty):
+                term.penalty.clear()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {term.name: term.penalty.state_dict() for term in self.terms}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """What the checkpoint does not know, a term that is new or lazy since, counts from 0."""
+        for term in self.terms:
+            term.penalty.load_state_dict(state.get(term.name, {}), strict=False)

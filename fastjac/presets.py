@@ -1,0 +1,198 @@
+"""Penalties under the conventions of the papers and programs that made them known.
+
+Each is one of `fastjac.penalties` with its factors set: the value, and so its gradient, is that of
+the original on the same inputs and random vectors. ``JacobianReg``, ``DataGrad`` and
+``Contractive`` have their originals' conventions as they stand.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypedDict
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from typing_extensions import Unpack
+
+from fastjac.dispatch import accumulate_dtype
+from fastjac.penalties import Eikonal, GradientPenalty, IGPen, SpectReg, _autograd, _checks
+
+__all__ = ["WGANGP", "deq", "double_backprop", "igr", "r1", "r2", "rnode", "wgan_gp"]
+
+
+class PresetOptions(TypedDict, total=False):
+    reduction: str
+    every: int
+    at: str | None
+    engine: str
+
+
+def half_squared_error(output: Tensor, target: Tensor) -> Tensor:
+    """``E_n = ½ ‖g_n − d_n‖²``, ``[N]``."""
+    _checks.batch("target", target, "output", len(output))
+    return F.mse_loss(output, target, reduction="none").reshape(len(output), -1).sum(1) / 2
+
+
+def double_backprop(weight: float = 1.0, **options: Unpack[PresetOptions]) -> IGPen:
+    """Double backpropagation as first published: ``½ ‖∂E_n/∂x_n‖²``, ``E_n = ½ ‖g_n − d_n‖²``.
+
+    Called with ``(x, output, target)`` or ``(model, x, target)``, ``target`` like ``output``. For
+    the cross-entropy, without the ½: `fastjac.DataGrad`; for any other loss `fastjac.IGPen`.
+
+    Source: Drucker & LeCun 1992, "Improving generalization performance using double
+    backpropagation".
+    """
+    return IGPen(half_squared_error, weight=_checks.number("weight", weight) / 2, **options)
+
+
+def r1(gamma: float = 10.0, **options: Unpack[PresetOptions]) -> GradientPenalty:
+    """R1 of a discriminator: ``γ/2 ‖∇D(x_n)‖²`` at real samples.
+
+    Called with ``(x, output)`` or ``(D, x)``, ``output`` ``[N]`` or ``[N, 1]``. ``every=16`` is the
+    lazy regularisation of StyleGAN2: every 16th call, times 16.
+
+    Source: Mescheder, Geiger, Nowozin 2018, arXiv 1801.04406; Karras et al. 2020, arXiv 1912.04958.
+    """
+    return GradientPenalty(0.0, weight=_checks.number("gamma", gamma) / 2, **options)
+
+
+def r2(gamma: float = 10.0, **options: Unpack[PresetOptions]) -> GradientPenalty:
+    """R2 of a discriminator: ``γ/2 ‖∇D(x_n)‖²`` at generated samples, which the caller detaches.
+
+    The numbers of `r1`; only the points differ.
+
+    Source: Mescheder, Geiger, Nowozin 2018, arXiv 1801.04406.
+    """
+    return r1(gamma, **options)
+
+
+class WGANGP(GradientPenalty):
+    """``R_n = (‖∇D(x̂_n)‖ − 1)²`` at ``x̂_n = ε_n x_n + (1 − ε_n) x̃_n``, ``ε_n ~ U[0, 1]``.
+
+    Called with ``(critic, real, fake)``; returns the critic's output at ``x̂`` and the value.
+    ``x̂`` is detached from both: the penalty trains the critic alone.
+
+    Arguments:
+        critic: returns ``[N]`` or ``[N, 1]``. real, fake: ``[N, ...]``, of one shape and dtype.
+        epsilon: ``[N]``, in place of the draw.
+
+    Options:
+        generator: on the device of ``real``; the draw is ``torch.rand(N)``. at, engine, weight,
+        reduction, every: as for all penalties.
+
+    Source: Gulrajani et al. 2017, arXiv 1704.00028, algorithm 1.
+    """
+
+    chain_ready = True
+
+    def __init__(
+        self,
+        *,
+        generator: torch.Generator | None = None,
+        at: str | None = None,
+        engine: str = "auto",
+        weight: float = 1.0,
+        reduction: str = "mean",
+        every: int = 1,
+    ) -> None:
+        super().__init__(1.0, at=at, engine=engine, weight=weight, reduction=reduction, every=every)
+        self.generator = _checks.generator(generator)
+
+    def forward(
+        self, critic: Any, real: Tensor, fake: Tensor, *, epsilon: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """``(output, value)`` of the critic at the points between ``real`` and ``fake``."""
+        if isinstance(critic, Tensor):
+            raise TypeError(
+                "critic is a Tensor: the points in between are made here, so there is no graph "
+                "form; pass (critic, real, fake), or give your own points to GradientPenalty"
+            )
+        output, value = super().forward(critic, self.between(real, fake, epsilon))
+        return output, value
+
+    def between(self, real: Tensor, fake: Tensor, epsilon: Tensor | None = None) -> Tensor:
+        """``ε real + (1 − ε) fake``, detached."""
+        real, fake = _checks.floating("real", real).detach(), _checks.floating("fake", fake)
+        _checks.like("fake", fake, "real", real)
+        if fake.shape != real.shape:
+            raise ValueError(
+                f"fake has shape {tuple(fake.shape)} and real {tuple(real.shape)}: each generated "
+                "sample is paired with a real one"
+            )
+        n = len(real)
+        if epsilon is None:
+            _checks.generator_device(self.generator, real.device)
+            epsilon = torch.rand(n, dtype=real.dtype, device=real.device, generator=self.generator)
+        elif not isinstance(epsilon, Tensor) or epsilon.shape != (n,):
+            shape = getattr(epsilon, "shape", type(epsilon).__name__)
+            raise ValueError(f"epsilon is {shape}: it must be a tensor [{n}], one per sample")
+        return torch.lerp(fake.detach(), real, epsilon.detach().reshape(n, *[1] * (real.dim() - 1)))
+
+
+def wgan_gp(
+    weight: float = 10.0,
+    *,
+    generator: torch.Generator | None = None,
+    **options: Unpack[PresetOptions],
+) -> WGANGP:
+    """``λ (‖∇D(x̂_n)‖ − 1)²`` between real and generated samples: see `WGANGP`; λ is ``weight``.
+
+    Source: Gulrajani et al. 2017, arXiv 1704.00028, algorithm 1.
+    """
+    return WGANGP(weight=weight, generator=generator, **options)
+
+
+def igr(weight: float = 0.1, **options: Unpack[PresetOptions]) -> Eikonal:
+    """The eikonal term of implicit geometric regularisation: ``λ (‖∇f(x_n)‖ − 1)²``.
+
+    Called with ``(x, output)`` or ``(f, x)``, ``x`` ``[N, D]`` the points, which the caller draws.
+
+    Source: Gropp, Yariv, Haim, Atzmon, Lipman 2020, arXiv 2002.10099; λ = 0.1 there.
+    """
+    return Eikonal(weight=weight, **options)
+
+
+def deq(
+    vecs: int = 2,
+    *,
+    weight: float = 1.0,
+    generator: torch.Generator | None = None,
+    chunk_size: int | None = None,
+    **options: Unpack[PresetOptions],
+) -> SpectReg:
+    """Jacobian regularisation of a fixed-point map: ``1/(K d) Σ_k ‖J_nᵀ v_k‖²``, ``v ~ N(0, I)``.
+
+    Called with ``(z, f_z)``: one more application of ``f`` at the fixed point ``z`` ``[N, ...]``,
+    which requires grad, in the graph; ``d`` is the number of elements of a sample of ``f_z``. An
+    unbiased estimate of ``‖J_n‖_F² / d``. ``projection=v / √d`` in place of the draw.
+
+    Source: Bai, Koltun, Kolter 2021, arXiv 2106.14342; ``vecs``: K, 2 in their code.
+    """
+    return SpectReg(vecs, weight=weight, generator=generator, chunk_size=chunk_size, **options)
+
+
+def rnode(z: Tensor, dz: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """Kinetic energy and Jacobian norm of a vector field: the two integrands of RNODE, each [N].
+
+    ``kinetic_n = ½ mean_i dz_ni²``, ``jacobian_n = 1/(K d) Σ_k ‖J_nᵀ e_kn‖²`` with ``J = ∂dz/∂z``.
+    Add both to the states that the solver integrates, and ``λ`` times their means to the loss. The
+    means over the ``d`` elements of a sample are those of the authors' code; the paper has sums.
+
+    Arguments:
+        z: ``[N, ...]``, requires grad. dz: the field at ``z``, of its shape, in its graph. noise:
+        ``e``, ``z.shape`` or ``[K, *z.shape]``, standard normal or signs, drawn once for the whole
+        solve.
+
+    Source: Finlay, Jacobsen, Nurbekyan, Oberman 2020, arXiv 2002.02798.
+    """
+    z, dz = _checks.floating("z", z), _checks.floating("dz", dz)
+    _checks.like("noise", _checks.tensor("noise", noise), "dz", dz)
+    if dz.shape != z.shape or noise.shape not in (z.shape, (noise.shape[0], *z.shape)):
+        raise ValueError(
+            f"z, dz and noise have shapes {tuple(z.shape)}, {tuple(dz.shape)} and "
+            f"{tuple(noise.shape)}: dz must have that of z, noise that or [K, *z.shape]"
+        )
+    e = noise.reshape(-1, *_autograd.rows(dz).shape)
+    jacobian = SpectReg(reduction="none")(z, dz, projection=e / e.shape[-1] ** 0.5)
+    kinetic = _autograd.rows(dz.to(accumulate_dtype(dz.dtype))).square().mean(1) / 2
+    return kinetic, jacobian

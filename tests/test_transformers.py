@@ -1,0 +1,259 @@
+"""The Trainer mixin against a training loop by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from penalty_cases import close, seeded
+from torch import Tensor, nn
+
+import fastjac
+from fastjac import DREG, DataGrad, SpectReg, Warmup
+
+transformers = pytest.importorskip("transformers")
+
+from fastjac.integrations.transformers import (  # noqa: E402
+    PenaltyTerm,
+    PenaltyTrainer,
+    PenaltyTrainerMixin,
+)
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.usefixtures("double"),
+    pytest.mark.filterwarnings("ignore::UserWarning"),  # of pin_memory, of loggers
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+]
+
+
+class Model(nn.Module):
+    """Its loss is the mean over the batch: the Trainer divides by the accumulated passes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.net = nn.Sequential(nn.Linear(4, 5), nn.GELU(), nn.Linear(5, 3))
+
+    def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        logits = self.net(x)
+        return {"loss": F.cross_entropy(logits, labels), "logits": logits}
+
+
+class ByItems(Model):
+    """Its loss is normalised by the items of all accumulated passes: the Trainer does not."""
+
+    def forward(  # type: ignore[override]
+        self, x: Tensor, labels: Tensor, num_items_in_batch: Any = None, **kwargs: Any
+    ) -> dict[str, Tensor]:
+        logits = self.net(x)
+        count = len(x) if num_items_in_batch is None else num_items_in_batch
+        return {"loss": F.cross_entropy(logits, labels, reduction="sum") / count, "logits": logits}
+
+
+X = torch.randn(16, 4, dtype=torch.float64, generator=seeded())
+Y = torch.randint(3, (16,), generator=seeded())
+DATA = [{"x": x, "labels": y} for x, y in zip(X, Y, strict=True)]
+BATCH = 2
+
+
+class InOrder:
+    """Batches as they stand in the data set."""
+
+    def _get_train_sampler(self, *_: Any, **__: Any) -> Any:
+        return torch.utils.data.SequentialSampler(DATA)
+
+
+class Ours(PenaltyTrainerMixin, InOrder, transformers.Trainer):
+    pass
+
+
+class Plain(InOrder, transformers.Trainer):
+    pass
+
+
+def trainer(
+    model: nn.Module, folder: Path, penalties: Any = None, *, lr: float = 0.1, **options: Any
+) -> Any:
+    own = {k: options.pop(k) for k in ("measure_every", "compute_loss_func") if k in options}
+    options = {"max_steps": 4, "gradient_accumulation_steps": 1, "logging_steps": 1, **options}
+    arguments = transformers.TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=BATCH,
+        per_device_eval_batch_size=BATCH,
+        max_grad_norm=0.0,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+        save_strategy=options.pop("save_strategy", "no"),
+        **options,
+    )
+    optimiser = torch.optim.SGD(model.parameters(), lr=lr)
+    constant = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda _: 1.0)
+    if penalties is not None:
+        own["penalties"] = penalties
+    return (Plain if penalties is None else Ours)(
+        model=model,
+        args=arguments,
+        train_dataset=DATA,
+        eval_dataset=DATA,
+        optimizers=(optimiser, constant),
+        **own,
+    )
+
+
+def terms(model: Any, every: int = 1) -> list[Any]:
+    """One of each kind."""
+    targets = {"targets": lambda batch: batch["labels"]}
+    return [
+        DREG(model.net, weight=0.2, every=every),
+        PenaltyTerm(DataGrad(weight=0.5, every=every), module="net", **targets),
+    ]
+
+
+def by_hand(model: Any, steps: int, accumulate: int, lr: float = 0.1) -> None:
+    """The same training in ten lines, with the references' formulas."""
+    batches = iter(list(zip(X.split(BATCH), Y.split(BATCH), strict=True)) * 4)
+    for _ in range(steps):
+        total = torch.zeros(())
+        for _ in range(accumulate):
+            x, y = next(batches)
+            x = x.clone().requires_grad_()
+            output = model.net(x)
+            layer = model.net[0](x), model.net[0].weight, model.net[1]
+            penalty = 0.2 * fastjac.reference.dreg([layer]).mean()
+            penalty = penalty + 0.5 * fastjac.reference.datagrad(x, output, y).mean()
+            total = total + (F.cross_entropy(output, y) + penalty) / accumulate
+        gradients = torch.autograd.grad(total, list(model.parameters()))
+        with torch.no_grad():
+            for p, g in zip(model.parameters(), gradients, strict=True):
+                p -= lr * g
+
+
+def same_weights(model: nn.Module, other: nn.Module) -> None:
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        close(p, q, rtol=1e-10, atol=1e-12)
+
+
+def rows(run: Any) -> list[dict[str, float]]:
+    return [row for row in run.state.log_history if "loss" in row]
+
+
+@pytest.mark.parametrize("kind", [Model, ByItems])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_trains_as_the_loop_by_hand(tmp_path: Path, kind: type[Model], accumulate: int) -> None:
+    ours, theirs = kind(), kind()
+    run = trainer(
+        ours, tmp_path, terms(ours), gradient_accumulation_steps=accumulate, measure_every=2
+    )
+    run.train()
+    by_hand(theirs, 4, accumulate)
+    same_weights(ours, theirs)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in ours.modules())
+    logged = rows(run)
+    assert len(logged) == 4
+    for name in ("fastjac/DREG", "fastjac/DataGrad"):
+        assert all(row[name] > 0 for row in logged)
+        assert 0 < logged[1][f"{name}_time_share"] < 1
+    # Evaluation has the loss alone.
+    plain = trainer(theirs, tmp_path).evaluate()["eval_loss"]
+    assert run.evaluate()["eval_loss"] == pytest.approx(plain)
+
+
+def test_loss_function_of_the_users(tmp_path: Path) -> None:
+    """The Trainer takes what ``compute_loss_func`` returns as normalised."""
+
+    def loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+        count = len(labels) if num_items_in_batch is None else num_items_in_batch
+        return F.cross_entropy(outputs["logits"], labels, reduction="sum") / count
+
+    class NoLabels(Model):
+        def forward(self, x: Tensor, labels: Any = None) -> dict[str, Tensor]:
+            return {"logits": self.net(x)}
+
+    ours, theirs = NoLabels(), NoLabels()
+    options = {"gradient_accumulation_steps": 2, "compute_loss_func": loss}
+    trainer(ours, tmp_path, terms(ours), **options).train()
+    by_hand(theirs, 4, 2)
+    same_weights(ours, theirs)
+
+
+def test_logged_values_and_the_schedule(tmp_path: Path) -> None:
+    model = Model()
+    term = PenaltyTerm(SpectReg(-1), module="net", schedule=Warmup(steps=2, start=1), name="s")
+    run = trainer(model, tmp_path, [term], lr=0.0, gradient_accumulation_steps=2, logging_steps=1)
+    run.train()
+    for k, (x, factor) in enumerate(zip(X.split(2 * BATCH), (0, 0, 0.5, 1), strict=True)):
+        exact = fastjac.spectreg(model.net, x, n_proj=-1)[1].item()
+        assert rows(run)[k]["fastjac/s"] == pytest.approx(factor * exact)
+
+
+def test_resumed_run_is_the_uninterrupted_one(tmp_path: Path) -> None:
+    """The counts of ``every`` and the schedule go on."""
+
+    def run(model: Model, folder: str, **options: Any) -> Any:
+        first, second = terms(model, every=3)
+        second = PenaltyTerm(
+            second.penalty, module="net", targets=second.targets, schedule=Warmup("cosine", 5)
+        )
+        options = {"save_strategy": "steps", "save_steps": 4, "max_steps": 8, **options}
+        return trainer(model, tmp_path / folder, [first, second], **options)
+
+    whole, half, resumed = Model(), Model(), Model()
+    run(whole, "whole").train()
+    run(half, "half", max_steps=4).train()
+    again = run(resumed, "half")
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 8
+    same_weights(resumed, whole)
+    named = Model()
+    run(named, "named").train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-4"))
+    same_weights(named, whole)
+
+
+def test_a_transformer_at_its_embeddings(tmp_path: Path) -> None:
+    config = transformers.BertConfig(
+        vocab_size=11, hidden_size=8, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=8, max_position_embeddings=6, hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0, classifier_dropout=0.0, attn_implementation="eager",
+    )  # fmt: skip
+    torch.manual_seed(1)
+    model = transformers.BertForSequenceClassification(config).double()
+    tokens = torch.randint(11, (2, 5), generator=seeded())
+    labels = torch.tensor([0, 1])
+    embedded = model.bert.embeddings.word_embeddings(tokens)
+    output = model(inputs_embeds=embedded)
+    value = 0.7 * fastjac.reference.frobreg(embedded, output.logits).mean()
+    loss = F.cross_entropy(output.logits, labels) + value
+    expected = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+    before = [p.detach().clone() for p in model.parameters()]
+
+    arguments = transformers.TrainingArguments(
+        output_dir=str(tmp_path), per_device_train_batch_size=2, max_grad_norm=0.0, max_steps=1,
+        report_to=[], use_cpu=True, disable_tqdm=True, save_strategy="no", logging_steps=1,
+    )  # fmt: skip
+    optimiser = torch.optim.SGD(model.parameters(), lr=1.0)
+    at = "bert.embeddings.word_embeddings"
+    run = PenaltyTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=[{"input_ids": t, "labels": y} for t, y in zip(tokens, labels, strict=True)],
+        optimizers=(optimiser, torch.optim.lr_scheduler.LambdaLR(optimiser, lambda _: 1.0)),
+        penalties=[PenaltyTerm(fastjac.FrobReg(weight=0.7), at=at)],
+    )
+    run.train()
+    assert rows(run)[0]["fastjac/FrobReg"] == pytest.approx(value.item())
+    for p, q, g in zip(model.parameters(), before, expected, strict=True):
+        step = torch.zeros_like(q) if g is None else g
+        close(p, q - step, rtol=1e-9, atol=1e-11)
+
+
+def test_data_parallel_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transformers.TrainingArguments, "n_gpu", property(lambda self: 2))
+    model = Model()
+    with pytest.raises(RuntimeError, match="2 GPUs in one process are nn.DataParallel"):
+        trainer(model, tmp_path, terms(model))
