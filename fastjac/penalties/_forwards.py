@@ -17,6 +17,7 @@ from fastjac.activations import get
 from fastjac.chain.links import Unsupported
 from fastjac.chain.tape import Tracked
 from fastjac.nn import Act, ConvAct1d, ConvAct2d, ConvAct3d, LinearAct
+from fastjac.penalties._distributed import is_dtensor, static_graph
 from fastjac.penalties._layers import (
     BATCH_NORM,
     CONVOLUTION,
@@ -113,6 +114,7 @@ class Root(Forward):
             watch.passes = [(None, output)]
             return output
         watch.forget_stale()
+        watch.ddp = static_graph()
         seen = watch.begin()
         try:
             output = self.plain(*args, **kwargs)
@@ -162,6 +164,13 @@ class Layer(Forward):
         running.calls.append(call)
         return call
 
+    def hooked(self, module: Any, args: Any, z: Any) -> None:
+        """A forward hook: ``z`` is what the model gets, after the other hooks."""
+        running = None if self.watch is None else self.watch.running()
+        calls = [] if running is None else [c for c in running.calls if c.layer is self]
+        if calls and isinstance(z, Tensor) and not calls[-1].used:
+            calls[-1].z, calls[-1].version = z, z._version
+
 
 class LayerAct(Layer):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -172,6 +181,11 @@ class LayerAct(Layer):
         x = first(args, kwargs)
         # Another watch's forward that stands behind this one must see the call too.
         a = None if self.previous is None else self.previous(*args, **kwargs)
+        if is_dtensor(self.module._parameters.get("weight")):
+            raise RuntimeError(
+                f"layer {self.name}: its weight is a DTensor (tensor parallel): use an nn.Linear "
+                f"and an activation in place of {type(self.module).__name__}"
+            )
         act = self.module.act
         phi = running.watch.phi(act.fn, act.impl, act.params)
         return running.activate(self.note(running, x, self.module.pre_activation(x)), phi, a)

@@ -12,7 +12,7 @@ from typing_extensions import Unpack
 
 from fastjac import reference
 from fastjac.ops import act
-from fastjac.penalties import _autograd, _checks
+from fastjac.penalties import _autograd, _checks, _sharded
 from fastjac.penalties._layers import Call, Phi
 from fastjac.penalties._layerwise import LayerOptions, LayerPenalty
 from fastjac.penalties._spec import PenaltySpec, pushed_example
@@ -88,6 +88,7 @@ class AccumulatedDREG(LayerPenalty):
         return forward_ad.make_dual(z, t)
 
     def on_layer(self, seen: Pass, call: Call, phi: Phi, a: Tensor | None) -> Tensor:
+        _sharded.refuse_dtensor(call, "has no forward-mode derivative there: use DREG")
         if a is None:
             assert phi.fn is not None
             a = act(call.z, fn=phi.fn, impl=phi.impl, **phi.params)
