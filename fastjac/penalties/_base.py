@@ -90,7 +90,9 @@ class Penalty(nn.Module):
     """
 
     needs_grad = True
-    watches = False  # layer-wise: sees the layers of a model while it runs
+    watches = (
+        False  # looks at the layers while the model runs, hooks and all, and takes no gradient
+    )
 
     def __init__(self, *, weight: float = 1.0, reduction: str = "mean", every: int = 1) -> None:
         super().__init__()

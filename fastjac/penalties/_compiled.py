@@ -18,7 +18,7 @@ from torch._dynamo.exc import FailOnRecompileLimitHit, ObservedException, TorchD
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from fastjac.ops._autograd import graph_nodes
-from fastjac.penalties import _autograd, _backend, _buffers, _checks
+from fastjac.penalties import _autograd, _backend, _buffers, _checks, _distributed
 
 if TYPE_CHECKING:
     from fastjac.penalties._base import InputPenalty
@@ -121,6 +121,11 @@ def why_not(penalty: InputPenalty, model: Any, x: Tensor) -> str | None:
             return "the model, or a part of it, is compiled: pass it before compiling"
         if isinstance(part, nn.parallel.DistributedDataParallel):
             return "a part of the model is a DistributedDataParallel: wrap the whole model in it"
+        if _distributed.is_sharded(part):
+            return (
+                "fully_shard was applied to parts of the model too, whose hooks torch.compile "
+                "cannot trace: apply it to the model alone, or use engine='chain' or 'autograd'"
+            )
         if isinstance(part, LazyModuleMixin) and part.has_uninitialized_params():
             return "a lazy module has not run: run the model once"
     return None

@@ -104,7 +104,6 @@ def run(penalty: Penalty, model: Any, x: Any, targets: Any, named: Any) -> tuple
     if active() and isinstance(model, nn.Module):
         check_model(model)
         ddp = isinstance(model, DistributedDataParallel)
-        # A layer-wise penalty looks at modules while they run, and takes no gradient.
         if ddp or (is_sharded(model) and not penalty.watches):
             _check_wrapper(model, hooks=0 if ddp else 1)
             inside = _inside_ddp if ddp else _inside_fully_shard
@@ -158,6 +157,9 @@ class _Inside:
         return _call(self.penalty, self.module, x, targets, named)
 
     forward = __call__
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.module, name)  # DDP asks for the buffers
 
 
 def _inside_ddp(
@@ -251,7 +253,7 @@ def check_graph(x: Tensor, output: Tensor, *, twice: bool = True) -> None:
     if not active() or torch.compiler.is_compiling():
         return
     for node in graph_nodes(output, x.grad_fn):
-        name = node.name()
+        name = type(node).__name__  # name() may be an attribute of a Function's ctx
         if name == "RegisterPostBackwardFunctionBackward":
             raise RuntimeError(
                 "output was computed by a model under fully_shard, which frees its weights when x "

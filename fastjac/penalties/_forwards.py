@@ -133,6 +133,7 @@ class Layer(Forward):
         # A forward that somebody has put into the instance may do anything.
         self.plain_layer = plain_layer(module) and not patched(module)
         self.memo: dict[Any, Any] = {}  # the penalty's, by activation
+        self.hooked = False  # whether `hook` is registered
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         watch = self.watch
@@ -157,6 +158,11 @@ class Layer(Forward):
         weight = module._parameters.get("weight")
         if weight is None:  # parametrised, or swapped by functional_call
             weight = module.weight
+        if not self.hooked and is_dtensor(weight):
+            raise RuntimeError(
+                f"layer {self.name}: its weight became a DTensor (tensor parallel) after the "
+                "penalty was attached: attach the penalty after parallelize_module"
+            )
         if running.compiling:
             call = Call(self, x, z, weight, version_of(z, True), -1, -1)
         else:
@@ -164,8 +170,8 @@ class Layer(Forward):
         running.calls.append(call)
         return call
 
-    def hooked(self, module: Any, args: Any, z: Any) -> None:
-        """A forward hook: ``z`` is what the model gets, after the other hooks."""
+    def hook(self, module: Any, args: Any, z: Any) -> None:
+        """A forward hook, for tensor parallel layers: ``z`` is what the model gets, after the other hooks."""
         running = None if self.watch is None else self.watch.running()
         calls = [] if running is None else [c for c in running.calls if c.layer is self]
         if calls and isinstance(z, Tensor) and not calls[-1].used:

@@ -60,7 +60,7 @@ def tied(a: Tensor, value: Tensor, call: Call) -> tuple[Tensor, Tensor]:
 class _Tied(torch.autograd.Function):
     @staticmethod
     def forward(ctx, a, value, weight, name):
-        ctx.weight, ctx.name = weight.detach(), name
+        ctx.weight, ctx.layer = weight.detach(), name
         ctx.set_materialize_grads(False)
         return a.detach(), value.detach()
 
@@ -68,7 +68,7 @@ class _Tied(torch.autograd.Function):
     def backward(ctx, grad_a, grad_value):
         if freed(ctx.weight):
             raise RuntimeError(
-                f"layer {ctx.name}: its weight is not gathered in the backward of the penalty, as "
+                f"layer {ctx.layer}: its weight is not gathered in the backward of the penalty, as "
                 "no gradient of the model's output leads to it: pass reshard_after_forward=False "
                 "to the fully_shard of its module"
             )
@@ -87,7 +87,8 @@ def layout_of(z: Tensor, name: str) -> Any:
         raise RuntimeError(
             f"layer {name}: its weight is a DTensor, and its output no DTensor and not what "
             "to_local() has just made of one, so that the penalty cannot tell how it is sharded: "
-            "attach the penalty after parallelize_module, and run the model with gradients on"
+            "run the model with gradients on, and let nothing come between to_local() and the "
+            "activation"
         )
     return spec
 

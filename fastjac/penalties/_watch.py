@@ -165,10 +165,15 @@ class Watch:
             role = role_of(module)
             if role is not None:
                 self._override(role, module)
-            if role is not None and issubclass(role, Layer) and is_dtensor(module._parameters.get("weight")):
+            if (
+                role is not None
+                and issubclass(role, Layer)
+                and is_dtensor(module._parameters.get("weight"))
+            ):
                 # Tensor parallel: what the model goes on with is what the hooks make of it.
-                hook = vars(module)["forward"].hooked
-                self.undo.append(module.register_forward_hook(hook).remove)
+                forward = vars(module)["forward"]
+                forward.hooked = True
+                self.undo.append(module.register_forward_hook(forward.hook).remove)
             for name, value, fn in held_functions(module):
                 held = Held(self, value, fn)
                 setattr(module, name, held)
