@@ -18,13 +18,11 @@ from fastjac.penalties import PENALTIES, PenaltySpec
 Wrap = Callable[[nn.Module], nn.Module]
 
 
-def net(dtype: torch.dtype = torch.float32, activation: Any = nn.GELU) -> nn.Sequential:
+def net(dtype: torch.dtype = torch.float32, width: int = 6) -> nn.Sequential:
     """Three layers, 4-6-6-3, the same in each process."""
     torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.Linear(4, 6), activation(), nn.Linear(6, 6), activation(), nn.Linear(6, 3)
-    )
-    return model.to(dtype)
+    hidden = (nn.Linear(4, width), nn.GELU(), nn.Linear(width, width), nn.GELU())
+    return nn.Sequential(*hidden, nn.Linear(width, 3)).to(dtype)
 
 
 def in_blocks(model: nn.Module) -> nn.Sequential:

@@ -57,17 +57,10 @@ def attached_inside(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     return output, value
 
 
-def check(
-    forms: list[str],
-    rank: int,
-    world: int,
-    device: Any,
-    losses: Any = (True, False),
-    **wrapping: Any,
-) -> None:
+def check(forms: list[str], rank: int, world: int, device: Any, **wrapping: Any) -> None:
     x, y, w = own(batch(), rank, world, device)
     for form in forms:
-        for with_task in losses:
+        for with_task in (True, False):
             model = ddp(net().to(device), **wrapping)
             kind = "dreg" if "dreg" in form else "spectreg"
             means = expected(kind, with_task=with_task)
@@ -182,7 +175,7 @@ def sums(rank: int, world: int, device: Any) -> None:
 
 def every(rank: int, world: int, device: Any) -> None:
     """A call that does not compute is a zero that still reduces."""
-    x, y, w = own(batch(), rank, world, device)
+    x, _y, w = own(batch(), rank, world, device)
     model = ddp(net().to(device))
     penalty = fastjac.SpectReg(every=2)
     for factor in (2, 0, 2):

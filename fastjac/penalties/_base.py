@@ -90,9 +90,7 @@ class Penalty(nn.Module):
     """
 
     needs_grad = True
-    watches = (
-        False  # looks at the layers while the model runs, hooks and all, and takes no gradient
-    )
+    watches = False  # looks at a model's layers while it runs, and takes no gradient
 
     def __init__(self, *, weight: float = 1.0, reduction: str = "mean", every: int = 1) -> None:
         super().__init__()

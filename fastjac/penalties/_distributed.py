@@ -208,13 +208,19 @@ def _inside_fully_shard(
     def forward(x: Any, *targets: Any, **named: Any) -> tuple[Tensor, Tensor]:
         restore()
         with gathered(model):
-            return _call(penalty, bare, x, targets, named)
+            output, value = _call(penalty, bare, x, targets, named)
+        # FSDP warns of views, whose hooks an in-place operation would drop.
+        return _own(output), _own(value)
 
     vars(model)["forward"] = forward
     try:
         return model(x, *targets, **named)
     finally:
         restore()
+
+
+def _own(t: Tensor) -> Tensor:
+    return t.clone() if t._is_view() else t
 
 
 @contextmanager

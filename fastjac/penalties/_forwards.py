@@ -171,7 +171,7 @@ class Layer(Forward):
         return call
 
     def hook(self, module: Any, args: Any, z: Any) -> None:
-        """A forward hook, for tensor parallel layers: ``z`` is what the model gets, after the other hooks."""
+        """A forward hook, the last: ``z`` is what the model gets of a tensor parallel layer."""
         running = None if self.watch is None else self.watch.running()
         calls = [] if running is None else [c for c in running.calls if c.layer is self]
         if calls and isinstance(z, Tensor) and not calls[-1].used:
