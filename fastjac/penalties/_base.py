@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from fastjac.penalties import _autograd, _checks, _compiled, _engines
+from fastjac.penalties import _autograd, _checks, _compiled, _distributed, _engines
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -91,6 +91,7 @@ class Penalty(nn.Module):
     """
 
     needs_grad = True
+    watches = False  # looks at a model's layers while it runs, and takes no gradient
 
     def __init__(self, *, weight: float = 1.0, reduction: str = "mean", every: int = 1) -> None:
         super().__init__()
@@ -120,14 +121,14 @@ class Penalty(nn.Module):
             _autograd.check_modes()
         if not due:
             output = x_or_output if graph else _autograd.call_model(model_or_x, x_or_output)
-            values = _autograd.attached_zeros(_checks.tensor("output", output))
+            value = self.reduced(_autograd.attached_zeros(_checks.tensor("output", output)))
         elif graph:
             output = x_or_output
-            values = self.graph_form(model_or_x, output, *targets, **named)
+            value = self.reduced(self.graph_form(model_or_x, output, *targets, **named))
         else:
-            output, values = self.model_form(model_or_x, x_or_output, *targets, **named)
+            output, value = _distributed.run(self, model_or_x, x_or_output, targets, named)
         self.count_call()
-        value = self._reduce(values)
+        value = _distributed.attached(value, output)
         return value if graph else (output, value)
 
     def due(self) -> bool:
@@ -181,7 +182,7 @@ class Penalty(nn.Module):
         """What a call takes, with ``x, output`` or ``model, x`` first."""
         return parameters_of(cls.per_sample)
 
-    def _reduce(self, values: Any) -> Tensor:
+    def reduced(self, values: Any) -> Tensor:
         factor = self.weight * (self.every if self.training else 1)
         if self.reduction == "none":
             return factor * values
@@ -255,6 +256,8 @@ class InputPenalty(Penalty):
     def model_form(
         self, model: Callable[..., Any], x: Tensor, *targets: Any, **named: Any
     ) -> tuple[Tensor, Tensor]:
+        if _distributed.tensor_parallel(model):
+            raise RuntimeError(_distributed.TENSOR_PARALLEL)
         if self.engine == "compiled":
             return _compiled.run(self, model, x, targets, named)
         if _engines.chain_wanted(self, model, x, (*targets, *named.values())):
@@ -266,6 +269,7 @@ class InputPenalty(Penalty):
 
     def _checked(self, x: Tensor, output: Tensor, *targets: Any, **named: Any) -> Tensor:
         _autograd.check_graph(x, output)
+        _distributed.check_graph(x, output)
         return self.per_sample(x, output, *targets, **named)
 
     def explain_engine(self, model: Callable[..., Any], x: Tensor) -> str:

@@ -18,14 +18,14 @@ from torch._dynamo.exc import FailOnRecompileLimitHit, ObservedException, TorchD
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from fastjac.ops._autograd import graph_nodes
-from fastjac.penalties import _autograd, _backend, _buffers, _checks
+from fastjac.penalties import _autograd, _backend, _buffers, _checks, _distributed
 
 if TYPE_CHECKING:
     from fastjac.penalties._base import InputPenalty
 
 # Torch's defaults overlook a hook that the model gets after it was compiled, and give up after 8
-# graphs for all the modes, shapes and options.
-CONFIG = {"skip_nnmodule_hook_guards": False, "recompile_limit": 64}
+# graphs for all the modes, shapes and options. Inside DDP they would split the graph.
+CONFIG = {"skip_nnmodule_hook_guards": False, "recompile_limit": 64, "optimize_ddp": False}
 
 # By model, then class of the penalty. Each is compiled from a code object of its own: torch keeps
 # its graphs by code object, and they go when the model does.
@@ -119,6 +119,13 @@ def why_not(penalty: InputPenalty, model: Any, x: Tensor) -> str | None:
     for part in model.modules() if isinstance(model, nn.Module) else ():
         if hasattr(part, "_orig_mod"):
             return "the model, or a part of it, is compiled: pass it before compiling"
+        if isinstance(part, nn.parallel.DistributedDataParallel):
+            return "a part of the model is a DistributedDataParallel: wrap the whole model in it"
+        if _distributed.is_sharded(part):
+            return (
+                "fully_shard was applied to parts of the model too, whose hooks torch.compile "
+                "cannot trace: apply it to the model alone, or use engine='chain' or 'autograd'"
+            )
         if isinstance(part, LazyModuleMixin) and part.has_uninitialized_params():
             return "a lazy module has not run: run the model once"
     return None

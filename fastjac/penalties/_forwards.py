@@ -17,6 +17,7 @@ from fastjac.activations import get
 from fastjac.chain.links import Unsupported
 from fastjac.chain.tape import Tracked
 from fastjac.nn import Act, ConvAct1d, ConvAct2d, ConvAct3d, LinearAct
+from fastjac.penalties._distributed import is_dtensor, static_graph
 from fastjac.penalties._layers import (
     BATCH_NORM,
     CONVOLUTION,
@@ -113,6 +114,7 @@ class Root(Forward):
             watch.passes = [(None, output)]
             return output
         watch.forget_stale()
+        watch.ddp = static_graph()
         seen = watch.begin()
         try:
             output = self.plain(*args, **kwargs)
@@ -131,6 +133,7 @@ class Layer(Forward):
         # A forward that somebody has put into the instance may do anything.
         self.plain_layer = plain_layer(module) and not patched(module)
         self.memo: dict[Any, Any] = {}  # the penalty's, by activation
+        self.hooked = False  # whether `hook` is registered
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         watch = self.watch
@@ -155,12 +158,24 @@ class Layer(Forward):
         weight = module._parameters.get("weight")
         if weight is None:  # parametrised, or swapped by functional_call
             weight = module.weight
+        if not self.hooked and is_dtensor(weight):
+            raise RuntimeError(
+                f"layer {self.name}: its weight became a DTensor (tensor parallel) after the "
+                "penalty was attached: attach the penalty after parallelize_module"
+            )
         if running.compiling:
             call = Call(self, x, z, weight, version_of(z, True), -1, -1)
         else:
             call = Call(self, x, z, weight, z._version, weight._version, x._version)
         running.calls.append(call)
         return call
+
+    def hook(self, module: Any, args: Any, z: Any) -> None:
+        """A forward hook, the last: ``z`` is what the model gets of a tensor parallel layer."""
+        running = None if self.watch is None else self.watch.running()
+        calls = [] if running is None else [c for c in running.calls if c.layer is self]
+        if calls and isinstance(z, Tensor) and not calls[-1].used:
+            calls[-1].z, calls[-1].version = z, z._version
 
 
 class LayerAct(Layer):
@@ -172,6 +187,11 @@ class LayerAct(Layer):
         x = first(args, kwargs)
         # Another watch's forward that stands behind this one must see the call too.
         a = None if self.previous is None else self.previous(*args, **kwargs)
+        if is_dtensor(self.module._parameters.get("weight")):
+            raise RuntimeError(
+                f"layer {self.name}: its weight is a DTensor (tensor parallel): use an nn.Linear "
+                f"and an activation in place of {type(self.module).__name__}"
+            )
         act = self.module.act
         phi = running.watch.phi(act.fn, act.impl, act.params)
         return running.activate(self.note(running, x, self.module.pre_activation(x)), phi, a)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from typing_extensions import Unpack
 
-from fastjac.penalties import _autograd, _checks
+from fastjac.penalties import _autograd, _checks, _distributed
 from fastjac.penalties._base import ModelPenalty, PenaltyOptions
 from fastjac.penalties._layers import Call, Phi
 from fastjac.penalties._versions import check_unchanged
@@ -50,6 +50,7 @@ class LayerPenalty(ModelPenalty):
     """
 
     needs_grad = False
+    watches = True
 
     def __init__(self, *, include_output: bool = False, **options: Unpack[PenaltyOptions]) -> None:
         super().__init__(**options)
@@ -191,9 +192,9 @@ class LayerPenalty(ModelPenalty):
                 )
         return batch
 
-    def _reduce(self, values: Any) -> Tensor:
+    def reduced(self, values: Any) -> Tensor:
         if not isinstance(values, Sum):
-            return super()._reduce(values)
+            return super().reduced(values)
         factor = self.weight * (self.every if self.training else 1)
         # The mean over no samples would be 0/0.
         return values.total * (factor / (values.count or 1) if self.reduction == "mean" else factor)
@@ -201,7 +202,9 @@ class LayerPenalty(ModelPenalty):
     # ---- attached
 
     def _attach(self, model: nn.Module) -> None:
-        model = getattr(model, "_orig_mod", model)
+        model = _distributed.unwrapped(model)
+        if isinstance(model, nn.Module):
+            _distributed.check_model(model)
         self._watch = Watch(model, self)
         self._watch.install(attach=True)
         weakref.finalize(self, self._watch.remove)
@@ -243,9 +246,10 @@ class LayerPenalty(ModelPenalty):
             zeros = _autograd.attached_zeros(outputs[0])
             return zeros if self.reduction == "none" else zeros.sum()
         results = [self._finish(seen, output, None) for seen, output in due]
-        value = self._reduce(_together(results))
+        value = self.reduced(_together(results))
         self.count_call()
-        return value
+        value = _distributed.attached(value, *[output for _, output in due])
+        return _distributed.through_sink(value, self._watch.ddp)
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()

@@ -27,8 +27,10 @@ from fastjac.functional import OBSERVERS
 from fastjac.nn import held_functions
 from fastjac.ops import act
 from fastjac.ops.act_stats import transformed
+from fastjac.penalties._distributed import is_dtensor
 from fastjac.penalties._forwards import Forward, Held, Layer, Root, role_of
 from fastjac.penalties._layers import CONVOLUTION, LINEAR, Call, Phi, saved_tensor_hooks
+from fastjac.penalties._sharded import sharding
 from fastjac.penalties._versions import check_unchanged, refuse_written
 
 LOCK = RLock()
@@ -45,6 +47,7 @@ class Pass:
         self.compiling = torch.compiler.is_compiling()
         self.grad = torch.is_grad_enabled()
         self.transformed = transformed()
+        self.sharded = sharding()  # weights come and go
         self.calls: list[Call] = []
         self.terms: list[Any] = []
         self.later: list[tuple[Call, Phi]] = []
@@ -145,6 +148,7 @@ class Watch:
         self.current: Pass | None = None
         self.again: Pass | None = None  # of a recomputation by checkpoint
         self.whole: list[Layer] = []  # the layers that the last pass took whole
+        self.ddp: Any = None  # a DistributedDataParallel with a static graph, while it counts
         self.recompute = False
         self.cache: Any = None
         self.phis: dict[Any, Phi] = {}
@@ -161,6 +165,15 @@ class Watch:
             role = role_of(module)
             if role is not None:
                 self._override(role, module)
+            if (
+                role is not None
+                and issubclass(role, Layer)
+                and is_dtensor(module._parameters.get("weight"))
+            ):
+                # Tensor parallel: what the model goes on with is what the hooks make of it.
+                forward = vars(module)["forward"]
+                forward.hooked = True
+                self.undo.append(module.register_forward_hook(forward.hook).remove)
             for name, value, fn in held_functions(module):
                 held = Held(self, value, fn)
                 setattr(module, name, held)
@@ -191,6 +204,11 @@ class Watch:
             raise RuntimeError(
                 "inference mode is active: its tensors keep no track of in-place changes; use "
                 "torch.no_grad() to get the value alone"
+            )
+        if seen.compiling and seen.sharded:
+            raise RuntimeError(
+                "a layer-wise penalty is attached to a model under fully_shard, which is traced by "
+                "torch.compile: run it without torch.compile"
             )
         # One weight for the model and the penalty where a parametrization computes it: spectral
         # norm would make a power iteration for each access.

@@ -12,7 +12,7 @@ from typing_extensions import Unpack
 
 from fastjac import reference
 from fastjac.ops import act
-from fastjac.penalties import _autograd, _checks
+from fastjac.penalties import _autograd, _checks, _distributed
 from fastjac.penalties._layers import Call, Phi
 from fastjac.penalties._layerwise import LayerOptions, LayerPenalty
 from fastjac.penalties._spec import PenaltySpec, pushed_example
@@ -73,12 +73,18 @@ class AccumulatedDREG(LayerPenalty):
     def model_form(
         self, model: Any, x: Tensor, *, tangent: Tensor | None = None
     ) -> tuple[Tensor, Any]:
+        if _distributed.tensor_parallel(model):
+            raise RuntimeError(
+                "the model computes with DTensors (tensor parallel), which have no forward-mode "
+                "derivative: use DREG"
+            )
         u = self._draw(_checks.floating("x", x)) if tangent is None else self._given(tangent, x)
         with forward_ad.dual_level():
             dual, values = super().model_form(model, forward_ad.make_dual(x, u))
             return forward_ad.unpack_dual(dual).primal, values
 
     computes = True
+    watches = False  # FSDP's hooks cannot take tangents: run where they pass on
 
     def compute(self, module: Any, x: Tensor) -> Tensor | None:
         a, u = forward_ad.unpack_dual(x)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,8 +19,9 @@ from fastjac.ops._library import suffix_of
 from fastjac.ops.batch_norm import batch_norm_act
 from fastjac.ops.layer_act import Layer, apply_layer_act, layer_act
 from fastjac.ops.row_sqnorm import rows_in_memory, tapped
-from fastjac.penalties import _autograd, _checks
+from fastjac.penalties import _autograd, _checks, _sharded
 from fastjac.penalties._base import PenaltyOptions
+from fastjac.penalties._distributed import is_dtensor
 from fastjac.penalties._layers import (
     Call,
     Gain,
@@ -157,6 +159,21 @@ class DREG(LayerPenalty):
         return not self.squared or self.reduction == "none"
 
     def on_layer(self, seen: Pass, call: Call, phi: Phi, a: Tensor | None) -> Tensor:
+        if seen.sharded:
+            _sharded.check_gathered(call)
+        a, term = self._statistic(seen, call, phi, a)
+        if seen.sharded:
+            if term.value is None:
+                term.value = self._dots([term], {})[0]
+            a, term.value = _sharded.tied(a, term.value, call)
+        if not seen.dry:
+            term.post = a if self.include_output else None
+            seen.terms.append(term)
+        return a
+
+    def _statistic(self, seen: Pass, call: Call, phi: Phi, a: Tensor | None) -> tuple[Tensor, Term]:
+        if is_dtensor(call.weight):
+            return self._of_shards(call, phi, a)
         layer = None
         if a is None and call.norm is None and seen.grad and not seen.transformed:
             layer = self._one_node(call, phi, seen.compiling)
@@ -178,10 +195,7 @@ class DREG(LayerPenalty):
             statistic = self._composed if phi.fn is None else self._fused
             term, computed = statistic(call, phi, a)
             a = computed if a is None else a
-        if not seen.dry:
-            term.post = a if self.include_output else None
-            seen.terms.append(term)
-        return a
+        return a, term
 
     def before_pass(self, seen: Pass) -> None:
         """On a GPU, where launches count: the row norms of all layers from one.
@@ -190,6 +204,8 @@ class DREG(LayerPenalty):
         """
         assert self._watch is not None
         if seen.compiling or not self._watch.whole or not seen.grad or seen.transformed:
+            return
+        if seen.sharded:  # the weights are not all there
             return
         weights = {layer: layer.module.weight for layer in self._watch.whole}
         first = next(iter(weights.values()))
@@ -301,7 +317,23 @@ class DREG(LayerPenalty):
         t = (s if rows is None else s * rows).sum(1)
         return Term(call, self._divisor(call), t), a
 
+    def _of_shards(self, call: Call, phi: Phi, a: Tensor | None) -> tuple[Tensor, Term]:
+        """The same for a weight that is a DTensor."""
+        if call.norm is not None:
+            _sharded.refuse_dtensor(call, "a norm follows it: put the norm elsewhere")
+        if a is None:
+            a = phi.run(call.z.clone() if getattr(phi.module, "inplace", False) else call.z)
+        s, shape = _sharded.units_squared(call, phi)
+        product = s if self.per_sample_wanted else s.sum(0)
+        product = product * _sharded.row_norms(call, phi.impl) if self.use_weight else product
+        return a, Term(call, self._divisor(call, shape), _sharded.whole(product.sum(-1)))
+
     def output_term(self, seen: Pass, call: Call) -> None:
+        if seen.sharded:
+            _sharded.check_gathered(call)
+        if is_dtensor(call.weight):
+            self._output_of_shards(seen, call)
+            return
         n, c = call.z.shape[0], call.z.shape[call.dim]
         gain = norm_gain(call) if self.use_weight else NO_GAIN
         dtype = _autograd.accumulate_dtype(call.z.dtype)
@@ -317,11 +349,27 @@ class DREG(LayerPenalty):
             term.s = places.sum().expand(c)
         seen.terms.append(term)
 
-    def _divisor(self, call: Call) -> float:
+    def _output_of_shards(self, seen: Pass, call: Call) -> None:
+        if call.norm is not None:
+            _sharded.refuse_dtensor(call, "a norm follows it: put the norm elsewhere")
+        n, *positions, c = shape = _sharded.layout_of(call.z, call.name).shape
+        total = torch.ones((), dtype=_autograd.accumulate_dtype(call.z.dtype)) * c
+        if self.use_weight:
+            total = _sharded.whole(_sharded.row_norms(call).sum())
+        total = total * math.prod(positions)
+        value = total.expand(n) if self.per_sample_wanted else total * n
+        seen.terms.append(Term(call, self._divisor(call, shape), value, post=call.z))
+
+    def _divisor(self, call: Call, shape: Any = None) -> float:
+        """``shape``: of the whole z, where the call has a part of it."""
         if self.over == self.positions == "sum":
             return 1.0
-        count = {"sum": 1, "units": call.z.shape[call.dim], "elements": call.weight.numel()}
-        return float(count[self.over] * (call.positions if self.positions == "mean" else 1))
+        shape = call.z.shape if shape is None else shape
+        units, positions = shape[call.dim], call.positions
+        if shape != call.z.shape:
+            positions = math.prod(shape[1:-1])
+        count = {"sum": 1, "units": units, "elements": call.weight.numel()}
+        return float(count[self.over] * (positions if self.positions == "mean" else 1))
 
     def _rows(self, call: Call, phi: Phi | None, gain: Gain) -> Tensor | None:
         if not self.use_weight:

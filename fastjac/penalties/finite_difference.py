@@ -11,7 +11,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from fastjac import reference
-from fastjac.penalties import _autograd, _checks
+from fastjac.penalties import _autograd, _checks, _distributed
 from fastjac.penalties._base import ModelPenalty, PenaltyOptions
 from fastjac.penalties._spec import Example, PenaltySpec, classifier_example, model_arguments
 
@@ -60,6 +60,7 @@ class FiniteDifferenceDataGrad(ModelPenalty):
     ) -> tuple[Tensor, Tensor]:
         start, output = _autograd.run_model(model, x, None)
         _autograd.check_graph(start, output)
+        _distributed.check_graph(start, output, twice=False)
         loss = cross_entropy(output, target)
         if len(x) == 0:
             return output, _autograd.attached_zeros(output)

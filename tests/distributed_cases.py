@@ -1,0 +1,176 @@
+"""What the cases on several processes share: models, batches, and the gradients of one process."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from penalty_cases import seeded, takes
+from torch import Tensor, nn
+
+import fastjac
+from fastjac import reference
+from fastjac.penalties import PENALTIES, PenaltySpec
+
+Wrap = Callable[[nn.Module], nn.Module]
+
+
+def net(dtype: torch.dtype = torch.float32, width: int = 6) -> nn.Sequential:
+    """Three layers, 4-6-6-3, the same in each process."""
+    torch.manual_seed(0)
+    hidden = (nn.Linear(4, width), nn.GELU(), nn.Linear(width, width), nn.GELU())
+    return nn.Sequential(*hidden, nn.Linear(width, 3)).to(dtype)
+
+
+def in_blocks(model: nn.Module) -> nn.Sequential:
+    """The same layers, each with its activation in a block."""
+    layers = list(model.children())
+    pairs = [nn.Sequential(*layers[i : i + 2]) for i in range(0, len(layers), 2)]
+    return nn.Sequential(*pairs)
+
+
+def batch(dtype: torch.dtype = torch.float32, n: int = 8) -> tuple[Tensor, Tensor, Tensor]:
+    """The whole batch: x, classes, and a projection of the output."""
+    g = seeded(1)
+    x = torch.randn(n, 4, generator=g, dtype=torch.float64).to(dtype)
+    w = torch.randn(n, 3, generator=g, dtype=torch.float64).to(dtype)
+    return x, torch.randint(3, (n,), generator=g), w
+
+
+def own(tensors: Sequence[Tensor], rank: int, world: int, device: Any) -> list[Tensor]:
+    """This process's share of a batch."""
+    return [t.chunk(world)[rank].to(device) for t in tensors]
+
+
+def gradients_of(model: nn.Module) -> list[Tensor]:
+    found = []
+    for p in model.parameters():
+        grad: Any = torch.zeros_like(p) if p.grad is None else p.grad
+        grad = grad.full_tensor() if hasattr(grad, "full_tensor") else grad
+        found.append(grad.detach().cpu())
+    return found
+
+
+def close(found: Sequence[Tensor], expected: Sequence[Tensor], name: str = "") -> None:
+    """1e-6 relative in float32, the issue's number; 1e-12 in float64."""
+    a, b = (torch.cat([t.double().flatten() for t in ts]) for ts in (found, expected))
+    limit = 1e-6 if found[0].dtype == torch.float32 else 1e-12
+    error = float((a - b).norm() / b.norm())
+    assert error <= limit, f"{name}: gradients are {error:.2g} of their size off"
+
+
+def task(output: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(output, y)
+
+
+# ---- one net, whole batch in one process by the plain-torch reference in float64
+
+
+def stack_of(model: nn.Module, x: Tensor) -> tuple[Tensor, list[Any]]:
+    """Output and layers of a flat or blocked MLP, as the layer-wise references take them."""
+    plain = [m for m in model.modules() if not isinstance(m, nn.Sequential)]
+    stack, a = [], x
+    for i, module in enumerate(plain):
+        if isinstance(module, nn.Linear):
+            a = module(a)
+            phi = plain[i + 1] if i + 1 < len(plain) else None
+            stack.append((a, module.weight, phi))
+        else:
+            a = module(a)
+    return a, stack
+
+
+def expected(kind: str, *, with_task: bool, model: nn.Module | None = None, **options: Any) -> Any:
+    """Gradients of task loss (or not) and penalty: ``"spectreg"``, or a layer-wise one."""
+    model = net(torch.float64) if model is None else model
+    x, y, w = batch(torch.float64)
+    if kind == "spectreg":
+        x = x.requires_grad_()
+        output = model(x)
+        values = reference.spectreg(x, output, projection=w)
+    else:
+        output, stack = stack_of(model, x)
+        values = getattr(reference, kind)(stack, **options)
+    loss = values.mean() + (task(output, y) if with_task else 0)
+    loss.backward()
+    return gradients_of(model)
+
+
+# ---- the registry, each process with its own example
+
+
+def chosen_engines(spec: PenaltySpec) -> list[dict[str, str]]:
+    if not takes(spec, "engine"):
+        return [{}]
+    return [{"engine": e} for e in ("autograd", "chain") if e == "autograd" or chain_can(spec)]
+
+
+def chain_can(spec: PenaltySpec) -> bool:
+    return bool(spec.module.chain_ready)  # type: ignore[attr-defined]
+
+
+def check_registry(wrap: Wrap, rank: int, world: int, device: Any) -> None:
+    """Every penalty, with a task loss and alone: two steps, the gradients the mean over ranks."""
+    for name, spec in PENALTIES.items():
+        for options in chosen_engines(spec):
+            for with_task in (True, False):
+                label = f"{name} {options} task={with_task}"
+                model = spec.example(torch.float64, seeded()).model
+                means = _mean_of_references(spec, model, world, with_task)
+                model = wrap(copy.deepcopy(model).to(device))
+                example = spec.example(torch.float64, seeded(1 + rank))
+                x, *targets = (t.to(device) for t in (example.x, *example.targets))
+                penalty = spec.module(**example.options, **options)
+                for _ in range(2):
+                    if takes(spec, "generator"):
+                        penalty.generator = seeded(50 + rank)
+                        if device.type == "cuda":  # its own numbers: compare with a draw of its own
+                            continue
+                    model.zero_grad()
+                    output, value = penalty(model, x, *targets)
+                    loss = value + output.square().mean() if with_task else value
+                    loss.backward()
+                    close(gradients_of(model), means, label)
+
+
+def _mean_of_references(
+    spec: PenaltySpec, model: nn.Module, world: int, with_task: bool
+) -> list[Tensor]:
+    model = copy.deepcopy(model)
+    total: Any = 0
+    for rank in range(world):
+        example = spec.example(torch.float64, seeded(1 + rank))
+        x = example.x.clone().requires_grad_()
+        random = {"generator": seeded(50 + rank)} if takes(spec, "generator") else {}
+        arguments = example.reference_arguments(model, x)
+        values = spec.reference(*arguments, *example.targets, **example.options, **random)
+        total = total + values.mean() + (model(x).square().mean() if with_task else 0)
+    (total / world).backward()
+    return gradients_of(model)
+
+
+def raises(text: str, call: Callable[[], Any]) -> None:
+    """In every process the same error."""
+    try:
+        call()
+    except (RuntimeError, TypeError, ValueError) as error:
+        assert text in str(error), f"another error: {error}"
+    else:
+        raise AssertionError(f"nothing was raised; expected: {text}")
+
+
+def spectreg(engine: str, model: Any, x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+    return fastjac.SpectReg(engine=engine)(model, x, projection=w)
+
+
+def attached(
+    model: nn.Module, x: Tensor, kind: Any = fastjac.DREG, **options: Any
+) -> tuple[Tensor, Tensor]:
+    penalty = kind(model, **options)
+    output = model(x)
+    value = penalty()
+    penalty.detach()
+    return output, value
