@@ -65,8 +65,17 @@ class AccumulatedDREG(LayerPenalty):
         self, model: Any, x: Tensor, *, tangent: Tensor | None = None
     ) -> tuple[Tensor, Any]:
         u = self._draw(_checks.floating("x", x)) if tangent is None else self._given(tangent, x)
+        # Those of a checkpoint around this call, which recomputes all of it.
+        vars(self)["_hooks"] = torch._C._autograd._top_saved_tensors_default_hooks(True)
         with forward_ad.dual_level():
-            dual, values = super().model_form(model, forward_ad.make_dual(x, u))
+            try:
+                dual, values = super().model_form(model, forward_ad.make_dual(x, u))
+            except NotImplementedError as error:
+                raise NotImplementedError(
+                    "an operation of the model has no forward-mode derivative (in a function that "
+                    "torch.compile breaks up, none has: call AccumulatedDREG outside). Torch said: "
+                    f"{error}"
+                ) from error
             return forward_ad.unpack_dual(dual).primal, values
 
     computes = True
@@ -75,6 +84,11 @@ class AccumulatedDREG(LayerPenalty):
         a, u = forward_ad.unpack_dual(x)
         if u is None or x.dim() < 2 or len(x) == 0:
             return None
+        if torch._C._autograd._top_saved_tensors_default_hooks(True) != self._hooks:
+            raise RuntimeError(
+                "a part of the model runs in a checkpoint, which would recompute it without its "
+                "tangent: checkpoint the call of AccumulatedDREG as a whole, or nothing in it"
+            )
         # Torch would take the two products apart, and add two ∂W of different memory order:
         # 784-4×512-10, batch 128, 2 cores, 30 against 14 ms a step.
         both, weight = torch.cat([a, u]), module.weight
