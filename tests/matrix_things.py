@@ -87,7 +87,6 @@ def accumulated(model: nn.Sequential, x: Tensor, y: Tensor) -> Pair:
 spectreg_truth = of_input(lambda x, o, y: reference.spectreg(x, o, projection=cotangents(o)))
 datagrad_truth = of_input(reference.datagrad)
 frobreg_truth = of_input(lambda x, o, y: reference.frobreg(x, o))
-confidence_truth = of_input(lambda x, o, y: reference.confidence_penalty(x, o))
 
 
 # ---- ours: (penalty, run, x, y) -> (output, value)
@@ -180,37 +179,33 @@ def engine(kind: type, name: str) -> Callable[[nn.Module], Any]:
     return lambda model: kind(engine=name)
 
 
-THINGS: list[Thing] = [
-    Thing("fused, `autograd.grad`", "fused", fused_modules, own_penalty, spectreg_truth),
-    Thing("fused, `func.vjp`", "fused", fused_modules, own_penalty_by_func, spectreg_truth),
-    Thing("DREG attached", "layer-wise", DREG, attached, partial(of_layers, reference.dreg)),
-    Thing("DREG called", "layer-wise", lambda m: DREG(), called, partial(of_layers, reference.dreg)),
+dreg_truth = partial(of_layers, reference.dreg)
+contractive_truth = partial(of_layers, reference.contractive)
+confidence_truth = of_input(lambda x, o, y: reference.confidence_penalty(x, o))
+
+THINGS = [
+    Thing("fused + autograd.grad", "fused", fused_modules, own_penalty, spectreg_truth),
+    Thing("fused + func.vjp", "fused", fused_modules, own_penalty_by_func, spectreg_truth),
+    Thing("DREG attached", "layer-wise", DREG, attached, dreg_truth),
+    Thing("DREG called", "layer-wise", lambda m: DREG(), called, dreg_truth),
+    Thing("Contractive attached", "layer-wise", Contractive, attached, contractive_truth),
+    Thing("Contractive called", "layer-wise", lambda m: Contractive(), called, contractive_truth),
     Thing(
-        "Contractive attached", "layer-wise", Contractive, attached,
-        partial(of_layers, reference.contractive),
+        *("AccumulatedDREG called", "layer-wise", lambda m: AccumulatedDREG()),
+        *(called_with_tangent, accumulated),
     ),
-    Thing(
-        "Contractive called", "layer-wise", lambda m: Contractive(), called,
-        partial(of_layers, reference.contractive),
-    ),
-    Thing(
-        "AccumulatedDREG called", "layer-wise", lambda m: AccumulatedDREG(), called_with_tangent,
-        accumulated,
-    ),
-    Thing("Confidence graph", "layer-wise", lambda m: ConfidencePenalty(), on_graph, confidence_truth),
-    Thing("Confidence called", "layer-wise", lambda m: ConfidencePenalty(), called, confidence_truth),
-]  # fmt: skip
-for _kind, _truth, _forms in (
-    (fastjac.SpectReg, spectreg_truth, (on_graph_projected, projected)),
-    (fastjac.DataGrad, datagrad_truth, (on_graph_with_targets, with_targets)),
-    (fastjac.FrobReg, frobreg_truth, (on_graph, called)),
+    Thing("Confidence graph", "output", lambda m: ConfidencePenalty(), on_graph, confidence_truth),
+    Thing("Confidence called", "output", lambda m: ConfidencePenalty(), called, confidence_truth),
+]
+for kind, truth, on_graph_form, form in (
+    (fastjac.SpectReg, spectreg_truth, on_graph_projected, projected),
+    (fastjac.DataGrad, datagrad_truth, on_graph_with_targets, with_targets),
+    (fastjac.FrobReg, frobreg_truth, on_graph, called),
 ):
-    _name = _kind.__name__
-    THINGS.append(Thing(f"{_name} graph", "input Jacobian", lambda m, k=_kind: k(), _forms[0], _truth))
-    THINGS.extend(
-        Thing(f"{_name} {e}", "input Jacobian", engine(_kind, e), _forms[1], _truth)
-        for e in ("chain", "compiled", "autograd")
-    )
+    name, group = kind.__name__, "input Jacobian"
+    THINGS.append(Thing(f"{name} graph", group, lambda m, k=kind: k(), on_graph_form, truth))
+    for e in ("chain", "compiled", "autograd"):
+        THINGS.append(Thing(f"{name} {e}", group, engine(kind, e), form, truth))
 
 
 @dataclass

@@ -9,27 +9,35 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from matrix_things import Cell, Ours, Thing, backward, convnet, gradients_of, same
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
+BACKEND = "aot_eager"
+
 
 @dataclass(frozen=True)
 class Way:
+    """``key`` is the name of the function; ``gpu``: it needs one."""
+
     name: str
     group: str
     check: Callable[[Thing], None]
+    gpu: bool = False
+
+    @property
+    def key(self) -> str:
+        return self.check.__name__
 
 
 WAYS: list[Way] = []
 
 
-def way(group: str, name: str) -> Callable[[Any], Any]:
+def way(group: str, name: str, gpu: bool = False) -> Callable[[Any], Any]:
     def register(check: Callable[[Thing], None]) -> Callable[[Thing], None]:
-        WAYS.append(Way(name, group, check))
+        WAYS.append(Way(name, group, check, gpu))
         return check
 
     return register
@@ -43,30 +51,22 @@ def eager(thing: Thing) -> None:
     Cell(thing).agrees()
 
 
-def close_to(cell: Cell, loss: Any, plain_loss: Any, train: Any = backward) -> None:
-    """In lower precision: at most twice as far from the float64 truth as plain torch."""
-    truth = torch.cat([t.flatten() for t in cell.expected()])
-
-    def error(loss: Any, model: Any) -> float:
-        found = gradients_of(loss, model, cell.x, cell.y, train)
-        return float((torch.cat([t.flatten() for t in found]).double() - truth).norm())
-
-    ours, plain = error(loss, cell.model), error(plain_loss, cell.plain)
-    assert ours <= 2 * plain, (ours, plain)
+def lower(thing: Thing, wrap: Callable[[Any], Any], train: Any = backward) -> None:
+    """float32 parameters: at most twice as far from the float64 gradients as plain torch is."""
+    cell = Cell(thing)
+    truth = cell.expected()
+    cell.x = cell.x.float()
+    errors = []
+    for loss, model in ((cell.ours, cell.model), (cell.truth, cell.plain)):
+        found = gradients_of(wrap(loss), model.float(), cell.x, cell.y, train)
+        parts = [(a.double() - b).norm() for a, b in zip(found, truth, strict=True)]
+        errors.append(float(torch.stack(parts).norm()))
+    assert errors[0] <= 2 * errors[1], errors
 
 
 @way("eager", "float32")
 def float32(thing: Thing) -> None:
-    cell = Cell(thing)
-    truth = cell.expected()
-    for model in (cell.model, cell.plain):
-        model.float()
-    cell.x = cell.x.float()
-    ours, plain = (
-        sum(float((a.double() - b).norm() ** 2) for a, b in zip(found, truth, strict=True)) ** 0.5
-        for found in (cell.found(), cell.expected())
-    )
-    assert ours <= 2 * plain, (ours, plain)
+    lower(thing, lambda loss: loss)
 
 
 @way("eager", "`no_grad`")
@@ -146,32 +146,20 @@ def optimiser(thing: Thing) -> None:
     Cell(thing).agrees(train)
 
 
-def autocast(thing: Thing, dtype: torch.dtype, train: Any = backward) -> None:
-    cell = Cell(thing)
-    truth = cell.expected()
-    for model in (cell.model, cell.plain):
-        model.float()
-    cell.x = cell.x.float()
-
-    def cast(loss: Any) -> Any:
+def autocast(dtype: torch.dtype) -> Callable[[Any], Any]:
+    def wrap(loss: Any) -> Any:
         def run(x: Tensor, y: Tensor) -> Tensor:
             with torch.autocast("cpu", dtype):
                 return loss(x, y)
 
         return run
 
-    found = gradients_of(cast(cell.ours), cell.model, cell.x, cell.y, train)
-    plain = gradients_of(cast(cell.truth), cell.plain, cell.x, cell.y, train)
-    ours, torchs = (
-        sum(float((a.double() - b).norm() ** 2) for a, b in zip(grads, truth, strict=True)) ** 0.5
-        for grads in (found, plain)
-    )
-    assert ours <= 2 * torchs, (ours, torchs)
+    return wrap
 
 
 @way("training", "autocast bfloat16")
 def autocast_bf16(thing: Thing) -> None:
-    autocast(thing, torch.bfloat16)
+    lower(thing, autocast(torch.bfloat16))
 
 
 @way("training", "autocast float16, `GradScaler`")
@@ -185,7 +173,7 @@ def autocast_fp16(thing: Thing) -> None:
         scaler.update()
         assert scaler.get_scale() == 128.0
 
-    autocast(thing, torch.float16, train)
+    lower(thing, autocast(torch.float16), train)
 
 
 # ---- parameters
@@ -336,14 +324,14 @@ def func_vmap(thing: Thing) -> None:
 
 def compiled_step(cell: Cell, **options: Any) -> Any:
     ours = cell.ours
-    options = {"backend": "aot_eager", "fullgraph": True, **options}
+    options = {"backend": BACKEND, "fullgraph": True, **options}
     return torch.compile(lambda x, y: ours(x, y), **options)
 
 
 @way("torch.compile", "the model")
 def compiled_model(thing: Thing) -> None:
     cell = Cell(thing)
-    run = torch.compile(cell.model, backend="aot_eager", fullgraph=True)
+    run = torch.compile(cell.model, backend=BACKEND, fullgraph=True)
     cell.agrees(loss=lambda x, y: cell.ours(x, y, run))
 
 
@@ -373,9 +361,7 @@ def one_graph(thing: Thing, dynamic: bool | None, sizes: tuple[int, ...]) -> Non
         loss = compiled_step(cell, dynamic=dynamic)
         for n in sizes:
             x, y = cell.x[:n].clone(), cell.y[:n].clone()
-            same(
-                gradients_of(loss, cell.model, x, y), gradients_of(cell.truth, cell.plain, x, y)
-            )
+            same(gradients_of(loss, cell.model, x, y), gradients_of(cell.truth, cell.plain, x, y))
 
 
 @way("torch.compile", "three steps: no graph break, no recompilation")
@@ -424,3 +410,48 @@ def exported(thing: Thing) -> None:
     cell = Cell(thing)
     run = torch.export.export(cell.model, (cell.x,)).module()
     cell.agrees(loss=lambda x, y: cell.ours(x, y, run))
+
+
+# ---- on a GPU
+
+
+def on_gpu(thing: Thing) -> tuple[Cell, Tensor, Tensor, Callable[[], list[Tensor]]]:
+    """A cell, its x and y on the GPU, and a function that returns the gradients."""
+    cell = Cell(thing)
+    model, x, y = cell.model.cuda(), cell.x.cuda().requires_grad_(), cell.y.cuda()
+
+    def gradients() -> list[Tensor]:
+        inputs = [x, *model.parameters()]
+        return list(torch.autograd.grad(cell.ours(x, y), inputs, materialize_grads=True))
+
+    return cell, x, y, gradients
+
+
+@way("GPU", "a stream of its own", gpu=True)
+def side_stream(thing: Thing) -> None:
+    cell, _, _, gradients = on_gpu(thing)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        found = gradients()
+    torch.cuda.current_stream().wait_stream(stream)
+    same([g.cpu() for g in found], cell.expected())
+
+
+@way("GPU", "CUDA graph", gpu=True)
+def cuda_graph(thing: Thing) -> None:
+    cell, x, _, gradients = on_gpu(thing)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            gradients()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = gradients()
+    cell.x = cell.x.cos()  # other numbers than those it was captured with
+    with torch.no_grad():
+        x.copy_(cell.x)
+    graph.replay()
+    same([g.cpu() for g in found], cell.expected())

@@ -130,7 +130,9 @@ def refuse_functions() -> None:
     def check(context: Any) -> None:
         output = context._i_will_not_complain_if_bc_breaks_InstructionTranslator().output
         # Those of checkpoints and their like are modules.
-        bodies = [m.graph for m in output.nn_modules.values() if isinstance(m, torch.fx.GraphModule)]
+        bodies = [
+            m.graph for m in output.nn_modules.values() if isinstance(m, torch.fx.GraphModule)
+        ]
         targets = [node.target for graph in (context.graph(), *bodies) for node in graph.nodes]
         if any(getattr(t, "__name__", "") == "autograd_function_apply" for t in targets):
             raise RuntimeError(
