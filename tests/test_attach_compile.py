@@ -1,6 +1,7 @@
 """An attached layer-wise penalty under torch.compile: gradients of the parameters, graph breaks."""
 
 import copy
+import inspect
 
 import pytest
 import torch
@@ -107,6 +108,25 @@ def test_called_form_in_a_compiled_region_says_what_to_do(no_stale_graphs):
     step = torch.compile(lambda x: fastjac.dreg(model, x)[1], backend="aot_eager", fullgraph=True)
     with pytest.raises(Exception, match="attach it before compiling"):
         step(x)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_an_exported_model_is_the_plain_one(strict, no_stale_graphs):
+    """With the penalty's own nodes in it, it would train on wrong gradients."""
+    model, x, y = problem()
+    plain = copy.deepcopy(model)
+    F.cross_entropy(plain(x), y).backward()
+    penalty = DREG(model)
+    exported = torch.export.export(copy.deepcopy(model), (x,), strict=strict).module()
+    mine = torch.export.export(model, (x,), strict=strict).module()
+    for program in (exported, mine):
+        F.cross_entropy(program(x), y).backward()
+        for name, p in program.named_parameters():
+            torch.testing.assert_close(p.grad, plain.get_parameter(name).grad)
+            p.grad = None
+        with pytest.raises(RuntimeError, match="the model has not run since"):
+            penalty()
+    assert "input" in inspect.signature(model.forward).parameters
 
 
 @pytest.mark.parametrize("how", ["iadd", "add_", "slice", "view", "relu_"])

@@ -13,9 +13,6 @@ from fastjac.penalties import PENALTIES
 
 pytestmark = pytest.mark.slow
 
-# Exact sums over many cotangents are one batched VJP, which dynamo does not trace: chunk_size=1
-# makes them plain ones.
-ONE_BY_ONE = {"frobreg", "jacreg"}
 GRAPH = [n for n, s in PENALTIES.items() if s.kind in ("input-jacobian", "output")]
 GRAPH.remove("finite_difference_datagrad")  # runs the model itself
 GRAPH.remove("tangentprop")  # below
@@ -23,10 +20,7 @@ GRAPH.remove("tangentprop")  # below
 
 def problem(name):
     example = PENALTIES[name].example(torch.float64, torch.Generator().manual_seed(3))
-    options = dict(example.options)
-    if name in ONE_BY_ONE:
-        options["chunk_size"] = 1
-    return example, options
+    return example, dict(example.options)
 
 
 def gradients(name, *, fused, wrap=lambda f: f):

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd import forward_ad
 from torch.func import grad, hessian, jacfwd, jacrev, jvp
+from torch.utils.checkpoint import checkpoint
 
 import fastjac
 from fastjac.activations import TABLE
@@ -85,6 +86,19 @@ def test_many_cotangents_through_a_foreign_function(make):
         gradients(ours, engine="chain")
 
 
+def test_sobolev_through_a_foreign_function():
+    torch.manual_seed(0)
+    model, x, goal = Cubed(Cube.apply), torch.randn(5, 4), torch.randn(5, 3, 4)
+    plain = Cubed(lambda z: z**3)
+    plain.load_state_dict(model.state_dict())
+    found = []
+    for net in (model, plain):
+        _, value = fastjac.sobolev(net, x, goal, engine="autograd")
+        parameters = list(net.parameters())
+        found.append(torch.autograd.grad(value, parameters, materialize_grads=True))
+    torch.testing.assert_close(*found)
+
+
 @pytest.mark.slow
 def test_many_cotangents_through_a_compiled_model_raise(no_stale_graphs):
     model = nn.Sequential(nn.Linear(4, 6), nn.GELU(), nn.Linear(6, 3))
@@ -93,6 +107,31 @@ def test_many_cotangents_through_a_compiled_model_raise(no_stale_graphs):
         fastjac.SpectReg(4)(compiled, torch.randn(5, 4))[1].backward()
     with pytest.raises(RuntimeError, match="engine='chain' cannot run.*the model is compiled"):
         fastjac.SpectReg(4, engine="chain")(compiled, torch.randn(5, 4))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("make", [fastjac.FrobReg, fastjac.GradientPenalty, fastjac.DataGrad])
+def test_foreign_function_in_a_compiled_step_raises(make, checkpointed, no_stale_graphs):
+    """Torch would lose its second-order term: gradients wrong by half, with no error (2.13)."""
+
+    def run(z):
+        return checkpoint(Cube.apply, z, use_reentrant=False) if checkpointed else Cube.apply(z)
+
+    model, x = Cubed(run), torch.randn(5, 4, requires_grad=True)
+    penalty = make(engine="autograd")
+    extra = (torch.zeros(5, dtype=torch.int64),) if make is fastjac.DataGrad else ()
+
+    @torch.compile(backend="aot_eager", fullgraph=True)
+    def step(x):
+        output = model(x)
+        return penalty(x, output[:, :1] if make is fastjac.GradientPenalty else output, *extra)
+
+    with (
+        torch._dynamo.config.patch(trace_autograd_ops=True),
+        pytest.raises(Exception, match="the model calls a torch.autograd.Function, whose second"),
+    ):
+        step(x)
 
 
 def times_square(act):

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.comptime import comptime
 
 from fastjac.dispatch import accumulate_dtype
 from fastjac.ops._autograd import Function, graph_nodes
@@ -55,15 +56,21 @@ def vjp(output: Tensor, x: Tensor, w: Tensor, chunk_size: int | None = None) -> 
 
     A graph that holds somebody's ``autograd.Function`` (a compiled model is one) is gone through
     one cotangent at a time: under a batched pass torch would drop the second-order term of such a
-    Function with no error (seen on torch 2.13); alone it is exact, or raises.
+    Function with no error (seen on torch 2.13); alone it is exact, or raises. In a compiled step
+    the default is one at a time too (torch cannot trace a batched pass with dynamic shapes), and
+    such a Function raises.
     """
     chain = getattr(x, "chain", None)
     if chain is not None:
         yield from _chain_vjp(chain, output, w, chunk_size)
         return
-    size = chunk_size or len(w)
-    if size > 1 and not torch.compiler.is_compiling() and holds_foreign_function(output):
-        size = 1
+    if torch.compiler.is_compiling():
+        refuse_functions()
+        size = chunk_size or 1
+    else:
+        size = chunk_size or len(w)
+        if size > 1 and holds_foreign_function(output):
+            size = 1
     for piece in w.split(size):
         batched = len(piece) > 1
         try:
@@ -111,6 +118,27 @@ def holds_foreign_function(output: Tensor) -> bool:
         if forward is not None and not issubclass(forward, Function):
             return True
     return False
+
+
+def refuse_functions() -> None:
+    """While compiling: torch 2.13 drops the second-order term of somebody's ``autograd.Function``.
+
+    With no error, where ``autograd.grad`` is traced. Ours are in the graph as single operations.
+    """
+
+    @comptime
+    def check(context: Any) -> None:
+        output = context._i_will_not_complain_if_bc_breaks_InstructionTranslator().output
+        # Those of checkpoints and their like are modules.
+        bodies = [
+            m.graph for m in output.nn_modules.values() if isinstance(m, torch.fx.GraphModule)
+        ]
+        targets = [node.target for graph in (context.graph(), *bodies) for node in graph.nodes]
+        if any(getattr(t, "__name__", "") == "autograd_function_apply" for t in targets):
+            raise RuntimeError(
+                "the model calls a torch.autograd.Function, whose second derivative torch loses "
+                "in a compiled step: compute the penalty outside torch.compile"
+            )
 
 
 def check_modes() -> None:

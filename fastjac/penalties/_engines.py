@@ -32,7 +32,7 @@ def chain_wanted(penalty: InputPenalty, model: Any, x: Tensor, arguments: Any = 
     if reason is None and any(isinstance(t, Tensor) and t.requires_grad for t in arguments):
         reason = "an argument of the penalty requires grad"
     if reason is not None and penalty.engine == "chain":
-        raise RuntimeError(f"engine='chain' cannot run this call: {reason}")
+        raise RuntimeError(f"engine='chain' cannot run this call: {reason}. Use engine='autograd'")
     return reason is None
 
 
@@ -74,7 +74,9 @@ def by_chain(
         if state is not None:
             state.restore()
         if penalty.engine == "chain":
-            raise RuntimeError(f"engine='chain' cannot run this model: {error}") from error
+            raise RuntimeError(
+                f"engine='chain' cannot run this model: {error}. Use engine='autograd'"
+            ) from error
         if state is None and not error.early:  # it was taken before, and does something else now
             raise RuntimeError(
                 f"the chain engine took this model before and cannot take it now: {error}. Its "

@@ -7,10 +7,12 @@ between, its code evicted from the caches, some 2 µs.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from fastjac.activations import get
@@ -69,6 +71,14 @@ class Forward:
         self.own = type(module).forward.__get__(module)
         self.name = ""
 
+    @property
+    def __code__(self) -> Any:  # torch.export reads both of any forward
+        return self.own.__func__.__code__
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self.own)
+
     def plain(self, *args: Any, **kwargs: Any) -> Any:
         """What stood there before."""
         return (self.previous or self.own)(*args, **kwargs)
@@ -100,7 +110,8 @@ def first(args: Any, kwargs: Any) -> Any:
 
 class Root(Forward):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        watch = self.watch
+        # An exported program would hold the penalty's detached tensors: it gets the plain model.
+        watch = None if torch.compiler.is_exporting() else self.watch
         if watch is not None and any(type(t) is Tracked for t in args):
             raise Unsupported("a layer-wise penalty is attached to the model")
         nested = watch is not None and watch.current is not None and watch.running() is not None

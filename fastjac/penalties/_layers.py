@@ -240,11 +240,16 @@ def batch_normed(y: Tensor, norm: Any) -> Normed | None:
     return Normed(y, version, mean, invstd, norm.eps)
 
 
+def top_hooks() -> Any:
+    """The hooks on saved tensors of the innermost checkpoint, or other saver of tensors, if any."""
+    if torch.compiler.is_compiling():
+        return None
+    return torch._C._autograd._top_saved_tensors_default_hooks(True)
+
+
 def saved_tensor_hooks() -> bool:
     """Whether a checkpoint (or another saver of tensors) is active."""
-    if torch.compiler.is_compiling():
-        return False
-    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+    return top_hooks() is not None
 
 
 class InverseVariance(Function):

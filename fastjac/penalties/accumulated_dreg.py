@@ -13,7 +13,7 @@ from typing_extensions import Unpack
 from fastjac import reference
 from fastjac.ops import act
 from fastjac.penalties import _autograd, _checks, _distributed
-from fastjac.penalties._layers import Call, Phi
+from fastjac.penalties._layers import Call, Phi, top_hooks
 from fastjac.penalties._layerwise import LayerOptions, LayerPenalty
 from fastjac.penalties._spec import PenaltySpec, pushed_example
 from fastjac.penalties._watch import Pass
@@ -78,9 +78,23 @@ class AccumulatedDREG(LayerPenalty):
                 "the model computes with DTensors (tensor parallel), which have no forward-mode "
                 "derivative: use DREG"
             )
+        if torch.compiler.is_compiling():
+            raise RuntimeError(
+                "AccumulatedDREG pushes a tangent forward while it watches the model, which "
+                "torch.compile cannot trace: call it outside the compiled function"
+            )
         u = self._draw(_checks.floating("x", x)) if tangent is None else self._given(tangent, x)
+        # Those of a checkpoint around this call, which recomputes all of it.
+        vars(self)["_hooks"] = top_hooks()
         with forward_ad.dual_level():
-            dual, values = super().model_form(model, forward_ad.make_dual(x, u))
+            try:
+                dual, values = super().model_form(model, forward_ad.make_dual(x, u))
+            except NotImplementedError as error:
+                raise NotImplementedError(
+                    "an operation of the model has no forward-mode derivative (as none has in a "
+                    "graph of torch.compile: call it outside the compiled function). Torch said: "
+                    f"{error}"
+                ) from error
             return forward_ad.unpack_dual(dual).primal, values
 
     computes = True
@@ -90,6 +104,11 @@ class AccumulatedDREG(LayerPenalty):
         a, u = forward_ad.unpack_dual(x)
         if u is None or x.dim() < 2 or len(x) == 0:
             return None
+        if top_hooks() != self._hooks:
+            raise RuntimeError(
+                "a part of the model runs in a checkpoint, which would recompute it without its "
+                "tangent: checkpoint the call of AccumulatedDREG as a whole, or nothing in it"
+            )
         # Torch would take the two products apart, and add two ∂W of different memory order:
         # 784-4×512-10, batch 128, 2 cores, 30 against 14 ms a step.
         both, weight = torch.cat([a, u]), module.weight

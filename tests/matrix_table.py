@@ -1,0 +1,200 @@
+"""What each cell of the matrix is, and the page that shows it.
+
+``python tests/matrix_table.py docs/MATRIX.md`` writes the page; `test_matrix.py` checks each cell
+and that the page is up to date.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from matrix_things import THINGS, Thing
+from matrix_ways import WAYS, Way
+
+
+@dataclass(frozen=True)
+class Raises:
+    """The error's message holds ``message``; ``note`` says what to do where torch does not."""
+
+    message: str
+    note: str = ""
+
+
+PROJECTED = ("SpectReg *", "DataGrad *", "FrobReg *")
+CALLED = ("DREG called", "Contractive called", "AccumulatedDREG called")
+BY_AUTOGRAD = ("fused + autograd.grad", "*Reg graph", "DataGrad graph", "* autograd")
+
+NO_PASS = Raises("the model has not run since the last call with training mode and gradients on")
+NO_GRAD = Raises(
+    "element 0 of tensors does not require grad", "leave the mode: a VJP needs a graph"
+)
+A_FUNCTION = Raises(
+    "layer-wise penalties look at submodules, so it must be an nn.Module", "use the attached form"
+)
+REENTRANT = Raises("you can either set use_reentrant=False")
+AUTOGRAD = Raises("Use engine='autograd'")
+ATTACH = Raises("attach it before compiling")
+ACCUMULATED = Raises("call it outside the compiled function")
+DOUBLE = Raises(
+    "does not currently support double backward",
+    "compile the whole step with `trace_autograd_ops`, or use `engine='compiled'`",
+)
+
+
+def each(names: tuple[str, ...], state: Raises) -> dict[str, Raises]:
+    return dict.fromkeys(names, state)
+
+
+FUNC = {
+    **each(CALLED, A_FUNCTION),
+    **each(PROJECTED, Raises("call it outside, or write it with torch.func.vjp")),
+}
+STEP = {
+    **each(("DREG called", "Contractive called"), ATTACH),
+    "AccumulatedDREG called": ACCUMULATED,
+    "* chain": AUTOGRAD,
+    "* compiled": Raises("use engine='autograd' inside a compiled function"),
+}
+
+# Way (its function) → pattern of things → what they raise; exact where nothing is said.
+EXPECTED: dict[str, dict[str, Raises]] = {
+    "no_grad": {
+        "fused + autograd.grad": NO_GRAD,
+        "* attached": NO_PASS,
+        **each(PROJECTED, Raises("torch.no_grad() is active: leave it")),
+    },
+    "inference_mode": {
+        "fused + autograd.grad": NO_GRAD,
+        "* attached": NO_PASS,
+        **each(CALLED, Raises("use torch.no_grad() to get the value alone")),
+        **each(PROJECTED, Raises("inference mode is active: leave it")),
+    },
+    "autocast_bf16": {"* chain": AUTOGRAD},
+    "autocast_fp16": {"* chain": AUTOGRAD},
+    "through_functional_call": each(CALLED, A_FUNCTION),
+    "checkpointed": {
+        "fused + func.vjp": Raises(
+            "don't yet support saved tensor hooks", "take the VJP by `autograd.grad`"
+        ),
+        "AccumulatedDREG called": Raises("checkpoint the call of AccumulatedDREG as a whole"),
+        **each(("* chain", "* compiled"), AUTOGRAD),
+    },
+    "reentrant": {
+        **each(BY_AUTOGRAD, REENTRANT),
+        "fused + func.vjp": Raises(
+            "it must override the setup_context staticmethod", "set `use_reentrant=False`"
+        ),
+        **each(
+            ("DREG *", "Contractive *", "AccumulatedDREG *"),
+            Raises("use checkpoint(..., use_reentrant=False)"),
+        ),
+        **each(("* chain", "* compiled"), AUTOGRAD),
+    },
+    **{
+        name: {
+            **FUNC,
+            "fused + autograd.grad": Raises(words, "take the VJP by `torch.func.vjp`"),
+        }
+        for name, words in (
+            ("func_grad", "appears to not have been used in the graph"),
+            ("func_vjp", "appears to not have been used in the graph"),
+            ("func_jvp", "does not require grad"),
+            ("func_jacrev", "appears to not have been used in the graph"),
+            ("func_vmap", "does not require grad"),
+        )
+    },
+    "compiled_model": {
+        **each(BY_AUTOGRAD, DOUBLE),
+        "fused + func.vjp": Raises(
+            "torch.func.grad is also wrapped within a torch.compile", "compile the whole step"
+        ),
+        **each(CALLED, Raises("pass the module before compiling")),
+        "* chain": AUTOGRAD,
+        "* compiled": Raises("pass it before compiling"),
+    },
+    "step": {
+        **STEP,
+        **each(BY_AUTOGRAD, Raises("Change `torch._dynamo.config.trace_autograd_ops` to `True`")),
+    },
+    "broken_step": {
+        **each(BY_AUTOGRAD, DOUBLE),
+        "AccumulatedDREG called": ACCUMULATED,
+        "* chain": AUTOGRAD,
+        "* compiled": STEP["* compiled"],
+    },
+    "traced_step": STEP,
+    "three_steps": STEP,
+    "dynamic_shapes": STEP,
+    "exported": {
+        "fused + func.vjp": Raises("call the function of fastjac, or use torch.autograd"),
+        "* attached": NO_PASS,
+        **each(CALLED, Raises("model has no layer to penalise")),
+    },
+}
+
+
+EXPECTED["func_jvp"]["AccumulatedDREG called"] = Raises(
+    "Nested forward mode AD is not supported", "take `grad` or `vjp`"
+)
+INDUCTOR = ("fused + func.vjp", "DREG attached", "SpectReg graph", "DataGrad compiled")
+
+
+def state_of(way: Way, thing: Thing) -> Raises | None:
+    """What a cell raises; None: it is exact."""
+    found = [s for p, s in EXPECTED.get(way.key, {}).items() if fnmatchcase(thing.name, p)]
+    assert len(found) < 2, f"{way.key}, {thing.name}: {len(found)} patterns say what it is"
+    return found[0] if found else None
+
+
+# ---- the page
+
+HEAD = """# Ways of running × things
+
+Written by `python tests/matrix_table.py docs/MATRIX.md` from the table that `tests/test_matrix.py`
+checks cell by cell (torch 2.13). ✓: the gradients of all parameters and of x are those of the
+plain-torch reference in float64, to 1e-10. In float32 and under autocast: no further from the
+float64 gradients than twice what plain torch is, run the same way. Under `no_grad` and in inference
+mode there are no gradients, and the value is what is compared. A number: an error, whose message is
+at the foot of the table; nothing runs and is wrong.
+
+The things: *fused*, a fused model (`fuse`, `fastjac.nn`, functions) under somebody's own penalty;
+*attached* and *called*, the two forms of the layer-wise penalties; *graph*, `penalty(x, output)`;
+*chain*, *compiled*, *autograd*, the engine of `penalty(model, x)`. Compiled cells are compiled by
+`aot_eager`, and those of {inductor} also by inductor.
+"""
+
+
+def page() -> str:
+    parts = [HEAD.format(inductor=", ".join(f"*{name}*" for name in INDUCTOR))]
+    for group in dict.fromkeys(thing.group for thing in THINGS):
+        things, notes = [t for t in THINGS if t.group == group], []
+        parts.append(f"## {group}\n")
+        parts.append(row("", *(t.name for t in things)))
+        parts.append("|" + " --- |" * (len(things) + 1))
+        for way in WAYS:
+            cells = []
+            for thing in things:
+                state = state_of(way, thing)
+                if state is not None and state not in notes:
+                    notes.append(state)
+                gpu = "✓ (GPU)" if way.gpu else "✓"
+                cells.append(gpu if state is None else f"[{notes.index(state) + 1}]")
+            parts.append(row(f"{way.group}: {way.name}", *cells))
+        parts.append("")
+        for number, state in enumerate(notes, 1):
+            note = f" ({state.note})" if state.note else ""
+            parts.append(f"{number}. “{state.message}”{note}")
+        parts.append("")
+    return "\n".join(parts)
+
+
+def row(*cells: Any) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+if __name__ == "__main__":
+    Path(sys.argv[1]).write_text(page())

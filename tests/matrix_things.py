@@ -1,0 +1,285 @@
+"""What the matrix runs: fused models and penalties in their call forms, each with its truth.
+
+A thing computes ``(output, value)`` of a net; the loss of all of them is ``cross entropy + value``.
+The truth is the same on the plain net, in float64, by `fastjac.reference`.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from layer_cases import recorded
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+import fastjac
+from fastjac import reference
+from fastjac.penalties import DREG, AccumulatedDREG, ConfidencePenalty, Contractive
+
+Pair = tuple[Tensor, Tensor]
+Run = Callable[[Tensor], Tensor]
+
+
+def mlp() -> nn.Sequential:
+    """The third and the fifth module have weights of one shape (`shared`)."""
+    return nn.Sequential(
+        *(nn.Linear(4, 5), nn.GELU(), nn.Linear(5, 5), nn.Tanh()),
+        *(nn.Linear(5, 5), nn.SiLU(), nn.Linear(5, 3)),
+    )
+
+
+def convnet() -> nn.Sequential:
+    return nn.Sequential(
+        *(nn.Conv2d(2, 3, 2), nn.GELU(), nn.Conv2d(3, 4, 2), nn.Tanh()),
+        *(nn.Flatten(), nn.Linear(16, 3)),
+    )
+
+
+def cotangents(output: Tensor) -> Tensor:
+    """Fixed ones ``[N, m]``: nothing is drawn, so all engines have the same."""
+    n, m = output.shape
+    index = torch.arange(n * m, dtype=output.dtype, device=output.device)
+    return (1 + index).sin().view(n, m)
+
+
+# ---- the truth: (model, x, y) -> (output, value)
+
+
+def of_input(f: Callable[..., Tensor]) -> Callable[..., Pair]:
+    def truth(model: Run, x: Tensor, y: Tensor) -> Pair:
+        output = model(x)
+        return output, f(x, output, y).mean()
+
+    return truth
+
+
+def of_layers(f: Callable[..., Tensor], model: nn.Module, x: Tensor, y: Tensor) -> Pair:
+    activations = (nn.GELU, nn.Tanh, nn.SiLU)
+    children = pairwise(model.named_children())
+    pairs = {name: phi for (name, _), (_, phi) in children if isinstance(phi, activations)}
+    with parametrize.cached():  # one power iteration of spectral norm in a run, as for the penalty
+        output, stack = recorded(model, x, pairs)
+        return output, f(stack).mean()
+
+
+def accumulated(model: nn.Sequential, x: Tensor, y: Tensor) -> Pair:
+    def activations(x: Tensor) -> list[Tensor]:
+        outs = []
+        for module in model:
+            x = module(x)
+            if not isinstance(module, nn.Linear | nn.Conv2d | nn.Flatten):
+                outs.append(x)
+        return [*outs, x]
+
+    tangent = torch.ones_like(x).cumsum(0).cos()
+    with parametrize.cached():
+        value = reference.accumulated_dreg(activations, x, tangent=tangent).mean()
+        return model(x), value
+
+
+spectreg_truth = of_input(lambda x, o, y: reference.spectreg(x, o, projection=cotangents(o)))
+datagrad_truth = of_input(reference.datagrad)
+frobreg_truth = of_input(lambda x, o, y: reference.frobreg(x, o))
+
+
+# ---- ours: (penalty, run, x, y) -> (output, value)
+
+
+def own_penalty(penalty: Any, run: Run, x: Tensor, y: Tensor) -> Pair:
+    """A user's SpectReg: the fused model alone is ours."""
+    output = run(x)
+    (v,) = torch.autograd.grad(output, x, cotangents(output), create_graph=True)
+    return output, v.flatten(1).square().sum(1).mean()
+
+
+def own_penalty_by_func(penalty: Any, run: Run, x: Tensor, y: Tensor) -> Pair:
+    output, pull, *_ = torch.func.vjp(run, x)
+    (v,) = pull(cotangents(output))
+    return output, v.flatten(1).square().sum(1).mean()
+
+
+def attached(penalty: Any, run: Run, x: Tensor, y: Tensor) -> Pair:
+    return run(x), penalty()
+
+
+def called(penalty: Any, run: Run, x: Tensor, y: Tensor) -> Pair:
+    return penalty(run, x)
+
+
+def called_with_tangent(penalty: Any, run: Run, x: Tensor, y: Tensor) -> Pair:
+    return penalty(run, x, tangent=torch.ones_like(x).cumsum(0).cos())
+
+
+def with_targets(penalty: Any, run: Run, x: Tensor, y: Tensor) -> Pair:
+    return penalty(run, x, y)
+
+
+def projected(penalty: Any, run: Run, x: Tensor, y: Tensor) -> Pair:
+    low = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+    return penalty(run, x, projection=cotangents(x.new_empty(len(x), 3, dtype=low)))
+
+
+def on_graph(penalty: Any, run: Run, x: Tensor, y: Tensor) -> Pair:
+    output = run(x)
+    return output, penalty(x, output)
+
+
+def on_graph_with_targets(penalty: Any, run: Run, x: Tensor, y: Tensor) -> Pair:
+    output = run(x)
+    return output, penalty(x, output, y)
+
+
+def on_graph_projected(penalty: Any, run: Run, x: Tensor, y: Tensor) -> Pair:
+    output = run(x)
+    return output, penalty(x, output, projection=cotangents(output))
+
+
+# ---- the things
+
+
+@dataclass(frozen=True)
+class Thing:
+    """``make(model)`` gives the penalty, or None; ``form`` calls it."""
+
+    name: str
+    group: str
+    make: Callable[[nn.Module], Any]
+    form: Callable[[Any, Run, Tensor, Tensor], Pair]
+    truth: Callable[[Any, Tensor, Tensor], Pair]
+
+
+class Function(nn.Module):
+    """A function of fastjac, called in a forward."""
+
+    def forward(self, z: Tensor) -> Tensor:
+        return fastjac.tanh(z)
+
+
+def fused_modules(model: nn.Module) -> None:
+    """All three ways to a fused activation: a layer with its own, a function, a module."""
+    inner = getattr(model, "inner", model)
+    old = inner[0]
+    if isinstance(old, nn.Conv2d):
+        inner[0] = fastjac.nn.ConvAct(2, 3, 2, "gelu", dtype=torch.float64)
+    else:
+        inner[0] = fastjac.nn.LinearAct(4, 5, "gelu", dtype=torch.float64)
+    inner[0].weight, inner[0].bias = old.weight, old.bias
+    inner[1], inner[3] = nn.Identity(), Function()
+    fastjac.fuse(model)
+
+
+def engine(kind: type, name: str) -> Callable[[nn.Module], Any]:
+    return lambda model: kind(engine=name)
+
+
+dreg_truth = partial(of_layers, reference.dreg)
+contractive_truth = partial(of_layers, reference.contractive)
+confidence_truth = of_input(lambda x, o, y: reference.confidence_penalty(x, o))
+
+THINGS = [
+    Thing("fused + autograd.grad", "fused", fused_modules, own_penalty, spectreg_truth),
+    Thing("fused + func.vjp", "fused", fused_modules, own_penalty_by_func, spectreg_truth),
+    Thing("DREG attached", "layer-wise", DREG, attached, dreg_truth),
+    Thing("DREG called", "layer-wise", lambda m: DREG(), called, dreg_truth),
+    Thing("Contractive attached", "layer-wise", Contractive, attached, contractive_truth),
+    Thing("Contractive called", "layer-wise", lambda m: Contractive(), called, contractive_truth),
+    Thing(
+        *("AccumulatedDREG called", "layer-wise", lambda m: AccumulatedDREG()),
+        *(called_with_tangent, accumulated),
+    ),
+    Thing("Confidence graph", "output", lambda m: ConfidencePenalty(), on_graph, confidence_truth),
+    Thing("Confidence called", "output", lambda m: ConfidencePenalty(), called, confidence_truth),
+]
+for kind, truth, on_graph_form, form in (
+    (fastjac.SpectReg, spectreg_truth, on_graph_projected, projected),
+    (fastjac.DataGrad, datagrad_truth, on_graph_with_targets, with_targets),
+    (fastjac.FrobReg, frobreg_truth, on_graph, called),
+):
+    name, group = kind.__name__, "input Jacobian"
+    THINGS.append(Thing(f"{name} graph", group, lambda m, k=kind: k(), on_graph_form, truth))
+    for e in ("chain", "compiled", "autograd"):
+        THINGS.append(Thing(f"{name} {e}", group, engine(kind, e), form, truth))
+
+
+@dataclass
+class Ours:
+    """A thing on a model: ``losses(x, y)`` is the pair (cross entropy, value)."""
+
+    thing: Thing
+    model: nn.Module
+    penalty: Any
+
+    def losses(self, x: Tensor, y: Tensor, run: Run | None = None) -> Pair:
+        output, value = self.thing.form(self.penalty, run or self.model, x, y)
+        return F.cross_entropy(output, y), value
+
+    def __call__(self, x: Tensor, y: Tensor, run: Run | None = None) -> Tensor:
+        return sum(self.losses(x, y, run))  # type: ignore[return-value]
+
+
+def backward(loss: Callable[..., Tensor], model: nn.Module, x: Tensor, y: Tensor) -> None:
+    loss(x, y).backward()
+
+
+class Cell:
+    """One thing on one net, and the plain net with the same numbers."""
+
+    def __init__(
+        self,
+        thing: Thing,
+        net: Callable[[], nn.Module] = mlp,
+        change: Callable[[Any], Any] = lambda model: None,
+        wrap: Callable[[nn.Module], nn.Module] = lambda model: model,
+    ) -> None:
+        torch.manual_seed(0)
+        self.plain = net().double()
+        change(self.plain)
+        model = wrap(copy.deepcopy(self.plain))
+        self.thing, self.ours = thing, Ours(thing, model, thing.make(model))
+        shape = (6, 4) if net is mlp else (6, 2, 4, 4)
+        self.x = torch.randn(shape, dtype=torch.float64)
+        self.y = torch.arange(6) % 3
+
+    @property
+    def model(self) -> Any:
+        return self.ours.model
+
+    def truth(self, x: Tensor, y: Tensor) -> Tensor:
+        output, value = self.thing.truth(self.plain, x, y)
+        return F.cross_entropy(output, y) + value
+
+    def expected(self, train: Callable[..., None] = backward) -> list[Tensor]:
+        return gradients_of(self.truth, self.plain, self.x, self.y, train)
+
+    def found(self, train: Callable[..., None] = backward, loss: Any = None) -> list[Tensor]:
+        return gradients_of(loss or self.ours, self.model, self.x, self.y, train)
+
+    def agrees(self, train: Callable[..., None] = backward, loss: Any = None) -> None:
+        """The gradients of the parameters, and of x, are those of the truth."""
+        same(self.found(train, loss), self.expected(train))
+
+
+def gradients_of(
+    loss: Callable[..., Tensor],
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    train: Callable[..., None] = backward,
+) -> list[Tensor]:
+    """Of x and all parameters, zeros where there is none."""
+    x = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+    model.zero_grad()
+    train(loss, model, x, y)
+    return [torch.zeros_like(t) if t.grad is None else t.grad for t in (x, *model.parameters())]
+
+
+def same(found: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
+    # Some dozen roundings of float64, of numbers of order 1.
+    torch.testing.assert_close(list(found), list(expected), rtol=1e-10, atol=1e-12)

@@ -1,0 +1,185 @@
+"""Each cell of the matrix ways of running × things is exact, or raises what the table says."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import matrix_ways
+import pytest
+import torch
+from matrix_table import EXPECTED, INDUCTOR, page, state_of
+from matrix_things import THINGS, Thing
+from matrix_ways import WAYS, Way
+from torch.func import functional_call
+
+from fastjac.chain import links
+from fastjac.ops import layer_act
+from fastjac.ops._library import raw
+from fastjac.penalties import _autograd, _backend, _compiled
+
+pytestmark = [
+    pytest.mark.usefixtures("empty_graphs"),
+    # Torch hides this warning of its own while it traces a tensor that is no leaf, but not from
+    # pytest.
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning"),
+]
+PAGE = Path(__file__).resolve().parent.parent / "docs/MATRIX.md"
+WAY = {way.key: way for way in WAYS}
+THING = {thing.name: thing for thing in THINGS}
+
+# What compiles takes a second a cell: of these the fast suite has some, the slow one all.
+FAST_COMPILED = {
+    *((way, thing) for way in ("step", "traced_step") for thing in ("fused + func.vjp",)),
+    *((way, "DREG attached") for way in ("compiled_model", "step", "three_steps")),
+    *((way, "SpectReg graph") for way in ("compiled_model", "step", "traced_step")),
+    *((way, "SpectReg compiled") for way in ("eager", "autocast_bf16", "checkpointed", "shared")),
+}
+
+
+def cells() -> Iterator[Any]:
+    for way in WAYS:
+        for thing in THINGS:
+            marks = [pytest.mark.gpu] if way.gpu else []
+            compiles = way.group == "torch.compile" or thing.name.endswith("compiled")
+            if compiles and (way.key, thing.name) not in FAST_COMPILED:
+                marks.append(pytest.mark.slow)
+            yield pytest.param(way, thing, marks=marks, id=f"{way.key}-{thing.name}")
+
+
+def check(way: Way, thing: Thing) -> None:
+    torch._dynamo.reset()
+    state = state_of(way, thing)
+    if state is None:
+        way.check(thing)
+        return
+    with pytest.raises(Exception, match=re.escape(state.message)) as raised:
+        way.check(thing)
+    assert not isinstance(raised.value, AssertionError)
+
+
+@pytest.mark.parametrize(("way", "thing"), list(cells()))
+def test_cell(way: Way, thing: Thing, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_backend, "NAME", "aot_eager")
+    check(way, thing)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("thing", INDUCTOR)
+@pytest.mark.parametrize("way", [w.key for w in WAYS if w.group == "torch.compile"])
+def test_by_inductor(way: str, thing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(matrix_ways, "BACKEND", "inductor")
+    check(WAY[way], THING[thing])
+
+
+def test_page_is_up_to_date() -> None:
+    assert PAGE.read_text() == page(), "run: python tests/matrix_table.py docs/MATRIX.md"
+
+
+def test_table_speaks_of_cells_that_exist() -> None:
+    for key, states in EXPECTED.items():
+        assert key in WAY
+        for pattern in states:
+            assert any(fnmatchcase(name, pattern) for name in THING), (key, pattern)
+
+
+# ---- planted faults: a cell sees them
+
+
+def fails(way: str, thing: Thing) -> None:
+    torch._dynamo.reset()
+    with pytest.raises(AssertionError, match="not close"):
+        WAY[way].check(thing)
+
+
+def without_curvature(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No φ'' in the double backward of the fused activation, of DREG and of the chain engine."""
+    fused = importlib.import_module("fastjac.ops.act")._Act
+
+    def backward(ctx: Any, v: Any) -> Any:
+        grad_z, *others = original(ctx, v)
+        order = ctx.constants[0]
+        return torch.zeros_like(grad_z) if order else grad_z, *others
+
+    def planted(name: str) -> Any:
+        op = raw(name)
+        if "act_stats_backward" not in name:
+            return op
+        return lambda z, g, n, q, *rest: op(z, g, n, torch.zeros_like(q), *rest)
+
+    original = fused.backward
+    monkeypatch.setattr(fused, "backward", staticmethod(backward))
+    monkeypatch.setattr(layer_act, "raw", planted)
+    nothing = property(lambda link: None, lambda link, value: None)
+    monkeypatch.setattr(links.Activation, "extra", nothing, raising=False)
+
+
+def without_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """VJPs with no graph: what a missing ``create_graph`` leaves."""
+    vjp, pull = _autograd.vjp, _compiled.Pullback.vjp
+    monkeypatch.setattr(_autograd, "vjp", lambda *a: (v.detach() + 0 * a[0].sum() for v in vjp(*a)))
+    monkeypatch.setattr(_compiled.Pullback, "vjp", lambda *a: (v.detach() for v in pull(*a)))
+
+
+@pytest.mark.parametrize("way", ["eager", "accumulation", "spectral_norm"])
+@pytest.mark.parametrize(
+    "thing", ["fused + autograd.grad", "fused + func.vjp", "DREG attached", "DREG called"]
+)
+def test_dropped_curvature_is_seen(way: str, thing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    without_curvature(monkeypatch)
+    fails(way, THING[thing])
+
+
+@pytest.mark.parametrize("thing", ["SpectReg chain", "DataGrad chain", "FrobReg chain"])
+def test_dropped_curvature_of_the_chain_is_seen(
+    thing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_curvature(monkeypatch)
+    fails("channels_last", THING[thing])  # convolutions: an MLP is one call, in C++
+
+
+@pytest.mark.parametrize("way", ["eager", "clipping"])
+@pytest.mark.parametrize("thing", ["SpectReg graph", "DataGrad autograd"])
+def test_dropped_graph_is_seen(way: str, thing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    without_graph(monkeypatch)
+    fails(way, THING[thing])
+
+
+def test_dropped_graph_of_the_compiled_engine_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_backend, "NAME", "aot_eager")
+    without_graph(monkeypatch)
+    fails("eager", THING["SpectReg compiled"])
+
+
+def detached_weight(thing: Thing) -> Thing:
+    """The penalty runs a model whose first weight is detached, the loss does not."""
+
+    def form(penalty: Any, run: Any, x: Any, y: Any) -> Any:
+        held = {"0.weight": run[0].weight.detach()}
+        value = thing.form(penalty, lambda x: functional_call(run, held, (x,)), x, y)[1]
+        return run(x), value
+
+    return replace(thing, form=form)
+
+
+@pytest.mark.parametrize("way", ["eager", "non_leaf", "frozen_layer"])
+@pytest.mark.parametrize(
+    "thing", ["fused + autograd.grad", "SpectReg graph", "DataGrad chain", "FrobReg autograd"]
+)
+def test_detached_weight_is_seen(way: str, thing: str) -> None:
+    fails(way, detached_weight(THING[thing]))
+
+
+@pytest.mark.parametrize("thing", ["DREG attached", "DREG called", "Contractive attached"])
+def test_detached_weight_of_a_layer_is_seen(thing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def add_nothing(grads: Any, weights: Any, c: Any, suffix: str, add: bool) -> None:
+        for grad in () if add else grads:
+            grad.zero_()
+
+    monkeypatch.setattr(layer_act, "add_to", add_nothing)
+    fails("eager", THING[thing])
