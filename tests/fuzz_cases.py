@@ -88,7 +88,7 @@ def overlapping(rng: Random, t: Tensor) -> Tensor:
 
 def resized(rng: Random, t: Tensor) -> Tensor:
     """Another shape: a dimension more or less, or one of another size, maybe a huge one."""
-    kind = rng.randrange(5)
+    kind = rng.randrange(6)
     shape = list(t.shape)
     if kind == 0 or not shape:
         shape.insert(rng.randint(0, len(shape)), rng.choice(SIZES))
@@ -102,7 +102,9 @@ def resized(rng: Random, t: Tensor) -> Tensor:
             shape = [s if s in HUGE else min(s, 1) for s in shape]
         return t.new_zeros([]).expand(shape)
     else:
-        shape[rng.randrange(len(shape))] = rng.choice(SIZES)
+        d = rng.randrange(len(shape))
+        near = (max(shape[d] - 1, 0), shape[d] + 1)  # where a bound is off by one
+        shape[d] = rng.choice(SIZES if kind == 3 else near)
     return numbers(rng, shape, t.dtype)
 
 
@@ -150,7 +152,7 @@ def mutated(rng: Random, t: Any) -> Any:
         return t
     if t.numel() > 2**20 or max(t.shape, default=0) > 2**20:
         return t
-    change = rng.randrange(12)
+    change = rng.randrange(-1, 12)
     if change < 2:
         return resized(rng, t)
     if change < 4:

@@ -53,6 +53,7 @@ fuzzed = settings(
     max_examples=CASES, deadline=None, print_blob=True, database=None, derandomize=CASES <= 40,
     suppress_health_check=list(HealthCheck),
 )  # fmt: skip
+fuzzed_penalty = settings(fuzzed, max_examples=CASES // 2)  # of each of many
 randoms = st.randoms(use_true_random=False)
 
 WRONG = (
@@ -346,7 +347,7 @@ def resized_batch(call: Call, n: int, rng: Random) -> None:
 
 
 @pytest.mark.parametrize("spec", SPECS)
-@fuzzed
+@fuzzed_penalty
 @given(rng=randoms)
 def test_penalties_equal_the_reference(spec, rng):
     options = dict(rng.choice(spec.cases))
@@ -374,7 +375,7 @@ def test_penalties_equal_the_reference(spec, rng):
 
 
 @pytest.mark.parametrize("spec", SPECS)
-@fuzzed
+@fuzzed_penalty
 @given(rng=randoms)
 def test_a_broken_argument_of_a_penalty_is_named(spec, rng):
     call = Call(spec, dict(rng.choice(spec.cases)))

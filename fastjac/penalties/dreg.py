@@ -340,7 +340,7 @@ class DREG(LayerPenalty):
         if gain.place is None:  # φ' = 1: every position counts alike
             places = torch.full((n,), float(call.positions), dtype=dtype, device=call.z.device)
         else:
-            places = gain.place.reshape(n, -1).sum(1)
+            places = _autograd.rows(gain.place).sum(1)
         term = Term(call, self._divisor(call), gain=gain, post=call.z)
         if self.per_sample_wanted:
             rows = self._rows(call, None, gain)

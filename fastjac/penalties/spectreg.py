@@ -94,7 +94,7 @@ class SpectReg(RandomPenalty):
             group = min(k, m)
             # The signs of Q's columns are not uniform, which norms do not see.
             q = torch.linalg.qr(torch.randn(-(-k // group), n, m, group, **options)).Q
-            return q.permute(0, 3, 1, 2).reshape(-1, n, m)[:k] * math.sqrt(m)
+            return q.permute(0, 3, 1, 2).flatten(0, 1)[:k] * math.sqrt(m)
         r = torch.randn((k, n, m), **options)
         if self.distribution == "spherical":
             r = r * (math.sqrt(m) / torch.linalg.vector_norm(r, dim=-1, keepdim=True))
