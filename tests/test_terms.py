@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -170,6 +172,14 @@ def test_time_of_the_double_backward_is_the_penaltys() -> None:
     timer.backward("same", loss * 1, loss)
     loss.backward()
     assert timer.end().get("same", 0.0) == 0.0 < both < 1.0
+
+
+@pytest.mark.parametrize("library", ["lightning", "transformers"])
+def test_without_the_library(library: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, library, None)
+    monkeypatch.delitem(sys.modules, f"fastjac.integrations.{library}", raising=False)
+    with pytest.raises(ImportError, match=rf"pip install fastjac\[{library}\]"):
+        importlib.import_module(f"fastjac.integrations.{library}")
 
 
 def test_what_is_refused() -> None:
