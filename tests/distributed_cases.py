@@ -166,6 +166,19 @@ def spectreg(engine: str, model: Any, x: Tensor, w: Tensor) -> tuple[Tensor, Ten
     return fastjac.SpectReg(engine=engine)(model, x, projection=w)
 
 
+def check_hidden(wrap: Wrap, names: Sequence[str], rank: int, world: int, device: Any) -> None:
+    """The gradient with respect to a hidden tensor, of a part that is named."""
+    whole = batch()
+    x, _y, w = own(whole, rank, world, device)
+    for at in names:
+        penalty = fastjac.SpectReg(at=at)
+        alone = net() if at in dict(net().named_modules()) else in_blocks(net())
+        penalty(alone, whole[0], projection=whole[2])[1].backward()
+        model = wrap(net().to(device))
+        penalty(model, x, projection=w)[1].backward()
+        close(gradients_of(model), gradients_of(alone), f"at={at}")
+
+
 def attached(
     model: nn.Module, x: Tensor, kind: Any = fastjac.DREG, **options: Any
 ) -> tuple[Tensor, Tensor]:

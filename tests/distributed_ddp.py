@@ -10,6 +10,7 @@ import torch
 from distributed_cases import (
     attached,
     batch,
+    check_hidden,
     check_registry,
     close,
     expected,
@@ -104,7 +105,7 @@ def registry_find_unused(rank: int, world: int, device: Any) -> None:
 def compiled(rank: int, world: int, device: Any) -> None:
     _backend.NAME = "aot_eager"
     FORMS["compiled"] = partial(spectreg, "compiled")
-    check(["compiled"], rank, world, device)
+    check(["compiled"], rank, world, device, bucket_cap_mb=1e-5)  # by these torch would cut graphs
     part = nn.Sequential(ddp(net().to(device)))
     x, _y, w = own(batch(), rank, world, device)
     raises("wrap the whole model", lambda: spectreg("compiled", part, x, w))
@@ -187,6 +188,10 @@ def every(rank: int, world: int, device: Any) -> None:
             close(gradients_of(model), means)
         else:
             assert all(not g.any() for g in gradients_of(model))
+
+
+def hidden(rank: int, world: int, device: Any) -> None:
+    check_hidden(ddp, ["1"], rank, world, device)
 
 
 def batch_norm(rank: int, world: int, device: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from functools import partial
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from distributed_cases import (
     attached,
     batch,
+    check_hidden,
     check_registry,
     close,
     expected,
@@ -26,6 +28,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fastjac
 from fastjac.penalties import _backend
+from fastjac.penalties._sharded import sharding
 
 
 def root(model: nn.Module, **options: Any) -> nn.Module:
@@ -94,6 +97,10 @@ def compiled(rank: int, world: int, device: Any) -> None:
     raises("parts of the model", lambda: spectreg("compiled", nested(net().to(device)), x, w))
 
 
+def hidden(rank: int, world: int, device: Any) -> None:
+    check_hidden(nested, ["0.1", "1.0"], rank, world, device)
+
+
 def layer_options(rank: int, world: int, device: Any) -> None:
     """The statistics that the penalty computes apart from the activation."""
     x, _y, _w = own(batch(), rank, world, device)
@@ -142,17 +149,22 @@ def other_layers(rank: int, world: int, device: Any) -> None:
         return fully_shard(sharded)
 
     whole = batch(torch.float64)
+    gc.collect()
+    assert not sharding()  # what is alone must run as if FSDP were not there
+    means = {}
     for form, call in FORMS.items():
         alone = model()
         for r in range(world):
             x, y, w = own(whole, r, world, "cpu")
             output, value = call(alone, x, w)
             ((task(output, y) + value) / world).backward()
+        means[form] = gradients_of(alone)
+    for form, call in FORMS.items():
         sharded = wrapped()
         x, y, w = own(whole, rank, world, device)
         output, value = call(sharded, x, w)
         (task(output, y) + value).backward()
-        close(gradients_of(sharded), gradients_of(alone), form)
+        close(gradients_of(sharded), means[form], form)
 
 
 class Checkpointed(nn.Module):

@@ -74,16 +74,15 @@ def plans(rank: int, world: int, device: Any) -> None:
     x, y, _w = (t.to(device) for t in batch(torch.float64))
     for name, plan in PLANS.items():
         width = 6 if name == "DTensors" else 8  # 6 units on 4 processes are 2, 2, 2 and none
-        for options in OPTIONS:
-            for call in (attached, called):
-                for with_task in (True, False):
-                    model = net(torch.float64, width=width).to(device)
-                    model = parallelize_module(model, mesh(world, device), plan())
-                    output, value = call(model, x, **options)
-                    (value + task(output, y) if with_task else value).backward()
-                    alone = net(torch.float64, width=width)
-                    means = expected("dreg", with_task=with_task, model=alone, **options)
-                    close(gradients_of(model), means, f"{name} {options} task={with_task}")
+        for i, options in enumerate(OPTIONS):
+            call, with_task = (attached, called)[i % 2], i % 3 > 0
+            model = net(torch.float64, width=width).to(device)
+            model = parallelize_module(model, mesh(world, device), plan())
+            output, value = call(model, x, **options)
+            (value + task(output, y) if with_task else value).backward()
+            alone = net(torch.float64, width=width)
+            means = expected("dreg", with_task=with_task, model=alone, **options)
+            close(gradients_of(model), means, f"{name} {options} task={with_task}")
 
 
 def values(rank: int, world: int, device: Any) -> None:

@@ -121,10 +121,10 @@ class Penalty(nn.Module):
             _autograd.check_modes()
         if not due:
             output = x_or_output if graph else _autograd.call_model(model_or_x, x_or_output)
-            value = self.reduced(_autograd.attached_zeros(_checks.tensor("output", output)))
+            value = self._reduce(_autograd.attached_zeros(_checks.tensor("output", output)))
         elif graph:
             output = x_or_output
-            value = self.reduced(self.graph_form(model_or_x, output, *targets, **named))
+            value = self._reduce(self.graph_form(model_or_x, output, *targets, **named))
         else:
             output, value = _distributed.run(self, model_or_x, x_or_output, targets, named)
         self.count_call()
@@ -182,7 +182,7 @@ class Penalty(nn.Module):
         """What a call takes, with ``x, output`` or ``model, x`` first."""
         return parameters_of(cls.per_sample)
 
-    def reduced(self, values: Any) -> Tensor:
+    def _reduce(self, values: Any) -> Tensor:
         factor = self.weight * (self.every if self.training else 1)
         if self.reduction == "none":
             return factor * values

@@ -51,11 +51,15 @@ def is_dtensor(t: Any) -> bool:
     return isinstance(t, loaded("torch.distributed.tensor", "DTensor"))
 
 
+def inside(model: Any) -> Any:
+    """The module inside DDP."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
 def unwrapped(model: Any) -> Any:
-    """The module inside ``torch.compile`` and DDP."""
+    """The module inside ``torch.compile`` and DDP, however they stand."""
     while True:
-        inner = getattr(model, "_orig_mod", model)
-        inner = inner.module if isinstance(inner, DistributedDataParallel) else inner
+        inner = inside(getattr(model, "_orig_mod", model))
         if inner is model:
             return model
         model = inner
@@ -106,14 +110,14 @@ def run(penalty: Penalty, model: Any, x: Any, targets: Any, named: Any) -> tuple
         ddp = isinstance(model, DistributedDataParallel)
         if ddp or (is_sharded(model) and not penalty.watches):
             _check_wrapper(model, hooks=0 if ddp else 1)
-            inside = _inside_ddp if ddp else _inside_fully_shard
-            return inside(penalty, model, x, targets, named)
+            within = _inside_ddp if ddp else _inside_fully_shard
+            return within(penalty, model, x, targets, named)
     return _call(penalty, model, x, targets, named)
 
 
 def _call(penalty: Penalty, model: Any, x: Any, targets: Any, named: Any) -> tuple[Tensor, Tensor]:
     output, values = penalty.model_form(model, x, *targets, **named)
-    return output, penalty.reduced(values)
+    return output, penalty._reduce(values)
 
 
 def check_model(model: nn.Module) -> None:

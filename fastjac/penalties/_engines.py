@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy
 
 from fastjac.chain import Chain, Unsupported
 from fastjac.chain.tape import why_not
-from fastjac.penalties import _checks, _compiled
+from fastjac.penalties import _checks, _compiled, _distributed
 
 if TYPE_CHECKING:
     from fastjac.penalties._base import InputPenalty
@@ -145,6 +145,12 @@ class _State:
 
 def explain(penalty: InputPenalty, model: Any, x: Tensor) -> str:
     """The engine of ``penalty(model, x)`` and its reasons, as text; runs the model once."""
+    if _distributed.is_sharded(model):
+        return (
+            f"engine: {penalty.engine}, inside the forward of fully_shard, which is not tried "
+            "here: ask about the model before it is sharded"
+        )
+    model = _distributed.inside(model)
     if penalty.engine == "compiled":
         return _compiled.explain(penalty, model, x)
     reason = "engine='autograd' was asked for" if penalty.engine == "autograd" else None

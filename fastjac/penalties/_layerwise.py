@@ -192,9 +192,9 @@ class LayerPenalty(ModelPenalty):
                 )
         return batch
 
-    def reduced(self, values: Any) -> Tensor:
+    def _reduce(self, values: Any) -> Tensor:
         if not isinstance(values, Sum):
-            return super().reduced(values)
+            return super()._reduce(values)
         factor = self.weight * (self.every if self.training else 1)
         # The mean over no samples would be 0/0.
         return values.total * (factor / (values.count or 1) if self.reduction == "mean" else factor)
@@ -246,7 +246,7 @@ class LayerPenalty(ModelPenalty):
             zeros = _autograd.attached_zeros(outputs[0])
             return zeros if self.reduction == "none" else zeros.sum()
         results = [self._finish(seen, output, None) for seen, output in due]
-        value = self.reduced(_together(results))
+        value = self._reduce(_together(results))
         self.count_call()
         value = _distributed.attached(value, *[output for _, output in due])
         return _distributed.through_sink(value, self._watch.ddp)

@@ -207,8 +207,8 @@ class Watch:
             )
         if seen.compiling and seen.sharded:
             raise RuntimeError(
-                "a layer-wise penalty is attached to a model under fully_shard, which is traced by "
-                "torch.compile: run it without torch.compile"
+                "torch.compile traces a model with a layer-wise penalty, in a process that has "
+                "models under fully_shard, whose weights come and go: run it without torch.compile"
             )
         # One weight for the model and the penalty where a parametrization computes it: spectral
         # norm would make a power iteration for each access.
