@@ -116,6 +116,7 @@ def without_curvature(monkeypatch: pytest.MonkeyPatch) -> None:
     original = fused.backward
     monkeypatch.setattr(fused, "backward", staticmethod(backward))
     monkeypatch.setattr(layer_act, "raw", planted)
+    monkeypatch.setattr(importlib.import_module("fastjac.ops.act_stats"), "raw", planted)
     nothing = property(lambda link: None, lambda link, value: None)
     monkeypatch.setattr(links.Activation, "extra", nothing, raising=False)
 
