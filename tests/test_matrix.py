@@ -128,7 +128,7 @@ def without_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_compiled.Pullback, "vjp", lambda *a: (v.detach() for v in pull(*a)))
 
 
-@pytest.mark.parametrize("way", ["eager", "accumulation", "spectral_norm"])
+@pytest.mark.parametrize("way", ["eager", "autocast_bf16", "spectral_norm"])
 @pytest.mark.parametrize(
     "thing", ["fused + autograd.grad", "fused + func.vjp", "DREG attached", "DREG called"]
 )
@@ -145,7 +145,7 @@ def test_dropped_curvature_of_the_chain_is_seen(
     fails("channels_last", THING[thing])  # convolutions: an MLP is one call, in C++
 
 
-@pytest.mark.parametrize("way", ["eager", "clipping"])
+@pytest.mark.parametrize("way", ["eager", "autocast_fp16", "checkpointed"])
 @pytest.mark.parametrize("thing", ["SpectReg graph", "DataGrad autograd"])
 def test_dropped_graph_is_seen(way: str, thing: str, monkeypatch: pytest.MonkeyPatch) -> None:
     without_graph(monkeypatch)
