@@ -32,7 +32,9 @@ def chain_wanted(penalty: InputPenalty, model: Any, x: Tensor, arguments: Any = 
     if reason is None and any(isinstance(t, Tensor) and t.requires_grad for t in arguments):
         reason = "an argument of the penalty requires grad"
     if reason is not None and penalty.engine == "chain":
-        raise RuntimeError(f"engine='chain' cannot run this call: {reason}. Use engine='autograd'")
+        compiled = hasattr(model, "_orig_mod")
+        advice = "Pass it before compiling" if compiled else "Use engine='autograd'"
+        raise RuntimeError(f"engine='chain' cannot run this call: {reason}. {advice}")
     return reason is None
 
 
