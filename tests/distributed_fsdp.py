@@ -82,7 +82,8 @@ def check(wrap: Any, name: str, forms: dict[str, Any], rank: int, world: int, de
 
 def forms(rank: int, world: int, device: Any) -> None:
     for name, wrap in WRAPS.items():
-        check(wrap, name, FORMS, rank, world, device)
+        if world == 2 or name in ("root", "nested"):
+            check(wrap, name, FORMS, rank, world, device)
 
 
 def registry(rank: int, world: int, device: Any) -> None:
