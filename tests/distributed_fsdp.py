@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import weakref
 from functools import partial
 from typing import Any
 
@@ -72,7 +73,7 @@ def check(wrap: Any, name: str, forms: dict[str, Any], rank: int, world: int, de
         for with_task in (True, False):
             model = wrap(net().to(device))
             means = expected("dreg" if "dreg" in form else "spectreg", with_task=with_task)
-            for _ in range(1 if name == "checkpoint" else 2):
+            for _ in range(1 if with_task else 2):
                 model.zero_grad()
                 output, value = call(model, x, w)
                 (value + task(output, y) if with_task else value).backward()
@@ -81,7 +82,8 @@ def check(wrap: Any, name: str, forms: dict[str, Any], rank: int, world: int, de
 
 def forms(rank: int, world: int, device: Any) -> None:
     for name, wrap in WRAPS.items():
-        check(wrap, name, FORMS, rank, world, device)
+        if world == 2 or name in ("root", "nested"):
+            check(wrap, name, FORMS, rank, world, device)
 
 
 def registry(rank: int, world: int, device: Any) -> None:
@@ -126,6 +128,19 @@ class Other(nn.Module):
         return torch.sin(z)
 
     fastjac_activation = staticmethod(torch.sin)
+
+
+def lifetimes(rank: int, world: int, device: Any) -> None:
+    """What is remembered of a model does not keep it."""
+    x, _y, w = own(batch(), rank, world, device)
+    for call in FORMS.values():
+        model = nested(net().to(device))
+        output, value = call(model, x, w)
+        (output.sum() + value).backward()
+        last = weakref.ref(model)
+        del model, output, value
+        gc.collect()
+        assert last() is None
 
 
 def other_layers(rank: int, world: int, device: Any) -> None:

@@ -1,61 +1,48 @@
-"""Penalties on several processes: gradients as of the whole batch in one process."""
+"""Penalties on several processes: gradients as of the whole batch in one process.
+
+The cases are in ``distributed_*.py``. One start of the processes, some seconds, serves all cases of
+a module, so they are one test: it names those that failed.
+"""
 
 from __future__ import annotations
 
-import functools
+import importlib
 import inspect
-from types import ModuleType
-from typing import Any
 
-import distributed_ddp
-import distributed_fsdp
-import distributed_tp
 import pytest
 import torch.distributed as dist
 from distributed_run import launch
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
 
-FAST = ("few",)
-ON_FOUR = ("forms", "unused", "plans", "values", "positions", "with_fully_shard")
+FAST = ["few"]
+ON_FOUR = ["forms", "unused", "plans", "values", "positions", "with_fully_shard"]
 
 
-def cases_of(module: ModuleType) -> list[str]:
+def cases_of(module: str) -> list[str]:
     """The functions that a module of cases defines with the three arguments of a case."""
     return [
         name
-        for name, f in vars(module).items()
+        for name, f in vars(importlib.import_module(module)).items()
         if inspect.isfunction(f)
-        and f.__module__ == module.__name__
+        and f.__module__ == module
         and list(inspect.signature(f).parameters) == ["rank", "world", "device"]
+        and name not in FAST
     ]
 
 
-@functools.cache
-def results(world: int, module: str, names: tuple[str, ...]) -> dict[str, str]:
-    """One start of the processes for all the cases."""
-    return launch(world, module, list(names))
+def check(world: int, module: str, names: list[str]) -> None:
+    failed = {name: said for name, said in launch(world, module, names).items() if said}
+    assert not failed, "\n".join(f"{name}: {said}" for name, said in failed.items())
 
 
-def parameters() -> list[Any]:
-    modules = (distributed_ddp, distributed_fsdp, distributed_tp)
-    return [
-        pytest.param(world, module.__name__, name, id=f"{module.__name__}-{name}-{world}")
-        for module in modules
-        for world in (2, 4)
-        for name in cases_of(module)
-        if name not in FAST and (world == 2 or name in ON_FOUR)
-    ]
-
-
-def test_two_processes():
-    said = results(2, "distributed_ddp", FAST)
-    assert not any(said.values()), said
+def test_ddp_of_two():
+    check(2, "distributed_ddp", FAST)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("world", "module", "name"), parameters())
-def test_case(world, module, name):
-    names = tuple(p.values[2] for p in parameters() if p.values[:2] == (world, module))
-    said = results(world, module, names)[name]
-    assert not said, said
+@pytest.mark.parametrize("module", ["distributed_ddp", "distributed_fsdp", "distributed_tp"])
+@pytest.mark.parametrize("world", [2, 4])
+def test_cases(world, module):
+    names = cases_of(module)
+    check(world, module, names if world == 2 else [n for n in names if n in ON_FOUR])

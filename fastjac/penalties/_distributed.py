@@ -179,8 +179,6 @@ def _inside_ddp(
 
 # ---- FSDP2
 
-_bares: weakref.WeakKeyDictionary[nn.Module, _Bare] = weakref.WeakKeyDictionary()
-
 
 class _Bare(nn.Module):
     """A module without its hooks: the same parameters, buffers and submodules."""
@@ -189,19 +187,20 @@ class _Bare(nn.Module):
         super().__init__()
         self._parameters, self._buffers = model._parameters, model._buffers
         self._modules = model._modules
-        vars(self)["model"] = weakref.ref(model)  # the key of this in `_bares`
+        vars(self)["model"] = model  # no submodule
 
     def forward(self, x: Tensor) -> Tensor:
-        model: Any = vars(self)["model"]()
+        model: Any = vars(self)["model"]
         return model.forward(x)
 
 
 def _inside_fully_shard(
     penalty: Penalty, model: Any, x: Any, targets: Any, named: Any
 ) -> tuple[Tensor, Tensor]:
-    if model not in _bares:
-        _bares[model] = _Bare(model)
-    bare, before = _bares[model], vars(model).get("forward")
+    # Kept in the model: FSDP's states refer to each other, so a weak dictionary would keep it.
+    bare = vars(model).get("_fastjac_bare") or _Bare(model)
+    vars(model)["_fastjac_bare"] = bare
+    before = vars(model).get("forward")
     bare.training = model.training
 
     def restore() -> None:
