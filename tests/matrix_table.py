@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from matrix_things import THINGS, Thing
-from matrix_ways import WAYS, Way
+from matrix_transforms import WAYS, Way
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,12 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-import matrix_ways
+import matrix_transforms
 import pytest
 import torch
 from matrix_table import EXPECTED, INDUCTOR, page, state_of
 from matrix_things import THINGS, Thing
-from matrix_ways import WAYS, Way
+from matrix_transforms import WAYS, Way
 from torch.func import functional_call
 
 from fastjac.chain import links
@@ -72,7 +72,7 @@ def test_cell(way: Way, thing: Thing, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("way", "thing"), INDUCTOR)
 def test_by_inductor(way: str, thing: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(matrix_ways, "BACKEND", "inductor")
+    monkeypatch.setattr(matrix_transforms, "BACKEND", "inductor")
     monkeypatch.setattr(_backend, "NAME", "inductor")
     assert state_of(WAY[way], THING[thing]) is None
     check(WAY[way], THING[thing])
