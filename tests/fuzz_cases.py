@@ -82,7 +82,7 @@ def permuted(rng: Random, t: Tensor) -> Tensor:
 def overlapping(rng: Random, t: Tensor) -> Tensor:
     """Elements that share memory: an expanded dimension, or strides of 1."""
     if t.dim() and rng.random() < 0.5:
-        return t.new_zeros(t.numel() + t.dim()).as_strided(t.shape, [1] * t.dim()).add(0)
+        return t.new_zeros(sum(t.shape) + 1).as_strided(t.shape, [1] * t.dim())
     return t[:1].expand_as(t) if t.dim() and t.shape[0] else t
 
 

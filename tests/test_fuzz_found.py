@@ -67,7 +67,7 @@ def test_orthogonal_projections_of_no_samples():
         # Sums of sizes that overflow, sizes of dimensions that are not there.
         (lambda: OPS.row_sqnorm([NOTHING, NOTHING]), "too many rows"),
         (lambda: OPS.mlp_forward(torch.ones(()), [], [], 1, PLAN), "x must be a matrix"),
-        (lambda: OPS.mlp_pull(Z[:0], [Z], [], 1, 1, PLAN), "w must have a row"),
+        (lambda: OPS.mlp_pull(Z[:0, :2], [Z], [], 1, 1, PLAN), "w must have a row"),
         (lambda: OPS.mlp_pull(torch.ones(3), [Z], [], 1, 1, PLAN), "w must be|must have"),
     ),
 )  # fmt: skip
