@@ -82,7 +82,7 @@ def permuted(rng: Random, t: Tensor) -> Tensor:
 def overlapping(rng: Random, t: Tensor) -> Tensor:
     """Elements that share memory: an expanded dimension, or strides of 1."""
     if t.dim() and rng.random() < 0.5:
-        return t.new_zeros(t.numel() + t.dim()).as_strided(t.shape, [1] * t.dim()).add(0)
+        return t.new_zeros(sum(t.shape) + 1).as_strided(t.shape, [1] * t.dim())
     return t[:1].expand_as(t) if t.dim() and t.shape[0] else t
 
 
@@ -114,6 +114,12 @@ def _sparse(t: Tensor) -> Tensor:
         return t.to_sparse_csr() if t.dim() == 2 else t.to_sparse()
 
 
+def _nested(t: Tensor) -> Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a prototype
+        return torch.nested.nested_tensor([t, t])
+
+
 def _quantized(t: Tensor) -> Tensor:
     return torch.quantize_per_tensor(t.float(), 0.1, 0, torch.qint8)
 
@@ -121,9 +127,7 @@ def _quantized(t: Tensor) -> Tensor:
 EXOTIC: dict[str, Callable[[Tensor], Any]] = {
     "sparse": _sparse,
     "quantized": _quantized,
-    "nested": lambda t: torch._nested_view_from_buffer_copy(
-        t.reshape(-1), torch.tensor([[t.numel()]]), torch.tensor([[1]]), torch.tensor([0])
-    ),
+    "nested": _nested,
     "mkldnn": lambda t: t.float().contiguous().to_mkldnn(),
     "conjugate": lambda t: t.to(torch.complex64).conj(),
     "negative view": torch._neg_view,

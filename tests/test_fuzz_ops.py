@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -52,8 +53,11 @@ def fuzz(
         },
         capture_output=True, text=True, errors="replace",
     )  # fmt: skip
-    text = f"{done.stdout[-20000:]}\n{done.stderr[:20000]}"
-    if done.returncode not in (0, 1):
+    errors = "".join(
+        line for line in done.stderr.splitlines(True) if "failed to allocate" not in line
+    )
+    text = f"{done.stdout[-20000:]}\n{errors[:20000]}"
+    if not re.search(r"^seed .* faults$", done.stdout, re.M):  # its last words
         text = f"exit code {done.returncode} in {log.read_text()}\n{text}"
     return done.returncode == 0, text
 
@@ -137,14 +141,14 @@ def test_planted_faults_are_found(right, wrong, sanitized_copy, tmp_path):
 @needs_compiler
 def test_cuda_ops_under_sanitizers(tmp_path):
     """The CUDA kernels, run by the host shim: 256 threads a block, so fewer cases."""
-    rows = 3  # of the activation table: each is 8 kernels to compile
+    rows = 2  # of the activation table: each is 8 kernels to compile
     table = codegen.cpp_header(dict(islice(TABLE.items(), rows)), "of a test")
     (tmp_path / "activations.h").write_text(table)
     library, flags = tmp_path / "host.so", ("-O1", *SANITIZE.split())
     host.compile_host(library, flags=flags, link=("-shared",), table=tmp_path)
     clean, text = fuzz(
         tmp_path / "case", "--namespace=fastjac_host", f"--library={library}", f"--rows={rows}",
-        cases=CASES // 20, **sanitized(),
+        cases=CASES // 50, **sanitized(),
     )  # fmt: skip
     assert clean, text
 

@@ -65,6 +65,7 @@ Tensors mlp_pull(const Tensor& w, const Tensors& weights, const Tensors& stacks,
   const size_t top = net.layers.size() - 1;
   const int64_t k = rows_of(w, "w") / n, m = net.layers[top].c, d = net.layers[0].d;
   check_matrix(w, w, k * n, m, "w");
+  STD_TORCH_CHECK(k > 0, "fastjac: mlp: w must have a row for each sample");
   STD_TORCH_CHECK(k == 1 || tile >= n, "fastjac: mlp: several cotangents want one tile");
   const int64_t parts = top > 0 && !stacks.empty() ? rows_of(stacks[0], "stacks") / n : 1;
   const std::vector<Stack> z = net.stacks(stacks, top, parts, "stacks");

@@ -54,6 +54,7 @@ Tensor mlp_push(Tensor u, const std::optional<Tensor>& factor, const Tensors& we
   const int64_t k = rows_of(u, "u") / n;
   check_matrix(u, u, k * n, net.layers[0].d, "u");
   if (factor) check_vector(*factor, u, k * n, "factor");
+  STD_TORCH_CHECK(k > 0, "fastjac: mlp: u must have a row for each sample");
   STD_TORCH_CHECK(k == 1 || tile >= n, "fastjac: mlp: several cotangents want one tile");
   const std::vector<Stack> t = net.stacks(stacks, top, k + 1, "stacks");
   const std::vector<Stack> d = net.stacks(deltas, top + 1, k + 1, "deltas");
@@ -174,6 +175,7 @@ Tensors mlp_down(const std::optional<Tensor>& g, std::optional<Tensor> u,
                   "fastjac: mlp: wanted must be float64, 2 numbers a layer and 1");
   STD_TORCH_CHECK(from >= 0 && from < int64_t(layers), "fastjac: mlp: no layer ", from);
   const int64_t k = u ? rows_of(*u, "u") / n : 0;
+  STD_TORCH_CHECK(!u || k > 0, "fastjac: mlp: u must have a row for each sample");
   if (u) check_matrix(*u, x, k * n, d, "u");
   if (factor) check_vector(*factor, x, k * n, "factor");
   if (g) check_matrix(*g, x, n, net.layers[top].c, "g");

@@ -81,6 +81,8 @@ def register_fake(name: str, fake: Callable[..., Any]) -> None:
     """
 
     def checked(*args):
+        if args[0] is None:  # the dispatcher lets it through
+            raise RuntimeError(f"fastjac: the first tensor of {name} is None")
         check_one_device(name, args)
         return fake(*args)
 

@@ -43,8 +43,12 @@ def refusal(penalty: InputPenalty, model: Any, x: Tensor) -> str | None:
         return f"{type(penalty).__name__} is not made of VJPs of the output"
     if penalty.at is not None:
         return f"at={penalty.at!r}: the gradient is by a hidden tensor"
-    if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() == 0 or len(x) == 0:
+    if not isinstance(x, Tensor) or not x.is_floating_point() or x.is_nested:
         return "x is no batch of floating-point samples"
+    if x.dim() == 0 or len(x) == 0:
+        return "x is no batch of floating-point samples"
+    if x.layout != torch.strided:
+        return f"x is a {x.layout} tensor"
     reason = why_not(model, x)
     if reason is not None:
         return reason
