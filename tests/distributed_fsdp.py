@@ -24,7 +24,11 @@ from distributed_cases import (
     task,
 )
 from torch import Tensor, nn
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp import (
+    FullyShardedDataParallel,
+    MixedPrecisionPolicy,
+    fully_shard,
+)
 from torch.utils.checkpoint import checkpoint
 
 import fastjac
@@ -263,6 +267,23 @@ class Branch(nn.Module):
         output = self.head(self.body(x))
         self.side(x)  # last: FSDP gathers what ran before a block along with it
         return output
+
+
+def mixed_precision(rank: int, world: int, device: Any) -> None:
+    """The policy is for what the model takes: targets are for the loss."""
+    x, _y, w = own(batch(), rank, world, device)
+    seen = []
+
+    def loss(output: Tensor, target: Tensor) -> Tensor:
+        seen.append(target.dtype)
+        return (output.float() * target).sum(1)
+
+    bf16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+    model = root(net().float().to(device), mp_policy=bf16)
+    _output, value = fastjac.IGPen(loss, engine="autograd")(model, x.float(), w.float())
+    assert seen[-1] == torch.float32 and value.dtype == torch.float32
+    value.backward()
+    raises("is a method of", lambda: spectreg("auto", root(net().to(device)).forward, x, w))
 
 
 def refusals(rank: int, world: int, device: Any) -> None:

@@ -13,6 +13,7 @@ import torch
 from penalty_cases import SPECS, Call, close, close_gradients, gradients
 from torch import Tensor, nn
 from torch._dynamo.backends.debugging import aot_eager
+from torch.utils.checkpoint import checkpoint
 
 import fastjac
 from fastjac import DREG, Penalty, SpectReg, Warmup, WeightSchedule
@@ -224,6 +225,16 @@ def test_schedule_by_a_function_of_ones_own_with_every() -> None:
         schedule.step()
     exact = fastjac.spectreg(model, X, n_proj=-1)[1]
     close(torch.stack(values), torch.stack([4 * exact, 0 * exact, 4 / 3 * exact]))
+
+
+@pytest.mark.parametrize("use_reentrant", (True, False))
+def test_a_recomputed_call_is_refused(use_reentrant: bool) -> None:
+    """It would be counted twice, and the recomputation would be another call than the forward."""
+    penalty, model = fastjac.ConfidencePenalty(every=2), net()
+    x = X.clone().requires_grad_()
+    value = checkpoint(lambda z: penalty(model, z)[1], x, use_reentrant=use_reentrant)
+    with pytest.raises(RuntimeError, match="every=k and runs again in a backward"):
+        value.backward()
 
 
 def test_what_is_refused() -> None:

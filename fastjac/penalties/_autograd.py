@@ -158,6 +158,15 @@ def check_modes() -> None:
     )
 
 
+def check_not_recomputed(option: str) -> None:
+    """A checkpoint recomputes in the backward: a call that is counted would be so twice."""
+    if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+        raise RuntimeError(
+            f"the penalty has {option} and runs again in a backward, as a checkpoint recomputes "
+            "it: keep the penalty outside the checkpointed function"
+        )
+
+
 def check_graph(x: Tensor, output: Tensor) -> None:
     """``output`` must be a function of ``x`` in one graph, sample by sample."""
     _checks.floating("x", x)

@@ -116,6 +116,8 @@ class Penalty(nn.Module):
                 f"the first argument is {type(model_or_x).__name__}: pass x (a Tensor, followed by "
                 "output) or a model (a callable, followed by x)"
             )
+        if self.every > 1 and self.training:
+            _autograd.check_not_recomputed("every=k")
         due = self.due()
         if due and self.needs_grad:
             _autograd.check_modes()

@@ -77,7 +77,7 @@ def attached(value: Tensor, *outputs: Any) -> Tensor:
         return value
     for t in tree_leaves(outputs):
         if isinstance(t, Tensor) and t.requires_grad and t.is_floating_point():
-            value = value + t.reshape(-1)[:0].sum(dtype=value.dtype)
+            value = value + t.reshape(-1)[:0].sum(dtype=value.dtype).to(value.device)
     return value
 
 
@@ -105,8 +105,14 @@ def through_sink(value: Tensor, ddp: Any) -> Tensor:
 
 def run(penalty: Penalty, model: Any, x: Any, targets: Any, named: Any) -> tuple[Tensor, Tensor]:
     """Output and value of the model form."""
-    if active() and isinstance(model, nn.Module):
-        check_model(model)
+    owner = getattr(model, "__self__", model)  # of a method
+    if active() and isinstance(owner, nn.Module):
+        check_model(owner)
+        if owner is not model and (is_sharded(owner) or isinstance(owner, DistributedDataParallel)):
+            raise TypeError(
+                f"model is a method of a {type(owner).__name__}, which leaves out what torch does "
+                "around its forward: pass the module itself"
+            )
         ddp = isinstance(model, DistributedDataParallel)
         if ddp or (is_sharded(model) and not penalty.watches):
             _check_wrapper(model, hooks=0 if ddp else 1)
@@ -152,13 +158,17 @@ def _check_wrapper(model: nn.Module, hooks: int) -> None:
 
 
 class _Inside:
-    """In the place of a wrapper's module for one call."""
+    """In the place of a wrapper's module for one call.
 
-    def __init__(self, penalty: Penalty, module: Any) -> None:
-        self.penalty, self.module = penalty, module
+    ``rest``: targets and named arguments. They do not go through the wrapper, which would cast them
+    with the model's inputs (mixed precision).
+    """
 
-    def __call__(self, x: Any, *targets: Any, **named: Any) -> tuple[Tensor, Tensor]:
-        return _call(self.penalty, self.module, x, targets, named)
+    def __init__(self, penalty: Penalty, module: Any, *rest: Any) -> None:
+        self.penalty, self.module, self.rest = penalty, module, rest
+
+    def __call__(self, x: Any) -> tuple[Tensor, Tensor]:
+        return _call(self.penalty, self.module, x, *self.rest)
 
     forward = __call__
 
@@ -170,9 +180,9 @@ def _inside_ddp(
     penalty: Penalty, model: Any, x: Any, targets: Any, named: Any
 ) -> tuple[Tensor, Tensor]:
     module = model.module
-    model._modules["module"] = _Inside(penalty, module)
+    model._modules["module"] = _Inside(penalty, module, targets, named)
     try:
-        return model(x, *targets, **named)
+        return model(x)
     finally:
         model._modules["module"] = module
 
@@ -208,7 +218,7 @@ def _inside_fully_shard(
         if before is not None:
             vars(model)["forward"] = before
 
-    def forward(x: Any, *targets: Any, **named: Any) -> tuple[Tensor, Tensor]:
+    def forward(x: Any) -> tuple[Tensor, Tensor]:  # the rest as in `_Inside`
         restore()
         with gathered(model):
             output, value = _call(penalty, bare, x, targets, named)
@@ -217,7 +227,7 @@ def _inside_fully_shard(
 
     vars(model)["forward"] = forward
     try:
-        return model(x, *targets, **named)
+        return model(x)
     finally:
         restore()
 
