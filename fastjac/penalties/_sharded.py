@@ -48,8 +48,8 @@ def check_gathered(call: Call) -> None:
         raise RuntimeError(
             f"layer {call.name}: FSDP has freed its weight before the penalty could use it: apply "
             "fully_shard to a module that holds the layer and its activation (for an output layer, "
-            "to the whole model alone); attach the penalty, if a checkpoint recomputes the layer; or "
-            "pass reshard_after_forward=False"
+            "to the whole model alone); attach the penalty, if a checkpoint recomputes the layer; "
+            "or pass reshard_after_forward=False"
         )
 
 
