@@ -92,6 +92,8 @@ class Penalty(nn.Module):
 
     needs_grad = True
     watches = False  # looks at a model's layers while it runs, and takes no gradient
+    # What a WeightSchedule last made of which base: (weight, base). Copies and pickles have it too.
+    _scheduled: tuple[float, float] | None = None
 
     def __init__(self, *, weight: float = 1.0, reduction: str = "mean", every: int = 1) -> None:
         super().__init__()
