@@ -225,6 +225,33 @@ def test_runs_that_are_refused() -> None:
     assert no_hooks(model)
 
 
+def test_output_that_the_step_changes_in_place_is_refused() -> None:
+    model = nn.ModuleDict({"net": net()})
+    for pick in (None, lambda out: out[:, :2]):
+        term = PenaltyTerm(FrobReg(), module="net", output=pick)
+        with term.watch(model):
+            output = model["net"](X)
+            output *= 10
+        with pytest.raises(RuntimeError, match="output of module='net' was changed in place"):
+            term.value(None)
+
+
+def test_what_the_step_replaces_in_a_dict_is_not_penalised() -> None:
+    class Dict(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = net()
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            return {"logits": self.net(x)}
+
+    model, term = Dict(), PenaltyTerm(FrobReg())
+    with term.watch(model):
+        output = model(X)
+        output["logits"] = 10 * output["logits"]
+    close(term.value(None), fastjac.frobreg(model.net, X)[1])
+
+
 class Pair(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return x, x

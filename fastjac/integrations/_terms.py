@@ -75,7 +75,7 @@ class PenaltyTerm:
         self.schedule = None if schedule is None else WeightSchedule(penalty, schedule)
         self.name = kind if name is None else name
         self._inputs: list[Tensor] = []
-        self._outputs: list[Any] = []
+        self._outputs: list[tuple[Tensor, int]] = []  # with their versions
 
     @contextmanager
     def watch(self, model: nn.Module) -> Iterator[None]:
@@ -129,7 +129,24 @@ class PenaltyTerm:
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         if torch.is_grad_enabled():
-            self._outputs.append(output)
+            picked = self._pick(output)
+            self._outputs.append((picked, picked._version))
+
+    def _pick(self, output: Any) -> Tensor:
+        """What is penalised of what the module returned."""
+        picked = output
+        if self.output is not None:
+            picked = self.output(output)
+        elif isinstance(output, Mapping):
+            picked = output.get("logits")
+        elif not isinstance(output, Tensor):
+            picked = getattr(output, "logits", None)
+        if not isinstance(picked, Tensor):
+            raise TypeError(
+                f"module={self.module!r} returned {type(output).__name__}: say by output= "
+                "which tensor of it is to be penalised"
+            )
+        return picked
 
     def value(self, batch: Any) -> Tensor:
         """The penalty of the run that was watched."""
@@ -144,17 +161,12 @@ class PenaltyTerm:
                     "must run exactly once; name the right submodule, or call the penalty in the "
                     "training step"
                 )
-        output = outputs[0]
-        if self.output is not None:
-            output = self.output(output)
-        elif isinstance(output, Mapping):
-            output = output.get("logits")
-        elif not isinstance(output, Tensor):
-            output = getattr(output, "logits", None)
-        if not isinstance(output, Tensor):
-            raise TypeError(
-                f"module={self.module!r} returned {type(outputs[0]).__name__}: say by output= "
-                "which tensor of it is to be penalised"
+        output, version = outputs[0]
+        if output._version != version:  # autograd would take the change for a part of the module
+            raise RuntimeError(
+                f"the output of module={self.module!r} was changed in place after the module had "
+                "returned it: change a copy (out = out * 2 in place of out *= 2), or name a module "
+                "that has the change in it"
             )
         targets = () if self.targets is None else self.targets(batch)
         targets = targets if isinstance(targets, tuple) else (targets,)
