@@ -81,25 +81,36 @@ class PenaltyTerm:
     def watch(self, model: nn.Module) -> Iterator[None]:
         """Note input and output of the model's run in this block."""
         self._inputs, self._outputs = [], []
-        if self.attached:
-            yield
-            return
+        try:
+            with ExitStack() as handles:
+                if not self.attached:
+                    self._register(model, handles)
+                yield
+        except BaseException:  # the step has no loss
+            self.clear()
+            raise
+
+    def _register(self, model: nn.Module, handles: ExitStack) -> None:
         if any(hasattr(part, "_orig_mod") for part in model.modules()):
             raise TypeError(
                 "the model is compiled, and torch cannot differentiate compiled graphs twice: "
                 "train it without torch.compile; layer-wise penalties, attached before, go with it"
             )
         module = _submodule(model, "module", self.module) if self.module else model
-        with ExitStack() as handles:
-            if self.at is None:
-                handle = module.register_forward_pre_hook(self._enter, with_kwargs=True)
-            else:
-                hidden = _submodule(model, "at", self.at)
-                handle = hidden.register_forward_hook(self._hidden)
-            handles.callback(handle.remove)
-            handle = module.register_forward_hook(self._leave)
-            handles.callback(handle.remove)
-            yield
+        if self.at is None:
+            handle = module.register_forward_pre_hook(self._enter, with_kwargs=True)
+        else:
+            hidden = _submodule(model, "at", self.at)
+            handle = hidden.register_forward_hook(self._hidden)
+        handles.callback(handle.remove)
+        handle = module.register_forward_hook(self._leave)
+        handles.callback(handle.remove)
+
+    def clear(self) -> None:
+        """Forget the run that was watched, and with it its graph."""
+        self._inputs, self._outputs = [], []
+        if isinstance(self.penalty, LayerPenalty):
+            self.penalty.clear()
 
     def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
@@ -218,17 +229,20 @@ class Terms:
     def values(self, batch: Any, loss: Tensor) -> dict[str, Tensor]:
         """Each penalty of the run that was watched, to be added to ``loss``, by its name."""
         values = {}
-        for term in self.terms:
-            with self.timer.call(term.name):
-                values[term.name] = term.value(batch)
-            self.timer.backward(term.name, values[term.name], loss)
+        try:
+            for term in self.terms:
+                with self.timer.call(term.name):
+                    values[term.name] = term.value(batch)
+                self.timer.backward(term.name, values[term.name], loss)
+        except BaseException:
+            self.clear()
+            raise
         return values
 
     def clear(self) -> None:
         """Forget the run that was watched: its step has no loss."""
         for term in self.terms:
-            if isinstance(term.penalty, LayerPenalty):
-                term.penalty.clear()
+            term.clear()
 
     def state_dict(self) -> dict[str, Any]:
         return {term.name: term.penalty.state_dict() for term in self.terms}
