@@ -133,6 +133,35 @@ def test_state_of_terms() -> None:
     resumed = Terms([PenaltyTerm(FrobReg(every=3)), PenaltyTerm(DataGrad(every=2))], 0)
     resumed.load_state_dict(state)  # one of them is new
     assert [t.penalty._calls for t in resumed.terms] == [1, 0]
+    resumed.load_state_dict({})  # nothing is known: also what has counted starts anew
+    assert [t.penalty._calls for t in resumed.terms] == [0, 0]
+
+
+def test_no_step_leaves_its_graph_behind() -> None:
+    model = net()
+    layer_wise, by_input = DREG(model), PenaltyTerm(FrobReg())
+    other = PenaltyTerm(FrobReg(), name="other")
+    terms = Terms([layer_wise, by_input, other], 0)
+
+    def empty() -> bool:
+        assert layer_wise._watch is not None
+        return not (layer_wise._watch.passes or other._inputs or other._outputs)
+
+    with terms.watch(model):
+        model(X)
+    assert not empty()
+    terms.clear()  # a skipped step
+    assert empty()
+    with pytest.raises(ArithmeticError), terms.watch(model):
+        model(X)
+        raise ArithmeticError
+    assert empty() and no_hooks(model)
+    with terms.watch(model):
+        output = model(X)
+    by_input._outputs.clear()  # so that this one raises, and the next is not reached
+    with pytest.raises(RuntimeError, match="ran 0 times"):
+        terms.values(None, output.sum())
+    assert empty()
 
 
 def test_time_shares(monkeypatch: pytest.MonkeyPatch) -> None:

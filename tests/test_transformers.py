@@ -215,6 +215,17 @@ def test_resumed_run_is_the_uninterrupted_one(tmp_path: Path) -> None:
     same_weights(named, whole)
 
 
+def test_a_checkpoint_without_counts_starts_them_anew(tmp_path: Path) -> None:
+    model = Model()
+    run = trainer(model, tmp_path, terms(model, every=3), save_strategy="steps", save_steps=4)
+    run.train()
+    counted = run._terms.terms
+    assert [t.penalty._calls for t in counted] == [1, 1]
+    (tmp_path / "checkpoint-4" / "fastjac.pt").unlink()
+    run.train(resume_from_checkpoint=True)  # has no step left to do
+    assert [t.penalty._calls for t in counted] == [0, 0]
+
+
 def test_a_transformer_at_its_embeddings(tmp_path: Path) -> None:
     config = transformers.BertConfig(
         vocab_size=11, hidden_size=8, num_hidden_layers=1, num_attention_heads=2,

@@ -250,4 +250,5 @@ class Terms:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """What the checkpoint does not know, a term that is new or lazy since, counts from 0."""
         for term in self.terms:
+            term.penalty._calls = 0
             term.penalty.load_state_dict(state.get(term.name, {}), strict=False)

@@ -94,8 +94,10 @@ class PenaltyTrainerMixin:
         folder = resume_from_checkpoint
         if folder is True:
             folder = get_last_checkpoint(self.args.output_dir)  # type: ignore[attr-defined]
-        if folder and (Path(folder) / STATE_FILE).is_file():
-            self._terms.load_state_dict(torch.load(Path(folder) / STATE_FILE, weights_only=True))
+        if folder:
+            file = Path(folder) / STATE_FILE
+            state = torch.load(file, weights_only=True) if file.is_file() else {}
+            self._terms.load_state_dict(state)
         return trainer.train(resume_from_checkpoint, *args, **kwargs)
 
     def compute_loss(
