@@ -222,8 +222,18 @@ def test_a_checkpoint_without_counts_starts_them_anew(tmp_path: Path) -> None:
     counted = run._terms.terms
     assert [t.penalty._calls for t in counted] == [1, 1]
     (tmp_path / "checkpoint-4" / "fastjac.pt").unlink()
-    run.train(resume_from_checkpoint=True)  # has no step left to do
-    assert [t.penalty._calls for t in counted] == [0, 0]
+    run.train(resume_from_checkpoint=True)  # the Trainer runs one batch, though no step is left
+    assert run.state.global_step == 5
+    assert [t.penalty._calls for t in counted] == [1, 1]
+
+
+def test_values_are_not_kept_for_a_log_that_never_comes(tmp_path: Path) -> None:
+    model = Model()
+    run = trainer(model, tmp_path, terms(model), logging_strategy="no")
+    run.train()
+    assert set(run._seen) == {"DREG", "DataGrad"}
+    for total, count in run._seen.values():
+        assert total.numel() == 1 and count == 4
 
 
 def test_a_transformer_at_its_embeddings(tmp_path: Path) -> None:
