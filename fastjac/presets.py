@@ -92,6 +92,7 @@ class WGANGP(GradientPenalty):
     """
 
     chain_ready = True
+    draws_inside = False
 
     def __init__(
         self,
@@ -134,6 +135,7 @@ class WGANGP(GradientPenalty):
         elif not isinstance(epsilon, Tensor) or epsilon.shape != (n,):
             shape = getattr(epsilon, "shape", type(epsilon).__name__)
             raise ValueError(f"epsilon is {shape}: it must be a tensor [{n}], one per sample")
+        _checks.like("epsilon", epsilon, "real", real)
         return torch.lerp(fake.detach(), real, epsilon.detach().reshape(n, *[1] * (real.dim() - 1)))
 
 

@@ -272,6 +272,8 @@ def test_calls_that_are_refused() -> None:
         presets.wgan_gp()(critic, X, FAKE.float())
     with pytest.raises(ValueError, match=r"epsilon is .*must be a tensor \[3\]"):
         presets.wgan_gp()(critic, X, FAKE, epsilon=torch.rand(3, 1))
+    with pytest.raises(TypeError, match="epsilon has dtype torch.float32"):
+        presets.wgan_gp()(critic, X, FAKE, epsilon=torch.rand(3, dtype=torch.float32))
     with pytest.raises(TypeError, match="gamma is 'a'"):
         presets.r1("a")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="target has batch size 2 and output has 3"):

@@ -220,7 +220,7 @@ class InputPenalty(Penalty):
     it compiles for seconds at the first call, and anew for other shapes, dtypes and modes.
     The first run of what was compiled is compared with torch's own kernels, and raises if it is
     wrong. Differentiable once. Random numbers come from torch's global generator, as in the other
-    engines; a ``generator`` raises. So does what torch cannot trace (control flow that depends on
+    engines; a ``generator`` of projections raises. So does what torch cannot trace (control flow that depends on
     numbers, hidden tensors that the model keeps), or would differentiate wrongly (a
     ``torch.autograd.Function``, ``.data``, hooks on tensors).
     """
@@ -228,6 +228,7 @@ class InputPenalty(Penalty):
     # Whether ``per_sample`` uses x only in calls of `_autograd.vjp`: said by the class that has it,
     # so that a subclass with another one runs on autograd.
     chain_ready = False
+    draws_inside = True  # by its ``generator``, if it has one: in ``per_sample``
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
