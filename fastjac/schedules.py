@@ -31,8 +31,7 @@ class Warmup:
     def __post_init__(self) -> None:
         _checks.choice("kind", self.kind, KINDS)
         for name in ("steps", "start"):
-            if getattr(self, name) != 0:
-                _checks.count(name, getattr(self, name))
+            _checks.count(name, getattr(self, name), least=0)
         if (self.kind == "constant") != (self.steps == 0):
             raise ValueError(
                 f"steps is {self.steps} and kind {self.kind!r}: 'linear' and 'cosine' need "

@@ -245,7 +245,7 @@ def test_what_is_refused() -> None:
         Warmup()
     with pytest.raises(ValueError, match="steps is 3 and kind 'constant'"):
         Warmup("constant", steps=3)
-    with pytest.raises(ValueError, match="start is -1"):
+    with pytest.raises(ValueError, match="start is -1: it must be at least 0"):
         Warmup("constant", start=-1)
     with pytest.raises(TypeError, match="steps is 2.5"):
         Warmup("cosine", steps=2.5)  # type: ignore[arg-type]

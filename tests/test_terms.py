@@ -226,6 +226,8 @@ def test_what_is_refused() -> None:
             PenaltyTerm(penalty)
     with pytest.raises(ValueError, match="penalty has at='0': give at to the term"):
         PenaltyTerm(FrobReg(at="0"))
+    with pytest.raises(ValueError, match="measure_every is -1: it must be at least 0"):
+        Terms([PenaltyTerm(FrobReg())], -1)
     with pytest.raises(ValueError, match="no penalty is given"):
         Terms([], 0)
     with pytest.raises(ValueError, match="they must differ"):

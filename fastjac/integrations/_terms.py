@@ -209,7 +209,7 @@ class Terms:
         names = [t.name for t in self.terms]
         if len(set(names)) < len(names):
             raise ValueError(f"names are {names}: they must differ; give name= to PenaltyTerm")
-        period = _checks.count("measure_every", measure_every) if measure_every != 0 else 0
+        period = _checks.count("measure_every", measure_every, least=0)
         window = max(t.penalty.every for t in self.terms)
         self.timer = StepTimer(max(period, window) if period else 0, window)
 
