@@ -220,8 +220,8 @@ class InputPenalty(Penalty):
     it compiles for seconds at the first call, and anew for other shapes, dtypes and modes.
     The first run of what was compiled is compared with torch's own kernels, and raises if it is
     wrong. Differentiable once. Random numbers come from torch's global generator, as in the other
-    engines; a ``generator`` of projections raises. So does what torch cannot trace (control flow that depends on
-    numbers, hidden tensors that the model keeps), or would differentiate wrongly (a
+    engines; a ``generator`` of projections raises. So does what torch cannot trace (control flow
+    that depends on numbers, hidden tensors that the model keeps), or would differentiate wrongly (a
     ``torch.autograd.Function``, ``.data``, hooks on tensors).
     """
 
