@@ -30,14 +30,22 @@ class PresetOptions(TypedDict, total=False):
 def half_squared_error(output: Tensor, target: Tensor) -> Tensor:
     """``E_n = ½ ‖g_n − d_n‖²``, ``[N]``."""
     _checks.batch("target", target, "output", len(output))
+    if output.shape == (len(output), 1) and target.dim() == 1:
+        target = target[:, None]
+    if target.shape != output.shape:  # torch would broadcast them
+        raise ValueError(
+            f"target has shape {tuple(target.shape)}: it must have that of output, "
+            f"{tuple(output.shape)}"
+        )
     return F.mse_loss(output, target, reduction="none").reshape(len(output), -1).sum(1) / 2
 
 
 def double_backprop(weight: float = 1.0, **options: Unpack[PresetOptions]) -> IGPen:
     """Double backpropagation as first published: ``½ ‖∂E_n/∂x_n‖²``, ``E_n = ½ ‖g_n − d_n‖²``.
 
-    Called with ``(x, output, target)`` or ``(model, x, target)``, ``target`` like ``output``. For
-    the cross-entropy, without the ½: `fastjac.DataGrad`; for any other loss `fastjac.IGPen`.
+    Called with ``(x, output, target)`` or ``(model, x, target)``, ``target`` of the shape of
+    ``output``, or ``[N]`` for ``[N, 1]``. For the cross-entropy, without the ½: `fastjac.DataGrad`;
+    for any other loss `fastjac.IGPen`.
 
     Source: Drucker & LeCun 1992, "Improving generalization performance using double
     backpropagation".
@@ -84,6 +92,7 @@ class WGANGP(GradientPenalty):
     """
 
     chain_ready = True
+    draws_inside = False
 
     def __init__(
         self,
@@ -126,6 +135,7 @@ class WGANGP(GradientPenalty):
         elif not isinstance(epsilon, Tensor) or epsilon.shape != (n,):
             shape = getattr(epsilon, "shape", type(epsilon).__name__)
             raise ValueError(f"epsilon is {shape}: it must be a tensor [{n}], one per sample")
+        _checks.like("epsilon", epsilon, "real", real)
         return torch.lerp(fake.detach(), real, epsilon.detach().reshape(n, *[1] * (real.dim() - 1)))
 
 

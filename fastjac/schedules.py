@@ -31,8 +31,7 @@ class Warmup:
     def __post_init__(self) -> None:
         _checks.choice("kind", self.kind, KINDS)
         for name in ("steps", "start"):
-            if getattr(self, name) != 0:
-                _checks.count(name, getattr(self, name))
+            _checks.count(name, getattr(self, name), least=0)
         if (self.kind == "constant") != (self.steps == 0):
             raise ValueError(
                 f"steps is {self.steps} and kind {self.kind!r}: 'linear' and 'cosine' need "
@@ -49,9 +48,10 @@ class Warmup:
 class WeightSchedule:
     """Sets ``penalty.weight = base * factor(step)``, in the manner of torch's LR schedulers.
 
-    ``base`` is the weight that the penalty has when the schedule is made. The step is 0 then, and
-    one more after each `step`; call it after ``optimizer.step()``. At factor 0 the penalty is
-    computed still, and multiplied by 0.
+    ``base`` is the weight that the penalty has when the schedule is made; where an earlier schedule
+    has set that weight, it is the base of that one. The step is 0 then, and one more after each
+    `step`; call it after ``optimizer.step()``. At factor 0 the penalty is computed still, and
+    multiplied by 0.
 
     Arguments:
         penalty: any penalty of fastjac. factor: a function of the step, `Warmup` or your own; it
@@ -69,6 +69,8 @@ class WeightSchedule:
                 "fastjac.Warmup('linear', steps=1000)"
             )
         self.penalty, self.factor, self.base = penalty, factor, penalty.weight
+        if penalty._scheduled is not None and penalty._scheduled[0] == penalty.weight:
+            self.base = penalty._scheduled[1]  # the weight has a factor in it, which may be 0
         self.set_step(0)
 
     def step(self) -> None:
@@ -80,6 +82,7 @@ class WeightSchedule:
         factor = _checks.number("the value of factor", self.factor(step))
         self.last_step = step
         self.penalty.weight = self.base * factor
+        self.penalty._scheduled = self.penalty.weight, self.base
 
     def state_dict(self) -> dict[str, Any]:
         """The step and the base weight."""

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 import fastjac
 from fastjac.penalties import DREG, DataGrad, IGPen, SpectReg, TangentProp
 from fastjac.penalties._base import InputPenalty
+from fastjac.presets import wgan_gp
 
 pytestmark = MARKS
 
@@ -119,6 +120,17 @@ class OfALoss(InputPenalty):
         loss = output.square().sum(1)
         (v,) = fastjac.penalties._autograd.vjp(loss, x, torch.ones_like(loss).unsqueeze(0))
         return v.square().flatten(1).sum(1)
+
+
+@pytest.mark.usefixtures("double")
+def test_a_generator_that_draws_outside_of_the_graph() -> None:
+    critic = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 1))
+    real, fake = torch.randn(3, 4), torch.randn(3, 4)
+    values = [
+        wgan_gp(generator=torch.Generator().manual_seed(1), engine=engine)(critic, real, fake)[1]
+        for engine in ("compiled", "autograd")
+    ]
+    close(*values)
 
 
 @pytest.mark.usefixtures("double")

@@ -216,6 +216,18 @@ def test_schedule_of_the_weight() -> None:
     assert twin.penalty.weight == 0.25 and resumed.penalty.weight == 0.125
 
 
+def test_a_second_schedule_has_the_base_of_the_first() -> None:
+    penalty = SpectReg(weight=0.5)
+    WeightSchedule(penalty, Warmup(steps=10)).set_step(3)
+    for same in (penalty, copy.deepcopy(penalty), pickle.loads(pickle.dumps(penalty))):
+        schedule = WeightSchedule(same, Warmup(steps=10))
+        assert same.weight == 0
+        schedule.set_step(100)
+        assert schedule.base == same.weight == 0.5
+    penalty.weight = 3.0  # the caller's own, from now on the base
+    assert WeightSchedule(penalty, Warmup(steps=10)).base == 3.0
+
+
 def test_schedule_by_a_function_of_ones_own_with_every() -> None:
     penalty, model = SpectReg(-1, weight=2.0, every=2), net()
     schedule = WeightSchedule(penalty, lambda step: 1 / (1 + step))
@@ -244,7 +256,7 @@ def test_what_is_refused() -> None:
         Warmup()
     with pytest.raises(ValueError, match="steps is 3 and kind 'constant'"):
         Warmup("constant", steps=3)
-    with pytest.raises(ValueError, match="start is -1"):
+    with pytest.raises(ValueError, match="start is -1: it must be at least 0"):
         Warmup("constant", start=-1)
     with pytest.raises(TypeError, match="steps is 2.5"):
         Warmup("cosine", steps=2.5)  # type: ignore[arg-type]

@@ -220,6 +220,36 @@ def test_skipped_steps(tmp_path: Path) -> None:
     same_weights(ours, theirs)
 
 
+def test_fit_after_one_that_raised(tmp_path: Path) -> None:
+    class Raises(Module):
+        fails = True
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            result = super().training_step(batch, batch_idx)
+            if self.fails:
+                raise ArithmeticError
+            return result
+
+    module, theirs = Raises(), Module()
+    theirs.own = by_hand
+    callback = PenaltyCallback(*terms(module))
+    with pytest.raises(ArithmeticError):
+        fit(module, tmp_path, callback)
+    assert "training_step" not in vars(module)
+    module.fails = False
+    fit(module, tmp_path, callback)
+    fit(theirs, tmp_path)
+    same_weights(module, theirs)
+
+
+def test_a_training_step_that_is_not_ours_stays(tmp_path: Path) -> None:
+    module = Module()
+    module.training_step = own = module.training_step  # as torch.compile of the module does
+    with pytest.raises(RuntimeError, match="training_step is wrapped already"):
+        fit(module, tmp_path, PenaltyCallback(*terms(module)))
+    assert vars(module)["training_step"] is own
+
+
 def test_what_is_refused(tmp_path: Path) -> None:
     module = Module()
     with pytest.raises(RuntimeError, match="and all penalties to one PenaltyCallback"):

@@ -239,6 +239,13 @@ def test_wgan_gp_generator() -> None:
     assert torch.equal(first, same) and not torch.equal(first, other)
 
 
+def test_double_backprop_of_one_number_per_sample() -> None:
+    model, penalty = net(4, 5, 1), presets.double_backprop()
+    truth = penalty(model, X, TARGET[:, :1])[1]
+    close(penalty(model, X, TARGET[:, 0])[1], truth)
+    close(penalty(lambda x: model(x).squeeze(1), X, TARGET[:, 0])[1], truth)
+
+
 def test_presets_can_be_copied() -> None:
     critic = net(4, 5, 5, 1)
     assert repr(presets.wgan_gp(every=4)) == "WGANGP(weight=10.0, every=4)"
@@ -265,10 +272,15 @@ def test_calls_that_are_refused() -> None:
         presets.wgan_gp()(critic, X, FAKE.float())
     with pytest.raises(ValueError, match=r"epsilon is .*must be a tensor \[3\]"):
         presets.wgan_gp()(critic, X, FAKE, epsilon=torch.rand(3, 1))
+    with pytest.raises(TypeError, match="epsilon has dtype torch.float32"):
+        presets.wgan_gp()(critic, X, FAKE, epsilon=torch.rand(3, dtype=torch.float32))
     with pytest.raises(TypeError, match="gamma is 'a'"):
         presets.r1("a")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="target has batch size 2 and output has 3"):
         presets.double_backprop()(net(4, 5, 2), X, TARGET[:2])
+    for width, target in ((1, TARGET), (2, TARGET[:, :1]), (2, TARGET[:, 0])):  # would broadcast
+        with pytest.raises(ValueError, match=r"target has shape .* must have that of output"):
+            presets.double_backprop()(net(4, 5, width), X, target)
     z = X.clone().requires_grad_()
     with pytest.raises(ValueError, match="dz must have that of z"):
         presets.rnode(z, net(4, 5, 2)(z), NOISE[0])

@@ -133,6 +133,35 @@ def test_state_of_terms() -> None:
     resumed = Terms([PenaltyTerm(FrobReg(every=3)), PenaltyTerm(DataGrad(every=2))], 0)
     resumed.load_state_dict(state)  # one of them is new
     assert [t.penalty._calls for t in resumed.terms] == [1, 0]
+    resumed.load_state_dict({})  # nothing is known: also what has counted starts anew
+    assert [t.penalty._calls for t in resumed.terms] == [0, 0]
+
+
+def test_no_step_leaves_its_graph_behind() -> None:
+    model = net()
+    layer_wise, by_input = DREG(model), PenaltyTerm(FrobReg())
+    other = PenaltyTerm(FrobReg(), name="other")
+    terms = Terms([layer_wise, by_input, other], 0)
+
+    def empty() -> bool:
+        assert layer_wise._watch is not None
+        return not (layer_wise._watch.passes or other._inputs or other._outputs)
+
+    with terms.watch(model):
+        model(X)
+    assert not empty()
+    terms.clear()  # a skipped step
+    assert empty()
+    with pytest.raises(ArithmeticError), terms.watch(model):
+        model(X)
+        raise ArithmeticError
+    assert empty() and no_hooks(model)
+    with terms.watch(model):
+        output = model(X)
+    by_input._outputs.clear()  # so that this one raises, and the next is not reached
+    with pytest.raises(RuntimeError, match="ran 0 times"):
+        terms.values(None, output.sum())
+    assert empty()
 
 
 def test_time_shares(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,6 +226,8 @@ def test_what_is_refused() -> None:
             PenaltyTerm(penalty)
     with pytest.raises(ValueError, match="penalty has at='0': give at to the term"):
         PenaltyTerm(FrobReg(at="0"))
+    with pytest.raises(ValueError, match="measure_every is -1: it must be at least 0"):
+        Terms([PenaltyTerm(FrobReg())], -1)
     with pytest.raises(ValueError, match="no penalty is given"):
         Terms([], 0)
     with pytest.raises(ValueError, match="they must differ"):
@@ -223,6 +254,33 @@ def test_runs_that_are_refused() -> None:
     with pytest.raises(TypeError, match="returned tuple: say by output="):
         run(PenaltyTerm(FrobReg()), Pair(), X)
     assert no_hooks(model)
+
+
+def test_output_that_the_step_changes_in_place_is_refused() -> None:
+    model = nn.ModuleDict({"net": net()})
+    for pick in (None, lambda out: out[:, :2]):
+        term = PenaltyTerm(FrobReg(), module="net", output=pick)
+        with term.watch(model):
+            output = model["net"](X)
+            output *= 10
+        with pytest.raises(RuntimeError, match="output of module='net' was changed in place"):
+            term.value(None)
+
+
+def test_what_the_step_replaces_in_a_dict_is_not_penalised() -> None:
+    class Dict(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = net()
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            return {"logits": self.net(x)}
+
+    model, term = Dict(), PenaltyTerm(FrobReg())
+    with term.watch(model):
+        output = model(X)
+        output["logits"] = 10 * output["logits"]
+    close(term.value(None), fastjac.frobreg(model.net, X)[1])
 
 
 class Pair(nn.Module):

@@ -215,6 +215,27 @@ def test_resumed_run_is_the_uninterrupted_one(tmp_path: Path) -> None:
     same_weights(named, whole)
 
 
+def test_a_checkpoint_without_counts_starts_them_anew(tmp_path: Path) -> None:
+    model = Model()
+    run = trainer(model, tmp_path, terms(model, every=3), save_strategy="steps", save_steps=4)
+    run.train()
+    counted = run._terms.terms
+    assert [t.penalty._calls for t in counted] == [1, 1]
+    (tmp_path / "checkpoint-4" / "fastjac.pt").unlink()
+    run.args.max_steps = 5
+    run.train(resume_from_checkpoint=True)
+    assert [t.penalty._calls for t in counted] == [1, 1]
+
+
+def test_values_are_not_kept_for_a_log_that_never_comes(tmp_path: Path) -> None:
+    model = Model()
+    run = trainer(model, tmp_path, terms(model), logging_strategy="no")
+    run.train()
+    assert set(run._seen) == {"DREG", "DataGrad"}
+    for total, count in run._seen.values():
+        assert total.numel() == 1 and count == 4
+
+
 def test_a_transformer_at_its_embeddings(tmp_path: Path) -> None:
     config = transformers.BertConfig(
         vocab_size=11, hidden_size=8, num_hidden_layers=1, num_attention_heads=2,

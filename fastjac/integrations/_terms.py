@@ -75,31 +75,42 @@ class PenaltyTerm:
         self.schedule = None if schedule is None else WeightSchedule(penalty, schedule)
         self.name = kind if name is None else name
         self._inputs: list[Tensor] = []
-        self._outputs: list[Any] = []
+        self._outputs: list[tuple[Tensor, int]] = []  # with their versions
 
     @contextmanager
     def watch(self, model: nn.Module) -> Iterator[None]:
         """Note input and output of the model's run in this block."""
         self._inputs, self._outputs = [], []
-        if self.attached:
-            yield
-            return
+        try:
+            with ExitStack() as handles:
+                if not self.attached:
+                    self._register(model, handles)
+                yield
+        except BaseException:  # the step has no loss
+            self.clear()
+            raise
+
+    def _register(self, model: nn.Module, handles: ExitStack) -> None:
         if any(hasattr(part, "_orig_mod") for part in model.modules()):
             raise TypeError(
                 "the model is compiled, and torch cannot differentiate compiled graphs twice: "
                 "train it without torch.compile; layer-wise penalties, attached before, go with it"
             )
         module = _submodule(model, "module", self.module) if self.module else model
-        with ExitStack() as handles:
-            if self.at is None:
-                handle = module.register_forward_pre_hook(self._enter, with_kwargs=True)
-            else:
-                hidden = _submodule(model, "at", self.at)
-                handle = hidden.register_forward_hook(self._hidden)
-            handles.callback(handle.remove)
-            handle = module.register_forward_hook(self._leave)
-            handles.callback(handle.remove)
-            yield
+        if self.at is None:
+            handle = module.register_forward_pre_hook(self._enter, with_kwargs=True)
+        else:
+            hidden = _submodule(model, "at", self.at)
+            handle = hidden.register_forward_hook(self._hidden)
+        handles.callback(handle.remove)
+        handle = module.register_forward_hook(self._leave)
+        handles.callback(handle.remove)
+
+    def clear(self) -> None:
+        """Forget the run that was watched, and with it its graph."""
+        self._inputs, self._outputs = [], []
+        if isinstance(self.penalty, LayerPenalty):
+            self.penalty.clear()
 
     def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
@@ -129,7 +140,24 @@ class PenaltyTerm:
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         if torch.is_grad_enabled():
-            self._outputs.append(output)
+            picked = self._pick(output)
+            self._outputs.append((picked, picked._version))
+
+    def _pick(self, output: Any) -> Tensor:
+        """What is penalised of what the module returned."""
+        picked = output
+        if self.output is not None:
+            picked = self.output(output)
+        elif isinstance(output, Mapping):
+            picked = output.get("logits")
+        elif not isinstance(output, Tensor):
+            picked = getattr(output, "logits", None)
+        if not isinstance(picked, Tensor):
+            raise TypeError(
+                f"module={self.module!r} returned {type(output).__name__}: say by output= "
+                "which tensor of it is to be penalised"
+            )
+        return picked
 
     def value(self, batch: Any) -> Tensor:
         """The penalty of the run that was watched."""
@@ -144,17 +172,12 @@ class PenaltyTerm:
                     "must run exactly once; name the right submodule, or call the penalty in the "
                     "training step"
                 )
-        output = outputs[0]
-        if self.output is not None:
-            output = self.output(output)
-        elif isinstance(output, Mapping):
-            output = output.get("logits")
-        elif not isinstance(output, Tensor):
-            output = getattr(output, "logits", None)
-        if not isinstance(output, Tensor):
-            raise TypeError(
-                f"module={self.module!r} returned {type(outputs[0]).__name__}: say by output= "
-                "which tensor of it is to be penalised"
+        output, version = outputs[0]
+        if output._version != version:  # autograd would take the change for a part of the module
+            raise RuntimeError(
+                f"the output of module={self.module!r} was changed in place after the module had "
+                "returned it: change a copy (out = out * 2 in place of out *= 2), or name a module "
+                "that has the change in it"
             )
         targets = () if self.targets is None else self.targets(batch)
         targets = targets if isinstance(targets, tuple) else (targets,)
@@ -186,7 +209,7 @@ class Terms:
         names = [t.name for t in self.terms]
         if len(set(names)) < len(names):
             raise ValueError(f"names are {names}: they must differ; give name= to PenaltyTerm")
-        period = _checks.count("measure_every", measure_every) if measure_every != 0 else 0
+        period = _checks.count("measure_every", measure_every, least=0)
         window = max(t.penalty.every for t in self.terms)
         self.timer = StepTimer(max(period, window) if period else 0, window)
 
@@ -206,17 +229,20 @@ class Terms:
     def values(self, batch: Any, loss: Tensor) -> dict[str, Tensor]:
         """Each penalty of the run that was watched, to be added to ``loss``, by its name."""
         values = {}
-        for term in self.terms:
-            with self.timer.call(term.name):
-                values[term.name] = term.value(batch)
-            self.timer.backward(term.name, values[term.name], loss)
+        try:
+            for term in self.terms:
+                with self.timer.call(term.name):
+                    values[term.name] = term.value(batch)
+                self.timer.backward(term.name, values[term.name], loss)
+        except BaseException:
+            self.clear()
+            raise
         return values
 
     def clear(self) -> None:
         """Forget the run that was watched: its step has no loss."""
         for term in self.terms:
-            if isinstance(term.penalty, LayerPenalty):
-                term.penalty.clear()
+            term.clear()
 
     def state_dict(self) -> dict[str, Any]:
         return {term.name: term.penalty.state_dict() for term in self.terms}
@@ -224,4 +250,5 @@ class Terms:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """What the checkpoint does not know, a term that is new or lazy since, counts from 0."""
         for term in self.terms:
+            term.penalty._calls = 0
             term.penalty.load_state_dict(state.get(term.name, {}), strict=False)

@@ -52,6 +52,7 @@ class PenaltyCallback(pl.Callback):
 
     def __init__(self, *penalties: PenaltyTerm | Penalty, measure_every: int = 50) -> None:
         self.terms = Terms(penalties, measure_every)
+        self._wrapped = False
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         if stage != "fit":
@@ -76,6 +77,7 @@ class PenaltyCallback(pl.Callback):
             return self._added(pl_module, result, args[0] if args else None)
 
         pl_module.training_step = training_step
+        self._wrapped = True
 
     def _added(self, pl_module: Any, result: Any, batch: Any) -> Any:
         loss = result.get("loss") if isinstance(result, Mapping) else result
@@ -89,8 +91,13 @@ class PenaltyCallback(pl.Callback):
         return {**result, "loss": loss} if isinstance(result, Mapping) else loss
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        if stage == "fit":
+        if self._wrapped:
             vars(pl_module).pop("training_step", None)
+            self._wrapped = False
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        self.teardown(trainer, pl_module, "fit")  # Lightning does not
+        self.terms.clear()
 
     def on_train_batch_start(
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int

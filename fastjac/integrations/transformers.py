@@ -78,7 +78,7 @@ class PenaltyTrainerMixin:
         **kwargs: Any,
     ) -> None:
         self._terms = Terms(penalties, measure_every)
-        self._seen: dict[str, list[Tensor]] = {}
+        self._seen: dict[str, tuple[Tensor, int]] = {}  # sum and count
         self._shares: dict[str, float] = {}
         super().__init__(*args, **kwargs)
         trainer: Any = self
@@ -94,8 +94,10 @@ class PenaltyTrainerMixin:
         folder = resume_from_checkpoint
         if folder is True:
             folder = get_last_checkpoint(self.args.output_dir)  # type: ignore[attr-defined]
-        if folder and (Path(folder) / STATE_FILE).is_file():
-            self._terms.load_state_dict(torch.load(Path(folder) / STATE_FILE, weights_only=True))
+        if folder:
+            file = Path(folder) / STATE_FILE
+            state = torch.load(file, weights_only=True) if file.is_file() else {}
+            self._terms.load_state_dict(state)
         return trainer.train(resume_from_checkpoint, *args, **kwargs)
 
     def compute_loss(
@@ -117,7 +119,8 @@ class PenaltyTrainerMixin:
             loss, outputs = trainer.compute_loss(model, inputs, return_outputs=True, **kwargs)
         values = self._terms.values(batch, loss)
         for name, value in values.items():
-            self._seen.setdefault(name, []).append(value.detach())
+            total, count = self._seen.get(name, (torch.zeros_like(value), 0))
+            self._seen[name] = total + value.detach(), count + 1
         # Where training_step will not divide by the accumulated passes, the penalties still must.
         passes = own.current_gradient_accumulation_steps if self._is_scaled(kwargs) else 1
         for value in values.values():
@@ -142,8 +145,8 @@ class PenaltyTrainerMixin:
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:
-            for name, values in self._seen.items():
-                logs[f"fastjac/{name}"] = torch.stack(values).mean().item()
+            for name, (total, count) in self._seen.items():
+                logs[f"fastjac/{name}"] = (total / count).item()
             for name, share in self._shares.items():
                 logs[f"fastjac/{name}_time_share"] = share
             self._seen, self._shares = {}, {}

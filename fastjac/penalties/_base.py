@@ -92,6 +92,8 @@ class Penalty(nn.Module):
 
     needs_grad = True
     watches = False  # looks at a model's layers while it runs, and takes no gradient
+    # What a WeightSchedule last made of which base: (weight, base). Copies and pickles have it too.
+    _scheduled: tuple[float, float] | None = None
 
     def __init__(self, *, weight: float = 1.0, reduction: str = "mean", every: int = 1) -> None:
         super().__init__()
@@ -220,14 +222,15 @@ class InputPenalty(Penalty):
     it compiles for seconds at the first call, and anew for other shapes, dtypes and modes.
     The first run of what was compiled is compared with torch's own kernels, and raises if it is
     wrong. Differentiable once. Random numbers come from torch's global generator, as in the other
-    engines; a ``generator`` raises. So does what torch cannot trace (control flow that depends on
-    numbers, hidden tensors that the model keeps), or would differentiate wrongly (a
+    engines; a ``generator`` of projections raises. So does what torch cannot trace (control flow
+    that depends on numbers, hidden tensors that the model keeps), or would differentiate wrongly (a
     ``torch.autograd.Function``, ``.data``, hooks on tensors).
     """
 
     # Whether ``per_sample`` uses x only in calls of `_autograd.vjp`: said by the class that has it,
     # so that a subclass with another one runs on autograd.
     chain_ready = False
+    draws_inside = True  # by its ``generator``, if it has one: in ``per_sample``
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

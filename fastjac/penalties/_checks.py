@@ -43,13 +43,13 @@ def numbers(argument: str, values: Any) -> tuple[float, ...] | None:
     return tuple(number(argument, value) for value in values)
 
 
-def count(argument: str, value: Any, *, exact: bool = False) -> int:
-    """An integer >= 1; with ``exact`` also -1."""
+def count(argument: str, value: Any, *, least: int = 1, exact: bool = False) -> int:
+    """An integer >= ``least``; with ``exact`` also -1."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{argument} is {value!r}: it must be an integer")
-    if value < 1 and not (exact and value == -1):
+    if value < least and not (exact and value == -1):
         also = ", or -1 for the exact value" if exact else ""
-        raise ValueError(f"{argument} is {value}: it must be at least 1{also}")
+        raise ValueError(f"{argument} is {value}: it must be at least {least}{also}")
     if value >= 2**63:
         raise ValueError(f"{argument} is {value}: it must be less than 2**63")
     return value

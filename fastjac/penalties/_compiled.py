@@ -64,7 +64,8 @@ def run(
 ) -> tuple[Tensor, Tensor]:
     """Output and values."""
     _checks.floating("x", x)
-    if getattr(penalty, "generator", None) is not None and named.get("projection") is None:
+    drawn = penalty.draws_inside and named.get("projection") is None
+    if drawn and getattr(penalty, "generator", None) is not None:
         raise ValueError(
             "generator is given and engine is 'compiled', whose random numbers are torch's own "
             "(torch.manual_seed): drop generator, pass projection=, or name another engine"
