@@ -265,6 +265,38 @@ def test_checkpointing_frees_what_it_should(both_ways: str) -> None:
         assert sum(r() is not None for r in alive) <= 1
 
 
+def checkpointed() -> Model:
+    """A layer with a function of ours in a checkpoint."""
+    block = lambda m, x: fastjac.gelu(m.fc(x))  # noqa: E731
+    return one_layer(nn.GELU(), lambda m, x: m.head(checkpoint(block, m, x, use_reentrant=False)))
+
+
+def test_backward_that_fails_in_a_checkpointed_model_leaves_nothing() -> None:
+    model, x = checkpointed(), torch.randn(3, 4)
+    penalty = DREG(model)
+
+    def fail(grad: Tensor) -> Tensor:
+        raise ZeroDivisionError
+
+    def failing_step() -> None:
+        hook = model.fc.weight.register_hook(fail)
+        with pytest.raises(ZeroDivisionError):
+            (model(x).sum() + penalty()).backward()
+        hook.remove()
+
+    model(x)
+    value = penalty()
+    failing_step()
+    (model(x).sum() + (again := penalty())).backward()
+    close(again, value)
+    assert penalty.layers_found == ["fc"] and not OBSERVERS
+    failing_step()
+    del penalty
+    gc.collect()
+    assert not OBSERVERS
+    checkpointed()(x).sum().backward()
+
+
 class Counting(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()

@@ -191,6 +191,7 @@ class Watch:
         with LOCK:
             while self.undo:
                 self.undo.pop()()
+        self._forget_recomputation()
 
     def forget_stale(self) -> None:
         """Drop passes that autograd could not go back through any more."""
@@ -210,6 +211,8 @@ class Watch:
                 "torch.compile traces a model with a layer-wise penalty, in a process that has "
                 "models under fully_shard, whose weights come and go: run it without torch.compile"
             )
+        if not seen.compiling:
+            self._forget_recomputation()
         # One weight for the model and the penalty where a parametrization computes it: spectral
         # norm would make a power iteration for each access.
         self.cache = parametrize.cached()
@@ -243,23 +246,27 @@ class Watch:
                 "the model runs in two threads at once (DataParallel?), and the penalty attached "
                 "to it can follow one: use DistributedDataParallel, or detach() the penalty"
             )
-        if not self.recompute or torch.compiler.is_compiling():
+        if not self.recompute or torch.compiler.is_compiling() or self.owner() is None:
             return None
         task = torch._C._current_graph_task_id()
         if task == -1:
             return None
         if self.again is None or self.again.task != task:
+            self._forget_recomputation()
             self.again = Pass(self, dry=True)
             self.again.task = task
             OBSERVERS.append(self.observe)
-            # Runs when this backward is over.
+            # Runs when this backward is over, unless it raises.
             engine = torch.autograd.Variable._execution_engine
-            engine.queue_callback(self._recomputed)
+            engine.queue_callback(self._forget_recomputation)
         return self.again
 
-    def _recomputed(self) -> None:
-        self.again = None
-        OBSERVERS.remove(self.observe)
+    def _forget_recomputation(self) -> None:
+        """After a backward; one that raised leaves it to whoever comes next."""
+        if self.again is not None:
+            self.again = None
+            while self.observe in OBSERVERS:
+                OBSERVERS.remove(self.observe)
 
     def observe(
         self, z: Tensor, fn: str, impl: str, params: dict[str, Any], a: Tensor | None
