@@ -125,6 +125,37 @@ def test_several_forwards_are_one_batch(both_ways: str) -> None:
         penalty.detach()
 
 
+def test_called_form_of_an_attached_penalty_is_no_pass() -> None:
+    model, x, y = mlp(), torch.randn(7, 4), torch.randn(5, 4)
+    for every in (1, 2):
+        penalty = DREG(model, every=every)
+        model(y)
+        value = penalty()
+        if every == 2:
+            penalty(model, x)
+        model(y)
+        penalty(model, x)
+        if every == 2:
+            penalty(model, x)
+        close(penalty(), value)
+        with pytest.raises(RuntimeError, match="has not run"):
+            penalty()
+        penalty.detach()
+
+
+def test_called_form_of_an_attached_penalty_with_checkpoints() -> None:
+    model, x = checkpointed(), torch.randn(3, 4)
+    penalty = DREG(model)
+    (model(x).sum() + penalty()).backward()
+    grads = []
+    for call, net in ((penalty, model), (DREG(), copy.deepcopy(model))):
+        net.zero_grad()
+        output, value = call(net, x)
+        (output.sum() + value).backward()
+        grads.append([p.grad for p in net.parameters()])
+    close(*grads)
+
+
 def test_gradient_accumulation_and_clear() -> None:
     model, x = mlp(), torch.randn(8, 4)
     penalty = DREG(model)
@@ -278,7 +309,7 @@ def test_backward_that_fails_in_a_checkpointed_model_leaves_nothing() -> None:
     def fail(grad: Tensor) -> Tensor:
         raise ZeroDivisionError
 
-    def failing_step() -> None:
+    def failing_step(penalty: DREG) -> None:
         hook = model.fc.weight.register_hook(fail)
         with pytest.raises(ZeroDivisionError):
             (model(x).sum() + penalty()).backward()
@@ -286,11 +317,11 @@ def test_backward_that_fails_in_a_checkpointed_model_leaves_nothing() -> None:
 
     model(x)
     value = penalty()
-    failing_step()
+    failing_step(penalty)
     (model(x).sum() + (again := penalty())).backward()
     close(again, value)
     assert penalty.layers_found == ["fc"] and not OBSERVERS
-    failing_step()
+    failing_step(penalty)
     del penalty
     gc.collect()
     assert not OBSERVERS

@@ -97,9 +97,13 @@ class LayerPenalty(ModelPenalty):
 
     def forward(self, *args: Any, **named: Any) -> Any:
         """``(model, x, ...) -> (output, value)``, or ``() -> value`` of the attached model."""
-        if args or named:
+        if not (args or named):
+            return self._attached_value()
+        watch = self._watch
+        if watch is None:
             return super().forward(*args, **named)
-        return self._attached_value()
+        with watch.suspended():
+            return super().forward(*args, **named)
 
     def model_form(self, model: Any, x: Tensor) -> tuple[Tensor, Any]:
         _checks.tensor("x", x)

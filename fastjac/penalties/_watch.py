@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from threading import RLock, get_ident
 from typing import Any
 
@@ -150,6 +151,7 @@ class Watch:
         self.whole: list[Layer] = []  # the layers that the last pass took whole
         self.ddp: Any = None  # a DistributedDataParallel with a static graph, while it counts
         self.recompute = False
+        self.called: list[None] = []  # one for each call form that is running
         self.cache: Any = None
         self.phis: dict[Any, Phi] = {}
         self.undo: list[Callable[[], None]] = []
@@ -192,6 +194,16 @@ class Watch:
             while self.undo:
                 self.undo.pop()()
         self._forget_recomputation()
+
+    @contextmanager
+    def suspended(self) -> Iterator[None]:
+        """Runs of the model in here are the call form's, and no passes."""
+        self.called.append(None)
+        self.recompute = False  # nor does a checkpoint's recomputation of them watch
+        try:
+            yield
+        finally:
+            self.called.pop()
 
     def forget_stale(self) -> None:
         """Drop passes that autograd could not go back through any more."""
