@@ -322,7 +322,11 @@ def test_backward_that_fails_in_a_checkpointed_model_leaves_nothing() -> None:
     close(again, value)
     assert penalty.layers_found == ["fc"] and not OBSERVERS
     failing_step(penalty)
-    del penalty
+    other = checkpointed()
+    attached = DREG(other)
+    (other(x).sum() + attached()).backward()
+    assert attached.layers_found == ["fc"]
+    del penalty, attached
     gc.collect()
     assert not OBSERVERS
     checkpointed()(x).sum().backward()
