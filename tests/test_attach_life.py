@@ -125,6 +125,21 @@ def test_several_forwards_are_one_batch(both_ways: str) -> None:
         penalty.detach()
 
 
+def test_layer_values_of_several_passes() -> None:
+    model, x = mlp(), torch.randn(7, 4)
+    for options in ({}, {"reduction": "sum"}, {"squared": False}, {"layers": "mean"}):
+        penalty = DREG(model, **options)
+        model(x)
+        value = penalty().detach()
+        whole = penalty.layer_values
+        model(x[:2])
+        model(x[2:])
+        penalty()
+        close(dict(penalty.layer_values), dict(whole))
+        close(sum(dict(penalty.layer_values).values()), value)
+        penalty.detach()
+
+
 def test_called_form_of_an_attached_penalty_is_no_pass() -> None:
     model, x, y = mlp(), torch.randn(7, 4), torch.randn(5, 4)
     for every in (1, 2):

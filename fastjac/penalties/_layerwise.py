@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -44,9 +45,9 @@ class LayerPenalty(ModelPenalty):
       model are free of it; shallow ones (``copy.copy``, DataParallel's replicas) run the original.
     * called: ``output, value = DREG(...)(model, x)`` watches that one run.
 
-    After either, ``layers_found`` holds the names of the layers in the order they ran,
-    ``layers_left_out`` the others as ``(name, reason)``, and ``layer_values`` each layer's share of
-    the value as ``(name, value)``, before ``weight`` and detached.
+    After either, ``layers_found`` holds the names of the layers in the order they ran in the last
+    pass, ``layers_left_out`` the others as ``(name, reason)``, and ``layer_values`` each layer's
+    share of the value as ``(name, value)``, before ``weight`` and detached.
     """
 
     needs_grad = False
@@ -57,18 +58,26 @@ class LayerPenalty(ModelPenalty):
         self.include_output = _checks.flag("include_output", include_output)
         self.layers_found: list[str] = []
         self.layers_left_out: list[tuple[str, str]] = []
-        self._shares: list[tuple[str, Tensor, float]] = []
+        self._shares: list[list[tuple[str, Tensor, float]]] = []  # of each pass
         self._watch: Watch | None = None
 
     @property
     def layer_values(self) -> list[tuple[str, Tensor]]:
         """Each layer's share of the last value, before ``weight``, detached."""
-        return [(name, factor * v.sum()) for name, v, factor in self._shares]
+        values: dict[tuple[str, int], Tensor] = {}
+        for shares in self._shares:
+            ran: Counter[str] = Counter()  # a module that ran twice in a pass is listed twice
+            for name, v, factor in shares:
+                key = name, ran[name]
+                ran[name] += 1
+                share = factor * v.sum()
+                values[key] = values[key] + share if key in values else share
+        return [(name, value) for (name, _), value in values.items()]
 
     def remember(self, shares: Sequence[tuple[str, Tensor, float]]) -> None:
         """For `layer_values`, of each layer ``(name, v, f)``: its share is ``f Σ v``."""
         # Past nn.Module's own __setattr__, 2 µs.
-        vars(self)["_shares"] = [(name, v.detach(), f) for name, v, f in shares]
+        vars(self)["_shares"] = [[(name, v.detach(), f) for name, v, f in shares]]
 
     # ---- what a penalty defines
 
@@ -249,11 +258,27 @@ class LayerPenalty(ModelPenalty):
             outputs = [t for t in tree_leaves(passes[-1][1]) if isinstance(t, Tensor)]
             zeros = _autograd.attached_zeros(outputs[0])
             return zeros if self.reduction == "none" else zeros.sum()
-        results = [self._finish(seen, output, None) for seen, output in due]
+        results, shares = [], []
+        for seen, output in due:
+            results.append(self._finish(seen, output, None))
+            shares += self._shares
+        if len(due) > 1:
+            vars(self)["_shares"] = self._weighed(shares, results)
         value = self._reduce(_together(results))
         self.count_call()
         value = _distributed.attached(value, *[output for _, output in due])
         return _distributed.through_sink(value, self._watch.ddp)
+
+    def _weighed(self, shares: list[Any], results: list[Tensor | Sum]) -> list[Any]:
+        """The passes' shares, of the mean over all of their samples."""
+        if self.reduction != "mean":
+            return shares
+        counts = [r.count if isinstance(r, Sum) else len(r) for r in results]
+        total = sum(counts) or 1
+        return [
+            [(name, v, f * n / total) for name, v, f in of_pass]
+            for of_pass, n in zip(shares, counts, strict=True)
+        ]
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
