@@ -347,6 +347,17 @@ def test_backward_that_fails_in_a_checkpointed_model_leaves_nothing() -> None:
     checkpointed()(x).sum().backward()
 
 
+def test_pass_that_fails_before_the_model_runs_leaves_nothing(monkeypatch: Any) -> None:
+    model, x = mlp(), torch.randn(3, 4)
+    penalty = DREG(model)
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(DREG, "before_pass", lambda *args: 1 / 0)
+        model(x)
+    assert not OBSERVERS and penalty._watch.current is None and penalty._watch.cache is None
+    model(x)
+    penalty()
+
+
 class Counting(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()

@@ -128,8 +128,8 @@ class Root(Forward):
             return output
         watch.forget_stale()
         watch.ddp = static_graph()
-        seen = watch.begin()
         try:
+            seen = watch.begin()
             output = self.plain(*args, **kwargs)
         finally:
             watch.end()
