@@ -201,6 +201,28 @@ def test_every() -> None:
     assert values[1] == values[2] == 0 and values[0] > 0
 
 
+def test_every_with_several_outputs() -> None:
+    net, x = mlp(), torch.randn(7, 4)
+    for parts in (
+        lambda y: (y.argmax(1), y),
+        lambda y: {"loss": y.sum(), "logits": y},
+        lambda y: y.sum(),
+    ):
+        model = Model(lambda m, x, parts=parts: parts(m.net(x)), net=net)
+        penalty = DREG(model, every=2)
+        model(x)
+        penalty()
+        model(x)
+        value = penalty()
+        assert value == 0 and value.dtype == torch.double and value.requires_grad
+        model(x)
+        penalty()
+        penalty.reduction = "none"
+        output = model(x)
+        assert penalty().shape == ((1,) if isinstance(output, Tensor) else (7,))
+        penalty.detach()
+
+
 def test_passes_that_do_not_count() -> None:
     model, x = mlp(), torch.randn(7, 4)
     penalty = DREG(model)

@@ -256,7 +256,10 @@ class LayerPenalty(ModelPenalty):
         if not due:
             self.count_call()
             outputs = [t for t in tree_leaves(passes[-1][1]) if isinstance(t, Tensor)]
-            zeros = _autograd.attached_zeros(outputs[0])
+            # Token ids and the loss may come before the tensor that has the samples.
+            outputs = [t for t in outputs if t.is_floating_point() and t.requires_grad] or outputs
+            output = next((t for t in outputs if t.dim()), outputs[0].reshape(-1))
+            zeros = _autograd.attached_zeros(output)
             return zeros if self.reduction == "none" else zeros.sum()
         results, shares = [], []
         for seen, output in due:
