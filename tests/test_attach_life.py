@@ -380,6 +380,14 @@ def test_pass_that_fails_before_the_model_runs_leaves_nothing(monkeypatch: Any) 
     penalty()
 
 
+def test_accumulated_keeps_nothing_of_a_checkpoint() -> None:
+    model, x = mlp(), torch.randn(3, 4)
+    penalty = AccumulatedDREG()
+    call = lambda x: penalty(model, x, tangent=torch.ones_like(x))[1]  # noqa: E731
+    checkpoint(call, x, use_reentrant=False).backward()
+    pickle.dumps(penalty)
+
+
 class Counting(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
