@@ -88,6 +88,17 @@ def test_a_penalty_that_is_thrown_away_leaves_the_model() -> None:
     assert all("forward" not in vars(module) for module in model.modules())
 
 
+def test_detached_penalty_does_not_keep_the_model() -> None:
+    model = mlp()
+    penalty, there = DREG(model), weakref.ref(model)
+    model(torch.randn(7, 4))
+    penalty.detach()
+    del model
+    gc.collect()
+    assert there() is None
+    assert penalty.layers_found == []
+
+
 def test_two_penalties_on_one_model() -> None:
     model, x = mlp(), torch.randn(7, 4)
     alone = []

@@ -220,7 +220,7 @@ class LayerPenalty(ModelPenalty):
             _distributed.check_model(model)
         self._watch = Watch(model, self)
         self._watch.install(attach=True)
-        weakref.finalize(self, self._watch.remove)
+        self._watch.finalizer = weakref.finalize(self, self._watch.remove)
 
     def wanted(self) -> str:
         """What the model's next forward pass is: ``"yes"``, ``"later"`` (`every`) or ``"no"``."""
@@ -233,6 +233,9 @@ class LayerPenalty(ModelPenalty):
         """Take the penalty out of the model it was attached to."""
         if self._watch is not None:
             self._watch.remove()
+            if self._watch.finalizer is not None:  # it would keep the model alive
+                self._watch.finalizer.detach()
+            self._watch.passes.clear()
             self._watch = None
 
     def clear(self) -> None:

@@ -143,6 +143,7 @@ class Watch:
         # Weak: a penalty that is thrown away must not live on in the model it was attached to.
         self.owner: Callable[[], Any] = weakref.ref(owner)
         self.attached = False
+        self.finalizer: Any = None  # removes this when the owner is thrown away
         self.names = {module: name or "(model)" for name, module in model.named_modules()}
         self.linear = [m for m in self.names if isinstance(m, LINEAR + CONVOLUTION)]
         self.passes: list[tuple[Pass | None, Any]] = []  # with the output of the model
