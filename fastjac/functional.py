@@ -25,7 +25,7 @@ OBSERVERS: list[Callable[..., Tensor | None]] = []
 def activate(z: Tensor, fn: str, impl: str, params: dict[str, Any]) -> Tensor:
     """``φ(z)``: how every activation of ours is called, so that penalties see it."""
     a = None
-    for observe in OBSERVERS:
+    for observe in tuple(OBSERVERS):  # they come and go meanwhile
         a = observe(z, fn, impl, params, a)
     return act(z, fn=fn, impl=impl, **params) if a is None else a
 

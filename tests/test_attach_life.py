@@ -88,6 +88,17 @@ def test_a_penalty_that_is_thrown_away_leaves_the_model() -> None:
     assert all("forward" not in vars(module) for module in model.modules())
 
 
+def test_detached_penalty_does_not_keep_the_model() -> None:
+    model = mlp()
+    penalty, there = DREG(model), weakref.ref(model)
+    model(torch.randn(7, 4))
+    penalty.detach()
+    del model
+    gc.collect()
+    assert there() is None
+    assert penalty.layers_found == []
+
+
 def test_two_penalties_on_one_model() -> None:
     model, x = mlp(), torch.randn(7, 4)
     alone = []
@@ -125,6 +136,52 @@ def test_several_forwards_are_one_batch(both_ways: str) -> None:
         penalty.detach()
 
 
+def test_layer_values_of_several_passes() -> None:
+    model, x = mlp(), torch.randn(7, 4)
+    for options in ({}, {"reduction": "sum"}, {"squared": False}, {"layers": "mean"}):
+        penalty = DREG(model, **options)
+        model(x)
+        value = penalty().detach()
+        whole = penalty.layer_values
+        model(x[:2])
+        model(x[2:])
+        penalty()
+        close(dict(penalty.layer_values), dict(whole))
+        close(sum(dict(penalty.layer_values).values()), value)
+        penalty.detach()
+
+
+def test_called_form_of_an_attached_penalty_is_no_pass() -> None:
+    model, x, y = mlp(), torch.randn(7, 4), torch.randn(5, 4)
+    for every in (1, 2):
+        penalty = DREG(model, every=every)
+        model(y)
+        value = penalty()
+        if every == 2:
+            penalty(model, x)
+        model(y)
+        penalty(model, x)
+        if every == 2:
+            penalty(model, x)
+        close(penalty(), value)
+        with pytest.raises(RuntimeError, match="has not run"):
+            penalty()
+        penalty.detach()
+
+
+def test_called_form_of_an_attached_penalty_with_checkpoints() -> None:
+    model, x = checkpointed(), torch.randn(3, 4)
+    penalty = DREG(model)
+    (model(x).sum() + penalty()).backward()
+    grads = []
+    for call, net in ((penalty, model), (DREG(), copy.deepcopy(model))):
+        net.zero_grad()
+        output, value = call(net, x)
+        (output.sum() + value).backward()
+        grads.append([p.grad for p in net.parameters()])
+    close(*grads)
+
+
 def test_gradient_accumulation_and_clear() -> None:
     model, x = mlp(), torch.randn(8, 4)
     penalty = DREG(model)
@@ -153,6 +210,28 @@ def test_every() -> None:
         values.append(value.item())
     close(torch.tensor(values[3]), torch.tensor(values[0]))
     assert values[1] == values[2] == 0 and values[0] > 0
+
+
+def test_every_with_several_outputs() -> None:
+    net, x = mlp(), torch.randn(7, 4)
+    for parts in (
+        lambda y: (y.argmax(1), y),
+        lambda y: {"loss": y.sum(), "logits": y},
+        lambda y: y.sum(),
+    ):
+        model = Model(lambda m, x, parts=parts: parts(m.net(x)), net=net)
+        penalty = DREG(model, every=2)
+        model(x)
+        penalty()
+        model(x)
+        value = penalty()
+        assert value == 0 and value.dtype == torch.double and value.requires_grad
+        model(x)
+        penalty()
+        penalty.reduction = "none"
+        output = model(x)
+        assert penalty().shape == ((1,) if isinstance(output, Tensor) else (7,))
+        penalty.detach()
 
 
 def test_passes_that_do_not_count() -> None:
@@ -263,6 +342,61 @@ def test_checkpointing_frees_what_it_should(both_ways: str) -> None:
         assert sum(r() is not None for r in alive) <= 1
         (output.sum() + penalty()).backward()
         assert sum(r() is not None for r in alive) <= 1
+
+
+def checkpointed() -> Model:
+    """A layer with a function of ours in a checkpoint."""
+    block = lambda m, x: fastjac.gelu(m.fc(x))  # noqa: E731
+    return one_layer(nn.GELU(), lambda m, x: m.head(checkpoint(block, m, x, use_reentrant=False)))
+
+
+def test_backward_that_fails_in_a_checkpointed_model_leaves_nothing() -> None:
+    model, x = checkpointed(), torch.randn(3, 4)
+    penalty = DREG(model)
+
+    def fail(grad: Tensor) -> Tensor:
+        raise ZeroDivisionError
+
+    def failing_step(penalty: DREG) -> None:
+        hook = model.fc.weight.register_hook(fail)
+        with pytest.raises(ZeroDivisionError):
+            (model(x).sum() + penalty()).backward()
+        hook.remove()
+
+    model(x)
+    value = penalty()
+    failing_step(penalty)
+    (model(x).sum() + (again := penalty())).backward()
+    close(again, value)
+    assert penalty.layers_found == ["fc"] and not OBSERVERS
+    failing_step(penalty)
+    other = checkpointed()
+    attached = DREG(other)
+    (other(x).sum() + attached()).backward()
+    assert attached.layers_found == ["fc"]
+    del penalty, attached
+    gc.collect()
+    assert not OBSERVERS
+    checkpointed()(x).sum().backward()
+
+
+def test_pass_that_fails_before_the_model_runs_leaves_nothing(monkeypatch: Any) -> None:
+    model, x = mlp(), torch.randn(3, 4)
+    penalty = DREG(model)
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(DREG, "before_pass", lambda *args: 1 / 0)
+        model(x)
+    assert not OBSERVERS and penalty._watch.current is None and penalty._watch.cache is None
+    model(x)
+    penalty()
+
+
+def test_accumulated_keeps_nothing_of_a_checkpoint() -> None:
+    model, x = mlp(), torch.randn(3, 4)
+    penalty = AccumulatedDREG()
+    call = lambda x: penalty(model, x, tangent=torch.ones_like(x))[1]  # noqa: E731
+    checkpoint(call, x, use_reentrant=False).backward()
+    pickle.dumps(penalty)
 
 
 class Counting(TorchDispatchMode):

@@ -233,6 +233,31 @@ def test_two_threads_at_once_are_refused() -> None:
     penalty()
 
 
+def test_other_threads_use_our_functions_while_a_model_runs() -> None:
+    inside, go = threading.Event(), threading.Event()
+
+    def waits(m: Model, x: Tensor) -> Tensor:
+        inside.set()
+        go.wait()
+        return m.head(fastjac.gelu(m.fc(x)))
+
+    slow, x = one_layer(nn.GELU(), waits), torch.randn(3, 4)
+    other = one_layer(nn.GELU(), lambda m, x: m.head(fastjac.gelu(m.fc(x))))
+    penalty, others = DREG(slow), DREG(other)
+    thread = threading.Thread(target=slow, args=(x,), daemon=True)
+    thread.start()
+    inside.wait()
+    try:
+        close(fastjac.gelu(x), F.gelu(x))
+        other(x)
+        others()
+    finally:
+        go.set()
+        thread.join()
+    penalty()
+    assert penalty.layers_found == others.layers_found == ["fc"]
+
+
 def test_one_dimensional_input_is_named() -> None:
     penalty = DREG(model := mlp())
     with pytest.raises(RuntimeError, match=r"layer 0: its output has shape \(5,\)"):

@@ -112,6 +112,8 @@ class Root(Forward):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         # An exported program would hold the penalty's detached tensors: it gets the plain model.
         watch = None if torch.compiler.is_exporting() else self.watch
+        if watch is not None and watch.called:
+            watch = None
         if watch is not None and any(type(t) is Tracked for t in args):
             raise Unsupported("a layer-wise penalty is attached to the model")
         nested = watch is not None and watch.current is not None and watch.running() is not None
@@ -126,8 +128,8 @@ class Root(Forward):
             return output
         watch.forget_stale()
         watch.ddp = static_graph()
-        seen = watch.begin()
         try:
+            seen = watch.begin()
             output = self.plain(*args, **kwargs)
         finally:
             watch.end()

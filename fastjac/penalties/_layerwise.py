@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -44,9 +45,9 @@ class LayerPenalty(ModelPenalty):
       model are free of it; shallow ones (``copy.copy``, DataParallel's replicas) run the original.
     * called: ``output, value = DREG(...)(model, x)`` watches that one run.
 
-    After either, ``layers_found`` holds the names of the layers in the order they ran,
-    ``layers_left_out`` the others as ``(name, reason)``, and ``layer_values`` each layer's share of
-    the value as ``(name, value)``, before ``weight`` and detached.
+    After either, ``layers_found`` holds the names of the layers in the order they ran in the last
+    pass, ``layers_left_out`` the others as ``(name, reason)``, and ``layer_values`` each layer's
+    share of the value as ``(name, value)``, before ``weight`` and detached.
     """
 
     needs_grad = False
@@ -57,18 +58,26 @@ class LayerPenalty(ModelPenalty):
         self.include_output = _checks.flag("include_output", include_output)
         self.layers_found: list[str] = []
         self.layers_left_out: list[tuple[str, str]] = []
-        self._shares: list[tuple[str, Tensor, float]] = []
+        self._shares: list[list[tuple[str, Tensor, float]]] = []  # of each pass
         self._watch: Watch | None = None
 
     @property
     def layer_values(self) -> list[tuple[str, Tensor]]:
         """Each layer's share of the last value, before ``weight``, detached."""
-        return [(name, factor * v.sum()) for name, v, factor in self._shares]
+        values: dict[tuple[str, int], Tensor] = {}
+        for shares in self._shares:
+            ran: Counter[str] = Counter()  # a module that ran twice in a pass is listed twice
+            for name, v, factor in shares:
+                key = name, ran[name]
+                ran[name] += 1
+                share = factor * v.sum()
+                values[key] = values[key] + share if key in values else share
+        return [(name, value) for (name, _), value in values.items()]
 
     def remember(self, shares: Sequence[tuple[str, Tensor, float]]) -> None:
         """For `layer_values`, of each layer ``(name, v, f)``: its share is ``f Σ v``."""
         # Past nn.Module's own __setattr__, 2 µs.
-        vars(self)["_shares"] = [(name, v.detach(), f) for name, v, f in shares]
+        vars(self)["_shares"] = [[(name, v.detach(), f) for name, v, f in shares]]
 
     # ---- what a penalty defines
 
@@ -97,9 +106,13 @@ class LayerPenalty(ModelPenalty):
 
     def forward(self, *args: Any, **named: Any) -> Any:
         """``(model, x, ...) -> (output, value)``, or ``() -> value`` of the attached model."""
-        if args or named:
+        if not (args or named):
+            return self._attached_value()
+        watch = self._watch
+        if watch is None:
             return super().forward(*args, **named)
-        return self._attached_value()
+        with watch.suspended():
+            return super().forward(*args, **named)
 
     def model_form(self, model: Any, x: Tensor) -> tuple[Tensor, Any]:
         _checks.tensor("x", x)
@@ -207,7 +220,7 @@ class LayerPenalty(ModelPenalty):
             _distributed.check_model(model)
         self._watch = Watch(model, self)
         self._watch.install(attach=True)
-        weakref.finalize(self, self._watch.remove)
+        self._watch.finalizer = weakref.finalize(self, self._watch.remove)
 
     def wanted(self) -> str:
         """What the model's next forward pass is: ``"yes"``, ``"later"`` (`every`) or ``"no"``."""
@@ -220,6 +233,9 @@ class LayerPenalty(ModelPenalty):
         """Take the penalty out of the model it was attached to."""
         if self._watch is not None:
             self._watch.remove()
+            if self._watch.finalizer is not None:  # it would keep the model alive
+                self._watch.finalizer.detach()
+            self._watch.passes.clear()
             self._watch = None
 
     def clear(self) -> None:
@@ -243,13 +259,32 @@ class LayerPenalty(ModelPenalty):
         if not due:
             self.count_call()
             outputs = [t for t in tree_leaves(passes[-1][1]) if isinstance(t, Tensor)]
-            zeros = _autograd.attached_zeros(outputs[0])
+            # Token ids and the loss may come before the tensor that has the samples.
+            outputs = [t for t in outputs if t.is_floating_point() and t.requires_grad] or outputs
+            output = next((t for t in outputs if t.dim()), outputs[0].reshape(-1))
+            zeros = _autograd.attached_zeros(output)
             return zeros if self.reduction == "none" else zeros.sum()
-        results = [self._finish(seen, output, None) for seen, output in due]
+        results, shares = [], []
+        for seen, output in due:
+            results.append(self._finish(seen, output, None))
+            shares += self._shares
+        if len(due) > 1:
+            vars(self)["_shares"] = self._weighed(shares, results)
         value = self._reduce(_together(results))
         self.count_call()
         value = _distributed.attached(value, *[output for _, output in due])
         return _distributed.through_sink(value, self._watch.ddp)
+
+    def _weighed(self, shares: list[Any], results: list[Tensor | Sum]) -> list[Any]:
+        """The passes' shares, of the mean over all of their samples."""
+        if self.reduction != "mean":
+            return shares
+        counts = [r.count if isinstance(r, Sum) else len(r) for r in results]
+        total = sum(counts) or 1
+        return [
+            [(name, v, f * n / total) for name, v, f in of_pass]
+            for of_pass, n in zip(shares, counts, strict=True)
+        ]
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()

@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from threading import RLock, get_ident
 from typing import Any
 
@@ -142,6 +143,7 @@ class Watch:
         # Weak: a penalty that is thrown away must not live on in the model it was attached to.
         self.owner: Callable[[], Any] = weakref.ref(owner)
         self.attached = False
+        self.finalizer: Any = None  # removes this when the owner is thrown away
         self.names = {module: name or "(model)" for name, module in model.named_modules()}
         self.linear = [m for m in self.names if isinstance(m, LINEAR + CONVOLUTION)]
         self.passes: list[tuple[Pass | None, Any]] = []  # with the output of the model
@@ -150,6 +152,7 @@ class Watch:
         self.whole: list[Layer] = []  # the layers that the last pass took whole
         self.ddp: Any = None  # a DistributedDataParallel with a static graph, while it counts
         self.recompute = False
+        self.called: list[None] = []  # one for each call form that is running
         self.cache: Any = None
         self.phis: dict[Any, Phi] = {}
         self.undo: list[Callable[[], None]] = []
@@ -191,6 +194,17 @@ class Watch:
         with LOCK:
             while self.undo:
                 self.undo.pop()()
+        self._forget_recomputation()
+
+    @contextmanager
+    def suspended(self) -> Iterator[None]:
+        """Runs of the model in here are the call form's, and no passes."""
+        self.called.append(None)
+        self.recompute = False  # nor does a checkpoint's recomputation of them watch
+        try:
+            yield
+        finally:
+            self.called.pop()
 
     def forget_stale(self) -> None:
         """Drop passes that autograd could not go back through any more."""
@@ -210,6 +224,8 @@ class Watch:
                 "torch.compile traces a model with a layer-wise penalty, in a process that has "
                 "models under fully_shard, whose weights come and go: run it without torch.compile"
             )
+        if not seen.compiling:
+            self._forget_recomputation()
         # One weight for the model and the penalty where a parametrization computes it: spectral
         # norm would make a power iteration for each access.
         self.cache = parametrize.cached()
@@ -243,28 +259,35 @@ class Watch:
                 "the model runs in two threads at once (DataParallel?), and the penalty attached "
                 "to it can follow one: use DistributedDataParallel, or detach() the penalty"
             )
-        if not self.recompute or torch.compiler.is_compiling():
+        if not self.recompute or torch.compiler.is_compiling() or self.owner() is None:
             return None
         task = torch._C._current_graph_task_id()
         if task == -1:
             return None
         if self.again is None or self.again.task != task:
+            self._forget_recomputation()
             self.again = Pass(self, dry=True)
             self.again.task = task
             OBSERVERS.append(self.observe)
-            # Runs when this backward is over.
+            # Runs when this backward is over, unless it raises.
             engine = torch.autograd.Variable._execution_engine
-            engine.queue_callback(self._recomputed)
+            engine.queue_callback(self._forget_recomputation)
         return self.again
 
-    def _recomputed(self) -> None:
-        self.again = None
-        OBSERVERS.remove(self.observe)
+    def _forget_recomputation(self) -> None:
+        """After a backward; one that raised leaves it to whoever comes next."""
+        if self.again is not None:
+            self.again = None
+            while self.observe in OBSERVERS:
+                OBSERVERS.remove(self.observe)
 
     def observe(
         self, z: Tensor, fn: str, impl: str, params: dict[str, Any], a: Tensor | None
     ) -> Tensor | None:
         """For ``fastjac.gelu(z)`` and its like: ``φ(z)`` if z is a layer's output."""
+        current = self.current
+        if current is not None and not current.compiling and current.thread != get_ident():
+            return a  # most likely of another model: this one's forwards say if it is not
         running = self.running()
         call = None if running is None else running.find(z)
         if running is None or call is None:

@@ -95,6 +95,8 @@ class AccumulatedDREG(LayerPenalty):
                     "graph of torch.compile: call it outside the compiled function). Torch said: "
                     f"{error}"
                 ) from error
+            finally:  # they hold the checkpoint's frame
+                vars(self)["_hooks"] = None
             return forward_ad.unpack_dual(dual).primal, values
 
     computes = True
