@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -73,6 +73,21 @@ def check_like(t: Tensor | None, z: Tensor, name: str) -> None:
         raise RuntimeError(f"fastjac: {name} must have the shape, dtype and device of z")
 
 
+@functools.cache
+def _tensors(name: str) -> tuple[int, ...]:
+    """Where a raw op has a tensor that is not optional."""
+    arguments = raw(name)._schema.arguments
+    return tuple(i for i, a in enumerate(arguments) if a.type.kind() == "TensorType")
+
+
+def refuse_none(name: str, args: Sequence[Any]) -> None:
+    """The dispatcher lets None through in the place of a tensor."""
+    for i in _tensors(name):
+        if args[i] is None:
+            argument = raw(name)._schema.arguments[i].name
+            raise RuntimeError(f"fastjac: {argument} of {name} is None")
+
+
 def register_fake(name: str, fake: Callable[..., Any]) -> None:
     """The fake kernel of a raw op.
 
@@ -81,8 +96,7 @@ def register_fake(name: str, fake: Callable[..., Any]) -> None:
     """
 
     def checked(*args):
-        if args[0] is None:  # the dispatcher lets it through
-            raise RuntimeError(f"fastjac: the first tensor of {name} is None")
+        refuse_none(name, args)
         check_one_device(name, args)
         return fake(*args)
 
@@ -94,6 +108,7 @@ def register_triton(module: str, *names: str) -> None:
 
     def launcher(name: str) -> Any:
         def launch(*args):
+            refuse_none(f"{name}_triton", args)
             # Needs Triton, which may not be installed.
             kernels = importlib.import_module(f"fastjac.kernels.{module}")
             return getattr(kernels, name)(*args)
