@@ -155,6 +155,13 @@ class _ConvAct(nn.modules.conv._ConvNd):
 
     Shapes: ``[N, in_channels, ...]`` to ``[N, out_channels, ...]``, positions as torch's module.
     Dtypes, gradient orders, errors and what `fastjac.DREG` makes of it as `LinearAct`.
+
+    Example:
+
+        >>> layer, x = fastjac.nn.ConvAct2d(3, 8, 3, "relu"), torch.randn(2, 3, 5, 5)
+        >>> truth = nn.functional.conv2d(x, layer.weight, layer.bias).relu()
+        >>> torch.allclose(layer(x), truth, atol=1e-6)
+        True
     """
 
     def __init__(

@@ -49,6 +49,14 @@ def double_backprop(weight: float = 1.0, **options: Unpack[PresetOptions]) -> IG
 
     Source: Drucker & LeCun 1992, "Improving generalization performance using double
     backpropagation".
+
+    Example:
+
+        >>> model, x, t = nn.Linear(3, 1), torch.randn(4, 3), torch.randn(4, 1)
+        >>> output, value = fastjac.presets.double_backprop()(model, x, t)
+        >>> truth = ((output - t) @ model.weight).square().sum(1).mean() / 2
+        >>> torch.allclose(value, truth)
+        True
     """
     return IGPen(half_squared_error, weight=_checks.number("weight", weight) / 2, **options)
 
@@ -60,6 +68,13 @@ def r1(gamma: float = 10.0, **options: Unpack[PresetOptions]) -> GradientPenalty
     lazy regularisation of StyleGAN2: every 16th call, times 16.
 
     Source: Mescheder, Geiger, Nowozin 2018, arXiv 1801.04406; Karras et al. 2020, arXiv 1912.04958.
+
+    Example:
+
+        >>> D, x = nn.Linear(3, 1), torch.randn(4, 3)
+        >>> output, value = fastjac.presets.r1(10.0)(D, x)
+        >>> torch.allclose(value, 5 * D.weight.square().sum())
+        True
     """
     return GradientPenalty(0.0, weight=_checks.number("gamma", gamma) / 2, **options)
 
@@ -89,6 +104,13 @@ class WGANGP(GradientPenalty):
         reduction, every: as for all penalties.
 
     Source: Gulrajani et al. 2017, arXiv 1704.00028, algorithm 1.
+
+    Example:
+
+        >>> critic, real, fake = nn.Linear(3, 1), torch.randn(4, 3), torch.randn(4, 3)
+        >>> output, value = fastjac.presets.WGANGP()(critic, real, fake)
+        >>> torch.allclose(value, (critic.weight.norm() - 1).square())
+        True
     """
 
     chain_ready = True
@@ -158,6 +180,13 @@ def igr(weight: float = 0.1, **options: Unpack[PresetOptions]) -> Eikonal:
     Called with ``(x, output)`` or ``(f, x)``, ``x`` ``[N, D]`` the points, which the caller draws.
 
     Source: Gropp, Yariv, Haim, Atzmon, Lipman 2020, arXiv 2002.10099; λ = 0.1 there.
+
+    Example:
+
+        >>> f, x = nn.Linear(3, 1), torch.randn(4, 3)
+        >>> output, value = fastjac.presets.igr(0.1)(f, x)
+        >>> torch.allclose(value, 0.1 * (f.weight.norm() - 1).square())
+        True
     """
     return Eikonal(weight=weight, **options)
 
@@ -177,6 +206,14 @@ def deq(
     unbiased estimate of ``‖J_n‖_F² / d``. ``projection=v / √d`` in place of the draw.
 
     Source: Bai, Koltun, Kolter 2021, arXiv 2106.14342; ``vecs``: K, 2 in their code.
+
+    Example:
+
+        >>> f, z = nn.Linear(3, 3), torch.randn(4, 3, requires_grad=True)
+        >>> v = torch.randn(1, 4, 3)
+        >>> value = fastjac.presets.deq(1)(z, f(z), projection=v / 3**0.5)
+        >>> torch.allclose(value, (v[0] @ f.weight).square().mean())
+        True
     """
     return SpectReg(vecs, weight=weight, generator=generator, chunk_size=chunk_size, **options)
 
@@ -194,6 +231,16 @@ def rnode(z: Tensor, dz: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         solve.
 
     Source: Finlay, Jacobsen, Nurbekyan, Oberman 2020, arXiv 2002.02798.
+
+    Example:
+
+        >>> field, z = nn.Linear(3, 3), torch.randn(4, 3, requires_grad=True)
+        >>> e, dz = torch.randn(4, 3), field(z)
+        >>> kinetic, jacobian = fastjac.presets.rnode(z, dz, e)
+        >>> torch.allclose(kinetic, dz.square().mean(1) / 2)
+        True
+        >>> torch.allclose(jacobian, (e @ field.weight).square().mean(1))
+        True
     """
     z, dz = _checks.floating("z", z), _checks.floating("dz", dz)
     _checks.like("noise", _checks.tensor("noise", noise), "dz", dz)
