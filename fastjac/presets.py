@@ -3,6 +3,9 @@
 Each is one of `fastjac.penalties` with its factors set: the value, and so its gradient, is that of
 the original on the same inputs and random vectors. ``JacobianReg``, ``DataGrad`` and
 ``Contractive`` have their originals' conventions as they stand.
+
+Dtypes and their accumulation, gradient orders and errors are those of the penalty that a preset
+returns or is made of. ``reduction``, ``every``, ``at`` and ``engine`` are its options.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,20 +68,21 @@ def float32(thing: Thing) -> None:
     lower(thing, lambda loss: loss)
 
 
-@way("eager", "`no_grad`")
-def no_grad(thing: Thing) -> None:
+def value_under(mode: AbstractContextManager[Any], thing: Thing) -> None:
     cell = Cell(thing)
     value = cell.truth(cell.x.requires_grad_(), cell.y)
-    with torch.no_grad():
+    with mode:
         same([cell.ours(cell.x, cell.y)], [value])
+
+
+@way("eager", "`no_grad`")
+def no_grad(thing: Thing) -> None:
+    value_under(torch.no_grad(), thing)
 
 
 @way("eager", "inference mode")
 def inference_mode(thing: Thing) -> None:
-    cell = Cell(thing)
-    value = cell.truth(cell.x.requires_grad_(), cell.y)
-    with torch.inference_mode():
-        same([cell.ours(cell.x, cell.y)], [value])
+    value_under(torch.inference_mode(), thing)
 
 
 @way("eager", "deterministic algorithms")

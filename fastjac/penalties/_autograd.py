@@ -39,13 +39,17 @@ def total(pieces: Iterable[Tensor]) -> Tensor:
 
 
 def attached_zeros(output: Tensor) -> Tensor:
-    """Zeros ``[N]`` in the graph of ``output``.
+    """Zeros ``[N]`` in the graph of ``output``."""
+    return attached_zero(output, accumulate_dtype(output.dtype)).expand(output.shape[0])
 
-    The sum of an empty slice: exact even if ``output`` holds NaN or infinities, where
-    ``0 * output.sum()`` would not be.
+
+def attached_zero(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """A zero in the graph of ``t``, 0-dim.
+
+    The sum of an empty slice: exact even if ``t`` holds NaN or infinities, where ``0 * t.sum()``
+    would not be.
     """
-    dtype = accumulate_dtype(output.dtype)
-    return output[:0].sum(dtype=dtype).expand(output.shape[0])
+    return (t if t.dim() else t.reshape(1))[:0].sum(dtype=dtype)
 
 
 def vjp(output: Tensor, x: Tensor, w: Tensor, chunk_size: int | None = None) -> Iterator[Tensor]:

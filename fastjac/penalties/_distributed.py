@@ -26,6 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves
 
 from fastjac.ops._autograd import graph_nodes
+from fastjac.penalties import _autograd
 
 if TYPE_CHECKING:
     from fastjac.penalties._base import Penalty
@@ -69,15 +70,12 @@ def unwrapped(model: Any) -> Any:
 
 
 def attached(value: Tensor, *outputs: Any) -> Tensor:
-    """``value``, in the graph of the outputs too, with the gradient 0.
-
-    By an empty slice, as `_autograd.attached_zeros`.
-    """
+    """``value``, in the graph of the outputs too, with the gradient 0."""
     if not active():
         return value
     for t in tree_leaves(outputs):
         if isinstance(t, Tensor) and t.requires_grad and t.is_floating_point():
-            value = value + t.reshape(-1)[:0].sum(dtype=value.dtype).to(value.device)
+            value = value + _autograd.attached_zero(t, value.dtype).to(value.device)
     return value
 
 
@@ -95,9 +93,11 @@ def static_graph() -> Any:
 
 def through_sink(value: Tensor, ddp: Any) -> Tensor:
     """``value``, whose gradient makes the DDP of `static_graph` reduce too."""
+    if ddp is None:
+        return value
     from torch.nn.parallel.distributed import _DDPSink
 
-    return value if ddp is None else _DDPSink.apply(ddp, value)[0]
+    return _DDPSink.apply(ddp, value)[0]
 
 
 # ---- one call
@@ -105,8 +105,8 @@ def through_sink(value: Tensor, ddp: Any) -> Tensor:
 
 def run(penalty: Penalty, model: Any, x: Any, targets: Any, named: Any) -> tuple[Tensor, Tensor]:
     """Output and value of the model form."""
-    owner = getattr(model, "__self__", model)  # of a method
-    if active() and isinstance(owner, nn.Module):
+    owner = getattr(model, "__self__", model) if active() else None  # of a method
+    if isinstance(owner, nn.Module):
         check_model(owner)
         if owner is not model and (is_sharded(owner) or isinstance(owner, DistributedDataParallel)):
             raise TypeError(

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fastjac.dispatch import accumulate_dtype
 from fastjac.nn import Act, ConvAct1d, ConvAct2d, ConvAct3d, LinearAct, activation_of
+from fastjac.ops import act
 from fastjac.ops._autograd import Function
 from fastjac.ops.act_stats import recorded
 from fastjac.ops.batch_norm import Normed, inverse_variance
@@ -68,6 +69,9 @@ class Phi:
     params: dict[str, Any] = field(default_factory=dict)
 
     def derivative(self, z: Tensor) -> Tensor:
+        """``φ'(z)``."""
+        if self.fn is not None:
+            return act(z, None, 1, self.fn, impl=self.impl, **self.params)
         assert self.module is not None
         return activation_derivative(self.module, z)
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from fastjac.dispatch import accumulate_dtype
-from fastjac.ops import act, row_sqnorm
+from fastjac.ops import row_sqnorm
 from fastjac.penalties._distributed import active, is_dtensor
 
 if TYPE_CHECKING:
@@ -79,14 +79,17 @@ class _Tied(torch.autograd.Function):
 # ---- tensor parallel
 
 
-def layout_of(z: Tensor, name: str) -> Any:
+def layout_of(call: Call) -> Any:
     """The layout of a layer's output over the processes: of a DTensor, or of what it was."""
+    if call.norm is not None:
+        raise refused(call, "a norm follows it: put the norm elsewhere")
+    z: Any = call.z
     if is_dtensor(z):
-        return z._spec  # type: ignore[attr-defined]
+        return z._spec
     spec = getattr(z.grad_fn, "dtensor_spec", None)
     if spec is None:
         raise RuntimeError(
-            f"layer {name}: its weight is a DTensor, and its output no DTensor and not what "
+            f"layer {call.name}: its weight is a DTensor, and its output no DTensor and not what "
             "to_local() has just made of one, so that the penalty cannot tell how it is sharded: "
             "run the model with gradients on, and let nothing come between to_local() and the "
             "activation"
@@ -94,11 +97,8 @@ def layout_of(z: Tensor, name: str) -> Any:
     return spec
 
 
-def refuse_dtensor(call: Call, what: str) -> None:
-    if is_dtensor(call.weight):
-        raise RuntimeError(
-            f"layer {call.name}: its weight is a DTensor (tensor parallel), and {what}"
-        )
+def refused(call: Call, why: str) -> RuntimeError:
+    return RuntimeError(f"layer {call.name}: its weight is a DTensor (tensor parallel), and {why}")
 
 
 def units_squared(call: Call, phi: Phi) -> tuple[Any, Any]:
@@ -108,7 +108,7 @@ def units_squared(call: Call, phi: Phi) -> tuple[Any, Any]:
     """
     from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
-    spec = layout_of(call.z, call.name)
+    spec = layout_of(call)
     z: Any = call.z
     if is_dtensor(z):
         if any(p.is_partial() for p in spec.placements):
@@ -129,18 +129,12 @@ def units_squared(call: Call, phi: Phi) -> tuple[Any, Any]:
         units = dim == len(spec.shape) - 1
         placements.append(p if dim is None else Shard(1) if units else Partial())
     n, c = spec.shape[0], spec.shape[-1]
-    slope = _slope(phi, z).to(accumulate_dtype(z.dtype))
+    slope = phi.derivative(z).to(accumulate_dtype(z.dtype))
     local = slope.square().flatten(1, -2).sum(1) if z.dim() > 2 else slope.square()
     size = torch.Size((n, c))
     return DTensor.from_local(
         local, spec.mesh, placements, run_check=False, shape=size, stride=(c, 1)
     ), spec.shape
-
-
-def _slope(phi: Phi, z: Tensor) -> Tensor:
-    if phi.fn is None:
-        return phi.derivative(z)
-    return act(z, None, 1, phi.fn, impl=phi.impl, **phi.params)
 
 
 def row_norms(call: Call, impl: str = "auto") -> Any:
@@ -149,7 +143,7 @@ def row_norms(call: Call, impl: str = "auto") -> Any:
 
     weight: Any = call.weight
     if not call.layer.linear:
-        refuse_dtensor(call, "only Linear layers can be penalised so: give it whole weights")
+        raise refused(call, "only Linear layers can be penalised so: give it whole weights")
     (rows,) = row_sqnorm([weight.to_local()], impl=impl)
     placements = [Partial() if p.is_shard(1) else p for p in weight.placements]
     norms = DTensor.from_local(

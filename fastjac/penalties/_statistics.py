@@ -233,11 +233,9 @@ class LayerStatistics(LayerPenalty):
 
     def _of_shards(self, call: Call, phi: Phi, a: Tensor | None) -> tuple[Tensor, Term]:
         """The same for a weight that is a DTensor."""
-        if call.norm is not None:
-            _sharded.refuse_dtensor(call, "a norm follows it: put the norm elsewhere")
+        s, shape = _sharded.units_squared(call, phi)
         if a is None:
             a = phi.run(call.z.clone() if getattr(phi.module, "inplace", False) else call.z)
-        s, shape = _sharded.units_squared(call, phi)
         product = s if self.per_sample_wanted else s.sum(0)
         product = product * _sharded.row_norms(call, phi.impl) if self.use_weight else product
         return a, Term(call, self._divisor(call, shape), _sharded.whole(product.sum(-1)))
@@ -264,9 +262,7 @@ class LayerStatistics(LayerPenalty):
         seen.terms.append(term)
 
     def _output_of_shards(self, seen: Pass, call: Call) -> None:
-        if call.norm is not None:
-            _sharded.refuse_dtensor(call, "a norm follows it: put the norm elsewhere")
-        n, *positions, c = shape = _sharded.layout_of(call.z, call.name).shape
+        n, *positions, c = shape = _sharded.layout_of(call).shape
         total = torch.ones((), dtype=_autograd.accumulate_dtype(call.z.dtype)) * c
         if self.use_weight:
             total = _sharded.whole(_sharded.row_norms(call).sum())

@@ -152,7 +152,7 @@ class Watch:
         self.whole: list[Layer] = []  # the layers that the last pass took whole
         self.ddp: Any = None  # a DistributedDataParallel with a static graph, while it counts
         self.recompute = False
-        self.called: list[None] = []  # one for each call form that is running
+        self.called = 0  # call forms that are running
         self.cache: Any = None
         self.phis: dict[Any, Phi] = {}
         self.undo: list[Callable[[], None]] = []
@@ -199,12 +199,12 @@ class Watch:
     @contextmanager
     def suspended(self) -> Iterator[None]:
         """Runs of the model in here are the call form's, and no passes."""
-        self.called.append(None)
+        self.called += 1
         self.recompute = False  # nor does a checkpoint's recomputation of them watch
         try:
             yield
         finally:
-            self.called.pop()
+            self.called -= 1
 
     def forget_stale(self) -> None:
         """Drop passes that autograd could not go back through any more."""
