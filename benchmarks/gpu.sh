@@ -69,7 +69,7 @@ if device == "cuda":
 
 plots() { # from the records; where matplotlib is missing, draw them elsewhere from bench.csv
   "$py" -c 'import matplotlib' 2>/dev/null || { echo "matplotlib not found"; return 0; }
-  "$py" -m fastjac.cli bench --from "$out/bench.csv" --plot "$out/pictures"
+  "$py" -m fastjac.cli.main bench --from "$out/bench.csv" --plot "$out/pictures"
 }
 
 # The dry run reads every line that a GPU would, on the smallest work that does.
@@ -80,17 +80,17 @@ else
 fi
 
 stage install install
-stage info "$py" -m fastjac.cli info --json "$out/info.json"
-stage check "$py" -m fastjac.cli check --device "$device" --json "$out/check.json"
+stage info "$py" -m fastjac.cli.main info --json "$out/info.json"
+stage check "$py" -m fastjac.cli.main check --device "$device" --json "$out/check.json"
 stage tests "$py" -m pytest -q -x "${pytest[@]}" tests/test_act.py tests/test_nn.py \
   tests/test_act_stats.py tests/test_row_sqnorm.py tests/test_softmax_residual.py \
   tests/test_attach.py tests/test_attach_life.py tests/test_attach_traps.py \
   tests/test_batch_norm.py tests/test_tuning.py tests/test_tuning_kernels.py -m "not slow"
 stage sanitize sanitize
-stage tune timeout 90 "$py" -m fastjac.cli tune "${tune[@]}"
+stage tune timeout 90 "$py" -m fastjac.cli.main tune "${tune[@]}"
 stage layerwise timeout 120 "$py" benchmarks/layerwise_gpu.py --device "$device" \
   --json "$out/layerwise.json"
-stage bench timeout 280 "$py" -m fastjac.cli bench "${bench[@]}" --device "$device" \
+stage bench timeout 280 "$py" -m fastjac.cli.main bench "${bench[@]}" --device "$device" \
   --json "$out/bench.json" --csv "$out/bench.csv"
 stage plots plots
 exit "$failed"

@@ -23,9 +23,9 @@ from torch import nn
 import fastjac
 from fastjac.activations import IDS
 from fastjac.bench.measure import Samples, interleave
-from fastjac.dispatch import OPS, why_not
-from fastjac.ops._library import raw, suffix_of
 from fastjac.ops.act_stats import NONE
+from fastjac.ops.dispatch import OPS, why_not
+from fastjac.ops.registration import raw, suffix_of
 
 
 def milliseconds(steps: dict[str, Any], device: torch.device) -> dict[str, float]:

@@ -2,13 +2,14 @@
 
 from typing import TYPE_CHECKING, Any
 
-from fastjac import check, info, nn, penalties, presets, reference, schedules
+from fastjac import nn, penalties, presets, reference, schedules
 from fastjac._version import __version__
-from fastjac.dispatch import explain
+from fastjac.cli import check, info
 from fastjac.functional import FUNCTIONS as _FUNCTIONS
-from fastjac.native import backend as _backend
 from fastjac.nn import Act, fuse, unfuse
 from fastjac.ops import act, act_stats, row_sqnorm, softmax_residual
+from fastjac.ops.dispatch import explain
+from fastjac.ops.native import backend as _backend
 from fastjac.penalties import *  # noqa: F403
 from fastjac.penalties import __all__ as _penalties
 from fastjac.schedules import Warmup, WeightSchedule

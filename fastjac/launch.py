@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastjac.dispatch import FLOAT_DTYPES
+from fastjac.ops.dispatch import FLOAT_DTYPES
 
 Config = tuple[int, ...]
 SIZE_CLASSES = 65
@@ -37,7 +37,7 @@ class Kernel:
 
     Attributes:
         impl: "triton" or "cuda".
-        op: the op it belongs to, a key of `fastjac.dispatch.OPS`.
+        op: the op it belongs to, a key of `fastjac.ops.dispatch.OPS`.
         call: the raw op without its suffix, ``act_backward``, and what kind of call of it.
         parameters: what the numbers of a configuration are.
         configs: the configurations it may run with, the default first.

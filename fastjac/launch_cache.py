@@ -23,9 +23,9 @@ import torch
 from fastjac import launch
 from fastjac._version import __version__
 from fastjac.activations import table_hash
-from fastjac.dispatch import FLOAT_DTYPES
 from fastjac.launch import KERNELS, Config
-from fastjac.native import backend
+from fastjac.ops.dispatch import FLOAT_DTYPES
+from fastjac.ops.native import backend
 
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOAT_DTYPES}
 Device = torch.device | str | int | None

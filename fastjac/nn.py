@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from fastjac.activations import TABLE, get
-from fastjac.dispatch import OPS
 from fastjac.functional import FUNCTIONS, activate
 from fastjac.ops import act
+from fastjac.ops.dispatch import OPS
 
 
 class Act(nn.Module):

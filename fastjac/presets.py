@@ -17,8 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import Unpack
 
-from fastjac.dispatch import accumulate_dtype
-from fastjac.penalties import Eikonal, GradientPenalty, IGPen, SpectReg, _autograd, _checks
+from fastjac import arguments
+from fastjac.ops.dispatch import accumulate_dtype
+from fastjac.penalties import Eikonal, GradientPenalty, IGPen, SpectReg
+from fastjac.per_sample import rows
 
 __all__ = ["WGANGP", "deq", "double_backprop", "igr", "r1", "r2", "rnode", "wgan_gp"]
 
@@ -32,7 +34,7 @@ class PresetOptions(TypedDict, total=False):
 
 def half_squared_error(output: Tensor, target: Tensor) -> Tensor:
     """``E_n = ½ ‖g_n − d_n‖²``, ``[N]``."""
-    _checks.batch("target", target, "output", len(output))
+    arguments.batch("target", target, "output", len(output))
     if output.shape == (len(output), 1) and target.dim() == 1:
         target = target[:, None]
     if target.shape != output.shape:  # torch would broadcast them
@@ -61,7 +63,7 @@ def double_backprop(weight: float = 1.0, **options: Unpack[PresetOptions]) -> IG
         >>> torch.allclose(value, truth)
         True
     """
-    return IGPen(half_squared_error, weight=_checks.number("weight", weight) / 2, **options)
+    return IGPen(half_squared_error, weight=arguments.number("weight", weight) / 2, **options)
 
 
 def r1(gamma: float = 10.0, **options: Unpack[PresetOptions]) -> GradientPenalty:
@@ -79,7 +81,7 @@ def r1(gamma: float = 10.0, **options: Unpack[PresetOptions]) -> GradientPenalty
         >>> torch.allclose(value, 5 * D.weight.square().sum())
         True
     """
-    return GradientPenalty(0.0, weight=_checks.number("gamma", gamma) / 2, **options)
+    return GradientPenalty(0.0, weight=arguments.number("gamma", gamma) / 2, **options)
 
 
 def r2(gamma: float = 10.0, **options: Unpack[PresetOptions]) -> GradientPenalty:
@@ -130,7 +132,7 @@ class WGANGP(GradientPenalty):
         every: int = 1,
     ) -> None:
         super().__init__(1.0, at=at, engine=engine, weight=weight, reduction=reduction, every=every)
-        self.generator = _checks.generator(generator)
+        self.generator = arguments.generator(generator)
 
     def forward(
         self, critic: Any, real: Tensor, fake: Tensor, *, epsilon: Tensor | None = None
@@ -146,8 +148,8 @@ class WGANGP(GradientPenalty):
 
     def between(self, real: Tensor, fake: Tensor, epsilon: Tensor | None = None) -> Tensor:
         """``ε real + (1 − ε) fake``, detached."""
-        real, fake = _checks.floating("real", real).detach(), _checks.floating("fake", fake)
-        _checks.like("fake", fake, "real", real)
+        real, fake = arguments.floating("real", real).detach(), arguments.floating("fake", fake)
+        arguments.like("fake", fake, "real", real)
         if fake.shape != real.shape:
             raise ValueError(
                 f"fake has shape {tuple(fake.shape)} and real {tuple(real.shape)}: each generated "
@@ -155,12 +157,12 @@ class WGANGP(GradientPenalty):
             )
         n = len(real)
         if epsilon is None:
-            _checks.generator_device(self.generator, real.device)
+            arguments.generator_device(self.generator, real.device)
             epsilon = torch.rand(n, dtype=real.dtype, device=real.device, generator=self.generator)
         elif not isinstance(epsilon, Tensor) or epsilon.shape != (n,):
             shape = getattr(epsilon, "shape", type(epsilon).__name__)
             raise ValueError(f"epsilon is {shape}: it must be a tensor [{n}], one per sample")
-        _checks.like("epsilon", epsilon, "real", real)
+        arguments.like("epsilon", epsilon, "real", real)
         return torch.lerp(fake.detach(), real, epsilon.detach().reshape(n, *[1] * (real.dim() - 1)))
 
 
@@ -245,14 +247,14 @@ def rnode(z: Tensor, dz: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         >>> torch.allclose(jacobian, (e @ field.weight).square().mean(1))
         True
     """
-    z, dz = _checks.floating("z", z), _checks.floating("dz", dz)
-    _checks.like("noise", _checks.tensor("noise", noise), "dz", dz)
+    z, dz = arguments.floating("z", z), arguments.floating("dz", dz)
+    arguments.like("noise", arguments.tensor("noise", noise), "dz", dz)
     if dz.shape != z.shape or noise.shape not in (z.shape, (noise.shape[0], *z.shape)):
         raise ValueError(
             f"z, dz and noise have shapes {tuple(z.shape)}, {tuple(dz.shape)} and "
             f"{tuple(noise.shape)}: dz must have that of z, noise that or [K, *z.shape]"
         )
-    e = noise.reshape(-1, *_autograd.rows(dz).shape)
+    e = noise.reshape(-1, *rows(dz).shape)
     jacobian = SpectReg(reduction="none")(z, dz, projection=e / e.shape[-1] ** 0.5)
-    kinetic = _autograd.rows(dz.to(accumulate_dtype(dz.dtype))).square().mean(1) / 2
+    kinetic = rows(dz.to(accumulate_dtype(dz.dtype))).square().mean(1) / 2
     return kinetic, jacobian

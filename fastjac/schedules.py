@@ -7,7 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from fastjac.penalties import Penalty, _checks
+from fastjac import arguments
+from fastjac.penalties import Penalty
 
 KINDS = ("linear", "cosine", "constant")
 
@@ -29,9 +30,9 @@ class Warmup:
     start: int = 0
 
     def __post_init__(self) -> None:
-        _checks.choice("kind", self.kind, KINDS)
+        arguments.choice("kind", self.kind, KINDS)
         for name in ("steps", "start"):
-            _checks.count(name, getattr(self, name), least=0)
+            arguments.count(name, getattr(self, name), least=0)
         if (self.kind == "constant") != (self.steps == 0):
             raise ValueError(
                 f"steps is {self.steps} and kind {self.kind!r}: 'linear' and 'cosine' need "
@@ -79,7 +80,7 @@ class WeightSchedule:
 
     def set_step(self, step: int) -> None:
         """Go to a step, where somebody else counts them."""
-        factor = _checks.number("the value of factor", self.factor(step))
+        factor = arguments.number("the value of factor", self.factor(step))
         self.last_step = step
         self.penalty.weight = self.base * factor
         self.penalty._scheduled = self.penalty.weight, self.base
@@ -90,5 +91,5 @@ class WeightSchedule:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a `state_dict`, at its step."""
-        self.base = _checks.number("base", state["base"])
+        self.base = arguments.number("base", state["base"])
         self.set_step(state["last_step"])

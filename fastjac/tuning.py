@@ -25,12 +25,12 @@ from torch import Tensor
 
 from fastjac import launch, launch_cache
 from fastjac.activations import IDS
-from fastjac.dispatch import FLOAT_DTYPES, OPS, accumulate_dtype
 from fastjac.launch import KERNELS, Config, Kernel
 from fastjac.launch_cache import Choice, Device, cache_file, load
-from fastjac.ops._autograd import below_autograd
-from fastjac.ops._library import raw, suffix_of
 from fastjac.ops.act_stats import BIAS, NONE
+from fastjac.ops.autograd import below_autograd
+from fastjac.ops.dispatch import FLOAT_DTYPES, OPS, accumulate_dtype
+from fastjac.ops.registration import raw, suffix_of
 
 __all__ = ["Choice", "cache_file", "gpu_ms", "load", "tune"]
 
@@ -61,7 +61,7 @@ def tune(
     differ each time, may), nor one that does not run.
 
     Args:
-        ops: keys of `fastjac.dispatch.OPS`; None is all that have candidates.
+        ops: keys of `fastjac.ops.dispatch.OPS`; None is all that have candidates.
         impls: "cuda", "triton" or both; None is what ``impl="auto"`` takes.
         dtypes: of the tensors; other dtypes keep what they have.
         sizes: numbers of elements, powers of two from 1024 on; a launch of another size takes what

@@ -68,11 +68,10 @@ def empty_graphs():
 @pytest.fixture
 def backend(request, monkeypatch):
     """The compiled engine's: inductor for the slow tests, unless one says otherwise."""
-    from fastjac.penalties import _backend
 
     slow = request.node.get_closest_marker("slow") is not None
     name = getattr(request, "param", "inductor" if slow else "aot_eager")
-    monkeypatch.setattr(_backend, "NAME", name)
+    monkeypatch.setattr(backend, "NAME", name)
     return name
 
 

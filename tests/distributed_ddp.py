@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import fastjac
-from fastjac.penalties import _backend
+from fastjac.input_jacobian.compiled import backend
 
 
 def ddp(model: nn.Module, **options: Any) -> DistributedDataParallel:
@@ -103,7 +103,7 @@ def registry_find_unused(rank: int, world: int, device: Any) -> None:
 
 
 def compiled(rank: int, world: int, device: Any) -> None:
-    _backend.NAME = "aot_eager"
+    backend.NAME = "aot_eager"
     FORMS["compiled"] = partial(spectreg, "compiled")
     check(["compiled"], rank, world, device, bucket_cap_mb=1e-5)  # by these torch would cut graphs
     part = nn.Sequential(ddp(net().to(device)))

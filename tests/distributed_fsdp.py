@@ -32,8 +32,8 @@ from torch.distributed.fsdp import (
 from torch.utils.checkpoint import checkpoint
 
 import fastjac
-from fastjac.penalties import _backend
-from fastjac.penalties._sharded import sharding
+from fastjac.input_jacobian.compiled import backend
+from fastjac.layerwise.sharded import sharding
 
 
 def root(model: nn.Module, **options: Any) -> nn.Module:
@@ -95,7 +95,7 @@ def registry(rank: int, world: int, device: Any) -> None:
 
 
 def compiled(rank: int, world: int, device: Any) -> None:
-    _backend.NAME = "aot_eager"
+    backend.NAME = "aot_eager"
     for name in ("root", "root freed"):
         form = {"compiled": partial(spectreg, "compiled")}
         check(WRAPS[name], name, form, rank, world, device)

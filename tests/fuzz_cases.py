@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastjac
-from fastjac.dispatch import OPS
 from fastjac.ops import act_stats as _ops_act_stats  # noqa: F401  (registers every op)
+from fastjac.ops.dispatch import OPS
 from fastjac.penalties import PENALTIES
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)

@@ -16,7 +16,7 @@ from torch.func import functional_call, hessian, jacrev, jvp, vjp, vmap
 
 import fastjac
 from fastjac.activations import TABLE, get
-from fastjac.dispatch import OPS, why_not
+from fastjac.ops.dispatch import OPS, why_not
 
 IMPLS = [
     impl
@@ -245,7 +245,7 @@ def test_raw_op_is_differentiable_too():
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("dtype", fastjac.dispatch.FLOAT_DTYPES)
+@pytest.mark.parametrize("dtype", fastjac.ops.dispatch.FLOAT_DTYPES)
 def test_check_passes_for(impl, dtype):
     name = str(dtype).removeprefix("torch.")
     records = fastjac.check.run(op=["act"], impl=[impl], dtype=[name], device=[DEVICE])

@@ -12,9 +12,9 @@ from torch.func import jvp, vmap
 
 import fastjac
 from fastjac.activations import TABLE, get
-from fastjac.check import relative_error
-from fastjac.dispatch import OPS, why_not
+from fastjac.cli.check import relative_error
 from fastjac.ops.act_stats import BIAS, CHANNEL, NONE, SAMPLE
+from fastjac.ops.dispatch import OPS, why_not
 
 IMPLS = [
     impl

@@ -15,10 +15,11 @@ from torch.utils.checkpoint import checkpoint
 
 import fastjac
 from fastjac.activations import IDS, TABLE
-from fastjac.check import relative_error, tolerance
-from fastjac.dispatch import FLOAT_DTYPES, accumulate_dtype, why_not
-from fastjac.ops.batch_norm import Normed, batch_norm_act
-from fastjac.penalties import DREG, _statistics
+from fastjac.cli.check import relative_error, tolerance
+from fastjac.layerwise import statistics
+from fastjac.layerwise.batch_norm import Normed, batch_norm_act
+from fastjac.ops.dispatch import FLOAT_DTYPES, accumulate_dtype, why_not
+from fastjac.penalties import DREG
 
 if why_not("cpu", "cpu", torch.float32):
     pytest.skip(why_not("cpu", "cpu", torch.float32), allow_module_level=True)
@@ -165,7 +166,7 @@ def used(monkeypatch: Any) -> list[int]:
         calls.append(1)
         return batch_norm_act(*args)
 
-    monkeypatch.setattr(_statistics, "batch_norm_act", run)
+    monkeypatch.setattr(statistics, "batch_norm_act", run)
     return calls
 
 

@@ -66,7 +66,7 @@ def test_the_compiled_form_is_one_graph_and_right(penalty):
 @pytest.mark.usefixtures("no_stale_graphs")
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
 def test_the_compiled_engine_passes_the_gate(penalty, monkeypatch):
-    monkeypatch.setattr("fastjac.penalties._backend.NAME", "aot_eager")
+    monkeypatch.setattr("fastjac.input_jacobian.compiled.backend.NAME", "aot_eager")
     problem = tiny_problem(penalty)
     gate = open_gate(problem, torch.float32)
     prepared = steps.fastjac_step(problem, engine="compiled")

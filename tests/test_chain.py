@@ -15,7 +15,7 @@ from layer_cases import Model
 from penalty_cases import CASES, Call, close_gradients, gradients, specs_with
 from torch import Tensor, nn
 
-import fastjac.chain.mlp as mlp_module
+import fastjac.input_jacobian.chain.mlp as mlp_module
 from fastjac import Act
 from fastjac.activations import TABLE
 from fastjac.bench.problems import lenet, small_resnet

@@ -26,7 +26,8 @@ from torch import nn
 import fastjac
 from fastjac.activations import TABLE
 from fastjac.bench.problems import lenet, small_resnet
-from fastjac.penalties import IGPen, PenaltySpec, SpectReg, _backend
+from fastjac.input_jacobian.compiled import backend
+from fastjac.penalties import IGPen, PenaltySpec, SpectReg
 
 pytestmark = MARKS
 
@@ -47,7 +48,7 @@ def test_every_penalty_equals_autograd(
     spec: PenaltySpec, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Random penalties too: with this backend they draw what torch draws eagerly."""
-    monkeypatch.setattr(_backend, "NAME", "aot_eager")
+    monkeypatch.setattr(backend, "NAME", "aot_eager")
     weights = torch.tensor([2.0, -1.0, 0.5], dtype=torch.float64)
     found = []
     for name in ("compiled", "autograd"):

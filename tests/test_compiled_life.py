@@ -25,8 +25,8 @@ from compiled_cases import (
 from penalty_cases import gradients
 from torch import Tensor, nn
 
-from fastjac.penalties import FrobReg, SpectReg, _backend
-from fastjac.penalties import _compiled as engine
+from fastjac.input_jacobian.compiled import backend, engine
+from fastjac.penalties import FrobReg, SpectReg
 
 pytestmark = MARKS
 
@@ -262,11 +262,11 @@ def test_wrong_code_is_refused(what: str, monkeypatch: pytest.MonkeyPatch) -> No
 
         return call
 
-    monkeypatch.setattr(_backend, "NAME", wrong)
+    monkeypatch.setattr(backend, "NAME", wrong)
     model, x = mlp(), torch.randn(6, 4)
     for _ in range(2):
         refuses(model, x, "what torch compiled for it is wrong, by .* of ")
-    monkeypatch.setattr(_backend, "NAME", lambda graph, inputs: graph)
+    monkeypatch.setattr(backend, "NAME", lambda graph, inputs: graph)
     SpectReg(engine="compiled")(mlp(), x)
 
 

@@ -20,8 +20,8 @@ from layer_cases import Model
 from torch import Tensor, nn
 
 import fastjac
+from fastjac.input_jacobian.penalty import InputPenalty
 from fastjac.penalties import DREG, DataGrad, IGPen, SpectReg, TangentProp
-from fastjac.penalties._base import InputPenalty
 from fastjac.presets import wgan_gp
 
 pytestmark = MARKS
@@ -118,7 +118,7 @@ class OfALoss(InputPenalty):
 
     def per_sample(self, x: Tensor, output: Tensor) -> Tensor:
         loss = output.square().sum(1)
-        (v,) = fastjac.penalties._autograd.vjp(loss, x, torch.ones_like(loss).unsqueeze(0))
+        (v,) = fastjac.input_jacobian.by_autograd.vjp(loss, x, torch.ones_like(loss).unsqueeze(0))
         return v.square().flatten(1).sum(1)
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import fastjac
-from fastjac import dispatch, native
-from fastjac.dispatch import OPS, Op
+from fastjac.ops import dispatch, native
+from fastjac.ops.dispatch import OPS, Op
 
 
 def test_auto_takes_compiled_code_and_never_the_interpreter():

@@ -41,11 +41,11 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 import fastjac
 from fastjac import functional
 from fastjac.activations import IDS, TABLE, get
-from fastjac.check import relative_error, tolerance
-from fastjac.dispatch import FLOAT_DTYPES, accumulate_dtype
+from fastjac.cli.check import relative_error, tolerance
+from fastjac.layerwise.batch_norm import Normed, batch_norm_act, inverse_variance
+from fastjac.layerwise.layer_act import Layer, layer_act
 from fastjac.ops.act_stats import composed
-from fastjac.ops.batch_norm import Normed, batch_norm_act, inverse_variance
-from fastjac.ops.layer_act import Layer, layer_act
+from fastjac.ops.dispatch import FLOAT_DTYPES, accumulate_dtype
 from fastjac.ops.row_sqnorm import composed_rows
 
 CASES = int(os.environ.get("FASTJAC_FUZZ_CASES", "10000")) // 250

@@ -8,8 +8,8 @@ from torch import nn
 
 import fastjac
 from fastjac.activations import IDS
+from fastjac.layerwise.batch_norm import Normed, batch_norm_act, inverse_variance
 from fastjac.ops.act_stats import composed
-from fastjac.ops.batch_norm import Normed, batch_norm_act, inverse_variance
 
 OPS = torch.ops.fastjac
 Z = torch.linspace(-2, 2, 6, dtype=torch.float64).view(2, 3)

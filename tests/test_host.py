@@ -8,9 +8,9 @@ from host import host_ops, set_capturing
 
 import fastjac
 from fastjac.activations import TABLE
-from fastjac.check import relative_error, tolerance
-from fastjac.dispatch import accumulate_dtype
+from fastjac.cli.check import relative_error, tolerance
 from fastjac.ops.act_stats import BIAS, CHANNEL, NONE, SAMPLE, spread
+from fastjac.ops.dispatch import accumulate_dtype
 
 pytestmark = [
     pytest.mark.slow,
@@ -30,7 +30,7 @@ def inputs(dtype, size, offset=0):
     return out
 
 
-@pytest.mark.parametrize("dtype", fastjac.dispatch.FLOAT_DTYPES)
+@pytest.mark.parametrize("dtype", fastjac.ops.dispatch.FLOAT_DTYPES)
 @pytest.mark.parametrize("name", TABLE)
 def test_act_kernels(name, dtype):
     fn, params = list(TABLE).index(name), TABLE[name].param_values({})
@@ -130,7 +130,7 @@ def assert_stats(got, expected, dtype, *what):
         assert error <= tolerance("cuda", value.dtype), what
 
 
-@pytest.mark.parametrize("dtype", fastjac.dispatch.FLOAT_DTYPES)
+@pytest.mark.parametrize("dtype", fastjac.ops.dispatch.FLOAT_DTYPES)
 @pytest.mark.parametrize("label", SHAPES)
 def test_act_stats_kernels(label, dtype, poison):
     shape, dim, memory_format = SHAPES[label]
@@ -236,7 +236,7 @@ def row_weights(dtype, offset=0):
     return [*ts, tensor((3, 6, 2, 2), dtype, torch.channels_last, offset)]
 
 
-@pytest.mark.parametrize("dtype", fastjac.dispatch.FLOAT_DTYPES)
+@pytest.mark.parametrize("dtype", fastjac.ops.dispatch.FLOAT_DTYPES)
 @pytest.mark.parametrize("offset", (0, 3))
 def test_row_sqnorm_kernels(dtype, offset, poison):
     ws = row_weights(dtype, offset)
@@ -282,7 +282,7 @@ def test_row_sqnorm_refusals():
 # ---- softmax_residual
 
 
-@pytest.mark.parametrize("dtype", fastjac.dispatch.FLOAT_DTYPES)
+@pytest.mark.parametrize("dtype", fastjac.ops.dispatch.FLOAT_DTYPES)
 @pytest.mark.parametrize("shape", [(1, 1), (9, 10), (3, 33), (2, 1024), (2, 1025), (3, 2500)])
 def test_softmax_residual_kernels(shape, dtype, poison):
     z, v = (tensor(shape, dtype, offset=3, seed=i) for i in range(2))

@@ -14,8 +14,8 @@ from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
 from fastjac import reference
+from fastjac.layerwise.layers import ACTIVATIONS, activation_derivative
 from fastjac.penalties import DREG, AccumulatedDREG, Contractive, GuRigazio, dreg
-from fastjac.penalties._layers import ACTIVATIONS, activation_derivative
 
 pytestmark = pytest.mark.usefixtures("double")
 close = partial(torch.testing.assert_close, rtol=1e-12, atol=1e-14)

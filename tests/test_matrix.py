@@ -18,10 +18,11 @@ from matrix_things import THINGS, Thing
 from matrix_transforms import WAYS, Way
 from torch.func import functional_call
 
-from fastjac.chain import links
+from fastjac.input_jacobian import by_autograd
+from fastjac.input_jacobian.chain import links
+from fastjac.input_jacobian.compiled import backend, engine
 from fastjac.ops import layer_act
-from fastjac.ops._library import raw
-from fastjac.penalties import _autograd, _backend, _compiled
+from fastjac.ops.registration import raw
 
 pytestmark = [
     pytest.mark.usefixtures("empty_graphs"),
@@ -65,7 +66,7 @@ def check(way: Way, thing: Thing) -> None:
 
 @pytest.mark.parametrize(("way", "thing"), list(cells()))
 def test_cell(way: Way, thing: Thing, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_backend, "NAME", "aot_eager")
+    monkeypatch.setattr(backend, "NAME", "aot_eager")
     check(way, thing)
 
 
@@ -73,7 +74,7 @@ def test_cell(way: Way, thing: Thing, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(("way", "thing"), INDUCTOR)
 def test_by_inductor(way: str, thing: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(matrix_transforms, "BACKEND", "inductor")
-    monkeypatch.setattr(_backend, "NAME", "inductor")
+    monkeypatch.setattr(backend, "NAME", "inductor")
     assert state_of(WAY[way], THING[thing]) is None
     check(WAY[way], THING[thing])
 
@@ -123,9 +124,11 @@ def without_curvature(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def without_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     """VJPs with no graph: what a missing ``create_graph`` leaves."""
-    vjp, pull = _autograd.vjp, _compiled.Pullback.vjp
-    monkeypatch.setattr(_autograd, "vjp", lambda *a: (v.detach() + 0 * a[0].sum() for v in vjp(*a)))
-    monkeypatch.setattr(_compiled.Pullback, "vjp", lambda *a: (v.detach() for v in pull(*a)))
+    vjp, pull = by_autograd.vjp, engine.Pullback.vjp
+    monkeypatch.setattr(
+        by_autograd, "vjp", lambda *a: (v.detach() + 0 * a[0].sum() for v in vjp(*a))
+    )
+    monkeypatch.setattr(engine.Pullback, "vjp", lambda *a: (v.detach() for v in pull(*a)))
 
 
 @pytest.mark.parametrize("way", ["eager", "autocast_bf16", "spectral_norm"])
@@ -153,7 +156,7 @@ def test_dropped_graph_is_seen(way: str, thing: str, monkeypatch: pytest.MonkeyP
 
 
 def test_dropped_graph_of_the_compiled_engine_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_backend, "NAME", "aot_eager")
+    monkeypatch.setattr(backend, "NAME", "aot_eager")
     without_graph(monkeypatch)
     fails("eager", THING["SpectReg compiled"])
 

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastjac
-import fastjac.chain.mlp as mlp_module
-from fastjac.chain.mlp import LARGE, Mlp
-from fastjac.dispatch import why_not
+import fastjac.input_jacobian.chain.mlp as mlp_module
+from fastjac.input_jacobian.chain.mlp import LARGE, Mlp
+from fastjac.ops.dispatch import why_not
 
 if why_not("cpu", "cpu", torch.float32):
     pytest.skip(why_not("cpu", "cpu", torch.float32), allow_module_level=True)

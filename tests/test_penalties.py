@@ -27,14 +27,7 @@ from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 
 import fastjac.penalties as package
-from fastjac.penalties import (
-    DREG,
-    PENALTIES,
-    Penalty,
-    PenaltySpec,
-    SpectReg,
-    spectreg,
-)
+from fastjac.penalties import DREG, PENALTIES, Penalty, PenaltySpec, SpectReg, spectreg
 
 
 @pytest.mark.parametrize(("spec", "options", "engine"), by_engine(CASES))

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-import fastjac.support
+import fastjac.cli.support
 from fastjac.bench import page
 from fastjac.bench.records import load
 
@@ -14,7 +14,9 @@ README = (ROOT / "README.md").read_text()
 
 
 def test_support_table_is_the_registries():
-    assert fastjac.support.update(README) == README, "run: python -m fastjac.support README.md"
+    assert fastjac.cli.support.update(README) == README, (
+        "run: python -m fastjac.cli.support README.md"
+    )
 
 
 @pytest.mark.parametrize("name", ("README.md", "benchmarks/README.md"))

@@ -7,8 +7,8 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.func import jvp, vmap
 
 import fastjac
-from fastjac.check import relative_error
-from fastjac.dispatch import FLOAT_DTYPES, OPS, why_not
+from fastjac.cli.check import relative_error
+from fastjac.ops.dispatch import FLOAT_DTYPES, OPS, why_not
 from fastjac.ops.row_sqnorm import add_to, tapped
 
 IMPLS = [

@@ -10,8 +10,8 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.func import jvp, vmap
 
 import fastjac
-from fastjac.check import relative_error, tolerance
-from fastjac.dispatch import FLOAT_DTYPES, OPS, why_not
+from fastjac.cli.check import relative_error, tolerance
+from fastjac.ops.dispatch import FLOAT_DTYPES, OPS, why_not
 
 IMPLS = [
     impl

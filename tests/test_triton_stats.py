@@ -13,9 +13,9 @@ from conftest import DEVICE
 import fastjac
 from fastjac import launch
 from fastjac.activations import IDS
-from fastjac.check import relative_error, tolerance
-from fastjac.dispatch import FLOAT_DTYPES, accumulate_dtype, why_not
+from fastjac.cli.check import relative_error, tolerance
 from fastjac.ops.act_stats import BIAS, CHANNEL, NONE, SAMPLE, spread
+from fastjac.ops.dispatch import FLOAT_DTYPES, accumulate_dtype, why_not
 
 if why_not("triton", DEVICE, torch.float32):
     pytest.skip(why_not("triton", DEVICE, torch.float32), allow_module_level=True)

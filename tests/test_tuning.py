@@ -12,8 +12,8 @@ from tuning_cases import ACT, INDEX, MEASURED, made_up_times, needs_triton, tune
 
 import fastjac
 from fastjac import launch, launch_cache, tuning
-from fastjac.dispatch import OPS
 from fastjac.launch import KERNELS
+from fastjac.ops.dispatch import OPS
 
 pytestmark = pytest.mark.usefixtures("untuned")
 

@@ -132,7 +132,7 @@ def a_gpu(monkeypatch):
 
 def at_cuda_start():
     """What fastjac has torch call then."""
-    (call,) = [c for c, _ in torch.cuda._queued_calls if c.__module__ == "fastjac.ops._library"]
+    (call,) = [c for c, _ in torch.cuda._queued_calls if c.__module__ == "fastjac.ops.registration"]
     return call
 
 

@@ -21,10 +21,10 @@ from tuning_cases import (
 
 import fastjac
 from fastjac import launch, launch_cache, tuning
-from fastjac.check import relative_error, tolerance
-from fastjac.dispatch import FLOAT_DTYPES, OPS
+from fastjac.cli.check import relative_error, tolerance
 from fastjac.launch import CUDA_KERNELS, KERNELS
 from fastjac.ops.act_stats import BIAS, NONE, SAMPLE
+from fastjac.ops.dispatch import FLOAT_DTYPES, OPS
 
 pytestmark = pytest.mark.usefixtures("untuned")
 

@@ -8,8 +8,8 @@ from conftest import DEVICE
 
 from fastjac import launch, tuning
 from fastjac.activations import IDS
-from fastjac.dispatch import FLOAT_DTYPES, accumulate_dtype, why_not
 from fastjac.launch import KERNELS
+from fastjac.ops.dispatch import FLOAT_DTYPES, accumulate_dtype, why_not
 
 MEASURED: list = []  # kernel, dtype and configuration that are being measured
 INDEX = torch.empty(0, device=DEVICE).get_device()

@@ -26,12 +26,12 @@ from dataclasses import dataclass
 
 import torch
 
-from fastjac import dispatch
 from fastjac.bench import phases, steps
 from fastjac.bench.cases import Case, unknown
 from fastjac.bench.idioms import INPUT_JACOBIAN
 from fastjac.bench.problems import ElementwiseProblem, Problem, StepProblem
 from fastjac.bench.steps import Prepared
+from fastjac.ops import dispatch
 
 IMPLS = ("reference", "cpu", "triton", "cuda")
 #: contestants that run no code of ours

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 import fastjac
-from fastjac.info import cpu_name
+from fastjac.cli.info import cpu_name
 
 
 @dataclass

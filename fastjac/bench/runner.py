@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import torch
 
-from fastjac import dispatch
 from fastjac.bench.cases import Case
 from fastjac.bench.ceilings import COPY, GEMM, copy_step, gemm_size, gemm_step
 from fastjac.bench.contestants import Contestant
@@ -18,6 +17,7 @@ from fastjac.bench.options import Nobody, Options, Watcher, contestants_of
 from fastjac.bench.problems import ElementwiseProblem, Problem
 from fastjac.bench.records import Record, versions
 from fastjac.bench.steps import Prepared
+from fastjac.ops import dispatch
 
 #: rounds below which an interrupted case is dropped
 ENOUGH_ROUNDS = 3

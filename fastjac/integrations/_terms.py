@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastjac import arguments
+from fastjac.input_jacobian.penalty import InputPenalty
 from fastjac.integrations._timing import StepTimer
-from fastjac.penalties import Penalty, _checks
-from fastjac.penalties._base import InputPenalty, ModelPenalty
-from fastjac.penalties._layerwise import LayerPenalty
+from fastjac.layerwise.penalty import LayerPenalty
+from fastjac.penalties import Penalty
+from fastjac.penalty import ModelPenalty
 from fastjac.presets import WGANGP
 from fastjac.schedules import WeightSchedule
 
@@ -134,7 +136,7 @@ class PenaltyTerm:
     def _hidden(self, module: nn.Module, args: Any, hidden: Any) -> Any:
         if not torch.is_grad_enabled():
             return None
-        hidden = _checks.floating(f"the output of at={self.at!r}", hidden)
+        hidden = arguments.floating(f"the output of at={self.at!r}", hidden)
         self._inputs.append(hidden if hidden.requires_grad else hidden.detach().requires_grad_())
         return self._inputs[-1].clone()  # what is done to it in place is done to a copy
 
@@ -209,7 +211,7 @@ class Terms:
         names = [t.name for t in self.terms]
         if len(set(names)) < len(names):
             raise ValueError(f"names are {names}: they must differ; give name= to PenaltyTerm")
-        period = _checks.count("measure_every", measure_every, least=0)
+        period = arguments.count("measure_every", measure_every, least=0)
         window = max(t.penalty.every for t in self.terms)
         self.timer = StepTimer(max(period, window) if period else 0, window)
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastjac.ops._autograd import graph_nodes
+from fastjac.ops.autograd import graph_nodes
 
 
 def now(device: torch.device | None) -> float:

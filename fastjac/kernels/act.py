@@ -9,9 +9,9 @@ from torch import Tensor
 
 from fastjac import launch
 from fastjac.activations import MAX_ORDER, ROWS
-from fastjac.dispatch import FLOAT_DTYPES
 from fastjac.kernels._phi import phi
-from fastjac.ops._library import check_like
+from fastjac.ops.dispatch import FLOAT_DTYPES
+from fastjac.ops.registration import check_like
 
 # Per row and order, once: `has_zeros` reads the expression.
 _ZEROS = [[row.has_zeros(k) for k in range(MAX_ORDER + 1)] for row in ROWS]

@@ -23,7 +23,6 @@ import triton.language as tl
 from torch import Tensor
 
 from fastjac import launch
-from fastjac.dispatch import accumulate_dtype
 from fastjac.kernels._phi import phi
 from fastjac.kernels.act import (
     _ZEROS,
@@ -32,8 +31,9 @@ from fastjac.kernels.act import (
     compute_dtype,
     times,
 )
-from fastjac.ops._library import check_like
 from fastjac.ops.act_stats import BIAS, CHANNEL, NONE, SAMPLE, check_channels
+from fastjac.ops.dispatch import accumulate_dtype
+from fastjac.ops.registration import check_like
 
 # Widest tile: along a row that is summed, and across columns that are.
 ROW_TILE, COLUMN_TILE = 512, 128

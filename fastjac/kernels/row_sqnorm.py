@@ -16,8 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 from fastjac import launch
-from fastjac.dispatch import accumulate_dtype
 from fastjac.kernels.act import compute_dtype
+from fastjac.ops.dispatch import accumulate_dtype
 
 # Widths of the tile for rows of at most 64 elements, of at most 1024, and all longer ones take
 # the whole tile for one row.

@@ -27,9 +27,9 @@ from torch import Tensor
 from torch.library import register_vmap
 
 from fastjac.activations import IDS, MAX_ORDER, ROWS, TABLE, Activation, get
-from fastjac.dispatch import Example, Op
-from fastjac.ops._autograd import Add, Function, Multiply, below_autograd
-from fastjac.ops._library import (
+from fastjac.ops.autograd import Add, Function, Multiply, below_autograd
+from fastjac.ops.dispatch import Example, Op
+from fastjac.ops.registration import (
     LIBRARY,
     SUFFIXES,
     check_like,

@@ -30,9 +30,10 @@ from torch import Tensor
 from torch._C._functorch import is_legacy_batchedtensor
 
 from fastjac.activations import IDS, TABLE, get
-from fastjac.dispatch import Example, Op, accumulate_dtype
-from fastjac.ops._autograd import Function, below_autograd
-from fastjac.ops._library import (
+from fastjac.ops.act import act, check_z
+from fastjac.ops.autograd import Function, below_autograd
+from fastjac.ops.dispatch import Example, Op, accumulate_dtype
+from fastjac.ops.registration import (
     LIBRARY,
     SUFFIXES,
     check_like,
@@ -45,7 +46,6 @@ from fastjac.ops._library import (
     register_triton,
     suffix_of,
 )
-from fastjac.ops.act import act, check_z
 
 # What the backward sums beside ∂z (csrc/common/stats.h).
 NONE, CHANNEL, SAMPLE, BIAS = range(4)

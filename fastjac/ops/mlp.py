@@ -19,12 +19,12 @@ stack holds ``[u; z]`` of the first tile, then of the next. With one tile (``til
 K > 1) the threads share each GEMM. GEMMs are those of torch's BLAS.
 
 ``plan``: of each layer (row of the activation table, its two parameters, whether it has a bias).
-Not differentiable; `fastjac.chain` is what calls them.
+Not differentiable; `fastjac.input_jacobian.chain` is what calls them.
 """
 
 from __future__ import annotations
 
-from fastjac.ops._library import define, register_not_differentiable
+from fastjac.ops.registration import define, register_not_differentiable
 
 define(
     "mlp_forward(Tensor x, Tensor[] weights, Tensor[] biases, int tile, Tensor plan) -> Tensor[]"

@@ -11,9 +11,10 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from fastjac.dispatch import Example, Op, accumulate_dtype
-from fastjac.ops._autograd import Function, below_autograd
-from fastjac.ops._library import (
+from fastjac.ops.act_stats import recorded, spread, transformed
+from fastjac.ops.autograd import Function, below_autograd
+from fastjac.ops.dispatch import Example, Op, accumulate_dtype
+from fastjac.ops.registration import (
     LIBRARY,
     SUFFIXES,
     define,
@@ -24,7 +25,6 @@ from fastjac.ops._library import (
     register_triton,
     suffix_of,
 )
-from fastjac.ops.act_stats import recorded, spread, transformed
 
 for _suffix in SUFFIXES:
     define(f"row_sqnorm{_suffix}(Tensor[] weights) -> Tensor")
@@ -99,7 +99,7 @@ def tapped(weights: Sequence[Tensor], suffix: str) -> tuple[list[Tensor], list[T
 
     The gradient of an alias arrives when its layer is done, and one launch at the end adds
     ``2 c W`` to all of them in place. So an alias's gradient must belong to nobody else: use it in
-    `fastjac.ops.layer_act.layer_act` alone, whose backward makes it.
+    `fastjac.layerwise.layer_act.layer_act` alone, whose backward makes it.
     """
     out = _in_graph(suffix, True, *weights)
     return list(out[: len(weights)]), list(out[len(weights) :])

@@ -10,9 +10,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from fastjac.dispatch import Example, Op, accumulate_dtype
-from fastjac.ops._autograd import Function, below_autograd
-from fastjac.ops._library import (
+from fastjac.ops.act_stats import recorded, transformed
+from fastjac.ops.autograd import Function, below_autograd
+from fastjac.ops.dispatch import Example, Op, accumulate_dtype
+from fastjac.ops.registration import (
     LIBRARY,
     SUFFIXES,
     define,
@@ -23,7 +24,6 @@ from fastjac.ops._library import (
     register_triton,
     suffix_of,
 )
-from fastjac.ops.act_stats import recorded, transformed
 
 for _suffix in SUFFIXES:
     define(f"softmax_residual{_suffix}(Tensor logits, Tensor target) -> Tensor")

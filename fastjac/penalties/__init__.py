@@ -7,8 +7,6 @@ its name in ``fastjac/reference.py``.
 
 from importlib import import_module
 
-from fastjac.penalties._base import Penalty
-from fastjac.penalties._spec import Example, PenaltySpec
 from fastjac.penalties.accumulated_dreg import AccumulatedDREG, accumulated_dreg
 from fastjac.penalties.confidence import ConfidencePenalty, confidence_penalty
 from fastjac.penalties.contractive import Contractive, GuRigazio, contractive, gu_rigazio
@@ -24,9 +22,11 @@ from fastjac.penalties.igpen import IGPen, igpen
 from fastjac.penalties.jacobian_reg import JacobianReg, jacobian_reg
 from fastjac.penalties.jacreg import JacReg, jacreg
 from fastjac.penalties.onehot import OneHot, RandomOneHot, onehot, random_onehot
+from fastjac.penalties.registry import Example, PenaltySpec
 from fastjac.penalties.sobolev import Sobolev, sobolev
 from fastjac.penalties.spectreg import SpectReg, spectreg
 from fastjac.penalties.tangentprop import TangentProp, tangentprop
+from fastjac.penalty import Penalty
 
 # In the order of the README's table. By import_module, since the package attribute `spectreg` is
 # the function.

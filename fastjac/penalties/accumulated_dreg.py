@@ -10,13 +10,14 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from typing_extensions import Unpack
 
-from fastjac import reference
+from fastjac import arguments, distributed, reference
+from fastjac.layerwise.layers import Call, Phi, top_hooks
+from fastjac.layerwise.penalty import LayerOptions, LayerPenalty
+from fastjac.layerwise.watch import Pass
 from fastjac.ops import act
-from fastjac.penalties import _autograd, _checks, _distributed
-from fastjac.penalties._layers import Call, Phi, top_hooks
-from fastjac.penalties._layerwise import LayerOptions, LayerPenalty
-from fastjac.penalties._spec import PenaltySpec, pushed_example
-from fastjac.penalties._watch import Pass
+from fastjac.ops.dispatch import accumulate_dtype
+from fastjac.penalties.registry import PenaltySpec, pushed_example
+from fastjac.per_sample import measure
 
 
 @dataclass
@@ -68,12 +69,12 @@ class AccumulatedDREG(LayerPenalty):
         self, *, generator: torch.Generator | None = None, **options: Unpack[LayerOptions]
     ) -> None:
         super().__init__(**options)
-        self.generator = _checks.generator(generator)
+        self.generator = arguments.generator(generator)
 
     def model_form(
         self, model: Any, x: Tensor, *, tangent: Tensor | None = None
     ) -> tuple[Tensor, Any]:
-        if _distributed.tensor_parallel(model):
+        if distributed.tensor_parallel(model):
             raise RuntimeError(
                 "the model computes with DTensors (tensor parallel), which have no forward-mode "
                 "derivative: use DREG"
@@ -83,7 +84,7 @@ class AccumulatedDREG(LayerPenalty):
                 "AccumulatedDREG pushes a tangent forward while it watches the model, which "
                 "torch.compile cannot trace: call it outside the compiled function"
             )
-        u = self._draw(_checks.floating("x", x)) if tangent is None else self._given(tangent, x)
+        u = self._draw(arguments.floating("x", x)) if tangent is None else self._given(tangent, x)
         # Those of a checkpoint around this call, which recomputes all of it.
         vars(self)["_hooks"] = top_hooks()
         with forward_ad.dual_level():
@@ -148,21 +149,21 @@ class AccumulatedDREG(LayerPenalty):
                     f"layer {term.call.name} does not depend on x: see that the model does not "
                     "detach it"
                 )
-            values.append(_autograd.measure(tangent, "l2_squared", lead=1))
+            values.append(measure(tangent, "l2_squared", lead=1))
         over = batch if self.reduction != "sum" and batch else 1
         self.remember([(t.call.name, v, 1 / over) for t, v in zip(seen.terms, values, strict=True)])
         return torch.stack(values).sum(0)
 
     def _draw(self, x: Tensor) -> Tensor:
-        _checks.generator_device(self.generator, x.device)
-        dtype = _autograd.accumulate_dtype(x.dtype)
+        arguments.generator_device(self.generator, x.device)
+        dtype = accumulate_dtype(x.dtype)
         return torch.randn(x.shape, dtype=dtype, device=x.device, generator=self.generator).to(
             x.dtype
         )
 
     def _given(self, tangent: Any, x: Tensor) -> Tensor:
-        tangent = _checks.tensor("tangent", tangent)
-        _checks.like("tangent", tangent, "x", x)
+        tangent = arguments.tensor("tangent", tangent)
+        arguments.like("tangent", tangent, "x", x)
         if tangent.shape != x.shape:
             raise ValueError(
                 f"tangent has shape {tuple(tangent.shape)} and x {tuple(x.shape)}: they must be "

@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastjac import reference
-from fastjac.penalties import _autograd, _checks
-from fastjac.penalties._base import Penalty
-from fastjac.penalties._spec import PenaltySpec, logits_example
+from fastjac import arguments, reference
+from fastjac.ops.dispatch import accumulate_dtype
+from fastjac.penalties.registry import PenaltySpec, logits_example
+from fastjac.penalty import Penalty
+from fastjac.per_sample import rows
 
 
 class ConfidencePenalty(Penalty):
@@ -39,11 +40,11 @@ class ConfidencePenalty(Penalty):
     needs_grad = False
 
     def per_sample(self, x: Tensor, output: Tensor) -> Tensor:
-        _checks.batch("output", output, "x", len(_checks.tensor("x", x)))
+        arguments.batch("output", output, "x", len(arguments.tensor("x", x)))
         if not output.is_floating_point():
             raise TypeError(f"output has dtype {output.dtype}: it must be floating point logits")
-        logits = _autograd.rows(output.to(_autograd.accumulate_dtype(output.dtype)))
-        _checks.classes("ConfidencePenalty", logits)
+        logits = rows(output.to(accumulate_dtype(output.dtype)))
+        arguments.classes("ConfidencePenalty", logits)
         log_p = logits.log_softmax(1)
         p = log_p.exp()
         # 0 · log 0 is 0, also for the gradient.

@@ -8,8 +8,8 @@ from typing import Any
 from torch import nn
 
 from fastjac import reference
-from fastjac.penalties._spec import PenaltySpec, layered_example
 from fastjac.penalties.dreg import DREG
+from fastjac.penalties.registry import PenaltySpec, layered_example
 
 
 class Contractive(DREG):

@@ -6,11 +6,10 @@ from typing import Any
 
 from torch import Tensor
 
-from fastjac import reference
+from fastjac import arguments, reference
+from fastjac.input_jacobian.projections import ProjectionPenalty
 from fastjac.ops import softmax_residual
-from fastjac.penalties import _checks
-from fastjac.penalties._projection import ProjectionPenalty
-from fastjac.penalties._spec import PenaltySpec, classifier_example
+from fastjac.penalties.registry import PenaltySpec, classifier_example
 
 
 class DataGrad(ProjectionPenalty):
@@ -47,8 +46,8 @@ class DataGrad(ProjectionPenalty):
     """
 
     def cotangents(self, logits: Tensor, target: Any) -> tuple[Tensor, float]:
-        _checks.classes("DataGrad", logits)
-        y = _checks.class_target(target, logits)
+        arguments.classes("DataGrad", logits)
+        y = arguments.class_target(target, logits)
         w = logits.softmax(1) - y if y.is_floating_point() else softmax_residual(logits, y)
         return w.unsqueeze(0), 1.0
 

@@ -9,13 +9,12 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from fastjac import reference
-from fastjac.penalties import _checks
-from fastjac.penalties._base import PenaltyOptions
-from fastjac.penalties._layerwise import Sum
-from fastjac.penalties._spec import PenaltySpec, layered_example
-from fastjac.penalties._statistics import LayerStatistics, Term
-from fastjac.penalties._watch import Pass
+from fastjac import arguments, reference
+from fastjac.layerwise.penalty import Sum
+from fastjac.layerwise.statistics import LayerStatistics, Term
+from fastjac.layerwise.watch import Pass
+from fastjac.penalties.registry import PenaltySpec, layered_example
+from fastjac.penalty import PenaltyOptions
 
 
 class DREG(LayerStatistics):
@@ -103,13 +102,13 @@ class DREG(LayerStatistics):
         **options: Unpack[PenaltyOptions],
     ) -> None:
         super().__init__(include_output=include_output, **options)
-        self.over = _checks.choice("over", over, ("sum", "units", "elements"))
-        self.layers = _checks.choice("layers", layers, ("sum", "mean"))
-        self.positions = _checks.choice("positions", positions, ("sum", "mean"))
-        self.use_weight = _checks.flag("use_weight", use_weight)
-        self.squared = _checks.flag("squared", squared)
-        self.deterministic = _checks.flag("deterministic", deterministic)
-        self.layer_weights = _checks.numbers("layer_weights", layer_weights)
+        self.over = arguments.choice("over", over, ("sum", "units", "elements"))
+        self.layers = arguments.choice("layers", layers, ("sum", "mean"))
+        self.positions = arguments.choice("positions", positions, ("sum", "mean"))
+        self.use_weight = arguments.flag("use_weight", use_weight)
+        self.squared = arguments.flag("squared", squared)
+        self.deterministic = arguments.flag("deterministic", deterministic)
+        self.layer_weights = arguments.numbers("layer_weights", layer_weights)
         if model is not None:  # last: an option that is refused leaves the model as it was
             self._attach(model)
 

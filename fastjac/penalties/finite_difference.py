@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from fastjac import reference
-from fastjac.penalties import _autograd, _checks, _distributed
-from fastjac.penalties._base import ModelPenalty, PenaltyOptions
-from fastjac.penalties._spec import Example, PenaltySpec, classifier_example, model_arguments
+from fastjac import arguments, distributed, reference
+from fastjac.input_jacobian import by_autograd
+from fastjac.ops.dispatch import accumulate_dtype
+from fastjac.penalties.registry import Example, PenaltySpec, classifier_example, model_arguments
+from fastjac.penalty import ModelPenalty, PenaltyOptions, call_model
+from fastjac.per_sample import attached_zeros, measure, rows
 
 
 class FiniteDifferenceDataGrad(ModelPenalty):
@@ -51,35 +53,35 @@ class FiniteDifferenceDataGrad(ModelPenalty):
 
     def __init__(self, eps: float = 1e-2, **options: Unpack[PenaltyOptions]) -> None:
         super().__init__(**options)
-        self.eps = _checks.number("eps", eps)
+        self.eps = arguments.number("eps", eps)
         if self.eps <= 0:
             raise ValueError(f"eps is {eps}: it must be positive")
 
     def model_form(
         self, model: Callable[..., Any], x: Tensor, target: Any
     ) -> tuple[Tensor, Tensor]:
-        start, output = _autograd.run_model(model, x, None)
-        _autograd.check_graph(start, output)
-        _distributed.check_graph(start, output, twice=False)
+        start, output = by_autograd.run_model(model, x, None)
+        by_autograd.check_graph(start, output)
+        distributed.check_graph(start, output, twice=False)
         loss = cross_entropy(output, target)
         if len(x) == 0:
-            return output, _autograd.attached_zeros(output)
+            return output, attached_zeros(output)
         (v,) = torch.autograd.grad(loss.sum(), start, retain_graph=True, allow_unused=True)
         if v is None:
             raise RuntimeError("output does not depend on x: see that the model does not detach it")
-        length = _autograd.measure(v, "l2", lead=1)
+        length = measure(v, "l2", lead=1)
         moved = length > 0
         step = self.eps / torch.where(moved, length, 1)
         shift = v * step.to(v.dtype).view(-1, *[1] * (x.dim() - 1))
-        slope = (cross_entropy(_autograd.call_model(model, x + shift), target) - loss) / self.eps
+        slope = (cross_entropy(call_model(model, x + shift), target) - loss) / self.eps
         return output, torch.where(moved, slope.square(), 0)
 
 
 def cross_entropy(output: Tensor, target: Any) -> Tensor:
     """The loss per sample, ``[N]``."""
-    logits = _autograd.rows(output.to(_autograd.accumulate_dtype(output.dtype)))
-    _checks.classes("FiniteDifferenceDataGrad", logits)
-    return -(_checks.class_rows(target, logits) * logits.log_softmax(1)).sum(1)
+    logits = rows(output.to(accumulate_dtype(output.dtype)))
+    arguments.classes("FiniteDifferenceDataGrad", logits)
+    return -(arguments.class_rows(target, logits) * logits.log_softmax(1)).sum(1)
 
 
 def finite_difference_example(dtype: torch.dtype, generator: torch.Generator) -> Example:

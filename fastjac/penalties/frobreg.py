@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from fastjac import reference
-from fastjac.penalties._projection import ExactPenalty, unit_rows
-from fastjac.penalties._spec import PenaltySpec, logits_example
+from fastjac.input_jacobian.projections import ExactPenalty, unit_rows
+from fastjac.penalties.registry import PenaltySpec, logits_example
 
 
 class FrobReg(ExactPenalty):

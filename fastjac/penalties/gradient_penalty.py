@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from fastjac import reference
-from fastjac.penalties import _autograd, _checks
-from fastjac.penalties._base import InputOptions, InputPenalty
-from fastjac.penalties._spec import PenaltySpec, critic_example
+from fastjac import arguments, reference
+from fastjac.input_jacobian import by_autograd
+from fastjac.input_jacobian.penalty import InputOptions, InputPenalty
+from fastjac.penalties.registry import PenaltySpec, critic_example
+from fastjac.per_sample import attached_zeros, measure
 
 
 class GradientPenalty(InputPenalty):
@@ -46,10 +47,10 @@ class GradientPenalty(InputPenalty):
         self, center: float = 1.0, *, one_sided: bool = False, **options: Unpack[InputOptions]
     ) -> None:
         super().__init__(**options)
-        self.center = _checks.number("center", center)
+        self.center = arguments.number("center", center)
         if self.center < 0:
             raise ValueError(f"center is {center}: it must not be negative, for norms are not")
-        self.one_sided = _checks.flag("one_sided", one_sided)
+        self.one_sided = arguments.flag("one_sided", one_sided)
 
     def per_sample(self, x: Tensor, output: Tensor) -> Tensor:
         if output.numel() != len(x):
@@ -58,11 +59,11 @@ class GradientPenalty(InputPenalty):
                 "functions, [N] or [N, 1]; for more columns use FrobReg or SpectReg"
             )
         if len(x) == 0:
-            return _autograd.attached_zeros(output)
-        (gradient,) = _autograd.vjp(output, x, torch.ones_like(output).unsqueeze(0))
+            return attached_zeros(output)
+        (gradient,) = by_autograd.vjp(output, x, torch.ones_like(output).unsqueeze(0))
         if self.center == 0:
-            return _autograd.measure(gradient, "l2_squared")[0]
-        excess = _autograd.measure(gradient, "l2")[0] - self.center
+            return measure(gradient, "l2_squared")[0]
+        excess = measure(gradient, "l2")[0] - self.center
         return (excess.clamp(min=0) if self.one_sided else excess).square()
 
 

@@ -11,11 +11,11 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from fastjac import reference
-from fastjac.penalties import _autograd
-from fastjac.penalties._base import ProjectionOptions
-from fastjac.penalties._compiled import Pullback
-from fastjac.penalties._projection import ProjectionPenalty
-from fastjac.penalties._spec import PenaltySpec, classifier_example
+from fastjac.input_jacobian import by_autograd
+from fastjac.input_jacobian.compiled.engine import Pullback
+from fastjac.input_jacobian.penalty import ProjectionOptions
+from fastjac.input_jacobian.projections import ProjectionPenalty
+from fastjac.penalties.registry import PenaltySpec, classifier_example
 
 
 class IGPen(ProjectionPenalty):
@@ -81,7 +81,7 @@ class IGPen(ProjectionPenalty):
                 )
             return loss
 
-        chain = _autograd.chain_of(x, output)
+        chain = by_autograd.chain_of(x, output)
         if isinstance(chain, Pullback):
             return self.projected(x, output, chain.cotangent_of(losses).unsqueeze(0), 1.0)
         return super().per_sample(x, losses(output))

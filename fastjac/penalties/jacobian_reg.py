@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from fastjac import reference
-from fastjac.penalties._projection import RandomPenalty
-from fastjac.penalties._spec import PenaltySpec, logits_example
+from fastjac.input_jacobian.projections import RandomPenalty
+from fastjac.penalties.registry import PenaltySpec, logits_example
 
 
 class JacobianReg(RandomPenalty):

@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastjac import reference
-from fastjac.penalties import _checks
-from fastjac.penalties._projection import ExactPenalty
-from fastjac.penalties._spec import PenaltySpec, logits_example
+from fastjac import arguments, reference
+from fastjac.input_jacobian.projections import ExactPenalty
+from fastjac.penalties.registry import PenaltySpec, logits_example
 
 
 class JacReg(ExactPenalty):
@@ -43,7 +42,7 @@ class JacReg(ExactPenalty):
     """
 
     def cotangents(self, logits: Tensor) -> tuple[Tensor, float]:
-        _checks.classes("JacReg", logits)
+        arguments.classes("JacReg", logits)
         p = logits.softmax(1)
         return torch.diag_embed(p).transpose(0, 1) - p.T.unsqueeze(-1) * p, 1.0
 

@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastjac import reference
-from fastjac.penalties import _checks
-from fastjac.penalties._projection import ProjectionPenalty, RandomPenalty
-from fastjac.penalties._spec import PenaltySpec, classifier_example, logits_example
+from fastjac import arguments, reference
+from fastjac.input_jacobian.projections import ProjectionPenalty, RandomPenalty
+from fastjac.penalties.registry import PenaltySpec, classifier_example, logits_example
 
 
 class OneHot(ProjectionPenalty):
@@ -41,7 +40,7 @@ class OneHot(ProjectionPenalty):
     """
 
     def cotangents(self, logits: Tensor, target: Any) -> tuple[Tensor, float]:
-        return _checks.class_rows(target, logits).unsqueeze(0), 1.0
+        return arguments.class_rows(target, logits).unsqueeze(0), 1.0
 
 
 class RandomOneHot(RandomPenalty):

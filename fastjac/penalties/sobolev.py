@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from fastjac import reference
-from fastjac.penalties import _autograd, _checks
-from fastjac.penalties._base import InputOptions, InputPenalty
-from fastjac.penalties._projection import unit_rows
-from fastjac.penalties._spec import Example, PenaltySpec, logits_example, randn
+from fastjac import arguments, reference
+from fastjac.input_jacobian import by_autograd
+from fastjac.input_jacobian.penalty import InputOptions, InputPenalty
+from fastjac.input_jacobian.projections import unit_rows
+from fastjac.penalties.registry import Example, PenaltySpec, logits_example, randn
+from fastjac.per_sample import attached_zeros, measure, rows, total
 
 
 class Sobolev(InputPenalty):
@@ -47,13 +48,13 @@ class Sobolev(InputPenalty):
 
     def __init__(self, *, chunk_size: int | None = None, **options: Unpack[InputOptions]) -> None:
         super().__init__(**options)
-        self.chunk_size = _checks.chunk_size(chunk_size)
+        self.chunk_size = arguments.chunk_size(chunk_size)
 
     def per_sample(self, x: Tensor, output: Tensor, target_grad: Any) -> Tensor:
-        logits = _autograd.rows(output)
+        logits = rows(output)
         n, m = logits.shape
-        goal = _checks.batch("target_grad", target_grad, "x", n)
-        _checks.like("target_grad", goal, "x", x)
+        goal = arguments.batch("target_grad", target_grad, "x", n)
+        arguments.like("target_grad", goal, "x", x)
         if goal.shape != (n, m, *x.shape[1:]) and (m != 1 or goal.shape != x.shape):
             or_x = " or the shape of x" if m == 1 else ""
             raise ValueError(
@@ -61,18 +62,18 @@ class Sobolev(InputPenalty):
                 f"{(n, m, *x.shape[1:])}{or_x}"
             )
         if n == 0:
-            return _autograd.attached_zeros(output)
+            return attached_zeros(output)
         goal = goal.reshape(n, m, *x.shape[1:]).transpose(0, 1)
         w = unit_rows(logits).reshape(m, *output.shape)
-        pieces = _autograd.vjp(output, x, w, self.chunk_size)
+        pieces = by_autograd.vjp(output, x, w, self.chunk_size)
 
         def errors() -> Iterator[Tensor]:
             done = 0
             for v in pieces:  # of as many rows as the graph allows in one pass
-                yield _autograd.measure(v - goal[done : done + len(v)], "l2_squared")
+                yield measure(v - goal[done : done + len(v)], "l2_squared")
                 done += len(v)
 
-        return _autograd.total(errors())
+        return total(errors())
 
 
 def sobolev_example(dtype: torch.dtype, generator: torch.Generator) -> Example:

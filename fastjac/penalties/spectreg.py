@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from fastjac import reference
-from fastjac.penalties import _checks
-from fastjac.penalties._base import RandomOptions
-from fastjac.penalties._projection import RandomPenalty
-from fastjac.penalties._spec import PenaltySpec, logits_example
+from fastjac import arguments, reference
+from fastjac.input_jacobian.penalty import RandomOptions
+from fastjac.input_jacobian.projections import RandomPenalty
+from fastjac.penalties.registry import PenaltySpec, logits_example
 
 DISTRIBUTIONS = ("gaussian", "rademacher", "spherical", "orthogonal")
 
@@ -70,10 +69,10 @@ class SpectReg(RandomPenalty):
         **options: Unpack[RandomOptions],
     ) -> None:
         super().__init__(n_proj, **options)
-        self.normalize = _checks.flag("normalize", normalize)
-        self.scale = _checks.flag("scale", scale)
-        self.shared = _checks.flag("shared", shared)
-        self.distribution = _checks.choice("distribution", distribution, DISTRIBUTIONS)
+        self.normalize = arguments.flag("normalize", normalize)
+        self.scale = arguments.flag("scale", scale)
+        self.shared = arguments.flag("shared", shared)
+        self.distribution = arguments.choice("distribution", distribution, DISTRIBUTIONS)
         if self.normalize and not self.scale:
             raise ValueError(
                 "scale is False and normalize True: w = r/‖r‖ has no 1/√m to leave out"

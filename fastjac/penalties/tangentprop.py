@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from fastjac import reference
-from fastjac.penalties import _autograd, _checks
-from fastjac.penalties._base import InputOptions, InputPenalty
-from fastjac.penalties._spec import Example, PenaltySpec, logits_example, randn
+from fastjac import arguments, reference
+from fastjac.input_jacobian import by_autograd
+from fastjac.input_jacobian.penalty import InputOptions, InputPenalty
+from fastjac.penalties.registry import Example, PenaltySpec, logits_example, randn
+from fastjac.per_sample import attached_zeros, measure, total
 
 
 class TangentProp(InputPenalty):
@@ -46,11 +47,11 @@ class TangentProp(InputPenalty):
 
     def __init__(self, *, chunk_size: int | None = None, **options: Unpack[InputOptions]) -> None:
         super().__init__(**options)
-        self.chunk_size = _checks.chunk_size(chunk_size)
+        self.chunk_size = arguments.chunk_size(chunk_size)
 
     def per_sample(self, x: Tensor, output: Tensor, tangents: Any) -> Tensor:
-        tangents = _checks.tensor("tangents", tangents)
-        _checks.like("tangents", tangents, "x", x)
+        tangents = arguments.tensor("tangents", tangents)
+        arguments.like("tangents", tangents, "x", x)
         t = tangents.unsqueeze(0) if tangents.shape == x.shape else tangents
         if t.shape[1:] != x.shape or len(t) == 0:
             raise ValueError(
@@ -58,11 +59,11 @@ class TangentProp(InputPenalty):
                 f"{tuple(x.shape)}, or [K, *x.shape]"
             )
         if len(x) == 0:
-            return _autograd.attached_zeros(output)
+            return attached_zeros(output)
         u = torch.zeros_like(output, requires_grad=True)
-        (v,) = _autograd.vjp(output, x, u.unsqueeze(0))
-        pieces = _autograd.vjp(v.squeeze(0), u, t, self.chunk_size)
-        return _autograd.total(_autograd.measure(jt, "l2_squared") for jt in pieces) / len(t)
+        (v,) = by_autograd.vjp(output, x, u.unsqueeze(0))
+        pieces = by_autograd.vjp(v.squeeze(0), u, t, self.chunk_size)
+        return total(measure(jt, "l2_squared") for jt in pieces) / len(t)
 
 
 def tangent_example(dtype: torch.dtype, generator: torch.Generator) -> Example:

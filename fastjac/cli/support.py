@@ -1,0 +1,65 @@
+"""The README's support table, from the registries: ``python -m fastjac.cli.support README.md``."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+from fastjac.activations import TABLE
+from fastjac.ops.dispatch import FLOAT_DTYPES, OPS
+from fastjac.penalties import PENALTIES
+
+BEGIN, END = "<!-- support table: begin -->", "<!-- support table: end -->"
+CALLS = {
+    "input-jacobian": "`(x, output, …)`, `(model, x, …)`",
+    "layer-wise": "`(model, x)`",
+    "output": "`(x, output)`, `(model, x)`",
+}
+
+
+def _row(*cells: str) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def _table(*rows: tuple[str, ...]) -> list[str]:
+    head, *body = rows
+    return [_row(*head), "|" + " --- |" * len(head), *(_row(*cells) for cells in body)]
+
+
+def markdown() -> str:
+    """The tables of penalties, activations and fused ops, as they are registered."""
+    penalties = [("penalty", "what it is", "called as", "source")]
+    for name, spec in PENALTIES.items():
+        doc = (spec.module.__doc__ or "").strip().splitlines()[0]
+        calls = CALLS[spec.kind]
+        if spec.name == "finite_difference_datagrad":
+            calls = CALLS["layer-wise"].replace("x)", "x, target)")
+        title = f"`{spec.module.__name__}`, `{name}`"
+        penalties.append((title, doc.replace("``", "`"), calls, spec.source))
+    activations = [("activation", "torch's", "parameters", "`fuse` replaces")]
+    for name, row in TABLE.items():
+        params = ", ".join(f"`{k}={v:g}`" for k, v in row.params.items())
+        kwargs = ", ".join(f'{k}="{v}"' for k, v in row.torch_kwargs.items())
+        function = row.torch.removeprefix("fastjac.activations.")
+        function += f"(…, {kwargs})" if kwargs else ""
+        module = f"`nn.{row.module}{f'({kwargs})' if kwargs else ''}`" if row.module else "–"
+        activations.append((f"`{name}`", f"`{function}`", params or "–", module))
+    ops = [("op", "implementations, best first", "dtypes")]
+    dtypes = ", ".join(str(d).removeprefix("torch.") for d in FLOAT_DTYPES)
+    for name, op in OPS.items():
+        ops.append((f"`{name}`", ", ".join(f"`{i}`" for i in op.implementations), dtypes))
+    return "\n".join([*_table(*penalties), "", *_table(*activations), "", *_table(*ops)])
+
+
+def update(text: str) -> str:
+    """A README's text with what stands between the markers renewed."""
+    pattern = re.compile(f"{re.escape(BEGIN)}.*?{re.escape(END)}", re.DOTALL)
+    if not pattern.search(text):
+        raise ValueError(f"the file has no {BEGIN} … {END}")
+    return pattern.sub(lambda _: f"{BEGIN}\n{markdown()}\n{END}", text)
+
+
+if __name__ == "__main__":
+    for path in map(Path, sys.argv[1:]):
+        path.write_text(update(path.read_text()))

@@ -1,0 +1,302 @@
+"""Penalties of models that torch distributes over processes: DDP, and FSDP2's ``fully_shard``.
+
+Both wrappers act before and after the forward of the model, and count on one backward that goes
+through its output. A penalty's own gradient by x would be such a backward to them: FSDP2 frees the
+weights after it, DDP with ``static_graph`` reduces the gradients too early. So the penalty is
+computed inside: for one call it stands where the wrapper has its module, and what the wrapper sees
+is a forward that returns output and value.
+
+Neither wrapper reduces the gradients of a loss that leaves a parameter, or the output, unused, and
+neither says so (seen on torch 2.13, a loss that is a penalty alone). So with a process group each
+value is `attached` to the graph of the output.
+"""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_leaves
+
+from fastjac.ops.autograd import graph_nodes
+from fastjac.per_sample import attached_zero
+
+if TYPE_CHECKING:
+    from fastjac.penalty import Penalty
+
+
+def active() -> bool:
+    """Whether this process is one of a group."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def loaded(module: str, name: str) -> tuple[type, ...]:
+    """The class, for ``isinstance``; none where nobody has imported its module."""
+    found = getattr(sys.modules.get(module), name, None)
+    return () if found is None else (found,)
+
+
+def is_sharded(module: Any) -> bool:
+    """Whether ``fully_shard`` was applied to this very module."""
+    return isinstance(module, loaded("torch.distributed.fsdp", "FSDPModule"))
+
+
+def is_dtensor(t: Any) -> bool:
+    return isinstance(t, loaded("torch.distributed.tensor", "DTensor"))
+
+
+def inside(model: Any) -> Any:
+    """The module inside DDP."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def unwrapped(model: Any) -> Any:
+    """The module inside ``torch.compile`` and DDP, however they stand."""
+    while True:
+        inner = inside(getattr(model, "_orig_mod", model))
+        if inner is model:
+            return model
+        model = inner
+
+
+# ---- the value
+
+
+def attached(value: Tensor, *outputs: Any) -> Tensor:
+    """``value``, in the graph of the outputs too, with the gradient 0."""
+    if not active():
+        return value
+    for t in tree_leaves(outputs):
+        if isinstance(t, Tensor) and t.requires_grad and t.is_floating_point():
+            value = value + attached_zero(t, value.dtype).to(value.device)
+    return value
+
+
+def static_graph() -> Any:
+    """A weak reference to the DDP that is running, if it reduces when its output gets a gradient.
+
+    So it does in the first step with ``static_graph=True``.
+    """
+    if not active() or torch.compiler.is_compiling():
+        return None
+    ddp: Any = DistributedDataParallel._get_active_ddp_module()
+    waits = ddp is not None and ddp.static_graph and not ddp._static_graph_delay_allreduce_enqueued
+    return weakref.ref(ddp) if waits else None
+
+
+def through_sink(value: Tensor, ddp: Any) -> Tensor:
+    """``value``, whose gradient makes the DDP of `static_graph` reduce too."""
+    if ddp is None:
+        return value
+    from torch.nn.parallel.distributed import _DDPSink
+
+    return _DDPSink.apply(ddp, value)[0]
+
+
+# ---- one call
+
+
+def run(penalty: Penalty, model: Any, x: Any, targets: Any, named: Any) -> tuple[Tensor, Tensor]:
+    """Output and value of the model form."""
+    owner = getattr(model, "__self__", model) if active() else None  # of a method
+    if isinstance(owner, nn.Module):
+        check_model(owner)
+        if owner is not model and (is_sharded(owner) or isinstance(owner, DistributedDataParallel)):
+            raise TypeError(
+                f"model is a method of a {type(owner).__name__}, which leaves out what torch does "
+                "around its forward: pass the module itself"
+            )
+        ddp = isinstance(model, DistributedDataParallel)
+        if ddp or (is_sharded(model) and not penalty.watches):
+            _check_wrapper(model, hooks=0 if ddp else 1)
+            within = _inside_ddp if ddp else _inside_fully_shard
+            return within(penalty, model, x, targets, named)
+    return _call(penalty, model, x, targets, named)
+
+
+def _call(penalty: Penalty, model: Any, x: Any, targets: Any, named: Any) -> tuple[Tensor, Tensor]:
+    output, values = penalty.model_form(model, x, *targets, **named)
+    return output, penalty._reduce(values)
+
+
+def check_model(model: nn.Module) -> None:
+    """Raise for what torch distributes in a way that no penalty can follow."""
+    fsdp1 = loaded("torch.distributed.fsdp", "FullyShardedDataParallel")
+    inner = unwrapped(model)
+    whole = is_sharded(inner)
+    for name, part in inner.named_modules():
+        if isinstance(part, fsdp1):
+            raise TypeError(
+                f"{name or 'the model'} is a FullyShardedDataParallel, whose weights are views of "
+                "one buffer that it frees: use torch.distributed.fsdp.fully_shard (FSDP2)"
+            )
+        if not whole and is_sharded(part):
+            raise RuntimeError(
+                f"fully_shard was applied to {name} and not to the model that the penalty got: "
+                "call fully_shard(model) last, and pass that very module"
+            )
+
+
+def _check_wrapper(model: nn.Module, hooks: int) -> None:
+    if torch.compiler.is_compiling():
+        raise RuntimeError(
+            f"{type(model).__name__} runs inside torch.compile, which cannot trace a penalty of "
+            "it: compile the layers, and call the penalty in a function that is not compiled"
+        )
+    if len(model._forward_hooks) > hooks or len(model._forward_pre_hooks) > hooks:
+        raise RuntimeError(
+            f"the {type(model).__name__} that the penalty got has forward hooks, which would see "
+            "(output, value) in place of the output: put them on a module inside it"
+        )
+
+
+class _Inside:
+    """In the place of a wrapper's module for one call.
+
+    ``rest``: targets and named arguments. They do not go through the wrapper, which would cast them
+    with the model's inputs (mixed precision).
+    """
+
+    def __init__(self, penalty: Penalty, module: Any, *rest: Any) -> None:
+        self.penalty, self.module, self.rest = penalty, module, rest
+
+    def __call__(self, x: Any) -> tuple[Tensor, Tensor]:
+        return _call(self.penalty, self.module, x, *self.rest)
+
+    forward = __call__
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.module, name)  # DDP asks for the buffers
+
+
+def _inside_ddp(
+    penalty: Penalty, model: Any, x: Any, targets: Any, named: Any
+) -> tuple[Tensor, Tensor]:
+    module = model.module
+    model._modules["module"] = _Inside(penalty, module, targets, named)
+    try:
+        return model(x)
+    finally:
+        model._modules["module"] = module
+
+
+# ---- FSDP2
+
+
+class _Bare(nn.Module):
+    """A module without its hooks: the same parameters, buffers and submodules."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._parameters, self._buffers = model._parameters, model._buffers
+        self._modules = model._modules
+        vars(self)["model"] = model  # no submodule
+
+    def forward(self, x: Tensor) -> Tensor:
+        model: Any = vars(self)["model"]
+        return model.forward(x)
+
+
+def _inside_fully_shard(
+    penalty: Penalty, model: Any, x: Any, targets: Any, named: Any
+) -> tuple[Tensor, Tensor]:
+    # Kept in the model: FSDP's states refer to each other, so a weak dictionary would keep it.
+    bare = vars(model).get("_fastjac_bare") or _Bare(model)
+    vars(model)["_fastjac_bare"] = bare
+    before = vars(model).get("forward")
+    bare.training = model.training
+
+    def restore() -> None:
+        vars(model).pop("forward", None)
+        if before is not None:
+            vars(model)["forward"] = before
+
+    def forward(x: Any) -> tuple[Tensor, Tensor]:  # the rest as in `_Inside`
+        restore()
+        with gathered(model):
+            output, value = _call(penalty, bare, x, targets, named)
+        # FSDP warns of views, whose hooks an in-place operation would drop.
+        return _own(output), _own(value)
+
+    vars(model)["forward"] = forward
+    try:
+        return model(x)
+    finally:
+        restore()
+
+
+def _own(t: Tensor) -> Tensor:
+    return t.clone() if t._is_view() else t
+
+
+@contextmanager
+def gathered(model: nn.Module) -> Iterator[None]:
+    """All weights of a model that runs under ``fully_shard`` stay until the end of the backward.
+
+    The submodules that were sharded on their own are gathered here, and their hooks made to pass
+    on; when the backward is over, FSDP reduces and shards again all that it has not done before.
+    """
+    from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
+
+    parts: list[Any] = [m for m in model.modules() if is_sharded(m) and m is not model]
+    states = [part._get_fsdp_state() for part in parts]
+    try:
+        for part, state in zip(parts, states, strict=True):
+            part.unshard()
+            # What a checkpoint's recomputation finds: nothing is gathered, freed or hooked.
+            state._training_state = TrainingState.PRE_BACKWARD
+        yield
+    finally:
+        for state in states:
+            state._training_state = TrainingState.IDLE
+
+
+# ---- what cannot be
+
+
+def check_graph(x: Tensor, output: Tensor, *, twice: bool = True) -> None:
+    """Raise where a gradient of ``output`` by ``x`` would disturb torch's hooks, or be cut.
+
+    ``twice``: a gradient of that gradient will be wanted. The backward of ``DTensor.from_local``
+    redistributes outside of the graph (seen on torch 2.13), which loses it with no error.
+    """
+    if twice and (is_dtensor(x) or is_dtensor(output)):
+        raise RuntimeError(TENSOR_PARALLEL)
+    if not active() or torch.compiler.is_compiling():
+        return
+    for node in graph_nodes(output, x.grad_fn):
+        name = type(node).__name__  # name() may be an attribute of a Function's ctx
+        if name == "RegisterPostBackwardFunctionBackward":
+            raise RuntimeError(
+                "output was computed by a model under fully_shard, which frees its weights when x "
+                "gets its gradient: use the model form, penalty(model, x), with that very model"
+            )
+        if name == "_DDPSinkBackward" and node.ddp_weakref().static_graph:
+            raise RuntimeError(
+                "output was computed by a DistributedDataParallel with static_graph=True, which "
+                "would reduce the gradients when x gets its own: use the model form, "
+                "penalty(model, x), with that very model"
+            )
+        if twice and name in ("_FromTorchTensorBackward", "_ToTorchTensorBackward"):
+            raise RuntimeError(TENSOR_PARALLEL)
+
+
+def tensor_parallel(model: Any) -> bool:
+    """Whether a weight is a DTensor, though `gathered`."""
+    if not active() or not isinstance(model, nn.Module):
+        return False
+    return any(is_dtensor(p) for p in model.parameters())
+
+
+TENSOR_PARALLEL = (
+    "the model computes with DTensors (tensor parallel), and torch loses the second derivative of "
+    "their redistribution, without an error: a penalty on the input gradient needs whole weights; "
+    "use DistributedDataParallel or fully_shard, or a layer-wise penalty (DREG)"
+)

@@ -1,0 +1,1 @@
+"""Penalties on the input Jacobian: what asks for it, and the ways to get it."""

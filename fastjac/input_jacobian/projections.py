@@ -1,0 +1,137 @@
+"""Base of the projection penalties: a subclass states its cotangents and their scaling."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor
+from typing_extensions import Unpack
+
+from fastjac import arguments
+from fastjac.input_jacobian import by_autograd
+from fastjac.input_jacobian.penalty import InputOptions, InputPenalty, ProjectionOptions
+from fastjac.ops.dispatch import accumulate_dtype
+from fastjac.penalty import parameters_of
+from fastjac.per_sample import NORMS, attached_zeros, measure, rows, total
+
+
+class ProjectionPenalty(InputPenalty):
+    """``R_n = scale * Σ_k ‖J_nᵀ w_kn‖``, with ``(w, scale)`` from :meth:`cotangents`.
+
+    ``norm``: ``"l2_squared"`` (default), ``"l2"`` or ``"l1"``, taken of each projection. The K
+    projections are one batched VJP, in pieces of ``chunk_size``.
+    """
+
+    chunk_size: int | None = None
+
+    chain_ready = True
+
+    def __init__(self, *, norm: str = "l2_squared", **options: Unpack[InputOptions]) -> None:
+        super().__init__(**options)
+        self.norm = arguments.choice("norm", norm, NORMS)
+
+    def cotangents(self, logits: Tensor, *targets: Any, **named: Any) -> tuple[Tensor, float]:
+        """``w`` ``[K, N, m]`` and the factor of the sum over K, for an output ``[N, m]``."""
+        raise TypeError(f"{type(self).__name__} does not define cotangents")
+
+    @classmethod
+    def call_parameters(cls) -> list[inspect.Parameter]:
+        return parameters_of(ProjectionPenalty.per_sample)[:2] + parameters_of(cls.cotangents)[1:]
+
+    def per_sample(self, x: Tensor, output: Tensor, *targets: Any, **named: Any) -> Tensor:
+        w, scale = self.cotangents(rows(output), *targets, **named)
+        return self.projected(x, output, w, scale)
+
+    def projected(self, x: Tensor, output: Tensor, w: Tensor, scale: float) -> Tensor:
+        """``scale * Σ_k ‖J_nᵀ w_kn‖``, as ``[N]``."""
+        if len(x) == 0:
+            return attached_zeros(output)
+        w = w.reshape(len(w), *output.shape)
+        chain = by_autograd.chain_of(x, output)
+        if chain is not None and self.norm == "l2_squared":
+            return chain.squared_norms(w, self.chunk_size, scale)
+        pieces = by_autograd.vjp(output, x, w, self.chunk_size)
+        summed = total(measure(v, self.norm) for v in pieces)
+        return summed if scale == 1 else scale * summed
+
+
+class ExactPenalty(ProjectionPenalty):
+    """Base of the projections on a full set of rows: adds ``chunk_size``."""
+
+    def __init__(
+        self, *, chunk_size: int | None = None, **options: Unpack[ProjectionOptions]
+    ) -> None:
+        super().__init__(**options)
+        self.chunk_size = arguments.chunk_size(chunk_size)
+
+
+class RandomPenalty(ProjectionPenalty):
+    """Base of the random projections: adds ``n_proj``, ``generator`` and ``chunk_size``.
+
+    A subclass says how to :meth:`draw` and, by :meth:`scales`, what to multiply by.
+    """
+
+    def __init__(
+        self,
+        n_proj: int = 1,
+        *,
+        generator: torch.Generator | None = None,
+        chunk_size: int | None = None,
+        **options: Unpack[ProjectionOptions],
+    ) -> None:
+        super().__init__(**options)
+        self.n_proj = arguments.count("n_proj", n_proj, exact=True)
+        if self.n_proj == -1 and self.norm != "l2_squared":
+            raise ValueError(
+                f"norm is {self.norm!r} and n_proj -1: the exact value exists for 'l2_squared' "
+                "alone; draw projections (n_proj >= 1) or keep the norm"
+            )
+        self.generator = arguments.generator(generator)
+        self.chunk_size = arguments.chunk_size(chunk_size)
+
+    def draw(self, k: int, logits: Tensor, dtype: torch.dtype) -> Tensor:
+        """``w`` ``[k, N, m]`` (or ``[k, 1, m]`` for all samples) in ``dtype``."""
+        raise TypeError(f"{type(self).__name__} does not define draw")
+
+    def scales(self, m: int) -> tuple[float, float]:
+        """Factors of the mean over the projections and of the exact ``‖J‖_F²``."""
+        return 1.0, 1.0
+
+    def cotangents(
+        self, logits: Tensor, *, projection: Tensor | None = None
+    ) -> tuple[Tensor, float]:
+        n, m = logits.shape
+        of_mean, of_exact = self.scales(m)
+        if projection is not None:
+            w = self._given(projection, logits)
+        elif self.n_proj == -1:
+            return unit_rows(logits), of_exact
+        else:
+            arguments.generator_device(self.generator, logits.device)
+            # Half precision would bias the norms of the draws, so they are made in float32.
+            drawn = self.draw(self.n_proj, logits, accumulate_dtype(logits.dtype))
+            w = drawn.to(logits.dtype).expand(self.n_proj, n, m)
+        return w, of_mean / len(w)
+
+    def _given(self, projection: Any, logits: Tensor) -> Tensor:
+        if self.n_proj == -1:
+            raise ValueError("projection is given and n_proj is -1, which draws none: drop one")
+        n, m = logits.shape
+        projection = arguments.tensor("projection", projection)
+        arguments.like("projection", projection, "output", logits)
+        w = projection.unsqueeze(0) if projection.dim() == 2 else projection
+        if w.dim() != 3 or w.shape[1:] != (n, m) or len(w) == 0:
+            raise ValueError(
+                f"projection has shape {tuple(projection.shape)}: it must be [K, N, m] or [N, m] "
+                f"with N = {n}, m = {m}"
+            )
+        return w
+
+
+def unit_rows(logits: Tensor) -> Tensor:
+    """All unit vectors for all samples, ``[m, N, m]``, without the memory of it."""
+    n, m = logits.shape
+    eye = torch.eye(m, dtype=logits.dtype, device=logits.device)
+    return eye.unsqueeze(1).expand(m, n, m)

@@ -1,0 +1,315 @@
+"""Base of the layer-wise penalties: attached to a model, or called with one."""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+from typing_extensions import Unpack
+
+from fastjac import arguments, distributed
+from fastjac.layerwise.layers import Call, Phi
+from fastjac.layerwise.versions import check_unchanged
+from fastjac.layerwise.watch import Pass, Watch
+from fastjac.penalty import ModelPenalty, PenaltyOptions, call_model
+from fastjac.per_sample import attached_zeros
+
+
+class LayerOptions(PenaltyOptions, total=False):
+    include_output: bool
+
+
+@dataclass
+class Sum:
+    """``Σ_n R_n`` of ``count`` samples, where the single values are not wanted."""
+
+    total: Tensor
+    count: int
+
+
+class LayerPenalty(ModelPenalty):
+    """Base of the penalties that look at the layers of a model while it runs.
+
+    Two forms:
+
+    * attached: ``penalty = DREG(model, ...)``, then in the training loop ``output = model(x)`` and
+      ``loss + penalty()``. What the model returns and its ``state_dict`` stay as they are.
+      ``penalty()`` covers the forward passes since it was last called, their samples taken
+      together; passes in ``eval()`` mode, without gradients, or whose graph is gone do not count.
+      It ends with ``detach()``, or when the penalty is thrown away. Deep copies and pickles of the
+      model are free of it; shallow ones (``copy.copy``, DataParallel's replicas) run the original.
+    * called: ``output, value = DREG(...)(model, x)`` watches that one run.
+
+    After either, ``layers_found`` holds the names of the layers in the order they ran in the last
+    pass, ``layers_left_out`` the others as ``(name, reason)``, and ``layer_values`` each layer's
+    share of the value as ``(name, value)``, before ``weight`` and detached.
+    """
+
+    needs_grad = False
+    watches = True
+
+    def __init__(self, *, include_output: bool = False, **options: Unpack[PenaltyOptions]) -> None:
+        super().__init__(**options)
+        self.include_output = arguments.flag("include_output", include_output)
+        self.layers_found: list[str] = []
+        self.layers_left_out: list[tuple[str, str]] = []
+        self._shares: list[list[tuple[str, Tensor, float]]] = []  # of each pass
+        self._watch: Watch | None = None
+
+    @property
+    def layer_values(self) -> list[tuple[str, Tensor]]:
+        """Each layer's share of the last value, before ``weight``, detached."""
+        values: dict[tuple[str, int], Tensor] = {}
+        for shares in self._shares:
+            ran: Counter[str] = Counter()  # a module that ran twice in a pass is listed twice
+            for name, v, factor in shares:
+                key = name, ran[name]
+                ran[name] += 1
+                share = factor * v.sum()
+                values[key] = values[key] + share if key in values else share
+        return [(name, value) for (name, _), value in values.items()]
+
+    def remember(self, shares: Sequence[tuple[str, Tensor, float]]) -> None:
+        """For `layer_values`, of each layer ``(name, v, f)``: its share is ``f Σ v``."""
+        # Past nn.Module's own __setattr__, 2 µs.
+        vars(self)["_shares"] = [[(name, v.detach(), f) for name, v, f in shares]]
+
+    # ---- what a penalty defines
+
+    def on_layer(self, seen: Pass, call: Call, phi: Phi, a: Tensor | None) -> Tensor:
+        """Append a term to ``seen.terms``; returns ``φ(z)``, which is ``a`` where that is given."""
+        raise NotImplementedError
+
+    computes = False
+
+    def compute(self, module: nn.Module, x: Tensor) -> Tensor | None:
+        """Where ``computes``: the output of a plain Linear or convolution, None for torch's own."""
+        return None
+
+    def before_pass(self, seen: Pass) -> None:
+        """Called when an attached model is about to run."""
+
+    def output_term(self, seen: Pass, call: Call) -> None:
+        """Append the term of the output layer."""
+        raise NotImplementedError
+
+    def finish(self, seen: Pass, batch: int) -> Tensor | Sum:
+        """``R_n`` as ``[N]``, or its sum, from the terms of a pass."""
+        raise NotImplementedError
+
+    # ---- called
+
+    def forward(self, *args: Any, **named: Any) -> Any:
+        """``(model, x, ...) -> (output, value)``, or ``() -> value`` of the attached model."""
+        if not (args or named):
+            return self._attached_value()
+        watch = self._watch
+        if watch is None:
+            return super().forward(*args, **named)
+        with watch.suspended():
+            return super().forward(*args, **named)
+
+    def model_form(self, model: Any, x: Tensor) -> tuple[Tensor, Any]:
+        arguments.tensor("x", x)
+        if torch.compiler.is_compiling():
+            raise RuntimeError(
+                f"{type(self).__name__}()(model, x) changes the model while it runs, which "
+                f"torch.compile cannot trace: attach it before compiling, {type(self).__name__}"
+                "(model), and add penalty() after the call of the model"
+            )
+        if hasattr(model, "_orig_mod"):
+            raise TypeError(
+                "model is a torch.compile'd module, whose submodules do not run: pass the module "
+                "before compiling, or attach the penalty to it: DREG(model)"
+            )
+        watch = Watch(model, self)
+        watch.install(attach=False)
+        try:
+            seen = watch.begin()
+            output = call_model(model, x)
+        finally:
+            watch.end()
+            watch.remove()
+        return output, self._finish(seen, output, len(x))
+
+    def _finish(self, seen: Pass, output: Any, batch: int | None) -> Tensor | Sum:
+        for call, phi in seen.later:
+            self.on_layer(seen, call, phi, call.z)
+        batch = self._complete(seen, output, batch)
+        return self.finish(seen, batch)
+
+    def _complete(self, seen: Pass, output: Any, batch: int | None) -> int:
+        """The output layer, the names, and what is left out; returns the number of samples."""
+        outputs = [output] if isinstance(output, Tensor) else tree_leaves(output)
+        left_out, ran = [], set()
+        for call in seen.calls:
+            ran.add(call.layer)
+            if call.used:
+                continue
+            if not any(call.z is t for t in outputs):
+                why = "its output, unchanged, was the input of no activation module"
+                if call.norm is not None:
+                    why = "the output of the norm after it was the input of no activation module"
+            elif self.include_output:
+                self.output_term(seen, call)
+                continue
+            else:
+                why = "output layer (include_output=False)"
+            left_out.append((call.name, why))
+        if len(ran) < len(seen.watch.linear):
+            modules, names = {layer.module for layer in ran}, seen.watch.names
+            missing = [m for m in seen.watch.linear if m not in modules]
+            left_out += [(names[m], "was not called") for m in missing]
+        found = [term.call for term in seen.terms]
+        # Past nn.Module's own __setattr__, 2 µs each.
+        state = vars(self)
+        state["layers_found"] = [call.layer.name for call in found]
+        state["layers_left_out"] = left_out
+        if self.include_output or not found:
+            self._check_found(seen, found, outputs)
+        return self._check_batch(found, batch)
+
+    def _check_found(self, seen: Pass, found: list[Call], outputs: list[Any]) -> None:
+        if self.include_output:
+            ends = [t for term in seen.terms for t in (term.call.z, term.post)]
+            if not any(t is o for t in ends for o in outputs):
+                raise RuntimeError(
+                    "include_output=True, and the output of the model is the output of no Linear "
+                    "or convolution module and of no activation module after one"
+                )
+        if not found:
+            seen_ones = "; ".join(f"{name}: {why}" for name, why in self.layers_left_out)
+            raise RuntimeError(
+                "model has no layer to penalise: a Linear or convolution module whose output goes "
+                "straight, or through one BatchNorm or LayerNorm, into an activation: a torch.nn "
+                "module, a function of fastjac (fastjac.gelu), or any module with a callable "
+                "attribute fastjac_activation. Linear and convolution modules seen: "
+                f"{seen_ones or 'none at all'}"
+            )
+
+    def _check_batch(self, found: list[Call], batch: int | None) -> int:
+        batch = (found[0].shape or found[0].z.shape)[0] if batch is None else batch
+        for call in found:
+            check_unchanged(call)
+            shape = call.shape if call.z is None else call.z.shape
+            fits = len(shape) >= 2 and (call.layer.linear or len(shape) == call.weight.dim())
+            if shape[0] != batch or not fits:
+                raise RuntimeError(
+                    f"layer {call.name}: its output has shape {tuple(shape)} and x has "
+                    f"batch size {batch}: dimension 0 must be the samples all through the model"
+                )
+        return batch
+
+    def _reduce(self, values: Any) -> Tensor:
+        if not isinstance(values, Sum):
+            return super()._reduce(values)
+        factor = self.weight * (self.every if self.training else 1)
+        # The mean over no samples would be 0/0.
+        return values.total * (factor / (values.count or 1) if self.reduction == "mean" else factor)
+
+    # ---- attached
+
+    def _attach(self, model: nn.Module) -> None:
+        model = distributed.unwrapped(model)
+        if isinstance(model, nn.Module):
+            distributed.check_model(model)
+        self._watch = Watch(model, self)
+        self._watch.install(attach=True)
+        self._watch.finalizer = weakref.finalize(self, self._watch.remove)
+
+    def wanted(self) -> str:
+        """What the model's next forward pass is: ``"yes"``, ``"later"`` (`every`) or ``"no"``."""
+        assert self._watch is not None
+        if not (self._watch.model.training and torch.is_grad_enabled()):
+            return "no"
+        return "yes" if self.due() else "later"
+
+    def detach(self) -> None:
+        """Take the penalty out of the model it was attached to."""
+        if self._watch is not None:
+            self._watch.remove()
+            if self._watch.finalizer is not None:  # it would keep the model alive
+                self._watch.finalizer.detach()
+            self._watch.passes.clear()
+            self._watch = None
+
+    def clear(self) -> None:
+        """Forget the forward passes since the last ``penalty()``."""
+        if self._watch is not None:
+            self._watch.passes.clear()
+
+    def _attached_value(self) -> Tensor:
+        if self._watch is None:
+            raise TypeError(
+                f"{type(self).__name__}() has no model: attach it, {type(self).__name__}(model), "
+                "or call it with (model, x)"
+            )
+        passes, self._watch.passes = self._watch.passes, []
+        if not passes:
+            raise RuntimeError(
+                "penalty(): the model has not run since the last call with training mode and "
+                "gradients on; call it after model(x), or use the call form (model, x)"
+            )
+        due = [(seen, output) for seen, output in passes if seen is not None]
+        if not due:
+            self.count_call()
+            outputs = [t for t in tree_leaves(passes[-1][1]) if isinstance(t, Tensor)]
+            # Token ids and the loss may come before the tensor that has the samples.
+            outputs = [t for t in outputs if t.is_floating_point() and t.requires_grad] or outputs
+            output = next((t for t in outputs if t.dim()), outputs[0].reshape(-1))
+            zeros = attached_zeros(output)
+            return zeros if self.reduction == "none" else zeros.sum()
+        results, shares = [], []
+        for seen, output in due:
+            results.append(self._finish(seen, output, None))
+            shares += self._shares
+        if len(due) > 1:
+            vars(self)["_shares"] = self._weighed(shares, results)
+        value = self._reduce(_together(results))
+        self.count_call()
+        value = distributed.attached(value, *[output for _, output in due])
+        return distributed.through_sink(value, self._watch.ddp)
+
+    def _weighed(self, shares: list[Any], results: list[Tensor | Sum]) -> list[Any]:
+        """The passes' shares, of the mean over all of their samples."""
+        if self.reduction != "mean":
+            return shares
+        counts = [r.count if isinstance(r, Sum) else len(r) for r in results]
+        total = sum(counts) or 1
+        return [
+            [(name, v, f * n / total) for name, v, f in of_pass]
+            for of_pass, n in zip(shares, counts, strict=True)
+        ]
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        state["_watch"] = None
+        state["_attached_model"] = None if self._watch is None else self._watch.model
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        model = state.pop("_attached_model", None)
+        super().__setstate__(state)
+        if model is not None and "_modules" not in vars(model):
+            raise RuntimeError(
+                f"{type(self).__name__} is a part of the model that it is attached to, and cannot "
+                "be copied with it: detach() it first, or keep it outside the model"
+            )
+        if model is not None:
+            self._attach(model)
+
+
+def _together(results: Sequence[Tensor | Sum]) -> Tensor | Sum:
+    """The passes as one batch."""
+    if len(results) == 1:
+        return results[0]
+    sums = [r for r in results if isinstance(r, Sum)]
+    if sums:
+        return Sum(torch.stack([s.total for s in sums]).sum(), sum(s.count for s in sums))
+    return torch.cat([r for r in results if isinstance(r, Tensor)])

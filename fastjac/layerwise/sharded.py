@@ -1,0 +1,166 @@
+"""Layer-wise penalties of weights that are not whole in this process.
+
+FSDP2 gathers a weight when its module's forward begins, frees it after, and gathers it again when
+the gradient of the module's output arrives. A penalty's own graph has no part in that, so its terms
+are computed while the module runs, and `tied` to the output of the activation: their backward waits
+for the gradient of that output, behind which the weights are back.
+
+Tensor parallel weights are DTensors. A term is ``Σ_c s_c r_c``: the row norms ``r`` of a weight
+that is sharded over its inputs are sums over the processes, and so are the ``s`` of an output that
+is sharded over positions, and the last sum where it is sharded over units. Each is placed as a
+DTensor, and torch reduces it, forward and backward.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fastjac.distributed import active, is_dtensor
+from fastjac.ops import row_sqnorm
+from fastjac.ops.dispatch import accumulate_dtype
+
+if TYPE_CHECKING:
+    from fastjac.layerwise.layers import Call, Phi
+
+
+# ---- FSDP2
+
+
+def sharding() -> bool:
+    """Whether any module of this process is under ``fully_shard``."""
+    states = sys.modules.get("torch.distributed._composable_state")
+    return active() and states is not None and len(states._module_state_mapping) > 0
+
+
+def freed(weight: Tensor) -> bool:
+    if is_dtensor(weight):
+        return False
+    return weight.numel() > 0 and weight.untyped_storage().size() == 0
+
+
+def check_gathered(call: Call) -> None:
+    """The kernels would read memory that is not there."""
+    if freed(call.weight):
+        raise RuntimeError(
+            f"layer {call.name}: FSDP has freed its weight before the penalty could use it: apply "
+            "fully_shard to a module that holds the layer and its activation (for an output layer, "
+            "to the whole model alone); attach the penalty, if a checkpoint recomputes the layer; "
+            "or pass reshard_after_forward=False"
+        )
+
+
+def tied(a: Tensor, value: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+    """Both, their gradients going back together."""
+    return _Tied.apply(a, value, call.weight, call.name)
+
+
+class _Tied(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, a, value, weight, name):
+        ctx.weight, ctx.layer = weight.detach(), name
+        ctx.set_materialize_grads(False)
+        return a.detach(), value.detach()
+
+    @staticmethod
+    def backward(ctx, grad_a, grad_value):
+        if freed(ctx.weight):
+            raise RuntimeError(
+                f"layer {ctx.layer}: its weight is not gathered in the backward of the penalty, as "
+                "no gradient of the model's output leads to it: pass reshard_after_forward=False "
+                "to the fully_shard of its module"
+            )
+        return grad_a, grad_value, None, None
+
+
+# ---- tensor parallel
+
+
+def layout_of(call: Call) -> Any:
+    """The layout of a layer's output over the processes: of a DTensor, or of what it was."""
+    if call.norm is not None:
+        raise refused(call, "a norm follows it: put the norm elsewhere")
+    z: Any = call.z
+    if is_dtensor(z):
+        return z._spec
+    spec = getattr(z.grad_fn, "dtensor_spec", None)
+    if spec is None:
+        raise RuntimeError(
+            f"layer {call.name}: its weight is a DTensor, and its output no DTensor and not what "
+            "to_local() has just made of one, so that the penalty cannot tell how it is sharded: "
+            "run the model with gradients on, and let nothing come between to_local() and the "
+            "activation"
+        )
+    return spec
+
+
+def refused(call: Call, why: str) -> RuntimeError:
+    return RuntimeError(f"layer {call.name}: its weight is a DTensor (tensor parallel), and {why}")
+
+
+def units_squared(call: Call, phi: Phi) -> tuple[Any, Any]:
+    """``s``, the sum over positions of ``φ'(z)²``: ``[N, C]``, and the shape of the whole z.
+
+    Of the whole layer, as a DTensor.
+    """
+    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+
+    spec = layout_of(call)
+    z: Any = call.z
+    if is_dtensor(z):
+        if any(p.is_partial() for p in spec.placements):
+            z = z.redistribute(
+                placements=[Replicate() if p.is_partial() else p for p in spec.placements]
+            )
+            spec = z._spec
+        z = z.to_local()
+    placements: list[Any] = []
+    for p in spec.placements:
+        dim = p.dim % len(spec.shape) if p.is_shard() else None
+        if p.is_partial() or dim == 0:
+            raise RuntimeError(
+                f"layer {call.name}: its output is {p!r} over the processes: a penalty needs each "
+                "sample's own numbers in every process of the tensor parallel group; set the "
+                "output_layouts of its ParallelStyle to Replicate() or Shard(-1)"
+            )
+        units = dim == len(spec.shape) - 1
+        placements.append(p if dim is None else Shard(1) if units else Partial())
+    n, c = spec.shape[0], spec.shape[-1]
+    slope = phi.derivative(z).to(accumulate_dtype(z.dtype))
+    local = slope.square().flatten(1, -2).sum(1) if z.dim() > 2 else slope.square()
+    size = torch.Size((n, c))
+    return DTensor.from_local(
+        local, spec.mesh, placements, run_check=False, shape=size, stride=(c, 1)
+    ), spec.shape
+
+
+def row_norms(call: Call, impl: str = "auto") -> Any:
+    """``‖W[i, :]‖²`` of the whole rows, ``[C]``, as a DTensor without pending sums."""
+    from torch.distributed.tensor import DTensor, Partial, Replicate
+
+    weight: Any = call.weight
+    if not call.layer.linear:
+        raise refused(call, "only Linear layers can be penalised so: give it whole weights")
+    (rows,) = row_sqnorm([weight.to_local()], impl=impl)
+    placements = [Partial() if p.is_shard(1) else p for p in weight.placements]
+    norms = DTensor.from_local(
+        rows,
+        weight.device_mesh,
+        placements,
+        run_check=False,
+        shape=torch.Size((weight.shape[0],)),
+        stride=(1,),
+    )
+    return norms.redistribute(
+        placements=[Replicate() if p.is_partial() else p for p in norms.placements]
+    )
+
+
+def whole(t: Any) -> Tensor:
+    """The numbers of a DTensor, the same in every process."""
+    from torch.distributed.tensor import Replicate
+
+    return t.redistribute(placements=[Replicate()] * t.device_mesh.ndim).to_local()

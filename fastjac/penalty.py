@@ -1,0 +1,278 @@
+"""What all penalties share: options, the two call forms, reduction, and the two derived forms.
+
+A penalty defines per-sample values ``R_n``; what the caller gets is ``weight * reduce_n R_n``.
+The functional and the class signature are derived from the class, so that an option is written
+down once, in an ``__init__``.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any, TypedDict
+
+import torch
+from torch import Tensor, nn
+
+from fastjac import arguments, distributed
+from fastjac.per_sample import attached_zeros
+
+REDUCTIONS = ("mean", "sum", "none")
+
+
+def check_modes() -> None:
+    """A gradient needs autograd switched on, and the graph that ``torch.func`` hides."""
+    if torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            "the penalty reads autograd's graph, which does not exist inside a torch.func "
+            "transform: call it outside, or write it with torch.func.vjp (fastjac.reference shows "
+            "the formula)"
+        )
+    if torch.is_grad_enabled():  # False in inference mode too, which dynamo cannot ask about
+        return
+    mode = "inference mode" if torch.is_inference_mode_enabled() else "torch.no_grad()"
+    raise RuntimeError(
+        f"the penalty needs the gradient of output with respect to x, and {mode} is active: leave "
+        "it, or put model and penalty under torch.inference_mode(False) and torch.enable_grad()"
+    )
+
+
+def check_not_recomputed(option: str) -> None:
+    """A checkpoint recomputes in the backward: a call that is counted would be so twice."""
+    if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+        raise RuntimeError(
+            f"the penalty has {option} and runs again in a backward, as a checkpoint recomputes "
+            "it: keep the penalty outside the checkpointed function"
+        )
+
+
+def call_model(model: Callable[..., Any], x: Tensor) -> Tensor:
+    """``model(x)``, which must be a tensor."""
+    output = model(x)
+    if not isinstance(output, Tensor):
+        raise TypeError(
+            f"output of the model is {type(output).__name__}: it must be a torch.Tensor; wrap the "
+            "model in a function that returns the tensor to penalise"
+        )
+    return output
+
+
+class PenaltyOptions(TypedDict, total=False):
+    weight: float
+    reduction: str
+    every: int
+
+
+def parameters_of(method: Callable[..., Any]) -> list[inspect.Parameter]:
+    """The parameters of a method but ``self``."""
+    return list(inspect.signature(method).parameters.values())[1:]
+
+
+def options_of(cls: type[Penalty]) -> list[inspect.Parameter]:
+    """The options of a penalty: the keyword parameters of its ``__init__``.
+
+    Where an ``__init__`` passes ``**options`` on, those of the next class that has one follow.
+    What is positional only (the model of a layer-wise penalty) is no option.
+    """
+    found: dict[str, inspect.Parameter] = {}
+    for base in cls.__mro__:
+        if "__init__" not in vars(base):
+            continue
+        passed_on = False
+        for parameter in parameters_of(vars(base)["__init__"]):
+            if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+                passed_on = True
+            elif parameter.kind is not inspect.Parameter.POSITIONAL_ONLY:
+                found.setdefault(parameter.name, parameter)
+        if not passed_on:
+            break
+    return sorted(found.values(), key=lambda p: p.kind)
+
+
+class Penalty(nn.Module):
+    """Base of the penalties: ``weight * reduce_n R_n``.
+
+    Two call forms, told apart by the first argument:
+
+    * a tensor: ``penalty(x, output, *targets) -> value``, on a graph that exists already;
+    * a callable: ``penalty(model, x, *targets) -> (output, value)``; an ``x`` that does not require
+      grad is detached and made to.
+
+    Options of every penalty:
+
+    * ``weight``: factor of the value. The attribute may be assigned (schedules).
+    * ``reduction``: ``"mean"`` over the samples, ``"sum"``, or ``"none"`` for ``[N]``. An empty
+      batch gives 0.
+    * ``every``: in training mode compute at calls 1, 1 + k, 1 + 2k, … of this module, multiplied by
+      k. The other calls cost nothing and return an exact zero that is attached to the graph of
+      ``output``. In ``eval()`` mode each call computes, and nothing is multiplied. A whole step
+      under torch.compile is compiled once for each of the k calls (``recompile_limit`` is 8).
+
+    The value has the dtype of the gradient it measures, half precision promoted to float32. There
+    are no parameters. Copies and pickles go on with the count of ``every``; the ``state_dict``
+    holds it (``calls``, 0-dim int64) where k > 1, and is empty otherwise.
+    """
+
+    needs_grad = True
+    watches = False  # looks at a model's layers while it runs, and takes no gradient
+    # What a WeightSchedule last made of which base: (weight, base). Copies and pickles have it too.
+    _scheduled: tuple[float, float] | None = None
+
+    def __init__(self, *, weight: float = 1.0, reduction: str = "mean", every: int = 1) -> None:
+        super().__init__()
+        self.weight = arguments.number("weight", weight)
+        self.reduction = arguments.choice("reduction", reduction, REDUCTIONS)
+        self.every = arguments.count("every", every)
+        # Modulo `every`: torch.compile takes the number for a constant, so this makes k graphs.
+        self._calls = 0
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        first = [p for p in parameters_of(cls.__init__) if p.kind is p.POSITIONAL_ONLY]
+        cls.__signature__ = inspect.Signature([*first, *options_of(cls)])  # type: ignore[attr-defined]
+
+    def forward(
+        self, model_or_x: Any, x_or_output: Tensor, *targets: Any, **named: Any
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """``(x, output, *targets) -> value`` or ``(model, x, *targets) -> (output, value)``."""
+        graph = isinstance(model_or_x, Tensor)
+        if not graph and not callable(model_or_x):
+            raise TypeError(
+                f"the first argument is {type(model_or_x).__name__}: pass x (a Tensor, followed by "
+                "output) or a model (a callable, followed by x)"
+            )
+        if self.every > 1 and self.training:
+            check_not_recomputed("every=k")
+        due = self.due()
+        if due and self.needs_grad:
+            check_modes()
+        if not due:
+            output = x_or_output if graph else call_model(model_or_x, x_or_output)
+            value = self._reduce(attached_zeros(arguments.tensor("output", output)))
+        elif graph:
+            output = x_or_output
+            value = self._reduce(self.graph_form(model_or_x, output, *targets, **named))
+        else:
+            output, value = distributed.run(self, model_or_x, x_or_output, targets, named)
+        self.count_call()
+        value = distributed.attached(value, output)
+        return value if graph else (output, value)
+
+    def due(self) -> bool:
+        """Whether this call computes (`every`)."""
+        return self.every == 1 or not self.training or self._calls == 0
+
+    def count_call(self) -> None:
+        if self.every > 1 and self.training:
+            self._calls = (self._calls + 1) % self.every
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.every > 1:
+            destination[prefix + "calls"] = torch.tensor(self._calls)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        *others: Any,
+    ) -> None:
+        calls = state_dict.pop(prefix + "calls", None)  # of no use with every=1
+        if self.every > 1 and calls is None and strict:
+            missing_keys.append(prefix + "calls")
+        elif self.every > 1 and calls is not None:
+            self._calls = int(calls) % self.every
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, *others
+        )
+
+    def graph_form(self, x: Tensor, output: Tensor, *targets: Any, **named: Any) -> Tensor:
+        """Per-sample values of an existing graph."""
+        return self.per_sample(x, output, *targets, **named)
+
+    def model_form(
+        self, model: Callable[..., Any], x: Tensor, *targets: Any, **named: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Run the model; its output and the per-sample values."""
+        output = call_model(model, arguments.tensor("x", x))
+        return output, self.graph_form(x, output, *targets, **named)
+
+    def per_sample(self, x: Tensor, output: Tensor, *targets: Any, **named: Any) -> Tensor:
+        """``R_n``, as ``[N]``."""
+        raise TypeError(f"{type(self).__name__} does not define per_sample")
+
+    @classmethod
+    def call_parameters(cls) -> list[inspect.Parameter]:
+        """What a call takes, with ``x, output`` or ``model, x`` first."""
+        return parameters_of(cls.per_sample)
+
+    def _reduce(self, values: Any) -> Tensor:
+        factor = self.weight * (self.every if self.training else 1)
+        if self.reduction == "none":
+            return factor * values
+        # The mean over no samples would be 0/0.
+        mean = self.reduction == "mean" and len(values) > 0
+        value = values.mean() if mean else values.sum()
+        return value if factor == 1 else factor * value
+
+    def extra_repr(self) -> str:
+        """The options that are not at their defaults."""
+        shown = []
+        for option in options_of(type(self)):
+            value = getattr(self, option.name)
+            if value is not option.default and value != option.default:
+                shown.append(f"{option.name}={value!r}")
+        return ", ".join(shown)
+
+
+class ModelPenalty(Penalty):
+    """Base of the penalties that must run the model themselves: no graph form."""
+
+    def graph_form(self, x: Tensor, output: Tensor, *targets: Any, **named: Any) -> Tensor:
+        raise TypeError(
+            f"the first argument is a Tensor: {type(self).__name__} runs the model itself and has "
+            "no graph form; pass (model, x, ...)"
+        )
+
+    def model_form(
+        self, model: Callable[..., Any], x: Tensor, *targets: Any, **named: Any
+    ) -> tuple[Tensor, Tensor]:
+        raise TypeError(f"{type(self).__name__} does not define model_form")
+
+    @classmethod
+    def call_parameters(cls) -> list[inspect.Parameter]:
+        return parameters_of(cls.model_form)
+
+
+def functional_of(cls: type[Penalty], name: str) -> Callable[..., Any]:
+    """The function ``name(x, output, *targets, **options)`` of a penalty class."""
+    first, second, *rest = cls.call_parameters()
+    arguments = [p.replace(kind=inspect.Parameter.POSITIONAL_ONLY) for p in (first, second)] + rest
+    options = [
+        p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in options_of(cls) if p.name != "every"
+    ]
+    option_names = frozenset(p.name for p in options)
+    known = option_names | {p.name for p in rest}
+
+    def function(*args: Any, **kwargs: Any) -> Any:
+        unknown = kwargs.keys() - known
+        if unknown:
+            raise TypeError(f"{name}() got an unexpected keyword argument {min(unknown)!r}")
+        chosen = {key: kwargs.pop(key) for key in option_names & kwargs.keys()}
+        return cls(**chosen)(*args, **kwargs)
+
+    function.__name__ = function.__qualname__ = name
+    function.__module__ = cls.__module__
+    function.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        sorted([*arguments, *options], key=lambda p: p.kind),
+        return_annotation="Tensor | tuple[Tensor, Tensor]",
+    )
+    function.__doc__ = (
+        f"The function of :class:`{cls.__name__}`: ``{cls.__name__}(**options)(...)``.\n"
+        "\n    Takes the arguments of either call form and, by keyword, the options of the class\n"
+        f"    (all but ``every``).\n\n    {(cls.__doc__ or '').strip()}\n    "
+    )
+    return function

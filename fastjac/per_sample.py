@@ -1,0 +1,48 @@
+"""Quantities per sample: rows, norms and sums of them, and zeros that stay in a graph."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from fastjac.ops.dispatch import accumulate_dtype
+
+NORMS = ("l2_squared", "l2", "l1")
+
+
+def rows(t: Tensor, lead: int = 1) -> Tensor:
+    """Flatten all dimensions after the first ``lead`` into one."""
+    return t.unsqueeze(-1) if t.dim() == lead else t.flatten(lead)
+
+
+def measure(v: Tensor, norm: str, lead: int = 2) -> Tensor:
+    """Norm over all but the first ``lead`` dimensions; half precision is accumulated in float32.
+
+    At ``v = 0`` the gradient of ``"l2"`` and ``"l1"`` is the subgradient 0.
+    """
+    v = rows(v.to(accumulate_dtype(v.dtype)), lead)
+    if norm == "l2_squared":
+        return v.square().sum(-1)
+    return torch.linalg.vector_norm(v, ord=1 if norm == "l1" else 2, dim=-1)
+
+
+def total(pieces: Iterable[Tensor]) -> Tensor:
+    """The sum over K of pieces ``[k, N]``, as ``[N]``; a single one costs no operation."""
+    sums = [piece.sum(0) if len(piece) > 1 else piece.squeeze(0) for piece in pieces]
+    return sums[0] if len(sums) == 1 else torch.stack(sums).sum(0)
+
+
+def attached_zeros(output: Tensor) -> Tensor:
+    """Zeros ``[N]`` in the graph of ``output``."""
+    return attached_zero(output, accumulate_dtype(output.dtype)).expand(output.shape[0])
+
+
+def attached_zero(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """A zero in the graph of ``t``, 0-dim.
+
+    The sum of an empty slice: exact even if ``t`` holds NaN or infinities, where ``0 * t.sum()``
+    would not be.
+    """
+    return (t if t.dim() else t.reshape(1))[:0].sum(dtype=dtype)
