@@ -119,7 +119,7 @@ def without_curvature(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layer_act, "raw", planted)
     monkeypatch.setattr(importlib.import_module("fastjac.ops.act_stats"), "raw", planted)
     nothing = property(lambda link: None, lambda link, value: None)
-    monkeypatch.setattr(links.Activation, "extra", nothing, raising=False)
+    monkeypatch.setattr(links.Elementwise, "extra", nothing, raising=False)
 
 
 def without_graph(monkeypatch: pytest.MonkeyPatch) -> None:

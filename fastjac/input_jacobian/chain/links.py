@@ -1,17 +1,23 @@
-"""The links of a chain: what the double backward asks of one operation.
+"""The links of a chain: what the double backward asks of one operation, by the operation's kind.
 
 For an operation ``out = f(a, θ)`` the four sweeps of a step with an input-Jacobian penalty are
 
     forward     out = f(a, θ)
-    vjp         δ_a = f_aᵀ δ                                          down, for v = Jᵀw
-    push        u_out = f_a u,  and the gradients of ⟨δ, f_a u⟩ by a and θ      up
+    vjp         δ_a = f_aᵀ δ                                                 down, for v = Jᵀw
+    push        u_out = f_a u, and the gradients of ⟨δ, f_a u⟩ with respect to a and θ      up
     backward    g_a = f_aᵀ g + that of a;  g_θ = f_θᵀ g + that of θ     down, loss and penalty
 
-The gradient of ``⟨δ, f_a(a, θ) u⟩`` is what the second derivatives leave: ``φ''(z) δ u`` of an
-activation, ``δᵀ u`` of a weight. A link keeps what its later sweeps need and drops it after use,
-unless ``keep`` says that the backward will come again.
+The gradient of ``⟨δ, f_a(a, θ) u⟩`` is the second-order term. It follows from the kind:
 
-δ and u have ``K`` cotangents a sample, ``[K N, ...]``; a, g and the results for them ``[N, ...]``.
+    `Linear`, `Sum`     linear in its inputs: none
+    `Product`           linear in each of two operands: the two transposes, at δ and u
+    `Elementwise`       φ''(z) δ u
+    `norms`             written out
+    `by_autograd`       any other operation
+
+A link keeps what its later sweeps need and drops it after use, unless ``keep`` says that the
+backward will come again. δ and u have K cotangents a sample, ``[K N, ...]``; a, g and the results
+for them are ``[N, ...]``.
 """
 
 from __future__ import annotations
@@ -25,8 +31,6 @@ from fastjac.activations import IDS, get
 from fastjac.ops.autograd import below_autograd, graph_nodes
 from fastjac.ops.registration import raw
 
-aten = torch.ops.aten
-
 
 class Unsupported(RuntimeError):
     """A model, or a call, that the chain engine cannot take."""
@@ -37,11 +41,12 @@ class Unsupported(RuntimeError):
 class Link:
     """One operation of the chain, with its state for one step."""
 
+    name = ""  # of the operation
     inputs: tuple[int, ...] = ()  # indices of values
     output = -1
     idle = False  # no cotangent reaches it
     empty = False  # its output has no numbers
-    parameters: tuple[Tensor, ...] = ()  # what beside the inputs needs a gradient
+    parameters: tuple[Tensor, ...] = ()  # the tensors beside the inputs that require grad
 
     def vjp(self, delta: Tensor) -> tuple[Tensor | None, ...]:
         """δ of each input."""
@@ -53,7 +58,7 @@ class Link:
 
     def push(self, tangents: list[Tensor | None], keep: bool, out: bool) -> Tensor | None:
         """`jvp`, where ``out`` is wanted, after a `vjp` whose second-order terms it keeps."""
-        raise NotImplementedError
+        return self.jvp(tangents)
 
     def backward(
         self, grad: Tensor | None, wanted: tuple[bool, ...], keep: bool
@@ -62,7 +67,7 @@ class Link:
         raise NotImplementedError
 
     def describe(self) -> str:
-        return type(self).__name__
+        return self.name
 
 
 def check_leaves(t: Tensor, known: set[int], what: str) -> None:
@@ -93,143 +98,138 @@ def of_shape(a: Tensor, rows: Tensor) -> Tensor:
     return a if len(a) == len(rows) else a[:1].expand(len(rows), *a.shape[1:])
 
 
-def flat(t: Tensor) -> Tensor:
-    return t if t.dim() == 2 else t.reshape(-1, t.shape[-1])
+class Linear(Link):
+    """``out = A a + c`` of one input. Without ``row.apply``, A is the call itself."""
 
-
-class Weighted(Link):
-    """An operation of one input with a weight and a bias, which may be missing or need no grad."""
-
-    def __init__(self, a: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
-        self.a: Any = a
-        self.weight: Any = None if weight is None else weight.detach()
-        self.bias = None if bias is None else bias.detach()
-        self.needs = tuple(t is not None and t.requires_grad for t in (weight, bias))
-        self.parameters = self.needed(weight, bias)
-        self.delta: Any = None
-        self.weight_extra: Any = None  # the gradient of ⟨δ, f_a u⟩ by the weight
-
-    def needed(self, *of_weight_and_bias: Any) -> tuple[Any, ...]:
-        """Those of the two whose tensor requires grad."""
-        return tuple(t for t, need in zip(of_weight_and_bias, self.needs, strict=True) if need)
-
-
-class Linear(Weighted):
-    """``out = a Wᵀ + b``."""
-
-    def forward(self) -> Tensor:
-        return torch.nn.functional.linear(self.a, self.weight, self.bias)
-
-    @staticmethod
-    def _add_product(total: Tensor | None, delta: Tensor, a: Tensor) -> Tensor:
-        """``total + δᵀ a`` over all rows, in place."""
-        left, right = flat(delta).t(), flat(a)
-        return left.mm(right) if total is None else total.addmm_(left, right)
+    def __init__(self, row: Any, call: Any, a: Tensor, out: Tensor, args: Any) -> None:
+        self.row, self.call, self.args = row, call, args
+        self.before, self.after = a.shape[1:], out.shape[1:]
 
     def vjp(self, delta):
-        self.delta = delta
-        return (delta.matmul(self.weight),)
-
-    def push(self, tangents, keep, out):
-        (u,) = tangents
-        if self.needs[0]:
-            self.weight_extra = self._add_product(self.weight_extra, self.delta, u)
-        if not keep:
-            self.delta = None
-        return self.jvp(tangents) if out else None
+        return (self.row.transpose(delta, (len(delta), *self.before), *self.args),)
 
     def jvp(self, tangents):
-        return tangents[0].matmul(self.weight.t())
+        (u,) = tangents
+        apply = self.row.apply
+        return self.call(u) if apply is None else apply(u, (len(u), *self.after), *self.args)
 
     def backward(self, grad, wanted, keep):
-        of_weight, self.weight_extra = self.weight_extra, None
-        of_bias = into = None
-        if grad is not None:
-            if self.needs[0]:
-                of_weight = self._add_product(of_weight, grad, self.a)
-            of_bias = flat(grad).sum(0) if self.needs[1] else None
-            into = grad.matmul(self.weight) if wanted[0] else None
+        into = (None,) if grad is None or not wanted[0] else self.vjp(grad)
         if not keep:
-            self.a = None
-        return (into,), self.needed(of_weight, of_bias)
+            self.call = self.args = None
+        return into, ()
 
 
-class Convolution(Weighted):
-    """``out = conv(a, W) + b``."""
+class Joint(Link):
+    """An operation of several operands, which are values of the chain, parameters or constants."""
 
     def __init__(
-        self, a: Tensor, weight: Tensor, bias: Tensor | None, options: tuple[Any, ...]
+        self, row: Any, operands: list[Any], inside: list[int], trained: list[int], args: Any
     ) -> None:
-        super().__init__(a, weight, bias)
-        self.options = options
+        self.row, self.operands, self.args = row, operands, args
+        self.inside, self.trained = inside, trained  # which of them are values, and parameters
+        self.extras: list[Any] = [None] * len(operands)  # the second-order term of each
 
-    def forward(self) -> Tensor:
-        return torch.convolution(self.a, self.weight, self.bias, *self.options)
+    def into(self, i: int, grad: Tensor, total: Tensor | None = None) -> Tensor:
+        """``total`` and the transpose of the operation in operand i at ``grad``."""
+        raise NotImplementedError
 
-    def _backward(self, grad: Tensor, a: Tensor, mask: list[bool]) -> Any:
-        sizes = [len(self.weight)] if mask[2] else None
-        return aten.convolution_backward(grad, a, self.weight, sizes, *self.options, mask)
+    def vjp(self, delta):
+        return tuple([self.into(i, delta) for i in self.inside])
 
-    def _flipped(self, delta: Tensor) -> bool:
-        """Whether the gradient by ``a`` is better taken as a convolution with the flipped taps.
+    def backward(self, grad, wanted, keep):
+        found, self.extras = self.extras, [None] * len(self.extras)
+        if grad is not None:
+            needed = [i for i, want in zip(self.inside, wanted, strict=True) if want]
+            for i in (*needed, *self.trained):
+                found[i] = self.into(i, grad, found[i])
+        if not keep:
+            self.operands = []
+        return tuple([found[i] for i in self.inside]), tuple([found[i] for i in self.trained])
 
-        oneDNN's own has slow code for other numbers of output channels than multiples of 16:
-        1 → 6 channels, 5×5 taps, [50, 6, 28, 28], 2 cores: 1.56 against 0.55 ms.
-        """
-        stride, padding, dilation, *_, groups = self.options
-        taps = self.weight.shape[2:]
-        return (
-            delta.device.type == "cpu"
-            and self.weight.shape[0] % 16 != 0
-            and groups == max(stride) == max(dilation) == 1
-            and all(p < k for p, k in zip(padding, taps, strict=True))
-        )
 
-    def _into(self, delta: Tensor) -> Tensor:
-        """The gradient by ``a`` of as many samples as delta has."""
-        if not self._flipped(delta):
-            return self._backward(delta, of_shape(self.a, delta), [True, False, False])[0]
-        taps = self.weight.shape[2:]
-        padding = [k - 1 - p for p, k in zip(self.options[1], taps, strict=True)]
-        flipped = self.weight.flip(list(range(2, 2 + len(taps)))).transpose(0, 1)
-        ones = [1] * len(taps)
-        return torch.convolution(delta, flipped, None, ones, padding, ones, False, ones, 1)
+class Sum(Joint):
+    """``out = Σ_i A_i a_i``. Of the operands the shapes are kept."""
+
+    def __init__(self, row, operands, inside, trained, args, out):
+        shapes = [tuple(t.shape) for t in operands]
+        super().__init__(row, shapes, inside, trained, args)
+        self.after = out.shape[1:]
+
+    def into(self, i, grad, total=None):
+        shape = self.operands[i]
+        shape = (len(grad), *shape[1:]) if i in self.inside else shape
+        return self.row.into(i, grad, shape, self.operands, *self.args)
+
+    def jvp(self, tangents):
+        given: list[Any] = [None] * len(self.operands)
+        for i, u in zip(self.inside, tangents, strict=True):
+            given[i] = u
+        n = next(len(u) for u in tangents if u is not None)
+        return self.row.apply(given, (n, *self.after), self.operands, *self.args)
+
+
+class Product(Joint):
+    """``out = f(a, b)``, linear in a and in b; ``f(a, b) + c`` where there is a bias.
+
+    The gradient of ``⟨δ, f(u, b)⟩`` with respect to b is the transpose of f in b at δ and u.
+    """
+
+    def __init__(self, row, operands, inside, trained, args, out):
+        super().__init__(row, operands, inside, trained, args)
+        # Which operands have samples, so that K cotangents a sample need K copies of them.
+        self.samples = [
+            i in inside or row.has_samples(i, t, out) for i, t in enumerate(operands[:2])
+        ]
+        self.delta: Any = None
+
+    def into(self, i, grad, total=None, other=None):
+        if i == 2:
+            return self.row.into[2](grad, self.operands[2])
+        operand, row = self.operands[i], self.row
+        if other is None:
+            other = self.operands[1 - i]
+            other = copies(other, grad) if self.samples[1 - i] else other
+        if total is not None and i == 1 and row.add_into is not None:
+            return row.add_into(total, grad, other)
+        operand = of_shape(operand, grad) if self.samples[i] else operand
+        return plus_(total, row.into[i](grad, other, operand, *self.args))
 
     def vjp(self, delta):
         self.delta = delta
-        return (self._into(delta),)
+        return super().vjp(delta)
 
     def push(self, tangents, keep, out):
-        (u,) = tangents
-        if self.needs[0]:
-            product = self._backward(self.delta, u, [False, True, False])[1]
-            self.weight_extra = plus_(self.weight_extra, product)
+        for place, u in zip(self.inside, tangents, strict=True):
+            i = 1 - place  # the operand whose gradient this tangent gives
+            if u is None:
+                continue
+            if i in self.trained:
+                self.extras[i] = self.into(i, self.delta, self.extras[i], u)
+            elif i in self.inside:
+                extra = self.into(i, self.delta, None, u)
+                extra = extra.view(-1, *self.operands[i].shape).sum(0)
+                self.extras[i] = plus_(self.extras[i], extra)
         if not keep:
             self.delta = None
         return self.jvp(tangents) if out else None
 
     def jvp(self, tangents):
-        return torch.convolution(tangents[0], self.weight, None, *self.options)
-
-    def backward(self, grad, wanted, keep):
-        extra, self.weight_extra = self.weight_extra, None
-        into = of_weight = of_bias = None
-        if grad is not None:
-            flipped = wanted[0] and self._flipped(grad)
-            mask = [wanted[0] and not flipped, *self.needs]
-            into, of_weight, of_bias = self._backward(grad, self.a, mask)
-            into = self._into(grad) if flipped else into
-        if not keep:
-            self.a = None
-        return (into,), self.needed(plus_(of_weight, extra), of_bias)
+        total = None
+        for i, u in zip(self.inside, tangents, strict=True):
+            if u is not None:
+                other = self.operands[1 - i]
+                other = copies(other, u) if self.samples[1 - i] else other
+                pair = (other, u) if i else (u, other)
+                total = plus(total, self.row.apply(*pair, *self.row.no_bias, *self.args))
+        return total
 
 
-class Activation(Link):
-    """``out = φ(z)`` of the table."""
+class Elementwise(Link):
+    """``out = φ(z)`` of the activation table."""
 
     def __init__(self, z: Tensor, fn: str, params: dict[str, Any], suffix: str) -> None:
         self.z: Any = z
-        self.fn = fn
         self.args = (IDS[fn], *get(fn).param_values(params))
         self.curved = get(fn).derivatives[2] != "0"
         self.act, self.act_backward = raw("act" + suffix), raw("act_backward" + suffix)
@@ -272,99 +272,3 @@ class Activation(Link):
             self.z = None
         into = None if grad is None else self.run(self.act, z, grad, 1, *self.args)
         return (plus_(into, extra),), ()
-
-    def describe(self) -> str:
-        return f"Activation({self.fn})"
-
-
-class Shape(Link):
-    """``out``: the same numbers in another shape, sample by sample."""
-
-    def __init__(self, a: Tensor, out: Tensor) -> None:
-        self.before, self.after = a.shape[1:], out.shape[1:]
-
-    def vjp(self, delta):
-        return (delta.reshape(len(delta), *self.before),)
-
-    def push(self, tangents, keep, out):
-        return self.jvp(tangents)
-
-    def jvp(self, tangents):
-        (u,) = tangents
-        return u.reshape(len(u), *self.after)
-
-    def backward(self, grad, wanted, keep):
-        return (None if grad is None else grad.reshape(len(grad), *self.before),), ()
-
-
-class Add(Link):
-    """``out = a + b`` of one shape."""
-
-    def vjp(self, delta):
-        return delta, delta
-
-    def push(self, tangents, keep, out):
-        return self.jvp(tangents)
-
-    def jvp(self, tangents):
-        a, b = tangents
-        if a is None or b is None:
-            return b if a is None else a
-        return a + b
-
-    def backward(self, grad, wanted, keep):
-        return (grad, grad), ()
-
-
-class Pool(Link):
-    """Max and average pooling over two dimensions: linear in ``a`` where no maximum changes."""
-
-    def __init__(self, a: Tensor, kind: str, options: tuple[Any, ...]) -> None:
-        self.a: Any = a
-        self.kind, self.options = kind, options
-        self.index: Any = None  # of the maxima
-
-    def _pool(self, a: Tensor) -> Any:
-        if self.kind == "max":
-            return aten.max_pool2d_with_indices(a, *self.options)
-        return (aten.avg_pool2d if self.kind == "avg" else aten._adaptive_avg_pool2d)(
-            a, *self.options
-        )
-
-    def forward(self) -> Tensor:
-        out = self._pool(self.a)
-        if self.kind != "max":
-            return out
-        out, self.index = out
-        return out
-
-    def _back(self, grad: Tensor) -> Tensor:
-        a = of_shape(self.a, grad)
-        if self.kind == "max":
-            index = copies(self.index, grad)
-            return aten.max_pool2d_with_indices_backward(grad, a, *self.options, index)
-        if self.kind == "avg":
-            return aten.avg_pool2d_backward(grad, a, *self.options)
-        return aten._adaptive_avg_pool2d_backward(grad, a)
-
-    def vjp(self, delta):
-        return (self._back(delta),)
-
-    def push(self, tangents, keep, out):
-        return self.jvp(tangents)
-
-    def jvp(self, tangents):
-        (u,) = tangents
-        if self.kind != "max":
-            return self._pool(u)
-        index = copies(self.index, u)
-        return u.flatten(2).gather(2, index.flatten(2)).view(index.shape)
-
-    def backward(self, grad, wanted, keep):
-        into = None if grad is None or not wanted[0] else self._back(grad)
-        if not keep:
-            self.a = self.index = None
-        return (into,), ()
-
-    def describe(self) -> str:
-        return f"Pool({self.kind})"

@@ -343,5 +343,5 @@ class Mlp:
         names = list(TABLE)
         found = []
         for w, (fn, *_) in zip(self.weights, self.activations, strict=True):
-            found += [f"Linear({w.shape[1]}, {w.shape[0]})", f"Activation({names[fn]})"]
+            found += [f"Linear({w.shape[1]}, {w.shape[0]})", names[fn]]
         return ["one C++ call a sweep:", *found[:-1]]
