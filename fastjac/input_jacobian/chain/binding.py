@@ -1,78 +1,73 @@
-"""From a call of a torch function to the arguments of an operation, in the order of its schema."""
+"""From the call of a torch function to the arguments of an operation in the order of its schema."""
 
 from __future__ import annotations
 
 import functools
 import inspect
+from inspect import Parameter, Signature
 from typing import Any, NamedTuple
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-MISSING = inspect.Parameter.empty
-KINDS: dict[str, tuple[type, ...]] = {
-    "TensorType": (Tensor,),
-    "NumberType": (int, float),
-    "FloatType": (int, float),
-    "IntType": (int,),
-    "SymIntType": (int,),
-    "BoolType": (bool,),
-    "StringType": (str,),
-    "ListType": (list, tuple),
-}
+MISSING = Parameter.empty
+_KINDS: dict[str, Any] = {
+    "TensorType": (Tensor,), "NumberType": (int, float), "FloatType": (int, float),
+    "IntType": (int,), "BoolType": (bool,), "StringType": (str,), "ListType": (list, tuple),
+}  # fmt: skip
 
 
 class Argument(NamedTuple):
-    name: str  # the first tensor is "self", whatever its function calls it
-    kinds: tuple[type, ...]  # of the objects that it may be
+    name: str  # of the first "input", as users write it
+    kinds: tuple[type, ...]  # what it may be
     default: Any = MISSING
-    keyword: bool = False  # by keyword only
     length: int | None = None  # of a list that may be given as one number
+    keyword: bool = False  # by keyword only
 
-
-def _kinds(t: Any) -> tuple[type, ...]:
-    if t.kind() == "OptionalType":
-        return (*_kinds(t.getElementType()), type(None))
-    return KINDS.get(t.kind(), ())
+    @classmethod
+    def of_schema(cls, a: Any) -> Argument:
+        optional = a.type.kind() == "OptionalType"
+        kinds = _KINDS.get((a.type.getElementType() if optional else a.type).kind(), ())
+        if "ScalarType" in str(a.real_type):  # a dtype, which is an int to the schema
+            kinds = ()
+        default = a.default_value if a.has_default_value() else MISSING
+        kinds = (*kinds, type(None)) if optional else kinds
+        return cls(a.name, kinds, default, a.N, a.kwarg_only)
 
 
 @functools.cache
-def arguments_of(function: Any) -> tuple[Argument, ...]:
-    """Of an overload of aten from its schema, of a Python function from its signature."""
-    if isinstance(function, torch._ops.OpOverload):
-        found = [
-            Argument(
-                a.name,
-                () if str(a.real_type) == "ScalarType" else _kinds(a.type),
-                a.default_value if a.has_default_value() else MISSING,
-                a.kwarg_only,
-                a.N,
-            )
-            for a in function._schema.arguments
-        ]
-    else:
-        parameters = inspect.signature(function).parameters
-        if "args" in parameters:  # F.max_pool2d takes anything and calls F._max_pool2d
-            parameters = inspect.signature(getattr(F, f"_{function.__name__}")).parameters
-        found = [
-            Argument(p.name, (object,), p.default, p.kind is p.KEYWORD_ONLY)
-            for p in parameters.values()
-        ]
-    return tuple([found[0]._replace(name="self"), *found[1:]])
+def arguments_of(overload: Any) -> list[Argument]:
+    """The arguments of an overload of aten."""
+    first, *others = map(Argument.of_schema, overload._schema.arguments)
+    return [first._replace(name="input"), *others]
+
+
+def signature_of(function: Any, arguments: list[Argument]) -> Signature:
+    """Of a Python function, or of one in C++ that has these arguments."""
+    if not hasattr(function, "__code__"):
+        kinds = Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY
+        return Signature([Parameter(a.name, kinds[a.keyword]) for a in arguments])
+    found = inspect.signature(function)
+    if "args" in found.parameters:  # F.max_pool2d takes anything and passes it to F._max_pool2d
+        found = inspect.signature(getattr(F, f"_{function.__name__}"))
+    first, *others = found.parameters.values()
+    return found.replace(parameters=[first.replace(name="input"), *others])
 
 
 class Binding(NamedTuple):
-    """Where the arguments are in a call of one pattern of types."""
+    """Where the arguments are in calls of one pattern of types."""
 
     slots: list[tuple[int | None, Any]]  # a place in the call, or None and the default
     lists: list[tuple[int, int]]  # arguments that are lists of this length
-    merged: int | None  # from which place on the call has a list number by number
-    fixed: list[tuple[int, Any]]  # places that must have these values: no such argument
+    merged: int | None  # where a list begins that is given number by number
+    fixed: list[tuple[int, Any]]  # what the operation has no argument for must be this
     in_place: int | None  # the place of ``inplace``
+    rest: tuple[Any, ...] | None  # where the call is the first arguments: the others
 
-    def __call__(self, given: tuple[Any, ...]) -> list[Any] | None:
-        """The arguments; None where the operation does not have what the call asks for."""
+    def __call__(self, given: tuple[Any, ...]) -> Any:
+        """The arguments. None if the operation does not do what the call asks for."""
+        if self.rest is not None:
+            return (*given, *self.rest)
         if self.merged is not None:
             given = (*given[: self.merged], given[self.merged :])
         for i, value in self.fixed:
@@ -80,44 +75,40 @@ class Binding(NamedTuple):
                 return None
         found = [default if i is None else given[i] for i, default in self.slots]
         for i, n in self.lists:
-            value = found[i] if isinstance(found[i], list | tuple) else [found[i]]
-            found[i] = list(value) * n if len(value) == 1 else list(value)
+            value = [found[i]] if isinstance(found[i], int) else list(found[i])
+            found[i] = value * n if len(value) == 1 else value
         return found
 
 
 def bind(
-    own: tuple[Argument, ...],
-    wanted: tuple[Argument, ...],
-    types: tuple[type, ...],
-    names: tuple[str, ...],
+    function: Any, arguments: list[Argument], types: tuple[type, ...], names: tuple[str, ...]
 ) -> Binding | None:
-    """Of a call of a function with arguments ``own``, the last of them given by ``names``."""
-    n = len(types) - len(names)
-    positional = [a for a in own if not a.keyword]
-    last, merged = len(positional) - 1, None
-    if n > last > 0 and not names and list in positional[last].kinds:
-        if positional[last].length is None and set(types[last:]) == {int}:  # h.view(3, 5)
-            types, n, merged = (*types[:last], tuple), last + 1, last
-    if n > len(positional):
+    """Of a call with objects of these types, the last of them given by name."""
+    n, merged = len(types) - len(names), None
+    last = sum(not a.keyword for a in arguments) - 1
+    is_list = arguments[last].length is None and list in arguments[last].kinds
+    if is_list and n > last > 0 and not names and set(types[last:]) == {int}:  # h.view(3, 5)
+        types, n, merged = (*types[:last], tuple), last + 1, last
+    own = signature_of(function, arguments)
+    try:
+        places = own.bind_partial(*range(n), **dict(zip(names, range(n, len(types)), strict=True)))
+    except TypeError:
         return None
-    known = {a.name: a for a in own}
-    keywords = ["self" if name == "input" else name for name in names]
-    places = {name: i for i, name in enumerate([*(a.name for a in positional[:n]), *keywords])}
-    if len(places) < len(types) or not places.keys() <= known.keys():
-        return None
-    slots, lists = [], []
-    for a in wanted:
-        i = places.pop(a.name, None)
-        if i is not None and types[i] is type(None) and a.default is not MISSING:
-            i = i if type(None) in a.kinds else None
-        if i is not None and not issubclass(types[i], a.kinds):
-            if a.length is None or types[i] is not int:
+    extra, slots, lists = dict(places.arguments), [], []
+    for a in arguments:
+        i = extra.pop(a.name, None)
+        if i is not None and types[i] is type(None) and type(None) not in a.kinds:
+            i = None
+        if i is None:
+            if a.default is MISSING:
                 return None
-        if i is None and a.default is MISSING:
+        elif not issubclass(types[i], a.kinds) and (a.length is None or types[i] is not int):
             return None
-        if i is not None and a.length is not None and types[i] is not type(None):
+        elif a.length is not None and types[i] is not type(None):
             lists.append((len(slots), a.length))
         slots.append((i, a.default))
-    in_place = places.pop("inplace", None)
-    fixed = [(i, known[name].default) for name, i in places.items()]
-    return Binding(slots, lists, merged, fixed, in_place)
+    in_place = extra.pop("inplace", None)
+    fixed = [(i, own.parameters[name].default) for name, i in extra.items()]
+    simple = [i for i, _ in slots[:n]] == [*range(n)] and not (lists or fixed or names)
+    rest = tuple([value for _, value in slots[n:]]) if simple and merged is None else None
+    return Binding(slots, lists, merged, fixed, in_place, rest)

@@ -9,11 +9,11 @@ For an operation ``out = f(a, θ)`` the four sweeps of a step with an input-Jaco
 
 The gradient of ``⟨δ, f_a(a, θ) u⟩`` is the second-order term. It follows from the kind:
 
-    `Linear`, `Sum`     linear in its inputs: none
-    `Product`           linear in each of two operands: the two transposes, at δ and u
-    `Elementwise`       φ''(z) δ u
-    `norms`             written out
-    `by_autograd`       any other operation
+    `Linear`         linear in all operands together: none
+    `Product`        linear in each of two: the transposes at δ and u
+    `Elementwise`    φ''(z) δ u
+    `norms`          written out
+    `by_autograd`    of any other operation, by autograd
 
 A link keeps what its later sweeps need and drops it after use, unless ``keep`` says that the
 backward will come again. δ and u have K cotangents a sample, ``[K N, ...]``; a, g and the results
@@ -22,9 +22,9 @@ for them are ``[N, ...]``.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from fastjac.activations import IDS, get
@@ -98,40 +98,16 @@ def of_shape(a: Tensor, rows: Tensor) -> Tensor:
     return a if len(a) == len(rows) else a[:1].expand(len(rows), *a.shape[1:])
 
 
-class Linear(Link):
-    """``out = A a + c`` of one input. Without ``row.apply``, A is the call itself."""
+class Operands(Link):
+    """An operation of several operands: values of the chain, parameters and constants."""
 
-    def __init__(self, row: Any, call: Any, a: Tensor, out: Tensor, args: Any) -> None:
-        self.row, self.call, self.args = row, call, args
-        self.before, self.after = a.shape[1:], out.shape[1:]
-
-    def vjp(self, delta):
-        return (self.row.transpose(delta, (len(delta), *self.before), *self.args),)
-
-    def jvp(self, tangents):
-        (u,) = tangents
-        apply = self.row.apply
-        return self.call(u) if apply is None else apply(u, (len(u), *self.after), *self.args)
-
-    def backward(self, grad, wanted, keep):
-        into = (None,) if grad is None or not wanted[0] else self.vjp(grad)
-        if not keep:
-            self.call = self.args = None
-        return into, ()
-
-
-class Joint(Link):
-    """An operation of several operands, which are values of the chain, parameters or constants."""
-
-    def __init__(
-        self, row: Any, operands: list[Any], inside: list[int], trained: list[int], args: Any
-    ) -> None:
-        self.row, self.operands, self.args = row, operands, args
-        self.inside, self.trained = inside, trained  # which of them are values, and parameters
+    def __init__(self, operands: list[Any], inside: list[int], trained: list[int]) -> None:
+        self.operands: Any = operands
+        self.inside, self.trained = inside, trained  # which are values, and which parameters
         self.extras: list[Any] = [None] * len(operands)  # the second-order term of each
 
-    def into(self, i: int, grad: Tensor, total: Tensor | None = None) -> Tensor:
-        """``total`` and the transpose of the operation in operand i at ``grad``."""
+    def into(self, i: int, d: Tensor, total: Tensor | None = None) -> Tensor:
+        """``total`` and the transpose of the operation in operand i at d."""
         raise NotImplementedError
 
     def vjp(self, delta):
@@ -140,76 +116,116 @@ class Joint(Link):
     def backward(self, grad, wanted, keep):
         found, self.extras = self.extras, [None] * len(self.extras)
         if grad is not None:
-            needed = [i for i, want in zip(self.inside, wanted, strict=True) if want]
-            for i in (*needed, *self.trained):
+            for i, want in zip(self.inside, wanted, strict=True):
+                if want:
+                    found[i] = self.into(i, grad, found[i])
+            for i in self.trained:
                 found[i] = self.into(i, grad, found[i])
         if not keep:
-            self.operands = []
+            self.operands = None
         return tuple([found[i] for i in self.inside]), tuple([found[i] for i in self.trained])
 
 
-class Sum(Joint):
-    """``out = Σ_i A_i a_i``. Of the operands the shapes are kept."""
+class LinearRow(NamedTuple):
+    """What `rules.linear` explains."""
 
-    def __init__(self, row, operands, inside, trained, args, out):
-        shapes = [tuple(t.shape) for t in operands]
-        super().__init__(row, shapes, inside, trained, args)
-        self.after = out.shape[1:]
+    transpose: Callable[..., Tensor]
+    apply: Callable[..., Tensor] | None
+    when: Callable[..., bool]
+    forward: Callable[..., Any] | None
+    count: int
 
-    def into(self, i, grad, total=None):
+
+class Linear(Operands):
+    """``out = Σ_i A_i a_i + c``; of the operands the shapes are kept."""
+
+    call: Any = None  # A of a single input, where the row has none
+
+    def __init__(self, operands, inside, trained, row, args, out):
+        super().__init__([t.shape for t in operands], inside, trained)
+        self.row, self.args, self.after = row, args, out.shape[1:]
+
+    def _more(self, i: int) -> Any:
+        return self.args if self.row.count == 1 else (i, self.operands, *self.args)
+
+    def into(self, i, d, total=None):
         shape = self.operands[i]
-        shape = (len(grad), *shape[1:]) if i in self.inside else shape
-        return self.row.into(i, grad, shape, self.operands, *self.args)
+        shape = (len(d), *shape[1:]) if i in self.inside else shape
+        return self.row.transpose(d, shape, *self._more(i))
 
     def jvp(self, tangents):
-        given: list[Any] = [None] * len(self.operands)
+        if self.call is not None:
+            return self.call(tangents[0])
+        total = None
         for i, u in zip(self.inside, tangents, strict=True):
-            given[i] = u
-        n = next(len(u) for u in tangents if u is not None)
-        return self.row.apply(given, (n, *self.after), self.operands, *self.args)
+            if u is not None:
+                total = plus(total, self.row.apply(u, (len(u), *self.after), *self._more(i)))
+        return total
+
+    def backward(self, grad, wanted, keep):
+        found = super().backward(grad, wanted, keep)
+        if not keep:
+            self.args = self.call = None
+        return found
 
 
-class Product(Joint):
+class ProductRow(NamedTuple):
+    """A product of a and b, sample by sample.
+
+    ``into`` has the transposes in a and b, of (d, the other operand, one of the shape of the
+    result, *arguments), and in the bias, of d. None: not linear in that operand.
+    """
+
+    apply: Callable[..., Tensor]  # (a, b, bias or None, *arguments)
+    into: tuple[Callable[..., Tensor] | None, ...]
+    core: tuple[int, int] = (0, 0)  # how many dimensions of a and b are not the samples'
+    add_into: Callable[..., Tensor] | None = None  # (total, d, a): in b, in the memory of total
+    arrange: Callable[..., Any] | None = None  # the arguments as these functions take them
+
+
+class Product(Operands):
     """``out = f(a, b)``, linear in a and in b; ``f(a, b) + c`` where there is a bias.
 
     The gradient of ``⟨δ, f(u, b)⟩`` with respect to b is the transpose of f in b at δ and u.
     """
 
-    def __init__(self, row, operands, inside, trained, args, out):
-        super().__init__(row, operands, inside, trained, args)
-        # Which operands have samples, so that K cotangents a sample need K copies of them.
-        self.samples = [
-            i in inside or row.has_samples(i, t, out) for i, t in enumerate(operands[:2])
-        ]
+    def __init__(self, operands, inside, trained, row, samples, args):
+        super().__init__(operands, inside, trained)
+        self.row, self.args = row, args
+        self.samples = samples  # whether a, b have samples: K cotangents need K copies of them
         self.delta: Any = None
 
-    def into(self, i, grad, total=None, other=None):
+    def _other(self, i: int, rows: Tensor) -> Tensor:
+        other = self.operands[1 - i]
+        return copies(other, rows) if self.samples[1 - i] else other
+
+    def into(self, i, d, total=None, other=None):
+        row = self.row
         if i == 2:
-            return self.row.into[2](grad, self.operands[2])
-        operand, row = self.operands[i], self.row
+            return row.into[2](d)
         if other is None:
-            other = self.operands[1 - i]
-            other = copies(other, grad) if self.samples[1 - i] else other
+            other = self._other(i, d)
         if total is not None and i == 1 and row.add_into is not None:
-            return row.add_into(total, grad, other)
-        operand = of_shape(operand, grad) if self.samples[i] else operand
-        return plus_(total, row.into[i](grad, other, operand, *self.args))
+            return row.add_into(total, d, other)
+        like = self.operands[i]
+        if self.samples[i]:
+            like = of_shape(like, d)
+        return plus_(total, row.into[i](d, other, like, *self.args))
 
     def vjp(self, delta):
         self.delta = delta
-        return super().vjp(delta)
+        return tuple([self.into(i, delta) for i in self.inside])
 
     def push(self, tangents, keep, out):
-        for place, u in zip(self.inside, tangents, strict=True):
-            i = 1 - place  # the operand whose gradient this tangent gives
-            if u is None:
+        for i, u in zip(self.inside, tangents, strict=True):
+            j = 1 - i
+            if u is None or j not in (*self.inside, *self.trained):
                 continue
-            if i in self.trained:
-                self.extras[i] = self.into(i, self.delta, self.extras[i], u)
-            elif i in self.inside:
-                extra = self.into(i, self.delta, None, u)
-                extra = extra.view(-1, *self.operands[i].shape).sum(0)
-                self.extras[i] = plus_(self.extras[i], extra)
+            if self.samples[j]:
+                extra = self.into(j, self.delta, None, u).view(-1, *self.operands[j].shape).sum(0)
+                self.extras[j] = plus_(self.extras[j], extra)
+            else:
+                self.extras[j] = self.into(j, self.delta, self.extras[j], u)
         if not keep:
             self.delta = None
         return self.jvp(tangents) if out else None
@@ -218,10 +234,9 @@ class Product(Joint):
         total = None
         for i, u in zip(self.inside, tangents, strict=True):
             if u is not None:
-                other = self.operands[1 - i]
-                other = copies(other, u) if self.samples[1 - i] else other
+                other = self._other(i, u)
                 pair = (other, u) if i else (u, other)
-                total = plus(total, self.row.apply(*pair, *self.row.no_bias, *self.args))
+                total = plus(total, self.row.apply(*pair, None, *self.args))
         return total
 
 

@@ -55,6 +55,8 @@ class BatchNorm(Norm):
         ∂⟨δ, P u⟩/∂a = −ι (p P δ + q P u + γ ι B x̂)       ∂/∂γ = ι M B
     """
 
+    name = "batch_norm"
+
     def __init__(self, a: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> None:
         super().__init__(a, weight, bias, eps)
         self.count = a.numel() // a.shape[1]
@@ -116,6 +118,8 @@ class LayerNorm(Norm):
 
         ∂⟨d, P u⟩/∂a = −ι (p P d + q P u + ι B x̂)       ∂/∂γ = Σ δ P u
     """
+
+    name = "layer_norm"
 
     def __init__(
         self, a: Tensor, shape: list[int], weight: Tensor | None, bias: Tensor | None, eps: float
