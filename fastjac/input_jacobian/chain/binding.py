@@ -94,7 +94,9 @@ def bind(
         places = own.bind_partial(*range(n), **dict(zip(names, range(n, len(types)), strict=True)))
     except TypeError:
         return None
-    extra, slots, lists = dict(places.arguments), [], []
+    extra = dict(places.arguments)
+    slots: list[tuple[int | None, Any]] = []
+    lists = []
     for a in arguments:
         i = extra.pop(a.name, None)
         if i is not None and types[i] is type(None) and type(None) not in a.kinds:

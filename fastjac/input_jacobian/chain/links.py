@@ -133,7 +133,7 @@ class LinearRow(NamedTuple):
     apply: Callable[..., Tensor] | None
     when: Callable[..., bool]
     forward: Callable[..., Any] | None
-    count: int
+    arity: int
 
 
 class Linear(Operands):
@@ -146,7 +146,7 @@ class Linear(Operands):
         self.row, self.args, self.after = row, args, out.shape[1:]
 
     def _more(self, i: int) -> Any:
-        return self.args if self.row.count == 1 else (i, self.operands, *self.args)
+        return self.args if self.row.arity == 1 else (i, self.operands, *self.args)
 
     def into(self, i, d, total=None):
         shape = self.operands[i]

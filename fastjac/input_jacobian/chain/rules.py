@@ -57,7 +57,8 @@ class Rule:
 
     def __call__(self, tape: Tape, *args: Any, **kwargs: Any) -> Any:
         given = (*args, *kwargs.values()) if kwargs else args
-        pattern = types = tuple(map(type, given))
+        types = tuple(map(type, given))
+        pattern: Any = types
         if kwargs:
             pattern = (*types, *kwargs)
         found = self.bound.get(pattern)
@@ -79,7 +80,8 @@ class Rule:
 def add(row: Row, *functions: Any) -> None:
     ROWS.append(row)
     for function in dict.fromkeys(functions):
-        RULES.setdefault(function, Rule(function)).rows.append(row)
+        rule: Any = RULES.setdefault(function, Rule(function))
+        rule.rows.append(row)
 
 
 def add_overloads(names: str, make: Callable[[list[Argument]], Any]) -> None:
@@ -94,7 +96,8 @@ def add_overloads(names: str, make: Callable[[list[Argument]], Any]) -> None:
 
 def sort_out(operands: Any) -> tuple[list[Any], list[int], list[int]]:
     """The numbers of the operands; which of them are values of the chain, and which parameters."""
-    plain, inside, trained = [], [], []
+    plain: list[Any] = []
+    inside, trained = [], []
     for i, t in enumerate(operands):
         if type(t) is Tracked:
             inside.append(i)
@@ -133,11 +136,11 @@ def off_batch(arguments: list[Argument]) -> Callable[..., bool]:
 
 def record_linear(row: LinearRow, name: str, tape: Tape, call: Any, *values: Any) -> Any:
     function, given, options = call
-    count = row.count or 1
+    count = row.arity or 1
     operands, args, rest = values[:count], values[count:], given[count:]
     if len(given) < count:  # an operand by keyword
         return NotImplemented
-    if row.count == 0:
+    if row.arity == 0:
         operands = operands[0]
     plain, inside, trained = sort_out(operands)
     if not inside or not row.when(plain[inside[0]], *args):
@@ -145,13 +148,13 @@ def record_linear(row: LinearRow, name: str, tape: Tape, call: Any, *values: Any
     if row.forward is not None:
         out, args = row.forward(*plain, *args)
     else:
-        out = function(*(plain if row.count else (plain,)), *rest, **options)
+        out = function(*(plain if row.arity else (plain,)), *rest, **options)
     dims, dtype = out.dim(), out.dtype
     if dims == 0:
         return NotImplemented
     for i in inside:
         t = plain[i]
-        if len(t) != len(out) or t.dtype != dtype or (row.count != 1 and t.dim() != dims):
+        if len(t) != len(out) or t.dtype != dtype or (row.arity != 1 and t.dim() != dims):
             return NotImplemented
     for i in trained:
         if plain[i].dtype != dtype:
@@ -170,20 +173,20 @@ def linear(
     *,
     when: Any = None,
     forward: Any = None,
-    count: int = 1,
+    arity: int = 1,
 ) -> None:
     """Rows of what is linear in its operand, sample by sample, ``when(a, *arguments)``.
 
     ``transpose(d, shape, *arguments)`` and ``apply(u, shape, *arguments)`` return this shape.
     Without ``apply`` it is the call itself, without ``when`` no dimension may be the samples'.
     ``forward(a, *arguments)``, for which the call stands too, returns the result and what the two
-    others have in the place of the arguments. With ``count`` operands, or 0 for a list, the two
+    others have in the place of the arguments. With ``arity`` operands, or 0 for a list, the two
     are of operand i: ``(d, shape, i, shapes of all, *arguments)``.
     """
 
     def make(arguments: list[Argument]) -> Any:
-        whether = when or off_batch(arguments[count or 1 :])
-        return partial(record_linear, LinearRow(transpose, apply, whether, forward, count))
+        whether = when or off_batch(arguments[arity or 1 :])
+        return partial(record_linear, LinearRow(transpose, apply, whether, forward, arity))
 
     add_overloads(names, make)
 
@@ -303,10 +306,10 @@ linear("avg_pool3d", lambda d, s, *o: aten.avg_pool3d_backward(d, like(d, s), *o
 linear("adaptive_avg_pool2d", lambda d, s, _: aten._adaptive_avg_pool2d_backward(d, like(d, s)),
        when=lambda a, size: None not in size)
 linear("max_pool2d", unpick, pick, forward=max_pool2d, when=lambda a, *options: a.dim() == 4)
-linear("add.Tensor", *scaled(lambda alpha: (1, alpha)), count=2)
-linear("sub.Tensor", *scaled(lambda alpha: (1, -alpha)), count=2)
-linear("rsub.Tensor", *scaled(lambda alpha: (-alpha, 1)), count=2)
-linear("cat concat concatenate", cut, put, count=0)
+linear("add.Tensor", *scaled(lambda alpha: (1, alpha)), arity=2)
+linear("sub.Tensor", *scaled(lambda alpha: (1, -alpha)), arity=2)
+linear("rsub.Tensor", *scaled(lambda alpha: (-alpha, 1)), arity=2)
+linear("cat concat concatenate", cut, put, arity=0)
 # fmt: on
 
 _row = LinearRow(put_at, None, is_slicing, None, 1)  # aten knows no indexing
