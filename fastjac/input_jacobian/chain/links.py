@@ -195,31 +195,32 @@ class Product(Operands):
         self.samples = samples  # whether a, b have samples: K cotangents need K copies of them
         self.delta: Any = None
 
-    def _other(self, i: int, rows: Tensor) -> Tensor:
-        other = self.operands[1 - i]
-        return copies(other, rows) if self.samples[1 - i] else other
-
     def into(self, i, d, total=None, other=None):
         row = self.row
         if i == 2:
             return row.into[2](d)
         if other is None:
-            other = self._other(i, d)
+            other = self.operands[1 - i]
+            if self.samples[1 - i]:
+                other = copies(other, d)
         if total is not None and i == 1 and row.add_into is not None:
             return row.add_into(total, d, other)
         like = self.operands[i]
         if self.samples[i]:
             like = of_shape(like, d)
-        return plus_(total, row.into[i](d, other, like, *self.args))
+        found = row.into[i](d, other, like, *self.args)
+        return found if total is None else total.add_(found)
 
     def vjp(self, delta):
         self.delta = delta
-        return tuple([self.into(i, delta) for i in self.inside])
+        if len(self.inside) == 1:
+            return (self.into(self.inside[0], delta),)
+        return self.into(0, delta), self.into(1, delta)
 
     def push(self, tangents, keep, out):
         for i, u in zip(self.inside, tangents, strict=True):
             j = 1 - i
-            if u is None or j not in (*self.inside, *self.trained):
+            if u is None or not (j in self.inside or j in self.trained):
                 continue
             if self.samples[j]:
                 extra = self.into(j, self.delta, None, u).view(-1, *self.operands[j].shape).sum(0)
@@ -231,12 +232,15 @@ class Product(Operands):
         return self.jvp(tangents) if out else None
 
     def jvp(self, tangents):
-        total = None
+        total, row = None, self.row
         for i, u in zip(self.inside, tangents, strict=True):
-            if u is not None:
-                other = self._other(i, u)
-                pair = (other, u) if i else (u, other)
-                total = plus(total, self.row.apply(*pair, None, *self.args))
+            if u is None:
+                continue
+            other = self.operands[1 - i]
+            if self.samples[1 - i]:
+                other = copies(other, u)
+            a, b = (other, u) if i else (u, other)
+            total = plus(total, row.apply(a, b, None, *self.args))
         return total
 
 

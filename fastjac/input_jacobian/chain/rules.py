@@ -149,12 +149,12 @@ def record_linear(row: LinearRow, name: str, tape: Tape, call: Any, *values: Any
         out, args = row.forward(*plain, *args)
     else:
         out = function(*(plain if row.arity else (plain,)), *rest, **options)
-    dims, dtype = out.dim(), out.dtype
-    if dims == 0:
-        return NotImplemented
+    shape, dtype = out.shape, out.dtype
     for i in inside:
         t = plain[i]
-        if len(t) != len(out) or t.dtype != dtype or (row.arity != 1 and t.dim() != dims):
+        if not shape or t.shape[0] != shape[0] or t.dtype != dtype:
+            return NotImplemented
+        if row.arity != 1 and t.dim() != len(shape):
             return NotImplemented
     for i in trained:
         if plain[i].dtype != dtype:
@@ -329,23 +329,25 @@ def record_product(row: ProductRow, name: str, tape: Tape, call: Any, *values: A
         raise Unsupported(f"{name}: the weight depends on x")
     if not inside or (None in row.into and (inside, trained) != ([0], [])):
         return NotImplemented
-    for t in operands:
-        if type(t) is not Tracked:
-            tape.watch(t)
+    tape.watch(*[t for t in operands if type(t) is not Tracked])
     if row.arrange is not None:
         args = row.arrange(*args)
     out = row.apply(*plain, *args) if count == 3 else row.apply(*plain, None, *args)
-    dims, dtype, samples = out.dim(), out.dtype, [False, False]
-    for i in (0, 1):
-        t = plain[i]
-        samples[i] = dims == t.dim() > row.core[i]
-        if i in inside:
-            if not samples[i] or len(t) != len(out) or t.dtype != dtype:
-                return NotImplemented
-        else:  # a constant may have numbers for each sample, a parameter may not
-            samples[i] = count == 2 and samples[i] and len(t) != 1
-            if i in trained and (samples[i] or t.dtype != dtype):
-                return NotImplemented
+    dims, dtype = out.dim(), out.dtype
+    samples = [dims == plain[0].dim() > row.core[0], dims == plain[1].dim() > row.core[1]]
+    for i in inside:
+        if not samples[i] or len(plain[i]) != len(out) or plain[i].dtype != dtype:
+            return NotImplemented
+    if count == 3:
+        samples[1] = False
+    elif len(inside) == 1:  # a constant may have numbers for each sample, a parameter may not
+        i = 1 - inside[0]
+        samples[i] = samples[i] and len(plain[i]) != 1
+        if trained and samples[i]:
+            return NotImplemented
+    for i in trained:
+        if plain[i].dtype != dtype:
+            return NotImplemented
     return append(tape, name, Product(plain, inside, trained, row, samples, args), operands, out)
 
 
