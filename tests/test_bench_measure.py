@@ -17,7 +17,8 @@ from fastjac.bench.measure import (
     peak_bytes,
     quantiles,
 )
-from fastjac.bench.problems import mlp, step_problem
+from fastjac.bench.networks import mlp
+from fastjac.bench.problems import step_problem
 
 
 def test_rounds_are_interleaved_and_rotated():

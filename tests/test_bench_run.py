@@ -13,7 +13,7 @@ from bench_cases import (
     not_a_number,
     planted,
     slightly_off,
-    tiny_activation,
+    tiny_op,
     tiny_case,
     without_second_order,
 )
@@ -35,7 +35,7 @@ def test_no_penalty_stays_attached():
 
     def setup(problem):
         wrong = replace(problem, weight=2 * problem.weight)
-        prepared = steps.fastjac_step(wrong)
+        prepared = steps.ours(wrong)
 
         def close():
             closed.append(1)
@@ -83,7 +83,7 @@ def test_a_case_that_cannot_be_built_leaves_the_others_alone():
 
 
 def test_ceilings_are_measured_beside_the_contestants():
-    cases = [tiny_case(), tiny_activation()]
+    cases = [tiny_case(), tiny_op()]
     outcome = run(cases, named("eager", "fastjac"), FAST)
     for record in outcome.records:
         step = record.kind == "step"

@@ -185,6 +185,18 @@ def peak_bytes(step: Step, device: torch.device) -> int:
     return peak
 
 
+def kernels(step: Step, device: torch.device) -> int | None:
+    """How many kernels one call launches on a GPU; None on the CPU."""
+    if device.type != "cuda":
+        return None
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with _muted_stderr(), torch.profiler.profile(activities=activities) as profile:
+        step()
+        torch.cuda.synchronize(device)
+    on_gpu = torch.autograd.DeviceType.CUDA
+    return sum(event.device_type == on_gpu for event in profile.events() or ())
+
+
 def _allocations(events: Sequence[Any]) -> Iterator[Any]:
     for event in events:
         if event.tag == torch._C._profiler._EventType.Allocation:
