@@ -17,8 +17,8 @@ from bench_cases import (
     WithoutTheNorm,
     layerwise_gradients,
     named,
-    tiny_op,
     tiny_case,
+    tiny_op,
     tiny_problem,
 )
 from torch import nn
@@ -80,9 +80,7 @@ def test_the_compiled_form_takes_batch_norm():
 
     problem = step_problem(network, (5, 6), "spectreg", device=CPU, dtype=torch.float32, outputs=3)
     gate = open_gate(problem, torch.float32)
-    error, limit = gate.error(
-        "compiled", steps.compiled(problem, backend="aot_eager").gradients()
-    )
+    error, limit = gate.error("compiled", steps.compiled(problem, backend="aot_eager").gradients())
     assert error <= limit
     assert problem.model[1].running_mean is not None  # a copy was changed, not the problem
 

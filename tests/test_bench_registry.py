@@ -11,8 +11,8 @@ from bench_cases import (
     CPU,
     FAST,
     named,
-    tiny_op,
     tiny_case,
+    tiny_op,
     tiny_problem,
 )
 from torch import nn

@@ -13,8 +13,8 @@ from bench_cases import (
     not_a_number,
     planted,
     slightly_off,
-    tiny_op,
     tiny_case,
+    tiny_op,
     without_second_order,
 )
 

@@ -104,14 +104,15 @@ def bench(
     try:
         if plot is not None:
             plots.require_matplotlib()
-        if from_files:
-            return _show(from_files, plot, console)
+        loaded = _load(from_files or ())
         options = replace(_options(quick, threads, device, dtype), keep_going=keep_going)
         cases, contestants = _selection(case, suite, contestant, options)
         if csv_file is not None:
             records.check_csv(csv_file)
     except (ValueError, RuntimeError) as error:
         usage_error(error)
+    if loaded:
+        return _show(loaded, plot, console)
     if list_only:
         report.render_list(cases, contestants, options, console)
         return
@@ -166,21 +167,26 @@ def _selection(
     return entered, contestants
 
 
-def _show(files: Sequence[Path], plot: Path | None, console: Console) -> None:
-    """The records of one file, or the changes from the first to the second."""
+def _load(files: Sequence[Path]) -> list[list[Record]]:
+    """The records of each file that ``--from`` names."""
     loaded = [records.load(file) for file in files]
     for file, found in zip(files, loaded, strict=True):
         if not found:
             raise ValueError(f"{file} holds no records")
+    return loaded
+
+
+def _show(loaded: list[list[Record]], plot: Path | None, console: Console) -> None:
+    """The records of one file, or the changes from the first file to the second."""
     if len(loaded) == 1:
         report.render(loaded[0], console)
         return _draw(loaded[0], plot, console)
     if len(loaded) > 2 or plot is not None:
-        raise ValueError("--from: give one file to show or plot, or two to compare")
+        usage_error("--from: give one file to show or plot, or two to compare")
     comparison = compare.compare(*loaded)
     compare.render(comparison, console)
     if not comparison.changes:
-        raise ValueError("--from: no case of ours can be compared between the two files")
+        usage_error("--from: no case of ours can be compared between the two files")
     if any(change.verdict == "slower" for change in comparison.changes):
         raise typer.Exit(1)
 
