@@ -26,7 +26,7 @@ from fastjac.functional import OBSERVERS
 @pytest.fixture(autouse=True)
 def small_buffers(monkeypatch):
     """Three buffers are enough where nothing is measured."""
-    monkeypatch.setattr("fastjac.bench.problems.last_level_cache", lambda device: 0)
+    monkeypatch.setattr("fastjac.bench.problems.BUFFERS", 0)
 
 
 def test_no_penalty_stays_attached():

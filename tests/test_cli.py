@@ -36,7 +36,7 @@ def flat(result) -> str:
 def tiny_registry(monkeypatch):
     cases = (tiny_case("spectreg"), tiny_case("dreg"), tiny_op("gelu", "double"))
     monkeypatch.setattr("fastjac.bench.cases.all_cases", lambda: cases)
-    monkeypatch.setattr("fastjac.bench.problems.last_level_cache", lambda device: 0)
+    monkeypatch.setattr("fastjac.bench.problems.BUFFERS", 0)
     monkeypatch.setattr(command, "_options", lambda quick, threads, device, dtype: FAST)
 
 

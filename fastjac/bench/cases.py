@@ -9,8 +9,9 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import functools
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,7 +21,6 @@ from fastjac.bench.idioms import IDIOMS
 from fastjac.bench.networks import TransformerClassifier, lenet, mlp, small_resnet
 from fastjac.bench.problems import (
     PHASES,
-    Loss,
     OpProblem,
     Problem,
     StepProblem,
@@ -83,35 +83,27 @@ class Case:
     axes: str = ""
 
 
-def select_cases(
-    names: Iterable[str] = (),
-    suite: str | None = None,
-    cases: Sequence[Case] | None = None,
-) -> list[Case]:
+def select_cases(names: Sequence[str] = (), suite: str | None = None) -> list[Case]:
     """Cases of a suite, and of these those whose name matches one of ``names`` (``*`` allowed).
 
     Raises:
         ValueError: unknown suite, a name that matches no case, or nothing is left.
     """
-    chosen = list(all_cases() if cases is None else cases)
+    chosen = list(all_cases())
     known = [case.name for case in chosen]
     if suite is not None and suite not in SUITES:
         raise ValueError(f"suite {suite!r} does not exist; the suites are {', '.join(SUITES)}")
     if suite not in (None, "all"):
         chosen = [case for case in chosen if suite in case.suites]
-    names = list(names)
     for name in names:
         if not fnmatch.filter(known, name):
             raise ValueError(unknown("case", name, known))
-    kept = [
-        case
-        for case in chosen
-        if not names or any(fnmatch.fnmatchcase(case.name, name) for name in names)
-    ]
-    if not kept:
+    if names:
+        chosen = [c for c in chosen if any(fnmatch.fnmatchcase(c.name, name) for name in names)]
+    if not chosen:
         what = f"case {names[0]!r} is not" if names else "no case is"
         raise ValueError(f"{what} in the suite {suite!r}")
-    return kept
+    return chosen
 
 
 def unknown(what: str, name: str, valid: Sequence[str]) -> str:
@@ -129,19 +121,12 @@ def _step(
     *suites: str,
     quick: str = "",
     only: str = "",
-    outputs: int = 10,
-    kinks: bool = False,
-    loss: Loss | None = None,
+    **problem: Any,
 ) -> Case:
+    """A training step; ``problem`` is what :func:`step_problem` takes beside device and dtype."""
+
     def build(device: torch.device, dtype: torch.dtype) -> StepProblem:
-        return step_problem(
-            *(network, shape, penalty),
-            device=device,
-            dtype=dtype,
-            outputs=outputs,
-            kinks=kinks,
-            loss=loss,
-        )
+        return step_problem(network, shape, penalty, device=device, dtype=dtype, **problem)
 
     named = ("quick",) if quick else ()
     all_suites = (*named, IDIOMS[penalty].suite, *suites)
@@ -168,20 +153,12 @@ def _feed_forward() -> Case:
 def _scaling(point: dict[str, int]) -> Case:
     network = _mlp(64, point["depth"], point["width"])
 
-    def build(device: torch.device, dtype: torch.dtype) -> StepProblem:
-        shape, k = (point["batch"], 64), point["projections"]
-        return step_problem(network, shape, "spectreg", device=device, dtype=dtype, n_proj=k)
-
     moved = [f"{axis}-{value}" for axis, value in point.items() if value != SCALING_BASE[axis]]
-    return Case(
-        name=f"scale-{''.join(moved) or 'base'}",
-        penalty="spectreg",
-        kind="step",
-        suites=("scaling",),
-        build=build,
-        only=("plain", "eager", "compiled", "fastjac"),
-        axes=" ".join(f"{axis}={value}" for axis, value in point.items()),
-    )
+    name, shape = f"scale-{''.join(moved) or 'base'}", (point["batch"], 64)
+    only = "plain eager compiled fastjac"
+    case = _step(name, "spectreg", network, shape, only=only, n_proj=point["projections"])
+    axes = " ".join(f"{axis}={value}" for axis, value in point.items())
+    return replace(case, suites=("scaling",), axes=axes)
 
 
 def _act(fn: str, phase: str) -> Case:

@@ -21,7 +21,7 @@ from __future__ import annotations
 import functools
 import os
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,16 +107,13 @@ def all_contestants() -> tuple[Contestant, ...]:
     )
 
 
-def select_contestants(
-    names: Iterable[str] = (), contestants: Sequence[Contestant] | None = None
-) -> list[Contestant]:
+def select_contestants(names: Sequence[str] = ()) -> list[Contestant]:
     """Contestants by name; all without names. ``plain`` is always there: overheads are over it.
 
     Raises:
         ValueError: a name that is not registered.
     """
-    known = list(all_contestants() if contestants is None else contestants)
-    names = list(names)
+    known = all_contestants()
     valid = [contestant.name for contestant in known]
     for name in names:
         if name not in valid:

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -61,6 +60,8 @@ class StepProblem:
         )
 
 
+#: bytes of the buffers of an op together: more than a cache holds
+BUFFERS = 256 << 20
 #: phase of an op -> tensors that it must read or write, whatever the implementation
 PHASES = {"forward": 2, "backward": 3, "double": 5}
 
@@ -211,25 +212,9 @@ def _buffers(
 ) -> tuple[list[Tensor], ...]:
     generator = torch.Generator().manual_seed(0)
     first = [(2 * torch.randn(*shape, generator=generator)).to(device, dtype) for _ in range(3)]
-    # twice the cache, within reason: a virtual machine may report the cache of the whole host
-    wanted = min(2 * last_level_cache(device), 256 << 20)
-    n = max(3, -(-wanted // (inputs * first[0].numel() * dtype.itemsize)))
+    n = max(3, -(-BUFFERS // (inputs * first[0].numel() * dtype.itemsize)))
     return tuple(
         # a phase that does not read g or u still carries one of each, for a uniform interface
         [values, *(values.clone() for _ in range(n - 1 if k < inputs else 0))]
         for k, values in enumerate(first)
     )
-
-
-def last_level_cache(device: torch.device) -> int:
-    """Bytes of the largest cache of the device (32 MiB where the system does not tell)."""
-    if device.type == "cuda":
-        return int(torch.cuda.get_device_properties(device).L2_cache_size)
-    return max(_cpu_cache_sizes(), default=32 << 20)
-
-
-def _cpu_cache_sizes() -> Iterator[int]:
-    for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
-        text = file.read_text().strip()
-        if text.endswith("K") and text[:-1].isdigit():
-            yield int(text[:-1]) << 10

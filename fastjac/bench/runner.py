@@ -175,15 +175,7 @@ def _measure(
 ) -> None:
     """Time the contestants that passed, beside the ceiling, and count their memory and kernels."""
     steps: dict[str, Step] = {name: ready.step for name, ready in prepared.items()}
-    interleave(
-        *(steps, options.device),
-        budget_s=options.budget_s,
-        min_rounds=options.min_rounds,
-        max_rounds=options.max_rounds,
-        sample_s=options.sample_s,
-        samples=samples,
-        ceilings={CEILING: ceiling_step(problem)},
-    )
+    interleave(steps, options, samples, {CEILING: ceiling_step(problem)})
     for name, ready in prepared.items():
         ready.release()
         records[name].peak_mb = peak_bytes(ready.step, options.device) / 1e6
