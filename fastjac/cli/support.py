@@ -12,7 +12,14 @@ from pathlib import Path
 import fastjac.penalties
 from fastjac.activations import TABLE
 from fastjac.ops.dispatch import FLOAT_DTYPES, OPS
-from fastjac.penalties import PENALTIES, Example, Penalty, PenaltySpec
+from fastjac.penalties import (
+    PENALTIES,
+    Example,
+    InputPenalty,
+    Penalty,
+    PenaltySpec,
+    Pullback,
+)
 
 BEGIN, END = "<!-- support table: begin -->", "<!-- support table: end -->"
 CALLS = {
@@ -67,7 +74,7 @@ def update(text: str) -> str:
 def stub() -> str:
     """The text of ``fastjac/penalties/__init__.pyi``."""
     imports, functions = [], []
-    for cls in (Example, PenaltySpec, Penalty):
+    for cls in (Example, InputPenalty, Penalty, PenaltySpec, Pullback):
         imports.append(f"from {cls.__module__} import {cls.__name__} as {cls.__name__}")
     for name, spec in PENALTIES.items():
         cls = spec.module
