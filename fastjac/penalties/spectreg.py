@@ -34,8 +34,8 @@ class SpectReg(RandomPenalty):
         n_proj: K; -1 for the exact expectation over ``r`` (m cotangents, nothing is drawn).
         normalize: ``w = r/‖r‖``, so that ``‖Jᵀw‖`` is a lower bound of the spectral norm.
         scale: False for ``w = r``, unbiased for ``‖J_n‖_F²``. Not together with ``normalize``.
-        distribution: of ``r``, always with ``E r rᵀ = I``: ``"gaussian"``; ``"rademacher"`` (signs);
-            ``"spherical"`` (uniform on the sphere of radius √m); ``"orthogonal"`` (spherical, and
+        distribution: of ``r``, always with ``E r rᵀ = I``: ``"gaussian"``; ``"rademacher"``
+            (signs); ``"spherical"`` (uniform on the sphere of radius √m); ``"orthogonal"`` (spherical, and
             orthogonal to each other within groups of up to m projections of a sample, which lowers
             the variance for K > 1 and removes it for K = m).
         shared: one ``r`` for the whole batch.
