@@ -35,9 +35,9 @@ class SpectReg(RandomPenalty):
         normalize: ``w = r/‖r‖``, so that ``‖Jᵀw‖`` is a lower bound of the spectral norm.
         scale: False for ``w = r``, unbiased for ``‖J_n‖_F²``. Not together with ``normalize``.
         distribution: of ``r``, always with ``E r rᵀ = I``: ``"gaussian"``; ``"rademacher"``
-            (signs); ``"spherical"`` (uniform on the sphere of radius √m); ``"orthogonal"`` (spherical, and
-            orthogonal to each other within groups of up to m projections of a sample, which lowers
-            the variance for K > 1 and removes it for K = m).
+            (signs); ``"spherical"`` (uniform on the sphere of radius √m); ``"orthogonal"``
+            (spherical, and orthogonal to each other within groups of up to m projections of a
+            sample, which lowers the variance for K > 1 and removes it for K = m).
         shared: one ``r`` for the whole batch.
         norm: ``"l2_squared"``, ``"l2"`` or ``"l1"``.
         generator: on the device of ``output``. What is drawn is ``torch.randn(K, N, m)``
