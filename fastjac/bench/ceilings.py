@@ -7,10 +7,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from fastjac.bench.problems import OpProblem, Problem
+from fastjac.torch_private import TorchDispatchMode
 
 #: the name under which the ceiling is sampled
 CEILING = "ceiling"

@@ -18,6 +18,7 @@ from fastjac.bench.contestants import Contestant, setup_of
 from fastjac.bench.problems import Problem, StepProblem
 from fastjac.bench.records import Record
 from fastjac.bench.steps import Prepared
+from fastjac.torch_private import fresh_cache
 
 
 @dataclass(frozen=True)
@@ -131,10 +132,8 @@ def short(error: Exception) -> str:
 @contextlib.contextmanager
 def _fresh_compile_cache(device: torch.device) -> Iterator[None]:
     """Compile time without what an earlier run left on disk, and without torch's own start-up."""
-    from torch._inductor.utils import fresh_cache
-
     _start_compiler(device)
-    with fresh_cache():
+    with fresh_cache()():
         yield
 
 

@@ -196,7 +196,7 @@ def kernels(step: Step, device: torch.device) -> int | None:
 
 def _allocations(events: Sequence[Any]) -> Iterator[Any]:
     for event in events:
-        if event.tag == torch._C._profiler._EventType.Allocation:
+        if event.tag.name == "Allocation":
             yield event
         yield from _allocations(event.children)
 

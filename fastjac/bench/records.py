@@ -15,7 +15,6 @@ from typing import Any
 import torch
 
 import fastjac
-from fastjac.cli.info import cpu_name
 
 
 @dataclass
@@ -184,12 +183,12 @@ def versions(device_type: str) -> dict[str, Any]:
         triton_version = ""
     else:
         triton_version = triton.__version__
-    name = torch.cuda.get_device_name() if device_type == "cuda" else cpu_name()
+    processor = fastjac.info.collect()["machine"]["processor"]
     return {
         "torch": torch.__version__,
         "triton": triton_version,
         "fastjac": fastjac.__version__,
-        "machine": name,
+        "machine": torch.cuda.get_device_name() if device_type == "cuda" else processor,
         "commit": commit(),
     }
 

@@ -118,7 +118,7 @@ def _run_case(
         for contestant in contestants:
             watch(f"{contestant.name}: {'compiling' if contestant.compiles else 'checking'}")
             if contestant.compiles:
-                ends.callback(torch._dynamo.reset)  # graphs of this case, and its model with them
+                ends.callback(torch.compiler.reset)  # graphs of this case, and its model with them
             ready = admit(contestant, problem, gate, mine[contestant.name])
             if ready is not None:
                 ends.callback(ready.close)
