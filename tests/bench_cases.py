@@ -58,7 +58,9 @@ def tiny_case(penalty: str = "spectreg", name: str | None = None) -> Case:
 def tiny_op(fn: str = "gelu", phase: str = "double", op: str = "act") -> Case:
     return Case(
         *(f"act-{fn}-{phase}", op, "elementwise", ("tiny",)),
-        lambda device, dtype: op_problem(op, fn, phase, device=device, dtype=dtype, shape=(16, 9)),
+        lambda device, dtype: op_problem(
+            op, fn, phase, device=device, dtype=dtype, shape=(16, 9), buffers=0
+        ),
         activation=fn,
         phase=phase,
     )

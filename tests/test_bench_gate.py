@@ -30,13 +30,7 @@ from fastjac.bench import phases, run, steps
 from fastjac.bench.gate import open_gate, relative_error
 from fastjac.bench.layer_idioms import EagerDreg, WrittenOutDreg
 from fastjac.bench.networks import mlp
-from fastjac.bench.problems import PHASES, op_problem, step_problem
-
-
-@pytest.fixture(autouse=True)
-def small_buffers(monkeypatch):
-    """Three buffers are enough where nothing is measured."""
-    monkeypatch.setattr("fastjac.bench.problems.BUFFERS", 0)
+from fastjac.bench.problems import PHASES, step_problem
 
 
 @pytest.mark.parametrize("penalty", STEPS)
@@ -159,7 +153,7 @@ def test_the_statistic_passes_the_gate_and_a_wrong_one_does_not(phase, monkeypat
 
 @pytest.mark.parametrize("phase", ["forward", "backward", "double"])
 def test_no_forward_is_timed_and_buffers_are_used_in_turn(phase):
-    problem = op_problem("act", "gelu", phase, device=CPU, dtype=torch.float32, shape=(4, 3))
+    problem = tiny_op("gelu", phase).build(CPU, torch.float32)
     assert len({z.data_ptr() for z in problem.z}) == len(problem.z) >= 3
     seen = []
 

@@ -109,14 +109,8 @@ def test_select_cases():
     assert [c.name for c in registry.select_cases(["act-gelu-*"])] == [
         f"act-gelu-{phase}" for phase in PHASES
     ]
-    with pytest.raises(ValueError, match=r"did you mean dreg-mlp-b128-w512.*valid names"):
-        registry.select_cases(["dreg-mlp-b128-w51"])
-    with pytest.raises(ValueError, match="the suites are quick, layer-wise, input-jacobian"):
-        registry.select_cases(suite="everything")
     with pytest.raises(ValueError, match="not in the suite"):
         registry.select_cases(["spectreg-lenet"], "elementwise")
-    with pytest.raises(ValueError, match="valid names are: plain, eager"):
-        entrants.select_contestants(["torch"])
     assert [c.name for c in named("fastjac")] == ["plain", "fastjac"]
 
 

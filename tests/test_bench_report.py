@@ -17,12 +17,6 @@ from fastjac.bench import records as storage
 from fastjac.bench import report, run
 
 
-@pytest.fixture(autouse=True)
-def small_buffers(monkeypatch):
-    """Three buffers are enough where nothing is measured."""
-    monkeypatch.setattr("fastjac.bench.problems.BUFFERS", 0)
-
-
 def test_record_schema():
     outcome = run([tiny_case(), tiny_op()], named("eager", "fastjac"), FAST)
     rows = json.loads(storage.to_json(outcome.records))

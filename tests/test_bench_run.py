@@ -23,12 +23,6 @@ from fastjac.bench.options import busy
 from fastjac.functional import OBSERVERS
 
 
-@pytest.fixture(autouse=True)
-def small_buffers(monkeypatch):
-    """Three buffers are enough where nothing is measured."""
-    monkeypatch.setattr("fastjac.bench.problems.BUFFERS", 0)
-
-
 def test_no_penalty_stays_attached():
     before = list(OBSERVERS)
     closed = []

@@ -60,8 +60,6 @@ class StepProblem:
         )
 
 
-#: bytes of the buffers of an op together: more than a cache holds
-BUFFERS = 256 << 20
 #: phase of an op -> tensors that it must read or write, whatever the implementation
 PHASES = {"forward": 2, "backward": 3, "double": 5}
 
@@ -196,23 +194,25 @@ def op_problem(
     device: torch.device,
     dtype: torch.dtype,
     shape: tuple[int, int] = (4096, 1024),
+    buffers: int = 256 << 20,
 ) -> OpProblem:
-    """Gaussian buffers (standard deviation 2, so that the tails of ``φ`` take part).
+    """Gaussian data (standard deviation 2, so that the tails of ``φ`` take part).
 
-    ``q`` is such that the two terms of the gradient with respect to ``z`` are of like size.
+    The buffers together have ``buffers`` bytes, more than a cache holds, but there are at least
+    three. ``q`` is such that the two terms of the gradient with respect to ``z`` are of like size.
     """
-    z, g, u = _buffers([*PHASES].index(phase) + 1, device, dtype, shape)
+    z, g, u = _buffers([*PHASES].index(phase) + 1, device, dtype, shape, buffers)
     q = torch.randn(shape[1], generator=torch.Generator().manual_seed(1)) * shape[0] ** 0.5
     return OpProblem(op, fn, phase, z, g, u, q.to(device))
 
 
 @functools.lru_cache(maxsize=1)  # consecutive cases share their inputs; nobody writes to them
 def _buffers(
-    inputs: int, device: torch.device, dtype: torch.dtype, shape: tuple[int, ...]
+    inputs: int, device: torch.device, dtype: torch.dtype, shape: tuple[int, ...], buffers: int
 ) -> tuple[list[Tensor], ...]:
     generator = torch.Generator().manual_seed(0)
     first = [(2 * torch.randn(*shape, generator=generator)).to(device, dtype) for _ in range(3)]
-    n = max(3, -(-BUFFERS // (inputs * first[0].numel() * dtype.itemsize)))
+    n = max(3, -(-buffers // (inputs * first[0].numel() * dtype.itemsize)))
     return tuple(
         # a phase that does not read g or u still carries one of each, for a uniform interface
         [values, *(values.clone() for _ in range(n - 1 if k < inputs else 0))]
