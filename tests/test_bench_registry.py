@@ -38,8 +38,9 @@ def test_compiled_needs_a_compiler(monkeypatch):
 def test_registered_names():
     names = [case.name for case in registry.all_cases()]
     assert len({*names}) == len(names)
-    quoted = {record.case for record in load(HISTORY)}  # what is recorded can be run again
-    assert quoted <= {*names}
+    recorded = load(HISTORY)
+    assert all(r.status == "ok" and r.median_ms for r in recorded)
+    assert {r.case for r in recorded} <= {*names}  # what is recorded can be run again
     for fn in TABLE:
         found = {name for name in names if name.startswith(f"act-{fn}-")}
         assert found == ({f"act-{fn}-{p}" for p in PHASES} if fn != "identity" else set())

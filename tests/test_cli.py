@@ -151,7 +151,9 @@ def test_ctrl_c_exits_130_and_writes_what_is_done(plant, tmp_path):
     result = invoke("bench", "--csv", tmp_path / "r.csv")
     assert result.exit_code == 130, result.output
     assert "interrupted" in flat(result)
-    assert {r.case for r in storage.load(tmp_path / "r.csv")} == {"spectreg-tiny"}
+    written = storage.load(tmp_path / "r.csv")
+    assert {r.case for r in written} == {"spectreg-tiny"}
+    assert all(r.median_ms and r.peak_mb is not None for r in written)
 
 
 @pytest.mark.parametrize(
