@@ -164,25 +164,26 @@ This page shows how each kind of call runs in each way of running. It is written
 `python tests/matrix_table.py docs/MATRIX.md` from a table whose every cell is checked by
 `tests/test_matrix.py` (torch 2.13).
 
-- ✓ means that the gradients of all parameters and of x equal those of the plain PyTorch reference in
-  float64, to 1e-10. In float32 and under autocast they are at most twice as far from the float64
-  gradients as those of plain PyTorch, run in the same way. Under `no_grad` and in inference mode there
-  are no gradients, and the values are compared.
-- A number means that the call raises an error, whose message is given below the table. No combination
-  silently gives a wrong result.
-- *GPU* means that the cell is tested on machines with a GPU only, and not on the machine that wrote this
-  page.
+- ✓ means that the gradients of all parameters and of x equal those of the plain PyTorch reference
+  in float64, to 1e-10. In float32 and under autocast they are at most twice as far from the float64
+  gradients as those of plain PyTorch, run in the same way. Under `no_grad` and in inference mode
+  there are no gradients, and the values are compared.
+- A number means that the call raises an error, whose message is given below the table. No
+  combination silently gives a wrong result.
+- *GPU* means that the cell is tested on machines with a GPU only, and not on the machine that wrote
+  this page.
 
 The columns:
 
-- *fused*: a model with fused activations (`fuse`, `fastjac.nn`, functions of fastjac) under penalty code
-  of your own;
+- *fused*: a model with fused activations (`fuse`, `fastjac.nn`, functions of fastjac) under penalty
+  code of your own;
 - *attached* and *called*: the two forms of the layer-wise penalties, `DREG(model)` and
   `DREG()(model, x)`;
 - *graph*: `penalty(x, output)`;
 - *chain*, *compiled* and *autograd*: the engine of `penalty(model, x)`.
 
-Cells that compile use the backend `aot_eager`. Some cells of {inductor} are tested with inductor too.
+Cells that compile use the backend `aot_eager`. Some cells of {inductor}
+are tested with inductor too.
 """
 
 
