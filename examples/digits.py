@@ -136,7 +136,7 @@ def report(scores: dict[str, Tensor], picked: dict[str, list[float]], console: C
 
 
 def draw_gains(scores: dict[str, Tensor], path: Path) -> None:
-    """Draw the gain over no penalty, paired by seed: a dot for each seed, the mean and its error."""
+    """Draw the gain over no penalty, paired by seed: a dot for each seed, and the mean."""
     figure, axis = plt.subplots(figsize=(7.6, 3.8), layout="constrained")
     names = list(scores)[:0:-1]  # from the bottom up, without the baseline
     for height, name in enumerate(names):
@@ -177,7 +177,7 @@ def main(
     quick: Annotated[bool, typer.Option("--quick", help="2 seeds, 60 steps.")] = False,
     seeds: Annotated[int | None, typer.Option(min=2, help="Number of splits; default 10.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Steps of AdamW; default 300.")] = None,
-    jobs: Annotated[int, typer.Option(min=1, help="Number of processes.")] = min(os.cpu_count() or 1, 8),
+    jobs: Annotated[int, typer.Option(min=1, help="Processes.")] = min(os.cpu_count() or 1, 8),
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("results"),
 ) -> None:
     """Compare the classification penalties on few digits; write two pictures and a CSV."""

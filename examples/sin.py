@@ -2,7 +2,7 @@
 
 The experiment of Varga, Csiszárik, Zombori 2017 (arXiv 1712.09936, section 6, Table 7, Figures 5
 and 6): x uniform on [-1, 1], y = sin(5x) + 0.1 N(0, 1), an MLP of 5 layers of 64 ReLU units, the
-mean squared error on a grid of 900 points without noise. The trainings of a seed differ only in
+mean squared error on a clean grid, 900 points without noise. The trainings of a seed differ only in
 the weight of the penalty.
 
     python examples/sin.py [--quick] [--seeds N] [--out DIR]
@@ -119,7 +119,7 @@ def learned_curves(seeds: int, steps: int, jobs: int) -> Tensor:
 def report(errors: Tensor, console: Console) -> None:
     """Print the errors ``[weights, seeds]`` as a table. The differences are paired by seed."""
     seeds = errors.shape[1]
-    table = Table(title=f"SIN: MSE × 1000 on the grid without noise, {seeds} seeds")
+    table = Table(title=f"SIN: MSE × 1000 on the clean grid, {seeds} seeds")
     for column in ("weight", "mean", "sd", "minus weight 0", "± s.e.", "seeds better"):
         table.add_column(column, justify="right")
     best = int(errors.mean(1).argmin())
@@ -143,7 +143,7 @@ def draw_errors(errors: Tensor, path: Path) -> None:
     axis.plot(places[1:], mean[1:], "o-", color=GREEN, lw=1.5, ms=5, label="mean with SpectReg")
     axis.plot(places[:1], mean[:1], "D", color=ORANGE, ms=6, label="mean without")
     axis.axhline(float(mean[0]), color=ORANGE, lw=0.8, ls="--")
-    axis.set(xscale="log", yscale="log", xlabel="SpectReg weight", ylabel="MSE on the grid without noise")
+    axis.set(xscale="log", yscale="log", xlabel="SpectReg weight", ylabel="MSE on the clean grid")
     axis.set_xticks(places, [f"{weight:g}" for weight in WEIGHTS], fontsize=8)
     axis.minorticks_off()
     axis.grid(color="#eceef0")
@@ -173,9 +173,9 @@ def draw_curves(curves: Tensor, errors: Tensor, path: Path) -> None:
 
 def main(
     quick: Annotated[bool, typer.Option("--quick", help="2 seeds, 300 steps.")] = False,
-    seeds: Annotated[int | None, typer.Option(min=2, help="Number of training sets; default 10.")] = None,
+    seeds: Annotated[int | None, typer.Option(min=2, help="Training sets; default 10.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Steps of Adam; default 2000.")] = None,
-    jobs: Annotated[int, typer.Option(min=1, help="Number of processes.")] = min(os.cpu_count() or 1, 8),
+    jobs: Annotated[int, typer.Option(min=1, help="Processes.")] = min(os.cpu_count() or 1, 8),
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("results"),
 ) -> None:
     """Fit sin(5x) from noisy points with each SpectReg weight; write two pictures and a CSV."""
