@@ -23,8 +23,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils._pytree import tree_leaves
 
+from fastjac import torch_private
 from fastjac.ops.autograd import graph_nodes
 from fastjac.per_sample import attached_zero
 
@@ -70,7 +70,7 @@ def attached(value: Tensor, *outputs: Any) -> Tensor:
     """``value``, in the graph of the outputs too, with the gradient 0."""
     if not active():
         return value
-    for t in tree_leaves(outputs):
+    for t in torch_private.tree_leaves(outputs):
         if isinstance(t, Tensor) and t.requires_grad and t.is_floating_point():
             value = value + attached_zero(t, value.dtype).to(value.device)
     return value
@@ -83,18 +83,13 @@ def static_graph() -> Any:
     """
     if not active() or torch.compiler.is_compiling():
         return None
-    ddp: Any = DistributedDataParallel._get_active_ddp_module()
-    waits = ddp is not None and ddp.static_graph and not ddp._static_graph_delay_allreduce_enqueued
-    return weakref.ref(ddp) if waits else None
+    ddp = torch_private.waiting_ddp()
+    return None if ddp is None else weakref.ref(ddp)
 
 
 def through_sink(value: Tensor, ddp: Any) -> Tensor:
     """``value``, whose gradient makes the DDP of `static_graph` reduce too."""
-    if ddp is None:
-        return value
-    from torch.nn.parallel.distributed import _DDPSink
-
-    return _DDPSink.apply(ddp, value)[0]
+    return value if ddp is None else torch_private.through_ddp_sink(value, ddp)
 
 
 # ---- one call
@@ -242,19 +237,17 @@ def gathered(model: nn.Module) -> Iterator[None]:
     The submodules that were sharded on their own are gathered here, and their hooks made to pass
     on; when the backward is over, FSDP reduces and shards again all that it has not done before.
     """
-    from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
-
     parts: list[Any] = [m for m in model.modules() if is_sharded(m) and m is not model]
-    states = [part._get_fsdp_state() for part in parts]
+    states = [torch_private.fsdp_state(part) for part in parts]
     try:
         for part, state in zip(parts, states, strict=True):
             part.unshard()
             # What a checkpoint's recomputation finds: nothing is gathered, freed or hooked.
-            state._training_state = TrainingState.PRE_BACKWARD
+            torch_private.set_fsdp_state(state, "PRE_BACKWARD")
         yield
     finally:
         for state in states:
-            state._training_state = TrainingState.IDLE
+            torch_private.set_fsdp_state(state, "IDLE")
 
 
 # ---- what cannot be

@@ -14,7 +14,7 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor, nn
 
-from fastjac import arguments, distributed
+from fastjac import arguments, distributed, torch_private
 from fastjac.per_sample import attached_zeros
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -22,7 +22,7 @@ REDUCTIONS = ("mean", "sum", "none")
 
 def check_modes() -> None:
     """A gradient needs autograd switched on, and the graph that ``torch.func`` hides."""
-    if torch._C._are_functorch_transforms_active():
+    if torch_private.transforms_active():
         raise RuntimeError(
             "the penalty reads autograd's graph, which does not exist inside a torch.func "
             "transform: call it outside, or write it with torch.func.vjp (fastjac.reference shows "
@@ -39,7 +39,7 @@ def check_modes() -> None:
 
 def check_not_recomputed(option: str) -> None:
     """A checkpoint recomputes in the backward: a call that is counted would be so twice."""
-    if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+    if not torch.compiler.is_compiling() and torch_private.current_backward() != -1:
         raise RuntimeError(
             f"the penalty has {option} and runs again in a backward, as a checkpoint recomputes "
             "it: keep the penalty outside the checkpointed function"
