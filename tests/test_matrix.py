@@ -21,7 +21,7 @@ from torch.func import functional_call
 from fastjac.input_jacobian import by_autograd
 from fastjac.input_jacobian.chain import links
 from fastjac.input_jacobian.compiled import backend, engine
-from fastjac.ops import layer_act
+from fastjac.layerwise import layer_act
 from fastjac.ops.registration import raw
 
 pytestmark = [
