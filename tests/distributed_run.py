@@ -1,6 +1,6 @@
 """Runs cases on several processes, and tells what each of them met.
 
-A case is a function ``(here) -> None`` in a module of the tests; it raises where something is wrong.
+A case is a function ``(here) -> None`` in a module of the tests; it raises if something is wrong.
 All cases of one number of processes share the processes, each with a process group of its own:
 nccl where there are as many GPUs, else gloo on the CPU.
 """
