@@ -60,21 +60,20 @@ def test_every_penalty_equals_autograd(
     assert found[0][1].abs().sum() > 0
 
 
-QUICK = ["fused", "a module twice", "moving average"]
+QUICK = [(name, "aot_eager") for name in ("fused", "a module twice", "moving average")]
 
 
 @pytest.mark.usefixtures("double")
-@pytest.mark.parametrize("name", QUICK)
-def test_models_equal_autograd(name: str) -> None:
-    torch.manual_seed(0)
-    agrees(MODELS[name](), torch.randn(6, 4), (name == "fused",))
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("double")
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"], indirect=True)
-@pytest.mark.parametrize("name", list(MODELS))
-def test_all_models_equal_autograd(name: str, backend: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    [
+        pytest.param(name, backend, marks=[pytest.mark.slow] * ((name, backend) not in QUICK))
+        for name in MODELS
+        for backend in ("aot_eager", "inductor")
+    ],
+    indirect=["backend"],
+)
+def test_models_equal_autograd(name: str, backend: str) -> None:
     torch.manual_seed(0)
     agrees(MODELS[name](), torch.randn(6, 4), k=2)
 
@@ -121,25 +120,16 @@ def test_functions_and_methods_as_models() -> None:
 
 
 @pytest.mark.usefixtures("double")
-def test_losses_with_weights_and_targets_of_their_own() -> None:
+def test_losses_targets_and_projections_that_require_grad() -> None:
     x, net, head = torch.randn(6, 4), mlp(), nn.Linear(3, 1)
     found = []
     for name in ("compiled", "autograd"):
         leaf, y = x.clone().requires_grad_(), torch.linspace(0, 1, 6).requires_grad_()
         penalty = IGPen(lambda out, y: (head(out.sin())[:, 0] - y).square(), engine=name)
         value = penalty(net, leaf, y)[1]
-        found.append(torch.autograd.grad(value, [net[0].weight, head.weight, y, leaf]))
-    close(*found)
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("double")
-def test_gradient_of_given_projections() -> None:
-    x, net, found = torch.randn(6, 4), mlp(), []
-    for name in ("compiled", "autograd"):
         w = torch.linspace(-1, 1, 36).view(2, 6, 3).requires_grad_()
-        value = SpectReg(engine=name)(net, x, projection=w)[1]
-        found.append(torch.autograd.grad(value, [w, net[0].weight]))
+        value = value + SpectReg(engine=name)(net, leaf, projection=w)[1]
+        found.append(torch.autograd.grad(value, [net[0].weight, head.weight, y, leaf, w]))
     close(*found)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from chain_cases import close, three_layers
+from chain_cases import Straight, close, three_layers
 from compiled_cases import (
     MARKS,
     compare,
@@ -17,6 +17,7 @@ from compiled_cases import (
     refuses,
 )
 from layer_cases import Model
+from test_traps import Cube
 from torch import Tensor, nn
 
 import fastjac
@@ -28,35 +29,6 @@ pytestmark = MARKS
 
 
 # ---- what it refuses
-
-
-class Straight(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, z: Tensor) -> Tensor:
-        return z**3
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Tensor:
-        return g
-
-
-class Cube(torch.autograd.Function):
-    """Written for ``torch.func``; compiled torch loses its second-order term, with no error."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(z: Tensor) -> Tensor:
-        return z**3
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Tensor:
-        (z,) = ctx.saved_tensors
-        return 3 * g * z * z
 
 
 def branches(m: Any, x: Tensor) -> Tensor:
@@ -89,6 +61,7 @@ def writes_to_weights(m: Any, x: Tensor) -> Tensor:
 REFUSED: dict[str, tuple[Callable[[Any, Tensor], Tensor], str]] = {
     "control flow": (branches, "Data-dependent branching"),
     "Function": (lambda m, x: m.c(Straight.apply(m.a(x))), "autograd.?Function"),
+    # Compiled torch loses its second-order term, with no error.
     "Function for torch.func": (lambda m, x: m.c(Cube.apply(m.a(x))), "autograd.?Function"),
     "data": (lambda m, x: m.c(F.gelu(m.a(x)) * m.b(m.a(x)).data), r"it uses \.data"),
     "kept": (keeps, "it keeps a tensor that it computes"),
@@ -174,14 +147,6 @@ def test_calls_that_are_refused() -> None:
             return model(t)
 
     refuses(Slots(), x, "cannot be cached: wrap it")
-
-
-@pytest.mark.usefixtures("double")
-def test_inside_a_compiled_function(no_stale_graphs: None) -> None:
-    model, x, penalty = mlp(), torch.randn(6, 4), SpectReg(engine="compiled")
-    step = torch.compile(lambda x: penalty(model, x)[1], backend="eager", fullgraph=True)
-    with pytest.raises(Exception, match="torch.compile traces it already"):
-        step(x)
 
 
 @pytest.mark.usefixtures("double")

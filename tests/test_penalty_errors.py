@@ -110,6 +110,8 @@ CALLS: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: SpectReg(at="2")(MODEL, X), ValueError, "at='2' is not a submodule"),
     (lambda: SpectReg(at="")(MODEL, X), ValueError, "at='' is not a submodule"),
     (lambda: SpectReg(at="0")(lambda x: x, X), TypeError, "at='0'.*nn.Module"),
+    (lambda: SpectReg(at="0")(torch.compile(Twice()), X), TypeError, "at='0'.*torch.compile'd"),
+    (lambda: DREG()(torch.compile(Twice()), X), TypeError, "torch.compile'd module"),
     (lambda: SpectReg(at="0")(Twice(), X), RuntimeError, "at='0' ran 2 times"),
     (lambda: SpectReg(at="1")(Twice(), X), RuntimeError, "at='1' ran 0 times"),
     (lambda: SpectReg()(X, OUT, projection=OUT[:2]), ValueError, "projection has shape"),

@@ -133,7 +133,8 @@ def test_value_and_gradients_are_the_originals(name: str) -> None:
         close_gradients(gradients(ours, inputs), gradients(theirs, inputs))
 
 
-@pytest.mark.parametrize("name", NAMES)
+# The others are penalties of the registry, whose tests do this.
+@pytest.mark.parametrize("name", ["double_backprop", "wgan_gp", "rnode, two vectors", "deq"])
 def test_gradcheck(name: str) -> None:
     preset = PRESETS[name]
     model = net(*preset.widths)

@@ -222,14 +222,6 @@ def test_a_subclass_of_act_is_penalised_with_its_own_derivative():
     torch.testing.assert_close(tripled, 9 * once)
 
 
-def test_compiled_modules_are_refused_by_name():
-    compiled = torch.compile(nn.Sequential(nn.Linear(3, 4), nn.GELU(), nn.Linear(4, 2)))
-    with pytest.raises(TypeError, match="torch.compile'd module"):
-        fastjac.dreg(compiled, torch.randn(2, 3))
-    with pytest.raises(TypeError, match="at='0' names a submodule.*torch.compile'd"):
-        fastjac.FrobReg(at="0")(compiled, torch.randn(2, 3))
-
-
 def test_held_functions_take_inplace_and_drop_ins_refuse_it():
     class Net(nn.Module):
         def __init__(self):
