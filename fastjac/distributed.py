@@ -15,9 +15,9 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -27,9 +27,6 @@ from torch.utils._pytree import tree_leaves
 
 from fastjac.ops.autograd import graph_nodes
 from fastjac.per_sample import attached_zero
-
-if TYPE_CHECKING:
-    from fastjac.penalty import Penalty
 
 
 def active() -> bool:
@@ -103,8 +100,18 @@ def through_sink(value: Tensor, ddp: Any) -> Tensor:
 # ---- one call
 
 
-def run(penalty: Penalty, model: Any, x: Any, targets: Any, named: Any) -> tuple[Tensor, Tensor]:
-    """Output and value of the model form."""
+def run(
+    body: Callable[[Any, Any], tuple[Tensor, Tensor]],
+    model: Any,
+    x: Any,
+    *,
+    weights_afterwards: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """``body(model, x)``, run where the wrapper of a distributed model runs its module.
+
+    ``body`` runs the model once and returns two tensors: the output, and a value computed from it.
+    ``weights_afterwards`` says whether it needs the weights after the forward pass of the model.
+    """
     owner = getattr(model, "__self__", model) if active() else None  # of a method
     if isinstance(owner, nn.Module):
         check_model(owner)
@@ -114,16 +121,10 @@ def run(penalty: Penalty, model: Any, x: Any, targets: Any, named: Any) -> tuple
                 "around its forward: pass the module itself"
             )
         ddp = isinstance(model, DistributedDataParallel)
-        if ddp or (is_sharded(model) and not penalty.watches):
+        if ddp or (is_sharded(model) and weights_afterwards):
             _check_wrapper(model, hooks=0 if ddp else 1)
-            within = _inside_ddp if ddp else _inside_fully_shard
-            return within(penalty, model, x, targets, named)
-    return _call(penalty, model, x, targets, named)
-
-
-def _call(penalty: Penalty, model: Any, x: Any, targets: Any, named: Any) -> tuple[Tensor, Tensor]:
-    output, values = penalty.model_form(model, x, *targets, **named)
-    return output, penalty._reduce(values)
+            return (_inside_ddp if ddp else _inside_fully_shard)(body, model, x)
+    return body(model, x)
 
 
 def check_model(model: nn.Module) -> None:
@@ -158,17 +159,17 @@ def _check_wrapper(model: nn.Module, hooks: int) -> None:
 
 
 class _Inside:
-    """In the place of a wrapper's module for one call.
+    """Stands in the place of a wrapper's module for one call.
 
-    ``rest``: targets and named arguments. They do not go through the wrapper, which would cast them
-    with the model's inputs (mixed precision).
+    Only ``x`` goes through the wrapper: it would cast other arguments as it casts the inputs of the
+    model (mixed precision).
     """
 
-    def __init__(self, penalty: Penalty, module: Any, *rest: Any) -> None:
-        self.penalty, self.module, self.rest = penalty, module, rest
+    def __init__(self, body: Callable[[Any, Any], Any], module: Any) -> None:
+        self.body, self.module = body, module
 
     def __call__(self, x: Any) -> tuple[Tensor, Tensor]:
-        return _call(self.penalty, self.module, x, *self.rest)
+        return self.body(self.module, x)
 
     forward = __call__
 
@@ -176,11 +177,9 @@ class _Inside:
         return getattr(self.module, name)  # DDP asks for the buffers
 
 
-def _inside_ddp(
-    penalty: Penalty, model: Any, x: Any, targets: Any, named: Any
-) -> tuple[Tensor, Tensor]:
+def _inside_ddp(body: Callable[[Any, Any], Any], model: Any, x: Any) -> tuple[Tensor, Tensor]:
     module = model.module
-    model._modules["module"] = _Inside(penalty, module, targets, named)
+    model._modules["module"] = _Inside(body, module)
     try:
         return model(x)
     finally:
@@ -205,7 +204,7 @@ class _Bare(nn.Module):
 
 
 def _inside_fully_shard(
-    penalty: Penalty, model: Any, x: Any, targets: Any, named: Any
+    body: Callable[[Any, Any], Any], model: Any, x: Any
 ) -> tuple[Tensor, Tensor]:
     # Kept in the model: FSDP's states refer to each other, so a weak dictionary would keep it.
     bare = vars(model).get("_fastjac_bare") or _Bare(model)
@@ -218,10 +217,10 @@ def _inside_fully_shard(
         if before is not None:
             vars(model)["forward"] = before
 
-    def forward(x: Any) -> tuple[Tensor, Tensor]:  # the rest as in `_Inside`
+    def forward(x: Any) -> tuple[Tensor, Tensor]:
         restore()
         with gathered(model):
-            output, value = _call(penalty, bare, x, targets, named)
+            output, value = body(bare, x)
         # FSDP warns of views, whose hooks an in-place operation would drop.
         return _own(output), _own(value)
 

@@ -118,9 +118,6 @@ class WGANGP(GradientPenalty):
         True
     """
 
-    chain_ready = True
-    draws_inside = False
-
     def __init__(
         self,
         *,

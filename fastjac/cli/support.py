@@ -1,14 +1,18 @@
-"""The README's support table, from the registries: ``python -m fastjac.cli.support README.md``."""
+"""What is written from the registries: ``python -m fastjac.cli.support`` in the project's folder.
+
+The support table of ``README.md``, and ``fastjac/penalties/__init__.pyi``, from which type checkers
+and editors know the names that the package finds when it is imported.
+"""
 
 from __future__ import annotations
 
 import re
-import sys
 from pathlib import Path
 
+import fastjac.penalties
 from fastjac.activations import TABLE
 from fastjac.ops.dispatch import FLOAT_DTYPES, OPS
-from fastjac.penalties import PENALTIES
+from fastjac.penalties import PENALTIES, Example, Penalty, PenaltySpec
 
 BEGIN, END = "<!-- support table: begin -->", "<!-- support table: end -->"
 CALLS = {
@@ -60,6 +64,32 @@ def update(text: str) -> str:
     return pattern.sub(lambda _: f"{BEGIN}\n{markdown()}\n{END}", text)
 
 
+def stub() -> str:
+    """The text of ``fastjac/penalties/__init__.pyi``."""
+    imports, functions = [], []
+    for cls in (Example, PenaltySpec, Penalty):
+        imports.append(f"from {cls.__module__} import {cls.__name__} as {cls.__name__}")
+    for name, spec in PENALTIES.items():
+        cls = spec.module
+        imports.append(f"from {cls.__module__} import {cls.__name__} as {cls.__name__}")
+        functions.append(f"{name}: Callable[..., Any]")
+    return "\n".join(
+        [
+            "# Written by python -m fastjac.cli.support.",
+            "from collections.abc import Callable",
+            "from typing import Any",
+            "",
+            *sorted(imports),
+            "",
+            "__all__: list[str]",
+            "PENALTIES: dict[str, PenaltySpec]",
+            *functions,
+            "",
+        ]
+    )
+
+
 if __name__ == "__main__":
-    for path in map(Path, sys.argv[1:]):
-        path.write_text(update(path.read_text()))
+    readme = Path("README.md")
+    readme.write_text(update(readme.read_text()))
+    Path(fastjac.penalties.__file__).with_suffix(".pyi").write_text(stub())

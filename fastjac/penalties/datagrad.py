@@ -59,4 +59,3 @@ SPEC = PenaltySpec.of(
     example=classifier_example,
     cases=({"norm": "l2"}, {"norm": "l1"}),
 )
-datagrad = SPEC.functional

@@ -96,4 +96,3 @@ SPEC = PenaltySpec.of(
     example=finite_difference_example,
     cases=({"eps": 0.3},),
 )
-finite_difference_datagrad = SPEC.functional

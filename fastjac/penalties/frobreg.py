@@ -48,4 +48,3 @@ SPEC = PenaltySpec.of(
     example=logits_example,
     cases=({"norm": "l2"}, {"norm": "l1"}),
 )
-frobreg = SPEC.functional

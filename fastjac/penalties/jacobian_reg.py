@@ -81,4 +81,3 @@ SPEC = PenaltySpec.of(
     example=logits_example,
     cases=({"n_proj": 3}, {"n_proj": -1}),
 )
-jacobian_reg = SPEC.functional

@@ -54,4 +54,3 @@ SPEC = PenaltySpec.of(
     example=logits_example,
     cases=({"norm": "l2"}, {"norm": "l1"}),
 )
-jacreg = SPEC.functional

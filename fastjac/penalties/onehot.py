@@ -93,5 +93,3 @@ RANDOM_ONEHOT = PenaltySpec.of(
     example=logits_example,
     cases=({"n_proj": 4}, {"n_proj": -1}, {"n_proj": 2, "norm": "l2"}, {"norm": "l1"}),
 )
-onehot = ONEHOT.functional
-random_onehot = RANDOM_ONEHOT.functional

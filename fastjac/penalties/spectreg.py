@@ -10,8 +10,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from fastjac import arguments, reference
-from fastjac.input_jacobian.penalty import RandomOptions
-from fastjac.input_jacobian.projections import RandomPenalty
+from fastjac.input_jacobian.projections import RandomOptions, RandomPenalty
 from fastjac.penalties.registry import PenaltySpec, logits_example
 
 DISTRIBUTIONS = ("gaussian", "rademacher", "spherical", "orthogonal")
@@ -125,4 +124,3 @@ SPEC = PenaltySpec.of(
         {"n_proj": 2, "norm": "l1"},
     ),
 )
-spectreg = SPEC.functional
