@@ -18,6 +18,7 @@ import fastjac
 from fastjac.activations import TABLE, get
 from fastjac.ops.dispatch import OPS, why_not
 
+pytestmark = pytest.mark.usefixtures("two_threads")
 IMPLS = [
     impl
     for impl in OPS["act"].implementations
