@@ -19,7 +19,7 @@ import fastjac
 from fastjac.penalties import SpectReg
 
 MARKS = [
-    pytest.mark.usefixtures("backend", "empty_graphs"),
+    pytest.mark.usefixtures("double", "backend", "empty_graphs"),
     # Torch hides this warning of its own while it traces a tensor that is no leaf, but not from
     # pytest.
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning"),

@@ -78,11 +78,10 @@ def empty_graphs():
 
 @pytest.fixture
 def backend(request, monkeypatch):
-    """The compiled engine's: inductor for the slow tests, unless one says otherwise."""
+    """The compiled engine's: it traces as inductor does, and takes torch's own kernels."""
     from fastjac.input_jacobian.compiled import backend as module
 
-    slow = request.node.get_closest_marker("slow") is not None
-    name = getattr(request, "param", "inductor" if slow else "aot_eager")
+    name = getattr(request, "param", "aot_eager")
     monkeypatch.setattr(module, "NAME", name)
     return name
 

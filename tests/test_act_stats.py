@@ -16,7 +16,6 @@ from fastjac.cli.check import relative_error
 from fastjac.ops.act_stats import BIAS, CHANNEL, NONE, SAMPLE
 from fastjac.ops.dispatch import OPS, why_not
 
-pytestmark = pytest.mark.usefixtures("two_threads")
 IMPLS = [
     impl
     for impl in OPS["act_stats"].implementations
