@@ -127,7 +127,7 @@ def three_steps(thing: Thing) -> None:
     one_graph(thing, None, (6, 6, 6))
 
 
-@way("torch.compile", "three batch sizes, `dynamic=True`: likewise")
+@way("torch.compile", "three batch sizes, `dynamic=True`: no graph break, no recompilation")
 def dynamic_shapes(thing: Thing) -> None:
     one_graph(thing, True, (6, 5, 3))
 
@@ -194,7 +194,7 @@ def on_a_stream(run: Callable[[], Any]) -> Any:
     return result
 
 
-@way("GPU", "a stream of its own", gpu=True)
+@way("GPU", "a separate stream", gpu=True)
 def side_stream(thing: Thing) -> None:
     cell, _x, gradients = on_gpu(thing)
     same([g.cpu() for g in on_a_stream(gradients)], cell.expected())
