@@ -15,7 +15,7 @@ if not torch.cuda.is_available():
 
 # The tensors of most tests have a few elements. With two threads, and two processes on two cores,
 # a product of two such matrices waits for the other thread: the tests of the matrix took 113 s in
-# place of 13 s. The tests of kernels that run on several threads take the fixture `two_threads`.
+# place of 15 s. The tests of kernels that run on several threads take the fixture `two_threads`.
 torch.set_num_threads(1)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
