@@ -15,19 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from fastjac.activations import TABLE, Activation
-from fastjac.ops import act
-
-OBSERVERS: list[Callable[..., Tensor | None]] = []
-"""Layer-wise penalties that watch a model: each is shown ``(z, fn, impl, params, a)`` and returns
-``φ(z)`` (or the ``a`` that it was given) where it wants the statistic of that activation."""
-
-
-def activate(z: Tensor, fn: str, impl: str, params: dict[str, Any]) -> Tensor:
-    """``φ(z)``: how every activation of ours is called, so that penalties see it."""
-    a = None
-    for observe in tuple(OBSERVERS):  # they come and go meanwhile
-        a = observe(z, fn, impl, params, a)
-    return act(z, fn=fn, impl=impl, **params) if a is None else a
+from fastjac.observers import activate
 
 
 def _drop_in(row: Activation) -> Callable[..., Tensor]:

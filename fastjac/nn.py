@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from fastjac.activations import TABLE, get
-from fastjac.functional import FUNCTIONS, activate
+from fastjac.functional import FUNCTIONS
+from fastjac.observers import activate
 from fastjac.ops import act
 from fastjac.ops.dispatch import OPS
 

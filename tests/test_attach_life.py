@@ -18,7 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import fastjac
-from fastjac.functional import OBSERVERS
+from fastjac.layerwise import statistics
+from fastjac.observers import OBSERVERS
 from fastjac.penalties import DREG, AccumulatedDREG, Contractive, GuRigazio
 
 pytestmark = pytest.mark.usefixtures("double")
@@ -411,7 +412,7 @@ class Counting(TorchDispatchMode):
 
 def test_number_of_operations_does_not_grow_with_the_layers(monkeypatch: Any) -> None:
     """On a GPU an operation is a launch: all row norms are one, all additions to ∂W are one."""
-    monkeypatch.setattr(DREG, "_tap_on_cpu", True)
+    monkeypatch.setattr(statistics, "TAPPED", {"cpu"})
 
     def operations(depth: int, attached: bool) -> Counter[str]:
         layers = [m for _ in range(depth) for m in (nn.Linear(4, 4), nn.GELU())]

@@ -14,18 +14,15 @@ DTensor, and torch reduces it, forward and backward.
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastjac.distributed import active, is_dtensor
+from fastjac.layerwise.layers import LayerCall, Nonlinearity
 from fastjac.ops import row_sqnorm
 from fastjac.ops.dispatch import accumulate_dtype
-
-if TYPE_CHECKING:
-    from fastjac.layerwise.layers import Call, Phi
-
 
 # ---- FSDP2
 
@@ -42,7 +39,7 @@ def freed(weight: Tensor) -> bool:
     return weight.numel() > 0 and weight.untyped_storage().size() == 0
 
 
-def check_gathered(call: Call) -> None:
+def check_gathered(call: LayerCall) -> None:
     """The kernels would read memory that is not there."""
     if freed(call.weight):
         raise RuntimeError(
@@ -53,7 +50,7 @@ def check_gathered(call: Call) -> None:
         )
 
 
-def tied(a: Tensor, value: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+def tied(a: Tensor, value: Tensor, call: LayerCall) -> tuple[Tensor, Tensor]:
     """Both, their gradients going back together."""
     return _Tied.apply(a, value, call.weight, call.name)
 
@@ -79,7 +76,7 @@ class _Tied(torch.autograd.Function):
 # ---- tensor parallel
 
 
-def layout_of(call: Call) -> Any:
+def layout_of(call: LayerCall) -> Any:
     """The layout of a layer's output over the processes: of a DTensor, or of what it was."""
     if call.norm is not None:
         raise refused(call, "a norm follows it: put the norm elsewhere")
@@ -97,11 +94,11 @@ def layout_of(call: Call) -> Any:
     return spec
 
 
-def refused(call: Call, why: str) -> RuntimeError:
+def refused(call: LayerCall, why: str) -> RuntimeError:
     return RuntimeError(f"layer {call.name}: its weight is a DTensor (tensor parallel), and {why}")
 
 
-def units_squared(call: Call, phi: Phi) -> tuple[Any, Any]:
+def units_squared(call: LayerCall, phi: Nonlinearity) -> tuple[Any, Any]:
     """``s``, the sum over positions of ``φ'(z)²``: ``[N, C]``, and the shape of the whole z.
 
     Of the whole layer, as a DTensor.
@@ -137,7 +134,7 @@ def units_squared(call: Call, phi: Phi) -> tuple[Any, Any]:
     ), spec.shape
 
 
-def row_norms(call: Call, impl: str = "auto") -> Any:
+def row_norms(call: LayerCall, impl: str = "auto") -> Any:
     """``‖W[i, :]‖²`` of the whole rows, ``[C]``, as a DTensor without pending sums."""
     from torch.distributed.tensor import DTensor, Partial, Replicate
 

@@ -11,22 +11,20 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from fastjac import arguments, distributed, reference
-from fastjac.layerwise.layers import Call, Phi, top_hooks
+from fastjac.layerwise.layers import LayerCall, Nonlinearity, top_hooks, written_to
+from fastjac.layerwise.passes import Pass, Term
 from fastjac.layerwise.penalty import LayerOptions, LayerPenalty
-from fastjac.layerwise.watch import Pass
 from fastjac.ops import act
 from fastjac.ops.dispatch import accumulate_dtype
 from fastjac.penalties.registry import PenaltySpec, pushed_example
 from fastjac.per_sample import measure
 
 
-@dataclass
-class Pushed:
-    """The output of a layer's activation, with the tangent it carries."""
+@dataclass(slots=True)
+class Pushed(Term):
+    """The output of a layer's activation, which carries its tangent."""
 
-    call: Call
-    post: Tensor
-    version: int
+    version: int = 0  # of the output, when it was computed
 
 
 class AccumulatedDREG(LayerPenalty):
@@ -124,26 +122,23 @@ class AccumulatedDREG(LayerPenalty):
             z = z + module.bias.to(z.dtype).view(-1, *[1] * (weight.dim() - 2))
         return forward_ad.make_dual(z, t)
 
-    def on_layer(self, seen: Pass, call: Call, phi: Phi, a: Tensor | None) -> Tensor:
+    def at_layer(
+        self, seen: Pass, call: LayerCall, phi: Nonlinearity, a: Tensor | None
+    ) -> tuple[Tensor, Pushed]:
         if a is None:
             assert phi.fn is not None
             a = act(call.z, fn=phi.fn, impl=phi.impl, **phi.params)
-        if not seen.dry:
-            seen.terms.append(Pushed(call, a, a._version))
-        return a
+        return a, Pushed(call, a, version=a._version)
 
-    def output_term(self, seen: Pass, call: Call) -> None:
-        seen.terms.append(Pushed(call, call.z, call.version))
+    def at_output(self, seen: Pass, call: LayerCall) -> Pushed:
+        return Pushed(call, call.z, call.z, version=call.version)
 
     def finish(self, seen: Pass, batch: int) -> Tensor:
         values = []
         for term in seen.terms:
-            if term.post._version != term.version:
-                raise RuntimeError(
-                    f"layer {term.call.name}: its output or that of its activation was modified in "
-                    "place after it was computed; use the out-of-place operation"
-                )
-            tangent = forward_ad.unpack_dual(term.post).tangent
+            if term.result._version != term.version:
+                raise written_to(term.call.name)
+            tangent = forward_ad.unpack_dual(term.result).tangent
             if tangent is None:
                 raise RuntimeError(
                     f"layer {term.call.name} does not depend on x: see that the model does not "
