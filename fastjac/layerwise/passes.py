@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from threading import get_ident
 from typing import Any
@@ -42,7 +41,7 @@ class LayerStatistic:
         raise NotImplementedError
 
     def before_pass(self, seen: Pass) -> None:
-        """Called when an attached model is about to run."""
+        """Called when the model is about to run, and before a checkpoint's recomputation."""
 
     def compute(self, module: Any, x: Tensor) -> Tensor | None:
         """The output of a plain Linear or convolution; None to have the module compute it."""
@@ -68,19 +67,22 @@ class Pass:
 
     def __init__(
         self,
-        statistic: Callable[[], Any],  # a weak reference to a `LayerStatistic`
+        statistic: LayerStatistic,
         layers: dict[nn.Module, str],
         nonlinearities: dict[Any, Nonlinearity],
         *,
         attached: bool,
         dry: bool = False,
     ) -> None:
-        self.statistic = statistic
+        # None once the model has run: a pass that is kept does not keep the penalty alive.
+        self.statistic: Any = statistic
         self.layers = layers  # all of the model, with their names
         self.nonlinearities = nonlinearities  # kept from pass to pass
         self.attached = attached
         self.dry = dry  # a recomputation by checkpoint: the same operations, nothing is kept
-        self.computes = statistic().computes
+        self.computes = statistic.computes
+        self.include_output = statistic.include_output
+        self.wanted: Any = None  # the statistic's own, from `before_pass`
         self.compiling = torch.compiler.is_compiling()
         self.grad = torch.is_grad_enabled()
         self.transformed = transformed()
@@ -99,7 +101,7 @@ class Pass:
     # ---- what the forwards report
 
     def compute(self, module: Any, x: Tensor) -> Tensor | None:
-        return self.statistic().compute(module, x)
+        return self.statistic.compute(module, x)
 
     def layer_ran(self, layer: Layer, x: Tensor, z: Tensor) -> LayerCall:
         module = layer.module
@@ -180,24 +182,20 @@ class Pass:
             # the forward did: the term is computed after the model has run.
             self.postponed.append((call, phi))
             assert a is not None
-        elif self.compiling:
-            a = self.term(call, phi, a)
         else:
             try:
-                a = self.term(call, phi, a)
+                a, term = self.statistic.at_layer(self, call, phi, a)
             finally:  # a checkpoint stops its recomputation by an exception
-                call.release()
+                if not self.compiling:
+                    call.release()
+            self._append(term, a)
         return original.copy_(a) if in_place else a
 
-    def term(self, call: LayerCall, phi: Nonlinearity, a: Tensor | None) -> Tensor:
-        """``φ(z)``, with the term of the layer noted."""
-        statistic = self.statistic()
-        a, term = statistic.at_layer(self, call, phi, a)
+    def _append(self, term: Term, a: Tensor) -> None:
         if not self.dry:
-            if statistic.include_output:
+            if self.include_output:
                 term.post = a
             self.terms.append(term)
-        return a
 
     def _check(self, call: LayerCall) -> None:
         # Under torch.func requires_grad says nothing.
@@ -228,11 +226,11 @@ class Pass:
             return True
         return False
 
-    def complete(self, outputs: list[Any]) -> list[tuple[str, str]]:
+    def complete(self, statistic: LayerStatistic, outputs: list[Any]) -> list[tuple[str, str]]:
         """Compute the terms that are missing; the names of the layers without one, and why."""
-        statistic = self.statistic()
         for call, phi in self.postponed:
-            self.term(call, phi, call.z)
+            a, term = statistic.at_layer(self, call, phi, call.z)
+            self._append(term, a)
         left_out, ran = [], set()
         for call in self.calls:
             ran.add(call.layer)
@@ -242,7 +240,7 @@ class Pass:
                 why = "its output, unchanged, was the input of no activation module"
                 if call.norm is not None:
                     why = "the output of the norm after it was the input of no activation module"
-            elif statistic.include_output:
+            elif self.include_output:
                 self.terms.append(statistic.at_output(self, call))
                 continue
             else:

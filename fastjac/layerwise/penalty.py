@@ -119,7 +119,7 @@ class LayerPenalty(LayerStatistic, ModelPenalty):
 
     def _finish(self, seen: Pass, output: Any, batch: int | None) -> Tensor | Sum:
         outputs = [output] if isinstance(output, Tensor) else tree_leaves(output)
-        left_out = seen.complete(outputs)
+        left_out = seen.complete(self, outputs)
         # Past nn.Module's own __setattr__, 2 µs each.
         state = vars(self)
         state["layers_found"] = [term.call.layer.name for term in seen.terms]

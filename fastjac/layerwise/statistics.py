@@ -91,26 +91,12 @@ def positions(call: LayerCall, shape: Sequence[int]) -> int:
 
 
 def at_layer(
-    seen: Pass, call: LayerCall, phi: Nonlinearity, a: Tensor | None, wanted: Wanted
+    seen: Pass, call: LayerCall, phi: Nonlinearity, a: Tensor | None
 ) -> tuple[Tensor, Statistic]:
     """``φ(z)`` (a, where that is given), and the statistic of the layer."""
+    wanted, options = seen.wanted, None
     if seen.sharded:
         sharded.check_gathered(call)
-    if is_dtensor(call.weight):
-        a, term = _of_shards(call, phi, a, wanted)
-    else:
-        a, term = _of_weight(seen, call, phi, a, wanted)
-    if seen.sharded:
-        if term.by_channel:
-            (term.result,), term.by_channel = totals([term], wanted.use_weight), False
-        a, term.result = sharded.tied(a, term.result, call)
-    return a, term
-
-
-def _of_weight(
-    seen: Pass, call: LayerCall, phi: Nonlinearity, a: Tensor | None, wanted: Wanted
-) -> tuple[Tensor, Statistic]:
-    options = None
     if a is None and call.norm is None and seen.grad and not seen.transformed:
         options = _one_node(call, phi, seen.compiling, wanted)
     if options is not None:
@@ -123,16 +109,25 @@ def _of_weight(
         run = layer_act if seen.compiling else apply_layer_act
         a, v = run(call.x, weight, call.layer.module.bias, call.z.detach(), options)
         seen.whole.append(call.layer)
-        return a, Statistic(call, v) if r is None else Statistic(call, v, by_channel=True, r=r)
-    if a is None and _after_batch_norm(seen, call, phi, wanted):
-        return _norm_node(call, phi, wanted)
-    statistic = _composed if phi.fn is None else _fused
-    term, computed = statistic(call, phi, a, wanted)
-    return computed if a is None else a, term
+        term = Statistic(call, v) if r is None else Statistic(call, v, by_channel=True, r=r)
+    elif call.layer.hooked and is_dtensor(call.weight):
+        a, term = _of_shards(call, phi, a, wanted)
+    elif a is None and _after_batch_norm(seen, call, phi, wanted):
+        a, term = _norm_node(call, phi, wanted)
+    else:
+        statistic = _composed if phi.fn is None else _fused
+        term, computed = statistic(call, phi, a, wanted)
+        a = computed if a is None else a
+    if seen.sharded:
+        if term.by_channel:
+            (term.result,), term.by_channel = totals([term], wanted), False
+        a, term.result = sharded.tied(a, term.result, call)
+    return a, term
 
 
-def at_output(seen: Pass, call: LayerCall, wanted: Wanted) -> Statistic:
+def at_output(seen: Pass, call: LayerCall) -> Statistic:
     """The statistic of the output layer, with ``φ' = 1``."""
+    wanted = seen.wanted
     if seen.sharded:
         sharded.check_gathered(call)
     if is_dtensor(call.weight):
@@ -160,7 +155,7 @@ def identity(weight: Tensor) -> tuple[int, int, int]:
     return id(weight), weight.data_ptr(), weight._version
 
 
-def norms_of_rows_at_once(seen: Pass, wanted: Wanted) -> None:
+def norms_of_rows_at_once(seen: Pass) -> None:
     """Compute the row norms of several weights in one launch, before the model runs.
 
     These are the weights of the layers that the last pass took whole (`layer_act`). Each layer then
@@ -172,7 +167,7 @@ def norms_of_rows_at_once(seen: Pass, wanted: Wanted) -> None:
         return
     weights = {layer: layer.module.weight for layer in seen.whole_before}
     first = next(iter(weights.values()))
-    if first.device.type not in TAPPED or wanted.per_sample or not wanted.use_weight:
+    if first.device.type not in TAPPED or seen.wanted.per_sample or not seen.wanted.use_weight:
         return
     kind = (first.dtype, first.device)
     weights = {
@@ -191,7 +186,7 @@ def norms_of_rows_at_once(seen: Pass, wanted: Wanted) -> None:
     }
 
 
-def totals(terms: Sequence[Statistic], use_weight: bool) -> list[Tensor]:
+def totals(terms: Sequence[Statistic], wanted: Wanted) -> list[Tensor]:
     """``Σ_l Σ_c s r`` of terms by channel, in as many operations as one layer takes.
 
     One number for each dtype of the weights and each implementation. Notes each layer's share.
@@ -201,7 +196,7 @@ def totals(terms: Sequence[Statistic], use_weight: bool) -> list[Tensor]:
         group = [t for t in terms if (t.call.weight.dtype, t.impl) == kind]
         sizes = [len(t.result) for t in group]
         product = torch.cat([t.result for t in group])
-        if use_weight:
+        if wanted.use_weight:
             missing = [t for t in group if t.r is None]
             rows = row_sqnorm([t.call.rows for t in missing], impl=kind[1]) if missing else []
             for t, r in zip(missing, rows, strict=True):
@@ -263,7 +258,7 @@ def _one_node(
 
 
 def _plan(call: LayerCall, phi: Nonlinearity, wanted: Wanted) -> LayerActOptions | None:
-    if wanted.per_sample or not wanted.use_weight or not call.layer.plain:
+    if wanted.per_sample or not wanted.use_weight or not call.layer.plain or call.layer.hooked:
         return None
     if phi.fn is None or not rows_in_memory(call.weight):
         return None

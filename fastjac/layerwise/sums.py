@@ -9,7 +9,6 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from fastjac.layerwise import statistics
-from fastjac.layerwise.layers import LayerCall, Nonlinearity
 from fastjac.layerwise.passes import Pass
 from fastjac.layerwise.penalty import LayerOptions, LayerPenalty, Sum
 from fastjac.layerwise.statistics import Statistic, Wanted
@@ -52,24 +51,13 @@ class SumOverLayers(LayerPenalty):
 
     # ---- the statistic, and the sum
 
-    @property
-    def per_sample_wanted(self) -> bool:
-        """Whether the sum over samples comes last: else it is taken in the pass over z."""
-        return not self.squared or self.reduction == "none"
-
-    def _wanted(self) -> Wanted:
-        return Wanted(self.per_sample_wanted, self.use_weight, self.deterministic)
-
     def before_pass(self, seen: Pass) -> None:
-        statistics.norms_of_rows_at_once(seen, self._wanted())
+        per_sample = not self.squared or self.reduction == "none"
+        seen.wanted = Wanted(per_sample, self.use_weight, self.deterministic)
+        statistics.norms_of_rows_at_once(seen)
 
-    def at_layer(
-        self, seen: Pass, call: LayerCall, phi: Nonlinearity, a: Tensor | None
-    ) -> tuple[Tensor, Statistic]:
-        return statistics.at_layer(seen, call, phi, a, self._wanted())
-
-    def at_output(self, seen: Pass, call: LayerCall) -> Statistic:
-        return statistics.at_output(seen, call, self._wanted())
+    at_layer = staticmethod(statistics.at_layer)
+    at_output = staticmethod(statistics.at_output)
 
     def finish(self, seen: Pass, batch: int) -> Tensor | Sum:
         terms = self.select(seen.terms)
@@ -79,7 +67,7 @@ class SumOverLayers(LayerPenalty):
             self.layers_left_out += [(name, self.not_selected) for name in names]
         factors = self.factors(len(terms))
         over = batch if self.reduction == "mean" and batch else 1
-        if self.per_sample_wanted:
+        if seen.wanted.per_sample:
             values = [t.result / self.divisor(t) for t in terms]
             values = values if self.squared else [_root(v) for v in values]
             values = [v if f == 1 else f * v for f, v in zip(factors, values, strict=True)]
@@ -92,7 +80,7 @@ class SumOverLayers(LayerPenalty):
                 t.result = t.result if f == 1 else t.result * f
         sums = [t.result for t in terms if not t.by_channel]
         totals = [torch.stack(sums).sum()] if sums else []
-        totals += statistics.totals([t for t in terms if t.by_channel], self.use_weight)
+        totals += statistics.totals([t for t in terms if t.by_channel], seen.wanted)
         shares = [(t, t.share if t.by_channel else t.result) for t in terms]
         self.remember([(t.call.name, s, common / over) for t, s in shares if s is not None])
         total = totals[0] if len(totals) == 1 else torch.stack(totals).sum()

@@ -151,7 +151,9 @@ class Watch:
 
     def begin(self) -> Pass:
         """A pass: run the model, then `end` it, whatever happened."""
-        seen = self._pass()
+        statistic = self.statistic()
+        assert statistic is not None
+        seen = self._pass(statistic)
         if not seen.compiling and torch.is_inference_mode_enabled():
             raise RuntimeError(
                 "inference mode is active: its tensors keep no track of in-place changes; use "
@@ -170,10 +172,9 @@ class Watch:
         self.cache.__enter__()
         self.current = seen
         OBSERVERS.append(self.observe)  # for this pass alone: torch.compile guards on the list
-        statistic = self.statistic()
-        if self.attached and statistic is not None:
+        if self.attached:
             seen.whole_before = self.whole
-            statistic.before_pass(seen)
+        statistic.before_pass(seen)
         return seen
 
     def end(self) -> None:
@@ -182,15 +183,15 @@ class Watch:
                 OBSERVERS.pop()
             else:  # other threads may have put theirs behind it
                 OBSERVERS.remove(self.observe)
+            self.current.statistic = None
             self.current = None
         if self.cache is not None:
             self.cache.__exit__(None, None, None)
             self.cache = None
 
-    def _pass(self, *, dry: bool = False) -> Pass:
-        return Pass(
-            self.statistic, self.layers, self.nonlinearities, attached=self.attached, dry=dry
-        )
+    def _pass(self, statistic: LayerStatistic, *, dry: bool = False) -> Pass:
+        known = self.nonlinearities
+        return Pass(statistic, self.layers, known, attached=self.attached, dry=dry)
 
     def running(self) -> Pass | None:
         """The pass that is on, or the recomputation of one."""
@@ -204,15 +205,20 @@ class Watch:
                 "the model runs in two threads at once (DataParallel?), and the penalty attached "
                 "to it can follow one: use DistributedDataParallel, or detach() the penalty"
             )
-        if not self.recompute or torch.compiler.is_compiling() or self.statistic() is None:
+        if not self.recompute or torch.compiler.is_compiling():
+            return None
+        statistic = self.statistic()
+        if statistic is None:
             return None
         task = torch._C._current_graph_task_id()
         if task == -1:
             return None
         if self.again is None or self.again.task != task:
             self._forget_recomputation()
-            self.again = self._pass(dry=True)
+            # By proxy: a backward that raises leaves this pass, which must not keep the penalty.
+            self.again = self._pass(weakref.proxy(statistic), dry=True)
             self.again.task = task
+            statistic.before_pass(self.again)
             OBSERVERS.append(self.observe)
             # Runs when this backward is over, unless it raises.
             engine = torch.autograd.Variable._execution_engine
