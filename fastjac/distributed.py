@@ -15,21 +15,18 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils._pytree import tree_leaves
 
+from fastjac import torch_private
 from fastjac.ops.autograd import graph_nodes
 from fastjac.per_sample import attached_zero
-
-if TYPE_CHECKING:
-    from fastjac.penalty import Penalty
 
 
 def active() -> bool:
@@ -73,7 +70,7 @@ def attached(value: Tensor, *outputs: Any) -> Tensor:
     """``value``, in the graph of the outputs too, with the gradient 0."""
     if not active():
         return value
-    for t in tree_leaves(outputs):
+    for t in torch_private.tree_leaves(outputs):
         if isinstance(t, Tensor) and t.requires_grad and t.is_floating_point():
             value = value + attached_zero(t, value.dtype).to(value.device)
     return value
@@ -86,25 +83,30 @@ def static_graph() -> Any:
     """
     if not active() or torch.compiler.is_compiling():
         return None
-    ddp: Any = DistributedDataParallel._get_active_ddp_module()
-    waits = ddp is not None and ddp.static_graph and not ddp._static_graph_delay_allreduce_enqueued
-    return weakref.ref(ddp) if waits else None
+    ddp = torch_private.waiting_ddp()
+    return None if ddp is None else weakref.ref(ddp)
 
 
 def through_sink(value: Tensor, ddp: Any) -> Tensor:
     """``value``, whose gradient makes the DDP of `static_graph` reduce too."""
-    if ddp is None:
-        return value
-    from torch.nn.parallel.distributed import _DDPSink
-
-    return _DDPSink.apply(ddp, value)[0]
+    return value if ddp is None else torch_private.through_ddp_sink(value, ddp)
 
 
 # ---- one call
 
 
-def run(penalty: Penalty, model: Any, x: Any, targets: Any, named: Any) -> tuple[Tensor, Tensor]:
-    """Output and value of the model form."""
+def run(
+    body: Callable[[Any, Any], tuple[Tensor, Tensor]],
+    model: Any,
+    x: Any,
+    *,
+    weights_afterwards: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """``body(model, x)``, run where the wrapper of a distributed model runs its module.
+
+    ``body`` runs the model once and returns two tensors: the output, and a value computed from it.
+    ``weights_afterwards`` says whether it needs the weights after the forward pass of the model.
+    """
     owner = getattr(model, "__self__", model) if active() else None  # of a method
     if isinstance(owner, nn.Module):
         check_model(owner)
@@ -114,16 +116,10 @@ def run(penalty: Penalty, model: Any, x: Any, targets: Any, named: Any) -> tuple
                 "around its forward: pass the module itself"
             )
         ddp = isinstance(model, DistributedDataParallel)
-        if ddp or (is_sharded(model) and not penalty.watches):
+        if ddp or (is_sharded(model) and weights_afterwards):
             _check_wrapper(model, hooks=0 if ddp else 1)
-            within = _inside_ddp if ddp else _inside_fully_shard
-            return within(penalty, model, x, targets, named)
-    return _call(penalty, model, x, targets, named)
-
-
-def _call(penalty: Penalty, model: Any, x: Any, targets: Any, named: Any) -> tuple[Tensor, Tensor]:
-    output, values = penalty.model_form(model, x, *targets, **named)
-    return output, penalty._reduce(values)
+            return (_inside_ddp if ddp else _inside_fully_shard)(body, model, x)
+    return body(model, x)
 
 
 def check_model(model: nn.Module) -> None:
@@ -158,17 +154,17 @@ def _check_wrapper(model: nn.Module, hooks: int) -> None:
 
 
 class _Inside:
-    """In the place of a wrapper's module for one call.
+    """Stands in the place of a wrapper's module for one call.
 
-    ``rest``: targets and named arguments. They do not go through the wrapper, which would cast them
-    with the model's inputs (mixed precision).
+    Only ``x`` goes through the wrapper: it would cast other arguments as it casts the inputs of the
+    model (mixed precision).
     """
 
-    def __init__(self, penalty: Penalty, module: Any, *rest: Any) -> None:
-        self.penalty, self.module, self.rest = penalty, module, rest
+    def __init__(self, body: Callable[[Any, Any], Any], module: Any) -> None:
+        self.body, self.module = body, module
 
     def __call__(self, x: Any) -> tuple[Tensor, Tensor]:
-        return _call(self.penalty, self.module, x, *self.rest)
+        return self.body(self.module, x)
 
     forward = __call__
 
@@ -176,11 +172,9 @@ class _Inside:
         return getattr(self.module, name)  # DDP asks for the buffers
 
 
-def _inside_ddp(
-    penalty: Penalty, model: Any, x: Any, targets: Any, named: Any
-) -> tuple[Tensor, Tensor]:
+def _inside_ddp(body: Callable[[Any, Any], Any], model: Any, x: Any) -> tuple[Tensor, Tensor]:
     module = model.module
-    model._modules["module"] = _Inside(penalty, module, targets, named)
+    model._modules["module"] = _Inside(body, module)
     try:
         return model(x)
     finally:
@@ -205,7 +199,7 @@ class _Bare(nn.Module):
 
 
 def _inside_fully_shard(
-    penalty: Penalty, model: Any, x: Any, targets: Any, named: Any
+    body: Callable[[Any, Any], Any], model: Any, x: Any
 ) -> tuple[Tensor, Tensor]:
     # Kept in the model: FSDP's states refer to each other, so a weak dictionary would keep it.
     bare = vars(model).get("_fastjac_bare") or _Bare(model)
@@ -218,10 +212,10 @@ def _inside_fully_shard(
         if before is not None:
             vars(model)["forward"] = before
 
-    def forward(x: Any) -> tuple[Tensor, Tensor]:  # the rest as in `_Inside`
+    def forward(x: Any) -> tuple[Tensor, Tensor]:
         restore()
         with gathered(model):
-            output, value = _call(penalty, bare, x, targets, named)
+            output, value = body(bare, x)
         # FSDP warns of views, whose hooks an in-place operation would drop.
         return _own(output), _own(value)
 
@@ -243,19 +237,17 @@ def gathered(model: nn.Module) -> Iterator[None]:
     The submodules that were sharded on their own are gathered here, and their hooks made to pass
     on; when the backward is over, FSDP reduces and shards again all that it has not done before.
     """
-    from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
-
     parts: list[Any] = [m for m in model.modules() if is_sharded(m) and m is not model]
-    states = [part._get_fsdp_state() for part in parts]
+    states = [torch_private.fsdp_state(part) for part in parts]
     try:
         for part, state in zip(parts, states, strict=True):
             part.unshard()
             # What a checkpoint's recomputation finds: nothing is gathered, freed or hooked.
-            state._training_state = TrainingState.PRE_BACKWARD
+            torch_private.set_fsdp_state(state, "PRE_BACKWARD")
         yield
     finally:
         for state in states:
-            state._training_state = TrainingState.IDLE
+            torch_private.set_fsdp_state(state, "IDLE")
 
 
 # ---- what cannot be

@@ -14,7 +14,7 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor, nn
 
-from fastjac import arguments, distributed
+from fastjac import arguments, distributed, torch_private
 from fastjac.per_sample import attached_zeros
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -22,7 +22,7 @@ REDUCTIONS = ("mean", "sum", "none")
 
 def check_modes() -> None:
     """A gradient needs autograd switched on, and the graph that ``torch.func`` hides."""
-    if torch._C._are_functorch_transforms_active():
+    if torch_private.transforms_active():
         raise RuntimeError(
             "the penalty reads autograd's graph, which does not exist inside a torch.func "
             "transform: call it outside, or write it with torch.func.vjp (fastjac.reference shows "
@@ -39,7 +39,7 @@ def check_modes() -> None:
 
 def check_not_recomputed(option: str) -> None:
     """A checkpoint recomputes in the backward: a call that is counted would be so twice."""
-    if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+    if not torch.compiler.is_compiling() and torch_private.current_backward() != -1:
         raise RuntimeError(
             f"the penalty has {option} and runs again in a backward, as a checkpoint recomputes "
             "it: keep the penalty outside the checkpointed function"
@@ -114,7 +114,9 @@ class Penalty(nn.Module):
     """
 
     needs_grad = True
-    watches = False  # looks at a model's layers while it runs, and takes no gradient
+    # Whether the weights of the model must stay in this process after its forward pass (FSDP2 frees
+    # them): to differentiate the output, for instance.
+    needs_weights_afterwards = True
     # What a WeightSchedule last made of which base: (weight, base). Copies and pickles have it too.
     _scheduled: tuple[float, float] | None = None
 
@@ -153,7 +155,14 @@ class Penalty(nn.Module):
             output = x_or_output
             value = self._reduce(self.graph_form(model_or_x, output, *targets, **named))
         else:
-            output, value = distributed.run(self, model_or_x, x_or_output, targets, named)
+
+            def body(model: Any, x: Any) -> tuple[Tensor, Tensor]:
+                output, values = self.model_form(model, x, *targets, **named)
+                return output, self._reduce(values)
+
+            output, value = distributed.run(
+                body, model_or_x, x_or_output, weights_afterwards=self.needs_weights_afterwards
+            )
         self.count_call()
         value = distributed.attached(value, output)
         return value if graph else (output, value)
@@ -190,24 +199,20 @@ class Penalty(nn.Module):
         )
 
     def graph_form(self, x: Tensor, output: Tensor, *targets: Any, **named: Any) -> Tensor:
-        """Per-sample values of an existing graph."""
-        return self.per_sample(x, output, *targets, **named)
+        """``R_n``, ``[N]``, of an ``x`` and an ``output`` in one graph."""
+        raise TypeError(f"{type(self).__name__} does not define graph_form")
 
     def model_form(
         self, model: Callable[..., Any], x: Tensor, *targets: Any, **named: Any
     ) -> tuple[Tensor, Tensor]:
-        """Run the model; its output and the per-sample values."""
+        """Runs the model; returns its output and ``R_n``, ``[N]``."""
         output = call_model(model, arguments.tensor("x", x))
         return output, self.graph_form(x, output, *targets, **named)
-
-    def per_sample(self, x: Tensor, output: Tensor, *targets: Any, **named: Any) -> Tensor:
-        """``R_n``, as ``[N]``."""
-        raise TypeError(f"{type(self).__name__} does not define per_sample")
 
     @classmethod
     def call_parameters(cls) -> list[inspect.Parameter]:
         """What a call takes, with ``x, output`` or ``model, x`` first."""
-        return parameters_of(cls.per_sample)
+        return parameters_of(cls.graph_form)
 
     def _reduce(self, values: Any) -> Tensor:
         factor = self.weight * (self.every if self.training else 1)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as module_hooks
 
 from fastjac.activations import IDS, TABLE, get
+from fastjac.input_jacobian.chain.links import copies
 from fastjac.nn import Act, activation_of
 from fastjac.ops import mlp as mlp  # registers the ops
 from fastjac.ops.autograd import below_autograd
@@ -196,6 +197,8 @@ def _wanted(flags: tuple[bool, ...]) -> Tensor:
 class Mlp:
     """One run. `of` returns None where the model is something else."""
 
+    one_product = True  # of which `pull` leaves the state in the stacks
+
     def __init__(self, recipe: Recipe, x: Tensor) -> None:
         n = self.n = len(x)
         self.shape = x.shape
@@ -246,16 +249,29 @@ class Mlp:
 
     def norms(self, w: Tensor) -> tuple[Tensor, Tensor]:
         if self.tile < self.n < len(w):  # several cotangents want one tile
-            self.stacks = [
-                torch.cat([part[len(part) // 2 :] for part in t.split(2 * self.tile)])
-                for t in self.stacks
-            ]
-            self.tile = self.n
+            self.stacks, self.tile = list(map(self._pre_activation, self.stacks)), self.n
         with below_autograd():
             *self.deltas, v, norms = raw("mlp_pull")(
                 w.contiguous(), self.weights, self.stacks, self.n, self.tile, self.plan
             )
         return v, norms
+
+    def _pre_activation(self, stack: Tensor) -> Tensor:
+        """``z_l`` of a hidden layer, from a stack as `mlp_forward` leaves it, tile by tile."""
+        return torch.cat([part[len(part) // 2 :] for part in stack.split(2 * self.tile)])
+
+    def jvp(self, u: Tensor) -> Tensor:
+        """``J u`` for u ``[K N, ...]``: two operations a layer."""
+        u = u.reshape(len(u), -1)
+        for weight, activation, stack in zip(
+            self.weights, self.activations, [*self.stacks, None], strict=True
+        ):
+            u = u.mm(weight.t())
+            if stack is not None:
+                z = copies(self._pre_activation(stack), u)
+                with below_autograd():
+                    u = raw("act")(z, u, 1, *activation)
+        return u
 
     def push(
         self, u: Tensor, keep: bool, wanted: bool, factor: Tensor | None = None
