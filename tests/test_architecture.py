@@ -18,6 +18,7 @@ ROOMS = [
     ("distributed",),
     ("per_sample", "arguments", "nn"),
     ("functional",),
+    ("observers",),
     ("kernels",),  # `ops` runs them by name
     ("ops",),
     ("activations", "reference", "codegen", "torch_private", "_version"),

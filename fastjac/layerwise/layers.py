@@ -229,15 +229,3 @@ def conv_options(module: Any) -> tuple[Any, ...] | None:
         return None
     options = (module.stride, module.padding, module.dilation, False, module.output_padding)
     return (*options, module.groups)
-
-
-def top_hooks() -> Any:
-    """The innermost hooks on saved tensors (those of a checkpoint, usually), None without any."""
-    if torch.compiler.is_compiling():
-        return None
-    return torch._C._autograd._top_saved_tensors_default_hooks(True)
-
-
-def saved_tensor_hooks() -> bool:
-    """Whether a checkpoint, or anything else with hooks on saved tensors, is active."""
-    return top_hooks() is not None

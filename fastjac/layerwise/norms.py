@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from fastjac.layerwise.batch_norm import Normed, inverse_variance
-from fastjac.layerwise.layers import LayerCall, saved_tensor_hooks
+from fastjac.layerwise.layers import LayerCall
 from fastjac.ops.act_stats import recorded
 from fastjac.ops.autograd import Function
 from fastjac.ops.dispatch import accumulate_dtype
+from fastjac.torch_private import saved_tensor_hooks
 
 BATCH_NORM_NODES = ("NativeBatchNormBackward0", "CudnnBatchNormBackward0")
 
@@ -54,7 +55,7 @@ def batch_normed(y: Tensor, norm: Any) -> Normed | None:
     """What a BatchNorm in training mode has just computed; None for any other call of it."""
     node = y.grad_fn
     # Under checkpoint to read what the node saved would run the model again.
-    if node is None or node.name() not in BATCH_NORM_NODES or saved_tensor_hooks():
+    if node is None or node.name() not in BATCH_NORM_NODES or saved_tensor_hooks() is not None:
         return None
     if not node._saved_training:  # type: ignore[attr-defined]
         return None

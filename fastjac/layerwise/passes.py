@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo.comptime import comptime
 
 from fastjac.distributed import is_dtensor
-from fastjac.layerwise.layers import Layer, LayerCall, Nonlinearity, saved_tensor_hooks
+from fastjac.layerwise.layers import Layer, LayerCall, Nonlinearity
 from fastjac.layerwise.norms import batch_normed
 from fastjac.layerwise.sharded import sharding
 from fastjac.ops import act
 from fastjac.ops.act_stats import transformed
+from fastjac.torch_private import comptime, saved_tensor_hooks, transforms_active
 
 
 @dataclass(slots=True)
@@ -169,7 +169,7 @@ class Pass:
         if in_place:  # z is needed as it is now; the model gets it overwritten, as it expects
             call.z = original.clone()
             call.version = call.version if self.compiling else call.z._version
-        postponed = not self.attached and saved_tensor_hooks()
+        postponed = not self.attached and saved_tensor_hooks() is not None
         if a is None and (phi.fn is None or postponed):
             self.inside += 1
             try:
@@ -199,7 +199,7 @@ class Pass:
 
     def _check(self, call: LayerCall) -> None:
         # Under torch.func requires_grad says nothing.
-        needed = self.grad and not torch._C._are_functorch_transforms_active()
+        needed = self.grad and not transforms_active()
         if needed and not call.z.requires_grad and call.weight.requires_grad:
             raise RuntimeError(
                 f"layer {call.name}: its pre-activation was computed with gradients off (a "

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 from typing_extensions import Unpack
 
 from fastjac import arguments, distributed
@@ -18,6 +17,7 @@ from fastjac.layerwise.passes import LayerStatistic, Pass
 from fastjac.layerwise.watch import Watch
 from fastjac.penalty import ModelPenalty, PenaltyOptions, call_model
 from fastjac.per_sample import attached_zeros
+from fastjac.torch_private import tree_leaves
 
 
 class LayerOptions(PenaltyOptions, total=False):

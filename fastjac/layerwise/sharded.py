@@ -13,12 +13,12 @@ DTensor, and torch reduces it, forward and backward.
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastjac import torch_private
 from fastjac.distributed import active, is_dtensor
 from fastjac.layerwise.layers import LayerCall, Nonlinearity
 from fastjac.ops import row_sqnorm
@@ -29,8 +29,7 @@ from fastjac.ops.dispatch import accumulate_dtype
 
 def sharding() -> bool:
     """Whether any module of this process is under ``fully_shard``."""
-    states = sys.modules.get("torch.distributed._composable_state")
-    return active() and states is not None and len(states._module_state_mapping) > 0
+    return active() and torch_private.any_module_is_sharded()
 
 
 def freed(weight: Tensor) -> bool:

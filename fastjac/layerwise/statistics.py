@@ -25,18 +25,14 @@ from fastjac.layerwise import sharded
 from fastjac.layerwise.batch_norm import batch_norm_act
 from fastjac.layerwise.layer_act import Layer as LayerActOptions
 from fastjac.layerwise.layer_act import apply_layer_act, layer_act
-from fastjac.layerwise.layers import (
-    LayerCall,
-    Nonlinearity,
-    conv_options,
-    saved_tensor_hooks,
-)
+from fastjac.layerwise.layers import LayerCall, Nonlinearity, conv_options
 from fastjac.layerwise.norms import Gain, norm_gain
 from fastjac.layerwise.passes import Pass, Term
 from fastjac.ops import act_stats, row_sqnorm
 from fastjac.ops.dispatch import OPS, accumulate_dtype
 from fastjac.ops.registration import suffix_of
 from fastjac.ops.row_sqnorm import rows_in_memory, tapped
+from fastjac.torch_private import saved_tensor_hooks
 
 NO_GAIN = Gain()
 TAPPED = {"cuda"}
@@ -103,7 +99,7 @@ def at_layer(
         weight, r = call.weight, None
         tap = seen.taps.get(call.layer) if seen.taps else None
         # Of this very weight, and not in a checkpoint, which would have to recompute it.
-        if tap is not None and tap[0] == identity(weight) and not saved_tensor_hooks():
+        if tap is not None and tap[0] == identity(weight) and saved_tensor_hooks() is None:
             weight, r = tap[1:]
             options = options._replace(rows=False)
         run = layer_act if seen.compiling else apply_layer_act
@@ -275,7 +271,7 @@ def _after_batch_norm(seen: Pass, call: LayerCall, phi: Nonlinearity, wanted: Wa
     if call.normed is None or phi.fn is None or wanted.per_sample or not wanted.use_weight:
         return False
     y = call.z
-    if not seen.grad or saved_tensor_hooks() or y._backward_hooks or y.retains_grad:
+    if not seen.grad or saved_tensor_hooks() is not None or y._backward_hooks or y.retains_grad:
         return False
     bias = call.norm.bias
     if bias is not None and bias._version != call.normed.bias_version:

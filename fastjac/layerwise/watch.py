@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from fastjac import torch_private
 from fastjac.distributed import is_dtensor, static_graph
 from fastjac.layerwise.forwards import (
     Forward,
@@ -210,7 +211,7 @@ class Watch:
         statistic = self.statistic()
         if statistic is None:
             return None
-        task = torch._C._current_graph_task_id()
+        task = torch_private.current_backward()
         if task == -1:
             return None
         if self.again is None or self.again.task != task:
@@ -221,8 +222,7 @@ class Watch:
             statistic.before_pass(self.again)
             OBSERVERS.append(self.observe)
             # Runs when this backward is over, unless it raises.
-            engine = torch.autograd.Variable._execution_engine
-            engine.queue_callback(self._forget_recomputation)
+            torch_private.after_backward(self._forget_recomputation)
         return self.again
 
     def _forget_recomputation(self) -> None:

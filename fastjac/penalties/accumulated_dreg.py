@@ -11,13 +11,14 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from fastjac import arguments, distributed, reference
-from fastjac.layerwise.layers import LayerCall, Nonlinearity, top_hooks, written_to
+from fastjac.layerwise.layers import LayerCall, Nonlinearity, written_to
 from fastjac.layerwise.passes import Pass, Term
 from fastjac.layerwise.penalty import LayerOptions, LayerPenalty
 from fastjac.ops import act
 from fastjac.ops.dispatch import accumulate_dtype
 from fastjac.penalties.registry import PenaltySpec, pushed_example
 from fastjac.per_sample import measure
+from fastjac.torch_private import saved_tensor_hooks
 
 
 @dataclass(slots=True)
@@ -84,7 +85,7 @@ class AccumulatedDREG(LayerPenalty):
             )
         u = self._draw(arguments.floating("x", x)) if tangent is None else self._given(tangent, x)
         # Those of a checkpoint around this call, which recomputes all of it.
-        vars(self)["_hooks"] = top_hooks()
+        vars(self)["_hooks"] = saved_tensor_hooks()
         with forward_ad.dual_level():
             try:
                 dual, values = super().model_form(model, forward_ad.make_dual(x, u))
@@ -105,7 +106,7 @@ class AccumulatedDREG(LayerPenalty):
         a, u = forward_ad.unpack_dual(x)
         if u is None or x.dim() < 2 or len(x) == 0:
             return None
-        if top_hooks() != self._hooks:
+        if saved_tensor_hooks() != self._hooks:
             raise RuntimeError(
                 "a part of the model runs in a checkpoint, which would recompute it without its "
                 "tangent: checkpoint the call of AccumulatedDREG as a whole, or nothing in it"
