@@ -1,9 +1,9 @@
 """Drop-ins for torch's activation functions: ``fastjac.gelu(z)`` where ``F.gelu(z)`` stood.
 
-Made from the activation table, one function a row, with torch's parameter names and order. Each
-takes ``impl`` beside them and is `fastjac.act` of order 0, so the VJP and the double backward that
+Each row of the activation table gives one function, with torch's parameter names and order and
+the keyword ``impl``. It is `fastjac.act` of order 0, so that the VJP and the double backward that
 ``autograd.grad(create_graph=True)`` asks for are the fused ones. In a model that `fastjac.DREG` is
-attached to they also tell the penalty about the layer, which ``F.gelu`` cannot.
+attached to, these functions also show the layer to the penalty, which ``F.gelu`` cannot.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The activation as a module, and `fuse`, which puts it into a model that exists.
+"""The activation as a module, and `fuse`, which puts it into an existing model.
 
-After ``fuse(model)`` anyone's ``autograd.grad(..., create_graph=True)`` runs the fused double
-backward: nothing else about the model or the code around it changes.
+After ``fuse(model)``, ``autograd.grad(..., create_graph=True)`` runs the fused double backward.
+Nothing else about the model or the code around it changes.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Act(nn.Module):
         return activate(z, self.fn, self.impl, self.params)
 
     def compute(self, z: Tensor) -> Tensor:
-        """``φ(z)`` unseen by the penalties that watch the model."""
+        """``φ(z)``, which penalties that watch the model do not see."""
         return act(z, fn=self.fn, impl=self.impl, **self.params)
 
     def derivative(self, z: Tensor, g: Tensor | None = None, order: int = 1) -> Tensor:

@@ -54,7 +54,7 @@ def norm_gain(call: LayerCall) -> Gain:
 def batch_normed(y: Tensor, norm: Any) -> Normed | None:
     """What a BatchNorm in training mode has just computed; None for any other call of it."""
     node = y.grad_fn
-    # Under checkpoint to read what the node saved would run the model again.
+    # Under a checkpoint, reading what the node saved would run the model again.
     if node is None or node.name() not in BATCH_NORM_NODES or saved_tensor_hooks() is not None:
         return None
     if not node._saved_training:  # type: ignore[attr-defined]

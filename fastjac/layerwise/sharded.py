@@ -1,14 +1,14 @@
 """Layer-wise penalties of weights that are not whole in this process.
 
-FSDP2 gathers a weight when its module's forward begins, frees it after, and gathers it again when
-the gradient of the module's output arrives. A penalty's own graph has no part in that, so its terms
-are computed while the module runs, and `tied` to the output of the activation: their backward waits
-for the gradient of that output, behind which the weights are back.
+FSDP2 gathers a weight when the forward of its module begins, frees it afterwards, and gathers it
+again when the gradient of the output of the module arrives. It does not do so for the graph of a
+penalty. Therefore the terms are computed while the module runs, and are `tied` to the output of the
+activation: their backward waits for the gradient of that output, when the weights are there again.
 
-Tensor parallel weights are DTensors. A term is ``Σ_c s_c r_c``: the row norms ``r`` of a weight
-that is sharded over its inputs are sums over the processes, and so are the ``s`` of an output that
-is sharded over positions, and the last sum where it is sharded over units. Each is placed as a
-DTensor, and torch reduces it, forward and backward.
+Tensor parallel weights are DTensors. A term is ``Σ_c s_c r_c``. The row norms ``r`` of a weight
+that is sharded over its inputs are sums over the processes. So are the ``s`` of an output that is
+sharded over positions, and the sum over c of an output that is sharded over units. Each is made a
+DTensor with its placement, and torch reduces it in the forward and in the backward.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def freed(weight: Tensor) -> bool:
 
 
 def check_gathered(call: LayerCall) -> None:
-    """The kernels would read memory that is not there."""
+    """Raise if FSDP has freed the weight, which the kernels would read."""
     if freed(call.weight):
         raise RuntimeError(
             f"layer {call.name}: FSDP has freed its weight before the penalty could use it: apply "
@@ -50,7 +50,7 @@ def check_gathered(call: LayerCall) -> None:
 
 
 def tied(a: Tensor, value: Tensor, call: LayerCall) -> tuple[Tensor, Tensor]:
-    """Both, their gradients going back together."""
+    """Both, such that the backward of each waits for the gradients of both."""
     return _Tied.apply(a, value, call.weight, call.name)
 
 

@@ -1,8 +1,9 @@
 """The statistic of a layer, ``Σ_p Σ_c φ'(z_npc)² ‖W_c‖²``, by the cheapest way that a call allows.
 
-From the best: the layer and its activation as one node (`layer_act`), BatchNorm and activation as
-one (`batch_norm_act`), the activation's pass with the statistic (`act_stats`), composed operations
-for an activation that the table does not have or a weight that is a DTensor.
+From the cheapest to the dearest: the layer and its activation as one autograd node (`layer_act`);
+BatchNorm and activation as one node (`batch_norm_act`); the activation with the statistic in one
+pass (`act_stats`); composed operations, for an activation that the table does not have or a weight
+that is a DTensor.
 
 Where the sum over the samples is all that is wanted, it is taken first: ``s_c = Σ_{n,p} φ'²`` comes
 out of the pass that computes the activation, and ``Σ_c s_c ‖W_c‖²`` is a product of two vectors,
@@ -23,8 +24,7 @@ from fastjac.activations import IDS, get
 from fastjac.distributed import is_dtensor
 from fastjac.layerwise import sharded
 from fastjac.layerwise.batch_norm import batch_norm_act
-from fastjac.layerwise.layer_act import Layer as LayerActOptions
-from fastjac.layerwise.layer_act import apply_layer_act, layer_act
+from fastjac.layerwise.layer_act import LayerActOptions, apply_layer_act, layer_act
 from fastjac.layerwise.layers import LayerCall, Nonlinearity, conv_options
 from fastjac.layerwise.norms import Gain, norm_gain
 from fastjac.layerwise.passes import Pass, Term

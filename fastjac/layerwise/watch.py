@@ -1,11 +1,11 @@
-"""Watches a model run and finds its layers: (Linear or convolution, perhaps a norm, activation).
+"""Watches a model while it runs: puts `forwards` into its modules, and takes them out again.
 
-While a model is watched, the ``forward`` of these modules (an attribute of the instance, gone when
-the watch ends) notes the tensor object it returned; an activation that is called with that very
-object belongs to it. Tensor identity is what counts, so a layer is found however the model's
-``forward`` is written, and a tensor that went through anything else in between (a view, an
-addition) is not taken for a pre-activation. The activation is then computed by the penalty, which
-gets its statistic from the same pass.
+A layer is a Linear or convolution module, perhaps a norm, and an activation. While a model is
+watched, the ``forward`` of these modules, an attribute of the instance, notes the tensor object
+that it returned. An activation that is called with that very object belongs to it. Since the
+identity of the tensor counts, a layer is found however the ``forward`` of the model is written, and
+a tensor that went through anything else in between (a view, an addition) is not taken for a
+pre-activation. The penalty then computes the activation, and its statistic in the same pass.
 
 Copies of a watched model (``deepcopy``, pickle) are not watched: their ``forward`` does what the
 class says.
@@ -39,11 +39,11 @@ from fastjac.nn import held_functions
 from fastjac.observers import OBSERVERS, Recorded
 
 LOCK = RLock()
-"""Several threads may call penalties of one model: each links its forwards before the others'."""
+"""Held while forwards are put in or taken out: several threads may call penalties of one model."""
 
 
 class Watch:
-    """Puts the watching ``forward``s into a model and takes them out again."""
+    """The forwards that watch a model for one penalty, and the passes of an attached model."""
 
     def __init__(self, model: Any, statistic: LayerStatistic) -> None:
         if not isinstance(model, nn.Module):
@@ -74,7 +74,7 @@ class Watch:
     # ---- the forwards
 
     def install(self, *, attach: bool) -> None:
-        """``attach``: each call of the model that is wanted is a pass, kept in ``passes``."""
+        """Put the forwards in. With ``attach``, each call of the model that counts adds a pass."""
         self.attached = attach
         with LOCK:
             for module in self.names:
@@ -107,7 +107,7 @@ class Watch:
     # ---- runs of the model
 
     def model_called(self, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """For the attached model: its run is a pass, if the penalty wants one."""
+        """The attached model is called: its run is a pass if the penalty wants one."""
         if self.called:
             return forward(*args, **kwargs)
         for t in args:
@@ -137,9 +137,9 @@ class Watch:
 
     @contextmanager
     def suspended(self) -> Iterator[None]:
-        """Runs of the model in here are the call form's, and no passes."""
+        """In this block the model is run by the call form, and its runs are not passes."""
         self.called += 1
-        self.recompute = False  # nor does a checkpoint's recomputation of them watch
+        self.recompute = False  # and a checkpoint that recomputes them is not watched
         try:
             yield
         finally:
@@ -151,7 +151,7 @@ class Watch:
             self.passes = [p for p in self.passes if p[0] is not None and not p[0].spent()]
 
     def begin(self) -> Pass:
-        """A pass: run the model, then `end` it, whatever happened."""
+        """Begin a pass. Run the model after it, then call `end`, also after an error."""
         statistic = self.statistic()
         assert statistic is not None
         seen = self._pass(statistic)
@@ -195,7 +195,7 @@ class Watch:
         return Pass(statistic, self.layers, known, attached=self.attached, dry=dry)
 
     def running(self) -> Pass | None:
-        """The pass that is on, or the recomputation of one."""
+        """The pass that runs now, or the one that a checkpoint recomputes; None without either."""
         current = self.current
         if current is not None:
             if current.compiling or current.thread == get_ident():
@@ -226,7 +226,7 @@ class Watch:
         return self.again
 
     def _forget_recomputation(self) -> None:
-        """After a backward; one that raised leaves it to whoever comes next."""
+        """Called after a backward; if that raised, when the next pass begins or the watch ends."""
         if self.again is not None:
             self.again = None
             while self.observe in OBSERVERS:
@@ -235,10 +235,10 @@ class Watch:
     def observe(
         self, z: Tensor, fn: str, impl: str, params: dict[str, Any], a: Tensor | None
     ) -> Tensor | None:
-        """For ``fastjac.gelu(z)`` and its like: ``φ(z)`` if z is a layer's output."""
+        """The observer of functions such as ``fastjac.gelu``: ``φ(z)`` if z is a layer's output."""
         current = self.current
         if current is not None and not current.compiling and current.thread != get_ident():
-            return a  # most likely of another model: this one's forwards say if it is not
+            return a  # of another model, most likely; if it is of this one, its forwards raise
         running = self.running()
         call = None if running is None else running.find(z)
         if running is None or call is None:

@@ -17,11 +17,12 @@ from fastjac.penalty import PenaltyOptions
 class DREG(SumOverLayers):
     """Layer-wise Jacobian penalty: ``R_n = Σ_l Σ_i φ'(z_lni)² ‖W_l[i, :]‖²``.
 
-    That is ``Σ_l ‖diag φ'(z_ln) W_l‖_F²``, for each hidden layer ``a_l = φ(W_l a_{l-1} + b_l)`` the
-    squared norm of its own Jacobian. The abstract of arXiv 2606.23942, all that is public, gives
-    the idea: a layer-wise Jacobian penalty, strongest where the activation derivative is largest.
-    This is a reading of it, not a formula printed there: it assumes squared Frobenius norms,
-    summed over units, layers and positions, of hidden layers alone. The options change each.
+    That is ``Σ_l ‖diag φ'(z_ln) W_l‖_F²``: the squared norm of the Jacobian of each hidden layer
+    ``a_l = φ(W_l a_{l-1} + b_l)``, summed over the layers. Only the abstract of arXiv 2606.23942 is
+    public. It gives the idea: a layer-wise Jacobian penalty, strongest where the derivative of the
+    activation is largest. The formula is a reading of it and is not printed there. It assumes
+    squared Frobenius norms, summed over units, layers and positions, of the hidden layers alone;
+    each of these is an option.
 
     Convolutions: each output position is a row, so the sum runs over positions too, and
     ``‖W_c‖²`` counts all taps of output channel c, also those that fall on padding and, in a
@@ -108,6 +109,8 @@ class DREG(SumOverLayers):
         self.layer_weights = arguments.numbers("layer_weights", layer_weights)
         if model is not None:  # last: an option that is refused leaves the model as it was
             self._attach(model)
+
+    # R_n = Σ_l f_l t_ln / d_l, where t_ln = Σ_p Σ_c φ'² ‖W_c‖² is the statistic of layer l.
 
     def divisor(self, term: Statistic) -> float:
         if self.over == self.positions == "sum":
