@@ -48,10 +48,6 @@ class Act(nn.Module):
     def forward(self, z: Tensor) -> Tensor:
         return activate(z, self.fn, self.impl, self.params)
 
-    def compute(self, z: Tensor) -> Tensor:
-        """``φ(z)``, which penalties that watch the model do not see."""
-        return act(z, fn=self.fn, impl=self.impl, **self.params)
-
     def derivative(self, z: Tensor, g: Tensor | None = None, order: int = 1) -> Tensor:
         """φ^(order)(z) · g, `fastjac.act` of any order; penalties do not see it."""
         return act(z, g, order, self.fn, impl=self.impl, **self.params)

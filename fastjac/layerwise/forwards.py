@@ -39,11 +39,9 @@ LAYER_ACTS = (LinearAct, ConvAct1d, ConvAct2d, ConvAct3d)
 class PassObserver(Protocol):
     """What the forwards report in one pass, that is one run of the model."""
 
-    computes: bool
-    """Whether `compute` is to be asked."""
-
-    def compute(self, module: Any, x: Tensor) -> Tensor | None:
-        """The output of a plain layer, if the observer computes it in place of the module."""
+    compute: Callable[[Any, Tensor], Tensor | None] | None
+    """Called as ``compute(module, x)`` for the output of a plain layer: None for the module's own.
+    Itself None in an observer that computes no layers."""
 
     def layer_ran(self, layer: Layer, x: Tensor, z: Tensor) -> LayerCall:
         """A layer has computed z of x."""
@@ -155,7 +153,7 @@ class LayerForward(Forward):
         z = None
         if (
             running is not None
-            and running.computes
+            and running.compute is not None
             and self.layer.plain
             and self.previous is None
             and len(args) == 1

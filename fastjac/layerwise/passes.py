@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from threading import get_ident
 from typing import Any
@@ -31,7 +32,9 @@ class LayerStatistic:
     """What a layer-wise penalty provides, and a pass asks for."""
 
     include_output: bool
-    computes = False  # whether `compute` is to be asked
+    compute: Callable[[Any, Tensor], Tensor | None] | None = None
+    """``compute(module, x)``: the output of a plain Linear or convolution, where the penalty
+    computes it in its own way; it returns None to leave a call to the module."""
 
     def wanted(self) -> str:
         """What the next pass of the attached model is.
@@ -42,10 +45,6 @@ class LayerStatistic:
 
     def before_pass(self, seen: Pass) -> None:
         """Called when the model is about to run, and before a checkpoint's recomputation."""
-
-    def compute(self, module: Any, x: Tensor) -> Tensor | None:
-        """The output of a plain Linear or convolution; None to have the module compute it."""
-        return None
 
     def at_layer(
         self, seen: Pass, call: LayerCall, phi: Nonlinearity, a: Tensor | None
@@ -80,7 +79,7 @@ class Pass:
         self.nonlinearities = nonlinearities  # kept from pass to pass
         self.attached = attached
         self.dry = dry  # a recomputation by checkpoint: the same operations, nothing is kept
-        self.computes = statistic.computes
+        self.compute = statistic.compute
         self.include_output = statistic.include_output
         self.wanted: Any = None  # the statistic's own, from `before_pass`
         self.compiling = torch.compiler.is_compiling()
@@ -99,9 +98,6 @@ class Pass:
         self.taps: dict[Layer, Any] = {}  # (identity of the weight, a view of it, its row norms)
 
     # ---- what the forwards report
-
-    def compute(self, module: Any, x: Tensor) -> Tensor | None:
-        return self.statistic.compute(module, x)
 
     def layer_ran(self, layer: Layer, x: Tensor, z: Tensor) -> LayerCall:
         module = layer.module

@@ -111,9 +111,7 @@ def at_layer(
     elif a is None and _after_batch_norm(seen, call, phi, wanted):
         a, term = _norm_node(call, phi, wanted)
     else:
-        statistic = _composed if phi.fn is None else _fused
-        term, computed = statistic(call, phi, a, wanted)
-        a = computed if a is None else a
+        a, term = (_composed if phi.fn is None else _fused)(call, phi, a, wanted)
     if seen.sharded:
         if term.by_channel:
             (term.result,), term.by_channel = totals([term], wanted), False
@@ -294,7 +292,7 @@ def _norm_node(call: LayerCall, phi: Nonlinearity, wanted: Wanted) -> tuple[Tens
 
 def _fused(
     call: LayerCall, phi: Nonlinearity, a: Tensor | None, wanted: Wanted
-) -> tuple[Statistic, Tensor]:
+) -> tuple[Tensor, Statistic]:
     assert phi.fn is not None
     z, dim = call.z, call.dim
     gain = norm_gain(call) if wanted.use_weight else NO_GAIN
@@ -305,17 +303,17 @@ def _fused(
     if not wanted.per_sample:
         computed, s = act_stats(z, phi.fn, dim=dim, weights=place, **options)
         term = Statistic(call, s, by_channel=True, gain=gain, impl=phi.impl)
-        return term, computed.view_as(call.z)
+        return computed.view_as(call.z) if a is None else a, term
     rows = _rows(call, phi.impl, gain, wanted)
     computed, t = act_stats(z, phi.fn, dim=dim, per="sample", weights=rows, **options)
     if place is not None:
         t = (t * place).view(call.shape[0], positions(call, call.shape)).sum(1)
-    return Statistic(call, t), computed.view_as(call.z)
+    return computed.view_as(call.z) if a is None else a, Statistic(call, t)
 
 
 def _composed(
     call: LayerCall, phi: Nonlinearity, a: Tensor | None, wanted: Wanted
-) -> tuple[Statistic, Tensor]:
+) -> tuple[Tensor, Statistic]:
     """The same for an activation that the table does not have."""
     assert a is not None
     dtype = accumulate_dtype(call.z.dtype)
@@ -325,9 +323,9 @@ def _composed(
         squares = squares * gain.place.unsqueeze(-1)
     s = squares.flatten(1, -2).sum(1) if squares.dim() > 2 else squares  # [N, C]
     if not wanted.per_sample:
-        return Statistic(call, s.sum(0), by_channel=True, gain=gain), a
+        return a, Statistic(call, s.sum(0), by_channel=True, gain=gain)
     rows = _rows(call, phi.impl, gain, wanted)
-    return Statistic(call, (s if rows is None else s * rows).sum(1)), a
+    return a, Statistic(call, (s if rows is None else s * rows).sum(1))
 
 
 def _of_shards(

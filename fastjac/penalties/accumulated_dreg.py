@@ -99,7 +99,6 @@ class AccumulatedDREG(LayerPenalty):
                 vars(self)["_hooks"] = None
             return forward_ad.unpack_dual(dual).primal, values
 
-    computes = True
     needs_weights_afterwards = True  # FSDP's hooks cannot take tangents: run where they pass on
 
     def compute(self, module: Any, x: Tensor) -> Tensor | None:
