@@ -19,6 +19,7 @@ ROOMS = [
     ("distributed",),
     ("per_sample", "arguments", "nn"),
     ("functional",),
+    ("observers",),
     ("kernels",),  # `ops` runs them by name
     ("ops",),
     ("activations", "reference", "codegen", "torch_private", "_version"),

@@ -19,7 +19,7 @@ from bench_cases import (
 
 from fastjac.bench import Contestant, run, steps
 from fastjac.bench.options import busy
-from fastjac.functional import OBSERVERS
+from fastjac.observers import OBSERVERS
 
 
 def test_no_penalty_stays_attached():
