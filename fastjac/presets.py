@@ -105,8 +105,8 @@ class WGANGP(GradientPenalty):
         epsilon: ``[N]``, in place of the draw.
 
     Options:
-        generator: on the device of ``real``; the draw is ``torch.rand(N)``. at, engine, weight,
-        reduction, every: as for all penalties.
+        generator: on the device of ``real``; the draw is ``torch.rand(N)``. weight, reduction,
+        every, at, engine: see ``help(fastjac.InputPenalty)``.
 
     Source: Gulrajani et al. 2017, arXiv 1704.00028, algorithm 1.
 

@@ -195,87 +195,23 @@ for label, dtype in dtypes.items():
 """
 
 
-def compile_triton(program: str, arch: int, folder: Path) -> dict[str, dict[str, int]]:
-    """The `resources` of the kernels that a program leaves in a folder as PTX."""
+@pytest.mark.parametrize("arch", ARCHS)
+def test_triton(arch, tmp_path):
+    pytest.importorskip("triton")
     env = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_DEFAULT_FP_FUSION": "1"}
     out = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", program, str(arch), str(folder)],
+        [sys.executable, "-W", "ignore", "-c", TRITON_PROGRAM, str(arch), str(tmp_path)],
         env=env, capture_output=True, text=True,
     )  # fmt: skip
     assert out.returncode == 0, out.stderr[-4000:]
     ptxas = out.stdout.split()[0]
     found = {}
-    for ptx in sorted(folder.glob("*.ptx")):
+    for ptx in sorted(tmp_path.glob("*.ptx")):
         target = re.search(r"\.target (sm_\w+)", ptx.read_text())[1]
         log = subprocess.run(
-            [ptxas, "-v", f"-arch={target}", ptx, "-o", folder / "out.cubin"],
+            [ptxas, "-v", f"-arch={target}", ptx, "-o", tmp_path / "out.cubin"],
             capture_output=True, text=True,
         )  # fmt: skip
         assert log.returncode == 0, log.stderr
         found |= resources(log.stderr)
-    return found
-
-
-@pytest.mark.parametrize("arch", ARCHS)
-def test_triton(arch, tmp_path):
-    pytest.importorskip("triton")
-    assert_no_spills(compile_triton(TRITON_PROGRAM, arch, tmp_path), least=160)
-
-
-# ---- launch configurations that fastjac.tuning may choose
-
-CANDIDATES = """
-from fastjac import launch
-
-def configured(call, dtype):
-    for kernel in launch.KERNELS.values():
-        if kernel.name.startswith(f"triton {call}"):
-            for config in kernel.configs_for(dtype):
-                for name in launch.KERNELS:
-                    if name.startswith(f"triton {call}"):
-                        launch._chosen[name, -1, dtype] = (config,) * launch.SIZE_CLASSES
-                yield "_".join(map(str, config))
-            return
-
-for label, dtype in dtypes.items():
-    fn, params = list(TABLE).index("mish"), TABLE["mish"].param_values({})
-    wide = torch.float64 if label == "fp64" else torch.float32
-    for config in configured("act ", dtype):
-        chosen = launch._chosen["triton act vjp", -1, dtype]
-        launch._chosen["triton act_backward", -1, dtype] = chosen
-        z = torch.empty(4096, dtype=dtype)
-        compile(act, "act_kernel", f"{label}_at_{config}",
-                lambda: act.act(z, z, 2, fn, *params), ())
-        compile(act, "act_backward_kernel", f"{label}_at_{config}",
-                lambda: act.act_backward(z, z, z, 1, fn, *params), ())
-    for config in configured("act_stats", dtype):
-        for shape in ((512, 256), (32, 16, 1024)):
-            z, c = torch.empty(shape, dtype=dtype), torch.empty(shape[1], dtype=wide)
-            for case, statistic, deterministic in (("none", NONE, True), ("atomic", BIAS, False)):
-                compile(act_stats, "act_stats_kernel",
-                        f"{case}_{len(shape)}_{label}_at_{config}",
-                        lambda: act_stats.act_stats_backward(
-                            z, z, None, c, 1, statistic, 0.5, deterministic, fn, *params), ())
-    for config in configured("row_sqnorm_backward", dtype):
-        w = [torch.empty(8, 512, dtype=dtype), torch.empty(3, 27, dtype=dtype)]
-        compile(row_sqnorm, "row_sqnorm_kernel", f"{label}_at_{config}",
-                lambda: row_sqnorm.row_sqnorm_backward(w, w, torch.empty(11, dtype=wide), True))
-"""
-
-
-@pytest.mark.parametrize("arch", ARCHS)
-def test_triton_candidates_spill_nothing_and_fuse_alike(arch, tmp_path):
-    """Were other additions fused with multiplications, elementwise results would differ."""
-    pytest.importorskip("triton")
-    program = TRITON_PROGRAM.split("\nfor fn, (name, row)")[0] + CANDIDATES
-    found = compile_triton(program, arch, tmp_path)
-    assert_no_spills(found, least=100)
-    fused: dict[str, set[float]] = {}
-    for name in found:
-        kernel, config = name.split("_at_")
-        if "atomic" not in kernel:
-            numbers = [int(number) for number in config.split("_")]
-            ptx = (tmp_path / f"{name}.ptx").read_text()
-            share = len(re.findall(r"\tfma\.", ptx)) * 32 * numbers[1] / numbers[0]
-            fused.setdefault(kernel, set()).add(share)
-    assert len(fused) == 15 and {k: v for k, v in fused.items() if len(v) > 1} == {}
+    assert_no_spills(found, least=160)

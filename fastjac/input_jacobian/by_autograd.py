@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo.comptime import comptime
 
 from fastjac import arguments
 from fastjac.input_jacobian.pullback import Pullback
 from fastjac.ops.autograd import Function, graph_nodes
 from fastjac.penalty import call_model
+from fastjac.torch_private import comptime, traced_graphs
 
 
 class AutogradPullback(Pullback):
@@ -120,12 +120,7 @@ def refuse_functions() -> None:
 
     @comptime
     def check(context: Any) -> None:
-        output = context._i_will_not_complain_if_bc_breaks_InstructionTranslator().output
-        # Those of checkpoints and their like are modules.
-        bodies = [
-            m.graph for m in output.nn_modules.values() if isinstance(m, torch.fx.GraphModule)
-        ]
-        targets = [node.target for graph in (context.graph(), *bodies) for node in graph.nodes]
+        targets = [node.target for graph in traced_graphs(context) for node in graph.nodes]
         if any(getattr(t, "__name__", "") == "autograd_function_apply" for t in targets):
             raise RuntimeError(
                 "the model calls a torch.autograd.Function, whose second derivative torch loses "

@@ -9,6 +9,8 @@ from importlib import import_module
 from pkgutil import iter_modules
 from typing import Any
 
+from fastjac.input_jacobian.penalty import InputPenalty
+from fastjac.input_jacobian.pullback import Pullback
 from fastjac.penalties.registry import Example, PenaltySpec
 from fastjac.penalty import Penalty
 
@@ -25,7 +27,8 @@ PENALTIES: dict[str, PenaltySpec] = {spec.name: spec for spec in _specs()}
 
 _FORMS: dict[str, Any] = {}
 for _spec in PENALTIES.values():
+    _spec.functional.__module__ = __name__  # where pickle finds it
     _FORMS |= {_spec.module.__name__: _spec.module, _spec.name: _spec.functional}
 globals().update(_FORMS)
 
-__all__ = ["PENALTIES", "Example", "Penalty", "PenaltySpec", *_FORMS]
+__all__ = ["PENALTIES", "Example", "InputPenalty", "Penalty", "PenaltySpec", "Pullback", *_FORMS]

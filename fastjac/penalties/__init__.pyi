@@ -2,6 +2,8 @@
 from collections.abc import Callable
 from typing import Any
 
+from fastjac.input_jacobian.penalty import InputPenalty as InputPenalty
+from fastjac.input_jacobian.pullback import Pullback as Pullback
 from fastjac.penalties.accumulated_dreg import AccumulatedDREG as AccumulatedDREG
 from fastjac.penalties.confidence import ConfidencePenalty as ConfidencePenalty
 from fastjac.penalties.contractive import Contractive as Contractive

@@ -24,7 +24,7 @@ class ConfidencePenalty(Penalty):
         marks a class that is not there.
 
     Options:
-        weight, reduction, every: as for all penalties.
+        weight, reduction, every: see ``help(fastjac.Penalty)``.
 
     Half precision is computed in float32. Differentiable to any order.
 

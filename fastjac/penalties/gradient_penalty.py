@@ -24,11 +24,11 @@ class GradientPenalty(InputPenalty):
         x: ``[N, ...]`` floating point, requires grad. output: ``[N]`` or ``[N, 1]``.
 
     Options:
-        center: ``c >= 0``. one_sided: penalise gradients longer than ``c`` alone. at, engine,
-        weight, reduction, every: as for all penalties.
+        center: ``c >= 0``. one_sided: penalise gradients longer than ``c`` alone. weight,
+        reduction, every, at, engine: see ``help(fastjac.InputPenalty)``.
 
-    Sums of squares of half precision are taken in float32. Differentiable once by the chain engine,
-    by autograd as often as the network.
+    Squares of half precision are summed in float32. The value can be differentiated once; for
+    gradients of gradients use ``engine="autograd"``.
 
     Source: Gulrajani et al. 2017, arXiv 1704.00028; one-sided: Petzka et al. 2018,
     arXiv 1709.08894; c = 0: Mescheder, Geiger, Nowozin 2018, arXiv 1801.04406.
@@ -73,7 +73,7 @@ class Eikonal(GradientPenalty):
         x: ``[N, ...]`` floating point, requires grad. output: ``[N]`` or ``[N, 1]``.
 
     Options:
-        at, engine, weight, reduction, every: as for all penalties.
+        weight, reduction, every, at, engine: see ``help(fastjac.InputPenalty)``.
 
     GradientPenalty with ``center=1``; the notes there hold here.
 

@@ -28,11 +28,11 @@ class IGPen(ProjectionPenalty):
 
     Options:
         loss_fn: default is the cross-entropy per sample, which makes this DataGrad.
-        norm: ``"l2_squared"``, ``"l2"`` or ``"l1"``. at, engine, weight, reduction, every: as for
-        all penalties.
+        norm: ``"l2_squared"``, ``"l2"`` or ``"l1"``.
+        weight, reduction, every, at, engine: see ``help(fastjac.InputPenalty)``.
 
-    Sums of squares of half precision are taken in float32. Differentiable once by the chain engine,
-    by autograd as often as network and loss.
+    Squares of half precision are summed in float32. The value can be differentiated once; for
+    gradients of gradients use ``engine="autograd"``.
 
     Source: Drucker & LeCun 1991; Ross & Doshi-Velez 2018, arXiv 1711.09404.
 

@@ -26,11 +26,11 @@ class Sobolev(InputPenalty):
         dtype and device of ``x``.
 
     Options:
-        chunk_size: rows of ``J`` per batched pass; 1 avoids vmap. at, engine, weight, reduction,
-        every: as for all penalties.
+        chunk_size: rows of ``J`` per batched pass; 1 avoids vmap. weight, reduction, every, at,
+        engine: see ``help(fastjac.InputPenalty)``.
 
-    Sums of squares of half precision are taken in float32. Differentiable once by the chain engine,
-    by autograd as often as the network.
+    Squares of half precision are summed in float32. The value can be differentiated once; for
+    gradients of gradients use ``engine="autograd"``.
 
     Source: Czarnecki et al. 2017, arXiv 1706.04859.
 

@@ -26,12 +26,12 @@ class TangentProp(InputPenalty):
         ``x``, or ``[K, *x.shape]``; dtype and device of ``x``.
 
     Options:
-        chunk_size: tangents per batched pass; 1 avoids vmap. at, engine, weight, reduction, every:
-        as for all penalties.
+        chunk_size: tangents per batched pass; 1 avoids vmap. weight, reduction, every, at, engine:
+        see ``help(fastjac.InputPenalty)``.
 
-    Sums of squares of half precision are taken in float32. Differentiable once by the chain engine.
-    By autograd the value is the result of two differentiations already, so that its gradient needs
-    operations that can be differentiated three times.
+    Squares of half precision are summed in float32. The value can be differentiated once; with
+    ``engine="autograd"`` the value is the result of two differentiations already, so that its
+    gradient needs operations that can be differentiated three times.
 
     Source: Simard, Victorri, LeCun, Denker 1991.
 

@@ -14,10 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo.exc import FailOnRecompileLimitHit, ObservedException, TorchDynamoException
 from torch.nn.modules.lazy import LazyModuleMixin
 
-from fastjac import arguments, distributed
+from fastjac import arguments, distributed, torch_private
 from fastjac.input_jacobian.compiled import backend, buffers
 from fastjac.input_jacobian.pullback import Pullback
 from fastjac.ops.autograd import graph_nodes
@@ -77,11 +76,12 @@ def run(
     copies = buffers.copies_of(places)
     own = x.view_as(x) if x.requires_grad else x  # a tensor that nobody else has
     call = (model, per_sample, own, targets, named, copies)
+    errors = torch_private.dynamo_errors()
     try:
-        with torch._dynamo.config.patch(CONFIG):
+        with torch_private.dynamo_config().patch(CONFIG):
             traced, output, values, *left = _function_of(model, per_sample)(*call)
-    except (TorchDynamoException, FailOnRecompileLimitHit) as error:
-        if isinstance(error.__cause__, ObservedException):
+    except (errors.TorchDynamoException, errors.FailOnRecompileLimitHit) as error:
+        if isinstance(error.__cause__, errors.ObservedException):
             _step(*call)  # raises what torch met while tracing, as it is
         raise RuntimeError(
             f"engine='compiled' cannot run this model: {_message(error)}. Use engine='autograd'"
@@ -104,9 +104,9 @@ def why_not(model: Any, x: Tensor) -> str | None:
     """What can be told before anything is compiled."""
     if torch.compiler.is_compiling():
         return "torch.compile traces it already: use engine='autograd' inside a compiled function"
-    if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+    if torch_private.saved_tensor_hooks() is not None:
         return "hooks on saved tensors (a checkpoint) are active: use engine='autograd'"
-    if torch.nn.modules.module._has_any_global_hook():
+    if torch_private.has_any_global_hook():
         return "hooks on all modules are registered: use engine='autograd'"
     if type(x) not in (Tensor, nn.Parameter):
         return f"x is {type(x).__name__}: pass a plain tensor"
@@ -188,7 +188,7 @@ def _reaches(x: Tensor, own: Tensor, values: Tensor) -> bool:
 
 
 def _message(error: Exception) -> str:
-    if isinstance(error, FailOnRecompileLimitHit):
+    if isinstance(error, torch_private.dynamo_errors().FailOnRecompileLimitHit):
         return f"there are {CONFIG['recompile_limit']} graphs of it for other shapes and modes"
     text = " ".join(str(getattr(error, "inner_exception", error)).split("\n")[:2]).rstrip(". ")
     if "TensorWrapper" in text:
