@@ -62,12 +62,10 @@ class Binding(NamedTuple):
     merged: int | None  # where a list begins that is given number by number
     fixed: list[tuple[int, Any]]  # what the operation has no argument for must be this
     in_place: int | None  # the place of ``inplace``
-    rest: tuple[Any, ...] | None  # where the call is the first arguments: the others
+    rest: tuple[Any, ...] | None  # if the call is the first arguments in order: the others
 
-    def __call__(self, given: tuple[Any, ...]) -> Any:
+    def __call__(self, given: tuple[Any, ...]) -> list[Any] | None:
         """The arguments. None if the operation does not do what the call asks for."""
-        if self.rest is not None:
-            return (*given, *self.rest)
         if self.merged is not None:
             given = (*given[: self.merged], given[self.merged :])
         for i, value in self.fixed:

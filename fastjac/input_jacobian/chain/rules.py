@@ -66,7 +66,8 @@ class Rule:
             tried = [(r, bind(self.function, r.arguments, types, tuple(kwargs))) for r in self.rows]
             found = self.bound[pattern] = [(r, b) for r, b in tried if b is not None]
         for row, binding in found:
-            arguments = binding(given)
+            rest = binding.rest
+            arguments = (*given, *rest) if rest is not None else binding(given)
             if arguments is None:
                 continue
             out = row.record(tape, (self.function, args, kwargs), *arguments)
