@@ -170,13 +170,13 @@ class Linear(Operands):
 
 
 class ProductRow(NamedTuple):
-    """A product of a and b, sample by sample.
+    """A product of a and b, sample by sample; of a layer, b is the weight and there is a bias.
 
     ``into`` has the transposes in a and b, of (d, the other operand, one of the shape of the
-    result, *arguments), and in the bias, of d. None: not linear in that operand.
+    result, *arguments), and for a layer that in the bias, of d. None: not linear in that operand.
     """
 
-    apply: Callable[..., Tensor]  # (a, b, bias or None, *arguments)
+    apply: Callable[..., Tensor]  # (a, b, bias or None, *arguments of a layer)
     into: tuple[Callable[..., Tensor] | None, ...]
     core: tuple[int, int] = (0, 0)  # how many dimensions of a and b are not the samples'
     add_into: Callable[..., Tensor] | None = None  # (total, d, a): in b, in the memory of total

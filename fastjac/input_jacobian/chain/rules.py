@@ -322,39 +322,47 @@ add(Row("__getitem__", _arguments, _record), Tensor.__getitem__)
 # ---- products
 
 
-def record_product(row: ProductRow, name: str, tape: Tape, call: Any, *values: Any) -> Any:
-    count = len(row.into)
-    operands, args = values[:count], values[count:]
+def record_product(row: ProductRow, name: str, tape: Tape, call: Any, *operands: Any) -> Any:
     plain, inside, trained = sort_out(operands)
-    if count == 3 and inside != [0]:
-        raise Unsupported(f"{name}: the weight depends on x")
     if not inside or (None in row.into and (inside, trained) != ([0], [])):
         return NotImplemented
     tape.watch(*[t for t in operands if type(t) is not Tracked])
+    out = row.apply(*plain, None)
+    shape, samples = out.shape, [False, False]
+    for i, t in enumerate(plain):
+        of_samples = len(shape) == t.dim() > row.core[i]
+        if i in inside:
+            samples[i] = True
+            if not of_samples or t.shape[0] != shape[0] or t.dtype != out.dtype:
+                return NotImplemented
+        else:  # a constant may have numbers for each sample, a parameter may not
+            samples[i] = of_samples and len(t) != 1
+            if i in trained and (samples[i] or t.dtype != out.dtype):
+                return NotImplemented
+    return append(tape, name, Product(plain, inside, trained, row, samples, ()), operands, out)
+
+
+def record_layer(
+    row: ProductRow, name: str, tape: Tape, call: Any, a: Any, weight: Any, bias: Any, *args: Any
+) -> Any:
+    if type(a) is not Tracked or type(weight) is Tracked or type(bias) is Tracked:
+        raise Unsupported(f"{name}: the weight depends on x")
+    tape.watch(weight, bias)
+    operands = [a.plain, weight.detach(), None if bias is None else bias.detach()]
+    trained = [i for i, t in ((1, weight), (2, bias)) if t is not None and t.requires_grad]
     if row.arrange is not None:
         args = row.arrange(*args)
-    out = row.apply(*plain, *args) if count == 3 else row.apply(*plain, None, *args)
-    dims, dtype = out.dim(), out.dtype
-    samples = [dims == plain[0].dim() > row.core[0], dims == plain[1].dim() > row.core[1]]
-    for i in inside:
-        if not samples[i] or len(plain[i]) != len(out) or plain[i].dtype != dtype:
-            return NotImplemented
-    if count == 3:
-        samples[1] = False
-    elif len(inside) == 1:  # a constant may have numbers for each sample, a parameter may not
-        i = 1 - inside[0]
-        samples[i] = samples[i] and len(plain[i]) != 1
-        if trained and samples[i]:
-            return NotImplemented
-    for i in trained:
-        if plain[i].dtype != dtype:
-            return NotImplemented
-    return append(tape, name, Product(plain, inside, trained, row, samples, args), operands, out)
+    out = row.apply(*operands, *args)
+    if not out.dim() == a.plain.dim() > row.core[0] or out.dtype != a.plain.dtype:
+        return NotImplemented
+    link = Product(operands, [0], trained, row, (True, False), args)
+    return append(tape, name, link, (a, weight, bias), out)
 
 
 def product(names: str, *columns: Any) -> None:
     row = ProductRow(*columns)
-    add_overloads(names, lambda arguments: partial(record_product, row))
+    record = record_product if len(row.into) == 2 else record_layer
+    add_overloads(names, lambda arguments: partial(record, row))
 
 
 def flat(t: Tensor) -> Tensor:
