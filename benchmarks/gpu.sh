@@ -74,9 +74,9 @@ plots() { # from the records; where matplotlib is missing, draw them elsewhere f
 
 # The dry run reads every line that a GPU would, on the smallest work that does.
 if [ "$device" = cuda ]; then
-  pytest=() tune=(--budget 60) bench=(--quick)
+  pytest=() bench=(--quick)
 else
-  pytest=(--collect-only) tune=(--help) bench=(--case spectreg-mlp-b100-w64 --contestant fastjac)
+  pytest=(--collect-only) bench=(--case spectreg-mlp-b100-w64 --contestant fastjac)
 fi
 
 stage install install
@@ -85,9 +85,8 @@ stage check "$py" -m fastjac.cli.main check --device "$device" --json "$out/chec
 stage tests "$py" -m pytest -q -x "${pytest[@]}" tests/test_act.py tests/test_nn.py \
   tests/test_act_stats.py tests/test_row_sqnorm.py tests/test_softmax_residual.py \
   tests/test_attach.py tests/test_attach_life.py tests/test_attach_traps.py \
-  tests/test_batch_norm.py tests/test_tuning.py tests/test_tuning_kernels.py -m "not slow"
+  tests/test_batch_norm.py -m "not slow"
 stage sanitize sanitize
-stage tune timeout 90 "$py" -m fastjac.cli.main tune "${tune[@]}"
 stage layerwise timeout 120 "$py" benchmarks/layerwise_gpu.py --device "$device" \
   --json "$out/layerwise.json"
 stage bench timeout 280 "$py" -m fastjac.cli.main bench "${bench[@]}" --device "$device" \

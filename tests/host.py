@@ -13,7 +13,6 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 SCHEMAS = (
-    "set_launch(int kernel, int device, int dtype, int[] values) -> ()",
     "act(Tensor z, Tensor? g, int order, int fn, float p0, float p1) -> Tensor",
     "act_backward(Tensor z, Tensor g, Tensor v, int order, int fn, float p0, float p1)"
     " -> (Tensor, Tensor)",
@@ -92,13 +91,6 @@ def host_ops() -> object:
     """``torch.ops.fastjac_host``."""
     library()
     return torch.ops.fastjac_host
-
-
-def last_launch() -> tuple[int, int]:
-    """Blocks, and threads of each, of the last launch."""
-    names = ("fastjac_host_blocks", "fastjac_host_threads")
-    blocks, threads = (ctypes.c_uint.in_dll(library(), name).value for name in names)
-    return blocks, threads
 
 
 def set_capturing(on: bool) -> None:

@@ -11,7 +11,6 @@ import torch
 from conftest import DEVICE
 
 import fastjac
-from fastjac import launch
 from fastjac.activations import IDS
 from fastjac.cli.check import relative_error, tolerance
 from fastjac.ops.act_stats import BIAS, CHANNEL, NONE, SAMPLE, spread
@@ -25,7 +24,6 @@ from fastjac.kernels import row_sqnorm as rows
 
 pytestmark = pytest.mark.triton
 
-TILE, _, PROGRAMS = launch.STATS
 STATISTICS = {"none": NONE, "channel": CHANNEL, "sample": SAMPLE, "bias": BIAS}
 LAYOUTS = {  # (shape, channels, memory)
     "[N, C]": ((37, 19), 1, None),
@@ -191,9 +189,7 @@ def test_split_strips(case, monkeypatch):
     assert all(map(torch.equal, first, call()))
     assert_right(call(deterministic=False), want, torch.float32)
     # Few programs of long strips, in one level; and offsets in int64.
-    few = (1024, 4, 6)
-    monkeypatch.setattr(launch, "STATS", few)
-    monkeypatch.setattr(launch, "_DEFAULTS", dict.fromkeys(launch.KERNELS, few))
+    monkeypatch.setattr(stats, "PROGRAMS", 6)
     monkeypatch.setattr(stats, "MOST_INT32", 0)
     assert_right(call(), want, torch.float32)
     assert_right(call(deterministic=False), want, torch.float32)
@@ -204,7 +200,7 @@ def test_what_is_split():
     for case, (shape, dim, statistic) in SPLIT.items():
         p = torch.Size(shape[2:]).numel()
         at = stats._strips(
-            shape[0], shape[dim], p, p == 1, statistic == SAMPLE, True, TILE, PROGRAMS
+            shape[0], shape[dim], p, p == 1, statistic == SAMPLE, True, stats.TILE, stats.PROGRAMS
         )
         assert -(-at.steps // at.run) > stats.GROUP.value, case
         assert (at.channels > 0) == (case == "columns of samples")
@@ -227,10 +223,10 @@ def test_runs_are_short_and_programs_enough(n, p):
     for inner, per_sample in itertools.product([True, False], repeat=2):
         if p == 1 and not inner:
             continue
-        at = stats._strips(n, 64, p, inner, per_sample, n < 10**6, TILE, PROGRAMS)
+        at = stats._strips(n, 64, p, inner, per_sample, n < 10**6, stats.TILE, stats.PROGRAMS)
         assert at.run <= stats.LONGEST_RUN
         programs = at.tiles * -(-at.steps // at.run)
-        assert programs >= min(at.tiles * at.steps // stats.SHORT_RUN, PROGRAMS // 2)
+        assert programs >= min(at.tiles * at.steps // stats.SHORT_RUN, stats.PROGRAMS // 2)
 
 
 def test_captured_tables_hold_the_same():

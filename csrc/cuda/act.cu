@@ -1,17 +1,19 @@
 // `act` and `act_backward` for CUDA tensors (schemas and meaning: fastjac/ops/act.py).
 //
 // Bound by memory, 2 to 5 accesses an element: a thread moves 16 bytes of each operand, and the
-// grid is one pass over the tensor, so there is no loop-carried index arithmetic. Blocks of fewer
-// threads than a kernel is compiled for run the same machine code.
+// grid is one pass over the tensor, so there is no loop-carried index arithmetic.
 #include <tuple>
 
 #include "activations.h"
 #include "launch.cuh"
-#include "launch_config.h"
 #include "tensors.h"
 
 namespace fastjac {
 namespace {
+
+// Threads of a block. A processor takes and retires blocks whole: the 48 registers that most
+// activations need leave room for 1365 threads, which are five blocks of 256.
+constexpr int threads = 256;
 
 // Blocks of a processor at least, which leaves 64 registers a thread. Left to itself the compiler
 // took 32 for the double backward of sine on sm_100 and spilled 72 bytes.
@@ -33,11 +35,11 @@ __device__ __forceinline__ void with_order(int order, F&& f) {
 }
 
 template <class A, class S>
-__global__ void __launch_bounds__(most_act_threads, least_blocks)
+__global__ void __launch_bounds__(threads, least_blocks)
     act_kernel(const S* __restrict__ z, const S* __restrict__ g, S* __restrict__ out, int64_t numel,
                int order, compute_t<S> p0, compute_t<S> p1) {
   using T = compute_t<S>;
-  const int64_t first = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) * Pack<S>::size;
+  const int64_t first = (int64_t(blockIdx.x) * threads + threadIdx.x) * Pack<S>::size;
   if (first >= numel) return;
   const Pack<S> z_pack = load_pack(z, first, numel);
   const Pack<S> g_pack = g == nullptr ? Pack<S>{} : load_pack(g, first, numel);
@@ -54,12 +56,12 @@ __global__ void __launch_bounds__(most_act_threads, least_blocks)
 }
 
 template <class A, class S>
-__global__ void __launch_bounds__(most_act_threads, least_blocks)
+__global__ void __launch_bounds__(threads, least_blocks)
     act_backward_kernel(const S* __restrict__ z, const S* __restrict__ g, const S* __restrict__ v,
                         S* __restrict__ grad_z, S* __restrict__ grad_g, int64_t numel, int order,
                         compute_t<S> p0, compute_t<S> p1) {
   using T = compute_t<S>;
-  const int64_t first = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) * Pack<S>::size;
+  const int64_t first = (int64_t(blockIdx.x) * threads + threadIdx.x) * Pack<S>::size;
   if (first >= numel) return;
   const Pack<S> z_pack = load_pack(z, first, numel);
   const Pack<S> g_pack = load_pack(g, first, numel);
@@ -92,8 +94,8 @@ void visit(int64_t fn, DType dtype, Body&& body) {
 }
 
 template <class S>
-unsigned blocks(int64_t numel, int threads) {
-  const int64_t per_block = int64_t(threads) * Pack<S>::size;
+unsigned blocks(int64_t numel) {
+  constexpr int64_t per_block = int64_t(threads) * Pack<S>::size;
   return static_cast<unsigned>((numel + per_block - 1) / per_block);
 }
 
@@ -107,13 +109,11 @@ Tensor act(const Tensor& z, const std::optional<Tensor>& g, int64_t order, int64
   const Tensor z_dense = with_strides_of(z, out);
   const Tensor g_dense = g ? with_strides_of(*g, out) : z_dense;
   const Stream stream(z);
-  const int threads =
-      launch_config(g ? Tunable::act_vjp : Tunable::act_forward, z, numel, most_act_threads);
   visit(fn, dtype_of(z), [&](auto a, auto tag) {
     using A = decltype(a);
     using S = decltype(tag);
     using T = compute_t<S>;
-    FASTJAC_LAUNCH((act_kernel<A, S>), blocks<S>(numel, threads), threads, stream,
+    FASTJAC_LAUNCH((act_kernel<A, S>), blocks<S>(numel), threads, stream,
                    static_cast<const S*>(z_dense.const_data_ptr()),
                    g ? static_cast<const S*>(g_dense.const_data_ptr()) : nullptr,
                    static_cast<S*>(out.mutable_data_ptr()), numel, int(order), T(p0), T(p1));
@@ -134,12 +134,11 @@ std::tuple<Tensor, Tensor> act_backward(const Tensor& z, const Tensor& g, const 
   const Tensor g_dense = with_strides_of(g, grad_z);
   const Tensor v_dense = with_strides_of(v, grad_z);
   const Stream stream(z);
-  const int threads = launch_config(Tunable::act_backward, z, numel, most_act_threads);
   visit(fn, dtype_of(z), [&](auto a, auto tag) {
     using A = decltype(a);
     using S = decltype(tag);
     using T = compute_t<S>;
-    FASTJAC_LAUNCH((act_backward_kernel<A, S>), blocks<S>(numel, threads), threads, stream,
+    FASTJAC_LAUNCH((act_backward_kernel<A, S>), blocks<S>(numel), threads, stream,
                    static_cast<const S*>(z_dense.const_data_ptr()),
                    static_cast<const S*>(g_dense.const_data_ptr()),
                    static_cast<const S*>(v_dense.const_data_ptr()),
@@ -155,7 +154,5 @@ FASTJAC_CUDA_LIBRARY(m) {
   m.impl("act", TORCH_BOX(&act));
   m.impl("act_backward", TORCH_BOX(&act_backward));
 }
-
-FASTJAC_SETTINGS_LIBRARY(m) { m.impl("set_launch", TORCH_BOX(&set_launch)); }
 
 }  // namespace fastjac

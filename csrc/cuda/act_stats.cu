@@ -9,7 +9,6 @@
 
 #include "activations.h"
 #include "launch.cuh"
-#include "launch_config.h"
 #include "reduce.cuh"
 #include "stats.h"
 #include "tiling.h"
@@ -223,13 +222,6 @@ std::tuple<Tensor, Tensor> run_pass(const Tensor& z, const std::optional<Tensor>
   }
   const Stream stream(z);
   const bool per_sample = statistic == Statistic::sample;
-  int enough_blocks = Tiling::default_blocks;
-  if (statistic == Statistic::none || !deterministic) {
-    const int call = !backward ? 0 : statistic != Statistic::none ? 1 : 2;
-    const int along_rows = Tiling::sums_columns(operands.layout, per_sample) ? 0 : 1;
-    const auto kernel = Tunable(int(Tunable::act_stats) + 2 * call + along_rows);
-    enough_blocks = launch_config(kernel, z, z.numel(), enough_blocks);
-  }
   const bool found = visit_activation(fn, [&](auto a) {
     visit_dtype(dtype_of(z), [&](auto tag) {
       using A = decltype(a);
@@ -239,7 +231,7 @@ std::tuple<Tensor, Tensor> run_pass(const Tensor& z, const std::optional<Tensor>
       const S* g_data = static_cast<const S*>(StatsOperands::pointer(operands.g));
       S* out_data = static_cast<S*>(result.mutable_data_ptr());
       const int unit = unit_of<S>(operands.layout.columns(), {z_data, g_data, out_data});
-      const Tiling tiling(operands.layout, per_sample, Pack<S>::size, unit, enough_blocks);
+      const Tiling tiling(operands.layout, per_sample, Pack<S>::size, unit);
       const bool in_chunks = statistic != Statistic::none && tiling.chunks > 1;
       StatsCall<S> call{static_cast<const T*>(StatsOperands::pointer(operands.w_sample)),
                         static_cast<const T*>(StatsOperands::pointer(operands.w_channel)),

@@ -1,4 +1,4 @@
-"""The ``fastjac`` command: ``info``, ``check``, ``tune``, ``bench``.
+"""The ``fastjac`` command: ``info``, ``check``, ``bench``.
 
 Exit codes: 0, 1 (a check missed, a benchmark contestant was wrong or failed, or became slower than
 in the records compared with), 2 (bad arguments, nothing to compare), 130 (Ctrl-C; what was finished
@@ -99,28 +99,6 @@ def check(
         _usage_error("nothing was checked: no combination that these options leave can run here")
     if not all(verdicts):
         raise typer.Exit(1)
-
-
-@app.command()
-def tune(
-    op: Annotated[Names, typer.Option(metavar="NAME", help="Only this op.")] = None,
-    budget: Annotated[
-        float, typer.Option(metavar="S", help="Begin no measurement after so many seconds.")
-    ] = 120.0,
-) -> None:
-    """Measure the launch configurations on this GPU and keep the fastest for later runs.
-
-    Without it launches take defaults. Nothing else should run on the GPU meanwhile.
-    """
-    from fastjac import tuning
-
-    try:
-        made = tuning.tune(ops=op, budget_s=budget)
-    except (ValueError, RuntimeError) as error:
-        _usage_error(error)
-    for choice in made:
-        typer.echo(choice)
-    typer.echo(f"{len(made)} choices are in {tuning.cache_file()}")
 
 
 @app.command()

@@ -22,7 +22,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastjac import launch
 from fastjac.kernels._phi import phi
 from fastjac.kernels.act import (
     _ZEROS,
@@ -35,6 +34,11 @@ from fastjac.ops.act_stats import BIAS, CHANNEL, NONE, SAMPLE, check_channels
 from fastjac.ops.dispatch import accumulate_dtype
 from fastjac.ops.registration import check_like
 
+# Elements of a tile (half of them float64) and warps. 8 elements a thread: with twice as many, some
+# activations take up to 230 registers and spill.
+TILE, WARPS = 1024, 4
+# Programs that strips are split into: two waves of 132 processors that hold 8 each.
+PROGRAMS = 2048
 # Widest tile: along a row that is summed, and across columns that are.
 ROW_TILE, COLUMN_TILE = 512, 128
 # Largest tile [channels, columns] that sums columns by channel: 32 registers a thread.
@@ -51,16 +55,6 @@ LONGEST_RUN = 64
 # Partial sums that one program adds up. More are added in two levels: the 2048 of a tall, narrow
 # matrix would be read by a single program while the GPU idles.
 GROUP = tl.constexpr(64)
-# Names in `fastjac.launch`, by (backward, nothing is summed, columns are).
-_KERNELS = {
-    (backward, none, columns): f"triton {call} {along}"
-    for backward, none, call in (
-        (False, False, "act_stats atomic"),
-        (True, False, "act_stats_backward atomic"),
-        (True, True, "act_stats_backward none"),
-    )
-    for columns, along in enumerate(("rows", "columns"))
-}
 
 
 @triton.jit
@@ -337,12 +331,8 @@ def _launch(z, g, w_sample, w_channel, dim, statistic, scale, deterministic, fn,
     g_dense = z if g is None else _with_strides_of(g, result)
 
     per_sample = statistic == SAMPLE
-    tile, warps, programs = launch.STATS
-    if statistic == NONE or not deterministic:
-        kernel = _KERNELS[backward, statistic == NONE, inner and not per_sample]
-        tile, warps, programs = launch.config(kernel, z, z.numel())
-    tile = tile if z.element_size() < 8 else tile // 2
-    at = _strips(n, c, p, inner, per_sample, w_channel is not None, tile, programs)
+    tile = TILE if z.element_size() < 8 else TILE // 2
+    at = _strips(n, c, p, inner, per_sample, w_channel is not None, tile, PROGRAMS)
     run, tiles = at.run, at.tiles
     splits = triton.cdiv(at.steps, run)
     split = statistic != NONE and splits > 1
@@ -365,7 +355,7 @@ def _launch(z, g, w_sample, w_channel, dim, statistic, scale, deterministic, fn,
             WEIGHT=at.weight, SPLIT=split, ATOMIC=not deterministic,
             COMPUTE=compute_dtype(z.dtype),
             INDEX=tl.int32 if z.numel() <= MOST_INT32 else tl.int64,
-            ROWS=at.tile[0], COLS=at.tile[1], CHANNELS=at.channels, num_warps=warps,
+            ROWS=at.tile[0], COLS=at.tile[1], CHANNELS=at.channels, num_warps=WARPS,
         )  # fmt: skip
     return result, sums
 

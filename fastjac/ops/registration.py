@@ -22,18 +22,6 @@ def define(schema: str) -> None:
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
 
 
-# What the CUDA kernels launch with (csrc/cuda/launch_config.h); `fastjac.launch` calls it.
-define("set_launch(int kernel, int device, int dtype, int[] values) -> ()")
-
-
-def _load_chosen() -> None:
-    importlib.import_module("fastjac.launch_cache").load_all()
-
-
-# When torch starts CUDA, so before there is a tensor to launch on or a capture to be in.
-torch.cuda._lazy_call(_load_chosen)
-
-
 @functools.cache
 def raw(name: str) -> Any:
     """The overload itself: a lookup by attribute costs a microsecond a call."""

@@ -14,7 +14,6 @@
 #include <cstring>
 #include <optional>
 #include <string>
-#include <thread>
 #include <vector>
 
 namespace {
@@ -141,25 +140,6 @@ void residuals(ScalarType dtype) {
   }
 }
 
-// Every kernel with a configuration that is not the default, set by one thread while another calls.
-void configured() {
-  const auto set_all = [](int64_t threads, int64_t blocks, int64_t packs) {
-    for (int64_t kernel = 0; kernel < 10; ++kernel) {  // in the order of csrc/cuda/launch_config.h
-      const int64_t value = kernel < 3 ? threads : kernel < 9 ? blocks : packs;
-      call<0>("fastjac_host::set_launch", kernel, int64_t(0), int64_t(0),
-              std::vector<int64_t>(65, value));
-    }
-  };
-  set_all(64, 2, 8);
-  std::thread setter([&] {
-    for (int i = 0; i < 20; ++i) set_all(i % 2 == 0 ? 128 : 64, 16, 2);
-  });
-  elementwise(ScalarType::Float);
-  rows(ScalarType::Float);
-  setter.join();
-  statistics(ScalarType::Float);
-}
-
 }  // namespace
 
 STABLE_TORCH_LIBRARY(fastjac_host, m) {
@@ -177,6 +157,5 @@ int main(int argc, char** argv) {
     if (wanted("row_sqnorm")) rows(dtype);
     if (wanted("softmax_residual")) residuals(dtype);
   }
-  if (wanted("set_launch")) configured();
   std::puts("all calls done");
 }
