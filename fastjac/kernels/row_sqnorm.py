@@ -18,8 +18,8 @@ from torch import Tensor
 from fastjac.kernels.act import compute_dtype
 from fastjac.ops.dispatch import accumulate_dtype
 
-# Bytes of a weight that a program moves at once, and warps: two 16-byte accesses a thread. Four took
-# up to 242 of 255 registers.
+# Bytes of a weight that a program moves at once, and warps: two 16-byte accesses a thread. Four
+# accesses took up to 242 of 255 registers.
 TILE_BYTES, WARPS = 4096, 4
 # Widths of the tile for rows of at most 64 elements, of at most 1024, and all longer ones take
 # the whole tile for one row.
