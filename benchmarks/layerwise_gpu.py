@@ -36,7 +36,7 @@ def milliseconds(steps: dict[str, Any], device: torch.device) -> dict[str, float
 
 
 def bandwidth(device: torch.device, dtype: torch.dtype, size: int) -> list[dict[str, Any]]:
-    """Every implementation, deterministic and not, against a copy of the same tensor."""
+    """Every implementation against a copy of the same tensor."""
     z, g = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     q = torch.rand(size, device=device)
     target = torch.empty_like(z)
@@ -47,12 +47,10 @@ def bandwidth(device: torch.device, dtype: torch.dtype, size: int) -> list[dict[
             continue
         forward = raw("act_stats" + suffix_of(impl))
         backward = raw("act_stats_backward" + suffix_of(impl))
-        for deterministic in (True, False) if device.type == "cuda" else (True,):
-            rest = (1.0, deterministic, IDS["gelu"], 0.0, 0.0)
-            name = f"{impl}{'' if deterministic else ', atomics'}"
-            steps[f"forward, {name}"] = lambda f=forward, r=rest: f(z, None, 1, False, *r)
-            steps[f"backward, {name}"] = lambda b=backward, r=rest: b(z, g, None, q, 1, NONE, *r)
-            accesses |= {f"forward, {name}": 2, f"backward, {name}": 3}
+        rest = (1.0, IDS["gelu"], 0.0, 0.0)
+        steps[f"forward, {impl}"] = lambda f=forward, r=rest: f(z, None, 1, False, *r)
+        steps[f"backward, {impl}"] = lambda b=backward, r=rest: b(z, g, None, q, 1, NONE, *r)
+        accesses |= {f"forward, {impl}": 2, f"backward, {impl}": 3}
     with torch.no_grad():
         times = milliseconds(steps, device)
     nbytes = z.numel() * z.element_size()

@@ -16,10 +16,10 @@ SCHEMAS = (
     "act(Tensor z, Tensor? g, int order, int fn, float p0, float p1) -> Tensor",
     "act_backward(Tensor z, Tensor g, Tensor v, int order, int fn, float p0, float p1)"
     " -> (Tensor, Tensor)",
-    "act_stats(Tensor z, Tensor? w, int dim, bool per_sample, float scale, bool deterministic,"
-    " int fn, float p0, float p1) -> (Tensor, Tensor)",
+    "act_stats(Tensor z, Tensor? w, int dim, bool per_sample, float scale, int fn,"
+    " float p0, float p1) -> (Tensor, Tensor)",
     "act_stats_backward(Tensor z, Tensor? g, Tensor? w_sample, Tensor? w_channel, int dim,"
-    " int statistic, float scale, bool deterministic, int fn, float p0, float p1)"
+    " int statistic, float scale, int fn, float p0, float p1)"
     " -> (Tensor, Tensor)",
     "row_sqnorm(Tensor[] weights) -> Tensor",
     "row_sqnorm_backward(Tensor(a!)[] grads, Tensor[] weights, Tensor c, bool add) -> ()",

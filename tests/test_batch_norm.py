@@ -35,7 +35,7 @@ def fused(z: Tensor, gamma: Tensor | None, beta: Tensor | None, name: str) -> tu
     _, mean, invstd = torch.native_batch_norm(wide, None, None, None, None, True, 0.1, EPS)
     normed = Normed(y.detach(), 0, mean.detach(), invstd.detach(), EPS)
     p0, p1 = TABLE[name].param_values({})
-    return batch_norm_act(z, gamma, beta, normed, 0.3, IDS[name], p0, p1, True)
+    return batch_norm_act(z, gamma, beta, normed, 0.3, IDS[name], p0, p1)
 
 
 def parts(z: Tensor, gamma: Tensor | None, beta: Tensor | None, name: str) -> tuple[Any, Any]:

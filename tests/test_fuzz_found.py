@@ -88,7 +88,7 @@ def test_raw_ops_refuse(call, message):
         (lambda: OPS.act_triton(Z, None, 4, *GELU), "order must be 0 to 3"),
         (lambda: OPS.act_backward_triton(Z, Z, Z, 3, *GELU), "order must be 0 to 2"),
         (lambda: OPS.act_triton(Z, None, 0, -1, 0.0, 0.0), "no activation with id -1"),
-        (lambda: OPS.act_stats_triton(Z, None, 1, False, 1.0, True, 99, 0.0, 0.0), "id 99"),
+        (lambda: OPS.act_stats_triton(Z, None, 1, False, 1.0, 99, 0.0, 0.0), "id 99"),
         (lambda: OPS.row_sqnorm_triton([Z.long()]), "not torch.int64"),
         (lambda: OPS.softmax_residual_backward_triton(Z.long(), Z.long()), "not torch.int64"),
     ),

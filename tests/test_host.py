@@ -143,26 +143,21 @@ def test_act_stats_kernels(label, dtype, poison):
             z, None, None if per_sample else w, w if per_sample else None, dim, statistic, 0.3,
             "mish", backward=False,
         )  # fmt: skip
-        for deterministic in (True, False) if w is not None else (True,):
-            got = host_ops().act_stats(
-                z, w, dim, per_sample, 0.3, deterministic, IDS["mish"], 0.0, 0.0
-            )
-            assert got[0].stride() == z.stride()
-            assert_stats(got, expected, dtype, per_sample, deterministic)
-    for name, statistic, operands, deterministic in (
-        ("gelu", NONE, (g, None, wc), True),
-        ("gelu", CHANNEL, (g, ws, wc), True),
-        ("relu", SAMPLE, (g, ws, wc), True),
-        ("sine", SAMPLE, (None, ws, None), False),
-        ("gelu", BIAS, (g, None, wc), True),
-        ("gelu", BIAS, (g, ws, None), False),
+        got = host_ops().act_stats(z, w, dim, per_sample, 0.3, IDS["mish"], 0.0, 0.0)
+        assert got[0].stride() == z.stride()
+        assert_stats(got, expected, dtype, per_sample)
+    for name, statistic, operands in (
+        ("gelu", NONE, (g, None, wc)),
+        ("gelu", CHANNEL, (g, ws, wc)),
+        ("relu", SAMPLE, (g, ws, wc)),
+        ("sine", SAMPLE, (None, ws, None)),
+        ("gelu", BIAS, (g, None, wc)),
+        ("gelu", BIAS, (g, ws, None)),
     ):
         params = TABLE[name].param_values({})
         expected = truth(z, *operands, dim, statistic, 0.3, name)
-        got = host_ops().act_stats_backward(
-            z, *operands, dim, statistic, 0.3, deterministic, IDS[name], *params
-        )
-        assert_stats(got, expected, dtype, name, statistic, deterministic)
+        got = host_ops().act_stats_backward(z, *operands, dim, statistic, 0.3, IDS[name], *params)
+        assert_stats(got, expected, dtype, name, statistic)
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
@@ -175,7 +170,7 @@ def test_act_stats_kernels_of_views(dtype, poison):
             for statistic in (CHANNEL, SAMPLE):
                 expected = truth(z, g, ws, wc, dim, statistic, 0.3, "gelu")
                 got = host_ops().act_stats_backward(
-                    z, g, ws, wc, dim, statistic, 0.3, True, IDS["gelu"], 0.0, 0.0
+                    z, g, ws, wc, dim, statistic, 0.3, IDS["gelu"], 0.0, 0.0
                 )
                 assert_stats(got, expected, dtype, shape, offset, statistic)
 
@@ -188,14 +183,14 @@ def test_act_stats_has_the_same_bits_twice(poison):
     for shape in shapes * 2:
         for per_sample in (False, True):
             z = tensor(shape, torch.float32)
-            _, s = host_ops().act_stats(z, None, 1, per_sample, 1.0, True, IDS["mish"], 0.0, 0.0)
+            _, s = host_ops().act_stats(z, None, 1, per_sample, 1.0, IDS["mish"], 0.0, 0.0)
             assert torch.equal(before.setdefault((shape, per_sample), s), s)
 
 
 def test_counters_of_a_graph_are_its_own():
     def zeroed(z):
         with torch.autograd.profiler.profile() as profile:
-            s = host_ops().act_stats(z, None, 1, False, 1.0, True, IDS["gelu"], 0.0, 0.0)[1]
+            s = host_ops().act_stats(z, None, 1, False, 1.0, IDS["gelu"], 0.0, 0.0)[1]
         return s, sum(event.name == "aten::zero_" for event in profile.function_events)
 
     z = tensor((301, 12), torch.float32)
@@ -214,17 +209,17 @@ def test_act_stats_of_nothing_and_refusals(poison):
     ops, gelu = host_ops(), (IDS["gelu"], 0.0, 0.0)
     for shape in ((0, 3), (3, 0), (2, 3, 0)):
         for per_sample in (False, True):
-            a, s = ops.act_stats(torch.empty(shape), None, 1, per_sample, 1.0, True, *gelu)
+            a, s = ops.act_stats(torch.empty(shape), None, 1, per_sample, 1.0, *gelu)
             assert a.shape == shape and torch.equal(s, torch.zeros(shape[1 - per_sample]))
     z = torch.randn(4, 3)
     with pytest.raises(RuntimeError, match="no activation with id 99"):
-        ops.act_stats(z, None, 1, False, 1.0, True, 99, 0.0, 0.0)
+        ops.act_stats(z, None, 1, False, 1.0, 99, 0.0, 0.0)
     with pytest.raises(RuntimeError, match="the weight per sample must have shape"):
-        ops.act_stats(z, torch.ones(3), 1, False, 1.0, True, *gelu)
+        ops.act_stats(z, torch.ones(3), 1, False, 1.0, *gelu)
     with pytest.raises(RuntimeError, match="statistic must be 0 to 3, got 4"):
-        ops.act_stats_backward(z, None, None, None, 1, 4, 1.0, True, *gelu)
+        ops.act_stats_backward(z, None, None, None, 1, 4, 1.0, *gelu)
     with pytest.raises(RuntimeError, match="dim must be 1 or the last dimension"):
-        ops.act_stats(torch.randn(2, 3, 4, 5), None, 2, False, 1.0, True, *gelu)
+        ops.act_stats(torch.randn(2, 3, 4, 5), None, 2, False, 1.0, *gelu)
 
 
 # ---- row_sqnorm

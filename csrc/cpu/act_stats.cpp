@@ -51,8 +51,8 @@ std::tuple<Tensor, Tensor> run(const Tensor& z, const std::optional<Tensor>& g,
 }
 
 std::tuple<Tensor, Tensor> act_stats(const Tensor& z, const std::optional<Tensor>& w, int64_t dim,
-                                     bool per_sample, double scale, bool /*deterministic*/,
-                                     int64_t fn, double p0, double p1) {
+                                     bool per_sample, double scale, int64_t fn, double p0,
+                                     double p1) {
   return run(z, std::nullopt, per_sample ? std::nullopt : w, per_sample ? w : std::nullopt, dim,
              per_sample ? Statistic::sample : Statistic::channel, scale, false, fn, p0, p1);
 }
@@ -60,9 +60,8 @@ std::tuple<Tensor, Tensor> act_stats(const Tensor& z, const std::optional<Tensor
 std::tuple<Tensor, Tensor> act_stats_backward(const Tensor& z, const std::optional<Tensor>& g,
                                               const std::optional<Tensor>& w_sample,
                                               const std::optional<Tensor>& w_channel, int64_t dim,
-                                              int64_t statistic, double scale,
-                                              bool /*deterministic*/, int64_t fn, double p0,
-                                              double p1) {
+                                              int64_t statistic, double scale, int64_t fn,
+                                              double p0, double p1) {
   return run(z, g, w_sample, w_channel, dim, static_cast<Statistic>(statistic), scale, true, fn, p0,
              p1);
 }

@@ -35,7 +35,7 @@ struct StatsCall {
   T factor, scale, p0, p1;
   Statistic statistic;
   T* value;
-  T* partial;          // the sums of chunks; null: they are added to `value` by atomics
+  T* partial;          // the sums of chunks, if there are several
   unsigned* counters;  // one per tile of outputs
   Tiling tiling;
 };
@@ -164,7 +164,7 @@ __global__ void __launch_bounds__(threads, sizeof(S) == 4 ? 3 : 2)
   sum_over_threads<threads>(sums, at.summed, values);
   const bool leads = (t & at.summed) == 0 && group < at.groups;
 
-  if (at.chunks > 1 && call.partial != nullptr) {
+  if (at.chunks > 1) {
     // [chunk, tile, i, x] of columns; [group, chunk] of rows: neighbours for neighbouring threads.
     const int64_t columns_at = int64_t(tile) * V * at.x + x,
                   chunk_size = int64_t(at.tiles) * V * at.x;
@@ -198,20 +198,15 @@ __global__ void __launch_bounds__(threads, sizeof(S) == 4 ? 3 : 2)
   for (int i = 0; i < values; ++i) {
     const int64_t output = at.down_columns ? first_column + at.offset(i) : group;
     if (at.down_columns && output >= at.columns) break;
-    const T sum = call.scale * sums[i * threads + t];
-    if (at.chunks > 1 && call.partial == nullptr) {
-      atomicAdd(call.value + output, sum);
-    } else {
-      call.value[output] = sum;
-    }
+    call.value[output] = call.scale * sums[i * threads + t];
   }
 }
 
 std::tuple<Tensor, Tensor> run_pass(const Tensor& z, const std::optional<Tensor>& g,
                                     const std::optional<Tensor>& w_sample,
                                     const std::optional<Tensor>& w_channel, int64_t dim,
-                                    Statistic statistic, double scale, bool deterministic,
-                                    bool backward, int64_t fn, double p0, double p1) {
+                                    Statistic statistic, double scale, bool backward, int64_t fn,
+                                    double p0, double p1) {
   const StatsOperands operands(z, g, w_sample, w_channel, dim);
   operands.sum(statistic);  // refuses what is no statistic
   Tensor result = operands.out;
@@ -232,7 +227,6 @@ std::tuple<Tensor, Tensor> run_pass(const Tensor& z, const std::optional<Tensor>
       S* out_data = static_cast<S*>(result.mutable_data_ptr());
       const int unit = unit_of<S>(operands.layout.columns(), {z_data, g_data, out_data});
       const Tiling tiling(operands.layout, per_sample, Pack<S>::size, unit);
-      const bool in_chunks = statistic != Statistic::none && tiling.chunks > 1;
       StatsCall<S> call{static_cast<const T*>(StatsOperands::pointer(operands.w_sample)),
                         static_cast<const T*>(StatsOperands::pointer(operands.w_channel)),
                         T(2 * scale),
@@ -246,15 +240,13 @@ std::tuple<Tensor, Tensor> run_pass(const Tensor& z, const std::optional<Tensor>
                         tiling};
       std::optional<Tensor> workspace;
       std::optional<Counters> counters;
-      if (in_chunks && deterministic) {
+      if (statistic != Statistic::none && tiling.chunks > 1) {
         const int64_t outputs = tiling.down_columns ? int64_t(tiling.x) * Pack<S>::size : tiling.o;
         workspace =
             torch::stable::new_empty(z, {int64_t(tiling.blocks()) * outputs}, statistic_type(z));
         counters.emplace(z, stream, Tiling::most_counters);
         call.partial = static_cast<T*>(workspace->mutable_data_ptr());
         call.counters = counters->data();
-      } else if (in_chunks) {
-        torch::stable::zero_(value);
       }
       if (backward) {
         FASTJAC_LAUNCH((act_stats_kernel<A, true, S>), tiling.blocks(), threads, stream, z_data,
@@ -270,20 +262,20 @@ std::tuple<Tensor, Tensor> run_pass(const Tensor& z, const std::optional<Tensor>
 }
 
 std::tuple<Tensor, Tensor> act_stats(const Tensor& z, const std::optional<Tensor>& w, int64_t dim,
-                                     bool per_sample, double scale, bool deterministic, int64_t fn,
-                                     double p0, double p1) {
+                                     bool per_sample, double scale, int64_t fn, double p0,
+                                     double p1) {
   return run_pass(z, std::nullopt, per_sample ? std::nullopt : w, per_sample ? w : std::nullopt,
-                  dim, per_sample ? Statistic::sample : Statistic::channel, scale, deterministic,
-                  false, fn, p0, p1);
+                  dim, per_sample ? Statistic::sample : Statistic::channel, scale, false, fn, p0,
+                  p1);
 }
 
 std::tuple<Tensor, Tensor> act_stats_backward(const Tensor& z, const std::optional<Tensor>& g,
                                               const std::optional<Tensor>& w_sample,
                                               const std::optional<Tensor>& w_channel, int64_t dim,
-                                              int64_t statistic, double scale, bool deterministic,
-                                              int64_t fn, double p0, double p1) {
-  return run_pass(z, g, w_sample, w_channel, dim, static_cast<Statistic>(statistic), scale,
-                  deterministic, true, fn, p0, p1);
+                                              int64_t statistic, double scale, int64_t fn,
+                                              double p0, double p1) {
+  return run_pass(z, g, w_sample, w_channel, dim, static_cast<Statistic>(statistic), scale, true,
+                  fn, p0, p1);
 }
 
 }  // namespace

@@ -86,13 +86,11 @@ def sum_partials(partial_ptr, first, count, outs, out, inside, OUT: tl.constexpr
 @triton.jit
 def finish(
     sums, out, inside, sums_ptr, partial_ptr, counters_ptr, outs, tile, split, splits, scale,
-    OUT: tl.constexpr, SPLIT: tl.constexpr, ATOMIC: tl.constexpr, INDEX: tl.constexpr,
+    OUT: tl.constexpr, SPLIT: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     scale = tl.full([OUT], scale, sums_ptr.dtype.element_ty)
     if not SPLIT:
         tl.store(sums_ptr + out, sums * scale, inside)
-    elif ATOMIC:
-        tl.atomic_add(sums_ptr + out, sums * scale, inside, sem="relaxed")
     else:
         # Partial sums [splits + groups, outs]; a counter for each group, then one for the groups.
         split = split.to(INDEX)
@@ -124,7 +122,7 @@ def act_stats_kernel(
     ZEROS: tl.constexpr, ZEROS_NEXT: tl.constexpr, HAS_G: tl.constexpr,
     HAS_KEPT: tl.constexpr, HAS_SUMMED: tl.constexpr,
     ALONG: tl.constexpr, TERM: tl.constexpr, WEIGHT: tl.constexpr,
-    SPLIT: tl.constexpr, ATOMIC: tl.constexpr, COMPUTE: tl.constexpr, INDEX: tl.constexpr,
+    SPLIT: tl.constexpr, COMPUTE: tl.constexpr, INDEX: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     OUT: tl.constexpr = COLS if ALONG == "columns" else ROWS
@@ -191,12 +189,12 @@ def act_stats_kernel(
             sums = tl.sum(tl.where(same, sums[None, :], 0.0), 1)
             finish(
                 sums, channel, channel < outs // period, sums_ptr, partial_ptr, counters_ptr,
-                outs // period, tile, split, splits, scale, CHANNELS, SPLIT, ATOMIC, INDEX,
+                outs // period, tile, split, splits, scale, CHANNELS, SPLIT, INDEX,
             )  # fmt: skip
         else:
             finish(
                 sums, out, inside_out, sums_ptr, partial_ptr, counters_ptr,
-                outs, tile, split, splits, scale, OUT, SPLIT, ATOMIC, INDEX,
+                outs, tile, split, splits, scale, OUT, SPLIT, INDEX,
             )  # fmt: skip
 
 
@@ -308,7 +306,7 @@ def _check(w: Tensor | None, size: int, z: Tensor) -> Tensor | None:
     return w.contiguous()
 
 
-def _launch(z, g, w_sample, w_channel, dim, statistic, scale, deterministic, fn, p0, p1, backward):
+def _launch(z, g, w_sample, w_channel, dim, statistic, scale, fn, p0, p1, backward):
     if statistic not in (NONE, CHANNEL, SAMPLE, BIAS):
         raise RuntimeError(f"fastjac: statistic must be 0 to 3, got {statistic}")
     check_activation(fn, 0, 0)
@@ -336,11 +334,11 @@ def _launch(z, g, w_sample, w_channel, dim, statistic, scale, deterministic, fn,
     run, tiles = at.run, at.tiles
     splits = triton.cdiv(at.steps, run)
     split = statistic != NONE and splits > 1
-    sums = (torch.empty if deterministic or not split else torch.zeros)(size, **options)
+    sums = torch.empty(size, **options)
     partial = counters = sums
     kept, summed = (w_sample, w_channel) if per_sample else (w_channel, w_sample)
     with torch.cuda.device_of(z):
-        if split and deterministic:
+        if split:
             groups = triton.cdiv(splits, GROUP.value)
             partial = torch.empty((splits + groups) * size, **options)
             counters = zeroed_counters(tiles * (groups + 1), z.device)
@@ -352,7 +350,7 @@ def _launch(z, g, w_sample, w_channel, dim, statistic, scale, deterministic, fn,
             ZEROS=_ZEROS[fn][1], ZEROS_NEXT=_ZEROS[fn][2], HAS_G=g is not None,
             HAS_KEPT=kept is not None, HAS_SUMMED=summed is not None,
             ALONG=at.along, TERM={NONE: "none", BIAS: "results"}.get(statistic, "squares"),
-            WEIGHT=at.weight, SPLIT=split, ATOMIC=not deterministic,
+            WEIGHT=at.weight, SPLIT=split,
             COMPUTE=compute_dtype(z.dtype),
             INDEX=tl.int32 if z.numel() <= MOST_INT32 else tl.int64,
             ROWS=at.tile[0], COLS=at.tile[1], CHANNELS=at.channels, num_warps=WARPS,
@@ -361,20 +359,16 @@ def _launch(z, g, w_sample, w_channel, dim, statistic, scale, deterministic, fn,
 
 
 def act_stats(
-    z: Tensor, w: Tensor | None, dim: int, per_sample: bool, scale: float, deterministic: bool,
-    fn: int, p0: float, p1: float,
+    z: Tensor, w: Tensor | None, dim: int, per_sample: bool, scale: float, fn: int,
+    p0: float, p1: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     w_sample, w_channel = (None, w) if per_sample else (w, None)
     statistic = SAMPLE if per_sample else CHANNEL
-    return _launch(
-        z, None, w_sample, w_channel, dim, statistic, scale, deterministic, fn, p0, p1, False
-    )
+    return _launch(z, None, w_sample, w_channel, dim, statistic, scale, fn, p0, p1, False)
 
 
 def act_stats_backward(
     z: Tensor, g: Tensor | None, w_sample: Tensor | None, w_channel: Tensor | None, dim: int,
-    statistic: int, scale: float, deterministic: bool, fn: int, p0: float, p1: float,
+    statistic: int, scale: float, fn: int, p0: float, p1: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return _launch(
-        z, g, w_sample, w_channel, dim, statistic, scale, deterministic, fn, p0, p1, True
-    )
+    return _launch(z, g, w_sample, w_channel, dim, statistic, scale, fn, p0, p1, True)

@@ -56,7 +56,6 @@ def batch_norm_act(
     fn: int,
     p0: float,
     p1: float,
-    deterministic: bool,
 ) -> tuple[Tensor, Tensor]:
     """``(a, t)``; autograd follows ``z, gamma, beta``, and takes the norm's output as theirs.
 
@@ -66,7 +65,6 @@ def batch_norm_act(
         normed: the norm's result.
         scale: factor of s.
         fn, p0, p1: the activation's id and parameters, as the raw ops take them.
-        deterministic: as in `fastjac.act_stats`.
 
     Returns:
         ``φ(y)`` of y's shape and dtype, and t, ``[C]``, float32 (float64 for a float64 y),
@@ -79,15 +77,15 @@ def batch_norm_act(
         RuntimeError: no activation with this id; in the backward, a gamma, beta or statistic of
             another shape, dtype or device.
     """
-    return _apply(z, gamma, beta, normed, scale, fn, p0, p1, deterministic)
+    return _apply(z, gamma, beta, normed, scale, fn, p0, p1)
 
 
 class _BatchNormAct(Function):
     @staticmethod
-    def forward(ctx, z, gamma, beta, normed, scale, fn, p0, p1, deterministic):
+    def forward(ctx, z, gamma, beta, normed, scale, fn, p0, p1):
         y, _, mean, invstd, eps = normed
         with below_autograd():
-            a, s = raw("act_stats")(y, None, 1, False, scale, deterministic, fn, p0, p1)
+            a, s = raw("act_stats")(y, None, 1, False, scale, fn, p0, p1)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(z, gamma, beta, mean, invstd, s)
         ctx.constants = scale, fn, p0, p1, eps
@@ -97,7 +95,7 @@ class _BatchNormAct(Function):
     def backward(ctx, g, q):
         z, gamma, beta, mean, invstd, s = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
-        nothing = [None] * 6
+        nothing = [None] * 5
         if recorded(g, q):
             return *_recorded_backward(g, q, z, gamma, beta, needs, *ctx.constants), *nothing
         scale, fn, p0, p1, _ = ctx.constants

@@ -63,7 +63,6 @@ class LayerStatistics(LayerPenalty):
     positions: str
     use_weight: bool
     squared: bool
-    deterministic: bool
 
     _tap_on_cpu = False  # for tests: what a GPU would do
 
@@ -151,7 +150,7 @@ class LayerStatistics(LayerPenalty):
             return None
         # All that decides it beside the layer and the activation.
         state = (
-            self.reduction, self.squared, self.use_weight, self.deterministic,
+            self.reduction, self.squared, self.use_weight,
             call.z.dtype, call.z.device, call.weight.stride(),
             None if call.layer.linear else conv_options(call.layer.module),
         )  # fmt: skip
@@ -171,7 +170,7 @@ class LayerStatistics(LayerPenalty):
         if impl == "reference":
             return None
         p0, p1 = get(phi.fn).param_values(phi.params)
-        options = (conv_options(call.layer.module), 1.0, self.deterministic)
+        options = (conv_options(call.layer.module), 1.0)
         return Layer(*options, IDS[phi.fn], p0, p1, suffix_of(impl), impl)
 
     def _after_batch_norm(self, seen: Pass, call: Call, phi: Phi) -> bool:
@@ -194,7 +193,7 @@ class LayerStatistics(LayerPenalty):
         z, gamma = node._saved_input, node._saved_weight
         gamma, beta = (None if t is None else t.to(dtype) for t in (gamma, norm.bias))
         p0, p1 = get(phi.fn).param_values(phi.params)
-        options = (1.0, IDS[phi.fn], p0, p1, self.deterministic)
+        options = (1.0, IDS[phi.fn], p0, p1)
         a, s = batch_norm_act(z, gamma, beta, call.normed, *options)
         return a, Term(call, self._divisor(call), s=s, gain=Gain(gamma), impl=phi.impl)
 
@@ -203,7 +202,7 @@ class LayerStatistics(LayerPenalty):
         z, divisor = call.z, self._divisor(call)
         gain = norm_gain(call) if self.use_weight else NO_GAIN
         place = gain.place
-        options = dict(scale=1.0, deterministic=self.deterministic, impl=phi.impl, **phi.params)
+        options = dict(scale=1.0, impl=phi.impl, **phi.params)
         dim = call.dim
         if place is not None:  # each position is a sample of its own
             z, dim, place = z.flatten(0, -2), -1, place.flatten()

@@ -53,11 +53,11 @@ NONE, CHANNEL, SAMPLE, BIAS = range(4)
 for _suffix in SUFFIXES:
     define(
         f"act_stats{_suffix}(Tensor z, Tensor? w, int dim, bool per_sample, float scale,"
-        " bool deterministic, int fn, float p0, float p1) -> (Tensor, Tensor)"
+        " int fn, float p0, float p1) -> (Tensor, Tensor)"
     )
     define(
         f"act_stats_backward{_suffix}(Tensor z, Tensor? g, Tensor? w_sample, Tensor? w_channel,"
-        " int dim, int statistic, float scale, bool deterministic, int fn, float p0, float p1)"
+        " int dim, int statistic, float scale, int fn, float p0, float p1)"
         " -> (Tensor, Tensor)"
     )
 
@@ -103,7 +103,6 @@ def act_stats(
     per: str = "channel",
     weights: Tensor | None = None,  # [N] for per="channel", [C] for per="sample"
     scale: float | None = None,
-    deterministic: bool = True,
     impl: str = "auto",
     **params: float,
 ) -> tuple[Tensor, Tensor]:
@@ -118,15 +117,14 @@ def act_stats(
         weights: factor of each term: per sample for the statistic per channel, per channel for
             the one per sample; None means 1. float32 (float64 for a float64 z).
         scale: factor of the sum; None divides by the number of terms: the mean.
-        deterministic: False lets GPU kernels sum with float atomics, which is faster and gives
-            other rounding in each run. The CPU has one way, the same bits for any number of
-            threads.
         impl: as in `fastjac.act`.
         **params: the activation's parameters.
 
     Returns:
         ``φ(z)`` of z's shape, dtype and memory format, and the statistic, ``[C]`` or ``[N]``,
-        float32 (float64 for a float64 z), accumulated in at least that.
+        float32 (float64 for a float64 z), accumulated in at least that. The result is
+        deterministic: the order of every sum follows from shape, memory layout and alignment alone,
+        so two runs give the same bits, and on a CPU so does any number of threads.
 
     Gradients: in z and weights, reverse and forward mode, ``torch.func``: twice (the statistic
     uses up φ' and each differentiation one order more, to φ'''); then RuntimeError.
@@ -156,7 +154,7 @@ def act_stats(
         scale = kept / z.numel() if z.numel() else 0.0
     if chosen == "reference":
         return composed(z, weights, dim, per_sample, scale, fn, params, "reference")
-    args = (dim, per_sample, float(scale), deterministic, IDS[fn], p0, p1)
+    args = (dim, per_sample, float(scale), IDS[fn], p0, p1)
     return _in_graph(z, weights, *args, suffix_of(chosen), chosen)
 
 
@@ -245,11 +243,9 @@ def named(fn: int, p0: float, p1: float) -> tuple[str, dict[str, float]]:
 
 class _ActStats(Function):
     @staticmethod
-    def forward(z, w, dim, per_sample, scale, deterministic, fn, p0, p1, suffix, impl):
+    def forward(z, w, dim, per_sample, scale, fn, p0, p1, suffix, impl):
         with below_autograd():
-            return raw("act_stats" + suffix)(
-                z, w, dim, per_sample, scale, deterministic, fn, p0, p1
-            )
+            return raw("act_stats" + suffix)(z, w, dim, per_sample, scale, fn, p0, p1)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -260,9 +256,9 @@ class _ActStats(Function):
     @staticmethod
     def backward(ctx, g, q):
         z, w = ctx.saved_tensors
-        dim, per_sample, scale, deterministic, fn, p0, p1, suffix, impl = ctx.constants
+        dim, per_sample, scale, fn, p0, p1, suffix, impl = ctx.constants
         needs_z, needs_w = ctx.needs_input_grad[:2]
-        nothing = [None] * 9
+        nothing = [None] * 8
         if q is None:
             name, params = named(fn, p0, p1)
             grad = act(z, g, 1, name, impl=impl, **params) if needs_z and g is not None else None
@@ -271,7 +267,7 @@ class _ActStats(Function):
         if not recorded(g, q):
             statistic = (CHANNEL if per_sample else SAMPLE) if needs_w else NONE
             grad_z, grad_w = raw("act_stats_backward" + suffix)(
-                z, g, w_sample, w_channel, dim, statistic, scale, deterministic, fn, p0, p1
+                z, g, w_sample, w_channel, dim, statistic, scale, fn, p0, p1
             )
             return grad_z if needs_z else None, grad_w if needs_w else None, *nothing
         name, params = named(fn, p0, p1)
@@ -286,11 +282,11 @@ class _ActStats(Function):
 
 
 @torch.compiler.allow_in_graph
-def _in_graph(z, w, dim, per_sample, scale, deterministic, fn, p0, p1, suffix, impl):
+def _in_graph(z, w, dim, per_sample, scale, fn, p0, p1, suffix, impl):
     if transformed():
         name, params = named(fn, p0, p1)
         return composed(z, w, dim, per_sample, scale, name, params, impl)
-    return _ActStats.apply(z, w, dim, per_sample, scale, deterministic, fn, p0, p1, suffix, impl)
+    return _ActStats.apply(z, w, dim, per_sample, scale, fn, p0, p1, suffix, impl)
 
 
 # ---- the raw ops: fake kernels, and an autograd key that loses no derivative

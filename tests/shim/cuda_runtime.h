@@ -124,10 +124,6 @@ T __shfl_down_sync(unsigned, T value, unsigned delta) {
   return fastjac::host::exchange(value, from < 32 ? from : fastjac::host::lane());
 }
 
-template <class T>
-T atomicAdd(T* address, T value) {
-  return std::atomic_ref<T>(*address).fetch_add(value);
-}
 inline unsigned atomicInc(unsigned* address, unsigned most) {
   std::atomic_ref<unsigned> counter(*address);
   unsigned old = counter.load();
