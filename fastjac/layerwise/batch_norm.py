@@ -28,13 +28,7 @@ from torch import Tensor
 from fastjac.ops.act_stats import composed, named, recorded
 from fastjac.ops.autograd import Function, below_autograd
 from fastjac.ops.dispatch import accumulate_dtype
-from fastjac.ops.registration import define, raw, register_fake, register_not_differentiable
-
-define(
-    "batch_norm_act_backward(Tensor z, Tensor? g, Tensor mean, Tensor invstd, Tensor? gamma,"
-    " Tensor? beta, Tensor s, Tensor q, float scale, int fn, float p0, float p1)"
-    " -> (Tensor, Tensor, Tensor)"
-)
+from fastjac.ops.registration import raw, register
 
 
 class Normed(NamedTuple):
@@ -138,5 +132,10 @@ def _fake(z, g, mean, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(z), torch.empty_like(mean), torch.empty_like(mean)
 
 
-register_fake("batch_norm_act_backward", _fake)
-register_not_differentiable("batch_norm_act_backward", "use BatchNorm and fastjac.act_stats")
+register(
+    "batch_norm_act_backward(Tensor z, Tensor? g, Tensor mean, Tensor invstd, Tensor? gamma,"
+    " Tensor? beta, Tensor s, Tensor q, float scale, int fn, float p0, float p1)"
+    " -> (Tensor, Tensor, Tensor)",
+    derivative="use BatchNorm and fastjac.act_stats",
+    fake=_fake,
+)

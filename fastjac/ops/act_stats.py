@@ -33,33 +33,10 @@ from fastjac.activations import IDS, TABLE, get
 from fastjac.ops.act import act, check_z
 from fastjac.ops.autograd import Function, below_autograd
 from fastjac.ops.dispatch import Example, Op, accumulate_dtype
-from fastjac.ops.registration import (
-    LIBRARY,
-    SUFFIXES,
-    check_like,
-    define,
-    impl_of,
-    raw,
-    refuse_transforms,
-    register_fake,
-    register_not_differentiable,
-    register_triton,
-    suffix_of,
-)
+from fastjac.ops.registration import check_like, impl_of, raw, register, suffix_of
 
 # What the backward sums beside ∂z (csrc/common/stats.h).
 NONE, CHANNEL, SAMPLE, BIAS = range(4)
-
-for _suffix in SUFFIXES:
-    define(
-        f"act_stats{_suffix}(Tensor z, Tensor? w, int dim, bool per_sample, float scale,"
-        " int fn, float p0, float p1) -> (Tensor, Tensor)"
-    )
-    define(
-        f"act_stats_backward{_suffix}(Tensor z, Tensor? g, Tensor? w_sample, Tensor? w_channel,"
-        " int dim, int statistic, float scale, int fn, float p0, float p1)"
-        " -> (Tensor, Tensor)"
-    )
 
 
 def _examples() -> Iterator[Example]:
@@ -92,7 +69,7 @@ def _examples() -> Iterator[Example]:
             )
 
 
-_OP = Op("act_stats", ("cuda", "triton", "cpu", "reference"), _examples)
+_OP = Op("act_stats", _examples)
 
 
 def act_stats(
@@ -155,7 +132,7 @@ def act_stats(
     if chosen == "reference":
         return composed(z, weights, dim, per_sample, scale, fn, params, "reference")
     args = (dim, per_sample, float(scale), IDS[fn], p0, p1)
-    return _in_graph(z, weights, *args, suffix_of(chosen), chosen)
+    return _in_graph(z, weights, *args, suffix_of(chosen))
 
 
 def _check(z: Tensor, dim: int, per: str, weights: Tensor | None) -> int:
@@ -243,7 +220,7 @@ def named(fn: int, p0: float, p1: float) -> tuple[str, dict[str, float]]:
 
 class _ActStats(Function):
     @staticmethod
-    def forward(z, w, dim, per_sample, scale, fn, p0, p1, suffix, impl):
+    def forward(z, w, dim, per_sample, scale, fn, p0, p1, suffix):
         with below_autograd():
             return raw("act_stats" + suffix)(z, w, dim, per_sample, scale, fn, p0, p1)
 
@@ -256,9 +233,10 @@ class _ActStats(Function):
     @staticmethod
     def backward(ctx, g, q):
         z, w = ctx.saved_tensors
-        dim, per_sample, scale, fn, p0, p1, suffix, impl = ctx.constants
+        dim, per_sample, scale, fn, p0, p1, suffix = ctx.constants
+        impl = impl_of(suffix, z.device.type)
         needs_z, needs_w = ctx.needs_input_grad[:2]
-        nothing = [None] * 8
+        nothing = [None] * 7
         if q is None:
             name, params = named(fn, p0, p1)
             grad = act(z, g, 1, name, impl=impl, **params) if needs_z and g is not None else None
@@ -282,14 +260,15 @@ class _ActStats(Function):
 
 
 @torch.compiler.allow_in_graph
-def _in_graph(z, w, dim, per_sample, scale, fn, p0, p1, suffix, impl):
+def _in_graph(z, w, dim, per_sample, scale, fn, p0, p1, suffix):
     if transformed():
         name, params = named(fn, p0, p1)
+        impl = impl_of(suffix, z.device.type)
         return composed(z, w, dim, per_sample, scale, name, params, impl)
-    return _ActStats.apply(z, w, dim, per_sample, scale, fn, p0, p1, suffix, impl)
+    return _ActStats.apply(z, w, dim, per_sample, scale, fn, p0, p1, suffix)
 
 
-# ---- the raw ops: fake kernels, and an autograd key that loses no derivative
+# ---- the raw ops
 
 
 def _result_like(z: Tensor, dim: int) -> Tensor:
@@ -324,17 +303,17 @@ def _fake_backward(z, g, w_sample, w_channel, dim, statistic, *rest):
     return _result_like(z, dim), z.new_empty(size, dtype=accumulate_dtype(z.dtype))
 
 
-def _register(suffix: str) -> None:
-    def through_function(z, *args):
-        refuse_transforms("act_stats" + suffix)
-        return _ActStats.apply(z, *args, suffix, impl_of(suffix, z.device.type))
-
-    register_fake("act_stats" + suffix, _fake)
-    register_fake("act_stats_backward" + suffix, _fake_backward)
-    LIBRARY.impl("act_stats" + suffix, through_function, "Autograd")
-    register_not_differentiable("act_stats_backward" + suffix, "call fastjac.act_stats")
-
-
-for _suffix in SUFFIXES:
-    _register(_suffix)
-register_triton("act_stats", "act_stats", "act_stats_backward")
+register(
+    "act_stats(Tensor z, Tensor? w, int dim, bool per_sample, float scale, int fn, float p0,"
+    " float p1) -> (Tensor, Tensor)",
+    derivative=_ActStats.apply,
+    fake=_fake,
+    triton="act_stats",
+)
+register(
+    "act_stats_backward(Tensor z, Tensor? g, Tensor? w_sample, Tensor? w_channel, int dim,"
+    " int statistic, float scale, int fn, float p0, float p1) -> (Tensor, Tensor)",
+    derivative="call fastjac.act_stats",
+    fake=_fake_backward,
+    triton="act_stats",
+)

@@ -24,23 +24,16 @@ Not differentiable; `fastjac.input_jacobian.chain` is what calls them.
 
 from __future__ import annotations
 
-from fastjac.ops.registration import define, register_not_differentiable
+from fastjac.ops.registration import register
 
-define(
-    "mlp_forward(Tensor x, Tensor[] weights, Tensor[] biases, int tile, Tensor plan) -> Tensor[]"
-)
-define(
+for _schema in (
+    "mlp_forward(Tensor x, Tensor[] weights, Tensor[] biases, int tile, Tensor plan) -> Tensor[]",
     "mlp_pull(Tensor w, Tensor[] weights, Tensor[] stacks, int n, int tile, Tensor plan)"
-    " -> Tensor[]"
-)
-define(
+    " -> Tensor[]",
     "mlp_push(Tensor(a!) u, Tensor? factor, Tensor[] weights, Tensor(b!)[] stacks,"
-    " Tensor(c!)[] deltas, int n, int tile, bool wanted, Tensor plan) -> Tensor"
-)
-define(
+    " Tensor(c!)[] deltas, int n, int tile, bool wanted, Tensor plan) -> Tensor",
     "mlp_down(Tensor? g, Tensor(a!)? u, Tensor? factor, Tensor x, Tensor[] weights,"
     " Tensor(b!)[] stacks, Tensor(c!)[] deltas, int n, int tile, int start, bool push,"
-    " Tensor wanted, Tensor plan) -> Tensor[]"
-)
-for _name in ("mlp_forward", "mlp_pull", "mlp_push", "mlp_down"):
-    register_not_differentiable(_name, "use the penalties, engine='chain'")
+    " Tensor wanted, Tensor plan) -> Tensor[]",
+):
+    register(_schema, derivative="use the penalties, engine='chain'")
