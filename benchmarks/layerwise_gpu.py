@@ -47,7 +47,7 @@ def bandwidth(device: torch.device, dtype: torch.dtype, size: int) -> list[dict[
             continue
         forward = raw("act_stats" + suffix_of(impl))
         backward = raw("act_stats_backward" + suffix_of(impl))
-        rest = (1.0, IDS["gelu"], 0.0, 0.0)
+        rest = (1.0, IDS["gelu"], ())
         steps[f"forward, {impl}"] = lambda f=forward, r=rest: f(z, None, 1, False, *r)
         steps[f"backward, {impl}"] = lambda b=backward, r=rest: b(z, g, None, q, 1, NONE, *r)
         accesses |= {f"forward, {impl}": 2, f"backward, {impl}": 3}

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SCHEMAS = [schema for name, schema in registration.SCHEMAS.items()
            if f"{name}_triton" in registration.SCHEMAS]  # fmt: skip
 CUDA = ROOT / "csrc/cuda"
-TABLE = ROOT / "build/native/generated"  # holds activations.h
+TABLE = ROOT / "build/native/generated"  # holds the generated headers
 
 
 def compile_host(

@@ -92,13 +92,13 @@ def test_opcheck(name, order, impl):
     z = off_kinks(name, 3, 4).requires_grad_(order < 3)
     g = torch.randn(3, 4, dtype=torch.float64, device=DEVICE).requires_grad_()
     act = getattr(torch.ops.fastjac, "act" + suffix).default
-    torch.library.opcheck(act, (z, g, order, fn, *params))
-    torch.library.opcheck(act, (z, None, order, fn, *params))
+    torch.library.opcheck(act, (z, g, order, fn, params))
+    torch.library.opcheck(act, (z, None, order, fn, params))
     if order < 3:
         backward = getattr(torch.ops.fastjac, "act_backward" + suffix).default
         v = torch.randn_like(g).requires_grad_()
         z = z.detach().requires_grad_(order < 2)
-        torch.library.opcheck(backward, (z, g, v, order, fn, *params))
+        torch.library.opcheck(backward, (z, g, v, order, fn, params))
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -238,7 +238,7 @@ def test_raw_op_is_differentiable_too():
     """torch.ops.fastjac.* called directly, past the Functions: no silently missing gradient."""
     z = torch.randn(4, dtype=torch.float64, requires_grad=True)
     raw = torch.ops.fastjac.act.default
-    assert gradgradcheck(lambda z: raw(z, None, 0, NAMES.index("gelu"), 0.0, 0.0), (z,))
+    assert gradgradcheck(lambda z: raw(z, None, 0, NAMES.index("gelu"), ()), (z,))
 
 
 # ---- values: shapes, layouts, dtypes, special values
@@ -382,12 +382,14 @@ def test_raw_ops_refuse_what_they_cannot_run():
     z = torch.randn(2, 3)
     act = torch.ops.fastjac.act.default
     for call, message in (
-        (lambda: act(z, z[:1], 0, 0, 0.0, 0.0), "g must have the shape"),
-        (lambda: act(z, z.double(), 0, 0, 0.0, 0.0), "g must have z's dtype"),
-        (lambda: act(z, None, 0, 999, 0.0, 0.0), "no activation with id 999"),
-        (lambda: act(z, None, 7, 0, 0.0, 0.0), "derivative of order 7"),
-        (lambda: act(z, None, -1, 0, 0.0, 0.0), "derivative of order -1"),
-        (lambda: act(z.long(), None, 0, 0, 0.0, 0.0), "z must be float32"),
+        (lambda: act(z, z[:1], 0, 0, ()), "g must have the shape"),
+        (lambda: act(z, z.double(), 0, 0, ()), "g must have z's dtype"),
+        (lambda: act(z, None, 0, 999, ()), "no activation with id 999"),
+        (lambda: act(z, None, 0, NAMES.index("elu"), ()), "has 1 parameters, got 0"),
+        (lambda: act(z, None, 0, 0, (1.0,)), "has 0 parameters, got 1"),
+        (lambda: act(z, None, 7, 0, ()), "derivative of order 7"),
+        (lambda: act(z, None, -1, 0, ()), "derivative of order -1"),
+        (lambda: act(z.long(), None, 0, 0, ()), "z must be float32"),
     ):
         with pytest.raises(RuntimeError, match=message):
             call()

@@ -141,9 +141,9 @@ for fn, (name, row) in enumerate(TABLE.items()):
         z = torch.empty(4096, dtype=dtype)
         for k in range(3):
             compile(act, "act_kernel", f"{name}_{k}_{label}",
-                    lambda: act.act(z, z if k else None, k, fn, *params), ("store",))
+                    lambda: act.act(z, z if k else None, k, fn, params), ("store",))
         compile(act, "act_backward_kernel", f"{name}_{label}",
-                lambda: act.act_backward(z, z, z, 1, fn, *params), ("store",))
+                lambda: act.act_backward(z, z, z, 1, fn, params), ("store",))
 
 # (label, shape, channels, statistic); the first three are the common ones.
 STATS = [
@@ -172,11 +172,11 @@ for name, label, stats in cases:
         if statistic in (CHANNEL, SAMPLE):
             per_sample = statistic == SAMPLE
             compile(act_stats, "act_stats_kernel", f"{case}_{name}_{label}",
-                    lambda: act_stats.act_stats(z, None, dim, per_sample, 0.5, fn, *params),
+                    lambda: act_stats.act_stats(z, None, dim, per_sample, 0.5, fn, params),
                     wide)
         compile(act_stats, "act_stats_kernel", f"{case}_backward_{name}_{label}",
                 lambda: act_stats.act_stats_backward(z, z, n, c, dim, statistic, 0.5, fn,
-                                                     *params), wide)
+                                                     params), wide)
 
 for label, dtype in dtypes.items():
     w = [torch.empty(8, 512, dtype=dtype), torch.empty(3, 27, dtype=dtype)]

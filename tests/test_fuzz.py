@@ -167,7 +167,7 @@ def layer(rng: Random) -> Case:
 
     def call(x, weight, bias):
         z = z_of(x.detach(), weight.detach(), None if bias is None else bias.detach())
-        rest = Layer(options, scale, IDS[fn], *params, "", "cpu")
+        rest = Layer(options, scale, IDS[fn], params, "", "cpu")
         return layer_act(x, weight, bias, z, tuple(rest))
 
     def truth(x, weight, bias):
@@ -191,7 +191,7 @@ def batch_norm(rng: Random) -> Case:
         with torch.no_grad():
             y, mean, invstd = torch.native_batch_norm(z, gamma, beta, None, None, True, 0.0, eps)
         normed = Normed(y, 0, mean, invstd, eps)
-        return batch_norm_act(z, gamma, beta, normed, scale, IDS[fn], *get(fn).param_values({}))
+        return batch_norm_act(z, gamma, beta, normed, scale, IDS[fn], get(fn).param_values({}))
 
     def truth(z, gamma, beta):
         gamma = None if gamma is None else gamma.contiguous()  # see batch_norm.py

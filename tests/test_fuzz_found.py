@@ -16,7 +16,7 @@ Z = torch.linspace(-2, 2, 6, dtype=torch.float64).view(2, 3)
 META = Z.to("meta")
 NOTHING = torch.empty(2**62, 0)
 PLAN = torch.tensor([[IDS["identity"], 0, 0, 0]], dtype=torch.float64)
-GELU = (IDS["gelu"], 0.0, 0.0)
+GELU = (IDS["gelu"], ())
 
 
 @pytest.mark.parametrize("recorded", (False, True))
@@ -87,8 +87,9 @@ def test_raw_ops_refuse(call, message):
         (lambda: OPS.act_triton(Z.long(), None, 0, *GELU), "not torch.int64"),
         (lambda: OPS.act_triton(Z, None, 4, *GELU), "order must be 0 to 3"),
         (lambda: OPS.act_backward_triton(Z, Z, Z, 3, *GELU), "order must be 0 to 2"),
-        (lambda: OPS.act_triton(Z, None, 0, -1, 0.0, 0.0), "no activation with id -1"),
-        (lambda: OPS.act_stats_triton(Z, None, 1, False, 1.0, 99, 0.0, 0.0), "id 99"),
+        (lambda: OPS.act_triton(Z, None, 0, -1, ()), "no activation with id -1"),
+        (lambda: OPS.act_triton(Z, None, 0, 0, (1.0,)), "has 0 parameters, got 1"),
+        (lambda: OPS.act_stats_triton(Z, None, 1, False, 1.0, 99, ()), "id 99"),
         (lambda: OPS.row_sqnorm_triton([Z.long()]), "not torch.int64"),
         (lambda: OPS.softmax_residual_backward_triton(Z.long(), Z.long()), "not torch.int64"),
     ),

@@ -142,8 +142,9 @@ def test_planted_faults_are_found(right, wrong, sanitized_copy, tmp_path):
 def test_cuda_ops_under_sanitizers(tmp_path):
     """The CUDA kernels, run by the host shim: 256 threads a block, so fewer cases."""
     rows = 2  # of the activation table: each is 8 kernels to compile
-    table = codegen.cpp_header(dict(islice(TABLE.items(), rows)), "of a test")
-    (tmp_path / "activations.h").write_text(table)
+    headers = codegen.cpp_headers(dict(islice(TABLE.items(), rows)), "of a test")
+    for name, text in headers.items():
+        (tmp_path / name).write_text(text)
     library, flags = tmp_path / "host.so", ("-O1", *SANITIZE.split())
     host.compile_host(library, flags=flags, link=("-shared",), table=tmp_path)
     clean, text = fuzz(

@@ -127,7 +127,7 @@ def test_forward(layout, dtype, per_sample):
     z, _, *weights = operands(shape, dim, dtype, memory)
     w, statistic = weights[per_sample], SAMPLE if per_sample else CHANNEL
     w_sample, w_channel = (None, w) if per_sample else (w, None)
-    got = stats.act_stats(z, w, dim, per_sample, 0.3, IDS["gelu"], 0.0, 0.0)
+    got = stats.act_stats(z, w, dim, per_sample, 0.3, IDS["gelu"], ())
     want = truth(z, None, w_sample, w_channel, dim, statistic, 0.3, "gelu", False)
     assert_right(got, want, dtype)
 
@@ -139,7 +139,7 @@ def test_backward(layout, dtype, statistic):
     shape, dim, memory = LAYOUTS[layout]
     args = operands(shape, dim, dtype, memory)
     statistic = STATISTICS[statistic]
-    got = stats.act_stats_backward(*args, dim, statistic, 0.3, IDS["mish"], 0.0, 0.0)
+    got = stats.act_stats_backward(*args, dim, statistic, 0.3, IDS["mish"], ())
     assert_right(got, truth(*args, dim, statistic, 0.3, "mish", True), dtype)
 
 
@@ -150,14 +150,14 @@ def test_operands_left_out(shape, statistic, given):
     z, *rest = operands(shape, 1, torch.float64)
     rest = [t if there else None for t, there in zip(rest, given, strict=True)]
     statistic = STATISTICS[statistic]
-    got = stats.act_stats_backward(z, *rest, 1, statistic, 0.3, IDS["tanh"], 0.0, 0.0)
+    got = stats.act_stats_backward(z, *rest, 1, statistic, 0.3, IDS["tanh"], ())
     assert_right(got, truth(z, *rest, 1, statistic, 0.3, "tanh", True), torch.float64)
 
 
 def test_g_may_be_z():
     z, _, *weights = operands((4, 6), 1, torch.float64)
     args = (z, z, *weights)
-    got = stats.act_stats_backward(*args, 1, BIAS, 0.3, IDS["tanh"], 0.0, 0.0)
+    got = stats.act_stats_backward(*args, 1, BIAS, 0.3, IDS["tanh"], ())
     assert_right(got, truth(*args, 1, BIAS, 0.3, "tanh", True), torch.float64)
 
 
@@ -179,7 +179,7 @@ def test_split_strips(case, monkeypatch):
     want = truth(*args, dim, statistic, 0.3, "relu", True)
 
     def call():
-        return stats.act_stats_backward(*args, dim, statistic, 0.3, IDS["relu"], 0.0, 0.0)
+        return stats.act_stats_backward(*args, dim, statistic, 0.3, IDS["relu"], ())
 
     first = call()
     assert_right(first, want, torch.float32)
@@ -205,7 +205,7 @@ def test_sums_are_no_worse_than_pairwise():
     """Of 8192 terms a serial float32 sum is off by 2.5e-5."""
     w = torch.full((8192,), 1.1, device=DEVICE)
     z = torch.ones(8192, 8, device=DEVICE)
-    _, s = stats.act_stats(z, w, 1, False, 1.0, IDS["relu"], 0.0, 0.0)
+    _, s = stats.act_stats(z, w, 1, False, 1.0, IDS["relu"], ())
     assert relative_error(s, w.double().sum().expand(8)) < 1e-6
     r = rows.row_sqnorm([torch.full((1, 150_000), 1.1, device=DEVICE)])
     assert relative_error(r, 150_000 * torch.tensor([1.1]).double() ** 2) < 1e-6
@@ -295,8 +295,7 @@ BAD = [
 @pytest.mark.parametrize(("change", "message"), BAD)
 def test_bad_operands(change, message):
     given = {"z": torch.ones(2, 4), "g": None, "w_sample": None, "w_channel": None, "dim": 1,
-             "statistic": NONE, "scale": 1.0, "fn": 0, "p0": 0.0,
-             "p1": 0.0}  # fmt: skip
+             "statistic": NONE, "scale": 1.0, "fn": 0, "params": ()}  # fmt: skip
     with pytest.raises(RuntimeError, match=message):
         stats.act_stats_backward(**(given | change))
     with pytest.raises(RuntimeError, match="dim must be 1 or the last"):

@@ -6,6 +6,7 @@
 // the block that finishes last on a tile of outputs adds them, chunk after chunk. Weights of rows
 // and columns are factors of each term, so sums over samples, channels and positions are one level.
 #include <tuple>
+#include <vector>
 
 #include "activations.h"
 #include "launch.cuh"
@@ -32,7 +33,8 @@ struct StatsCall {
   using T = compute_t<S>;
   const T* w_sample;   // null: 1
   const T* w_channel;  // null: 1
-  T factor, scale, p0, p1;
+  T factor, scale;
+  Params<T> params;
   Statistic statistic;
   T* value;
   T* partial;          // the sums of chunks, if there are several
@@ -130,13 +132,13 @@ __global__ void __launch_bounds__(threads, sizeof(S) == 4 ? 3 : 2)
     for (int i = 0; i < V; ++i) {
       const T zi = widen(z_pack.at[i]);
       const T wi = column_weights ? w.at[i] : w_channel;
-      const T slope = A::template d<1>(zi, call.p0, call.p1);
+      const T slope = A::template d<1>(zi, call.params);
       T value;
       if constexpr (Backward) {
-        value = A::template times<1>(zi, T(widen(g_pack.at[i])), call.p0, call.p1) +
-                A::template times<2>(zi, call.factor * (w_sample * wi) * slope, call.p0, call.p1);
+        value = A::template times<1>(zi, T(widen(g_pack.at[i])), call.params) +
+                A::template times<2>(zi, call.factor * (w_sample * wi) * slope, call.params);
       } else {
-        value = A::template d<0>(zi, call.p0, call.p1);
+        value = A::template d<0>(zi, call.params);
       }
       result.at[i] = narrow<S>(value);
       const T weight = call.statistic == Statistic::sample ? wi : w_sample;
@@ -206,8 +208,9 @@ std::tuple<Tensor, Tensor> run_pass(const Tensor& z, const std::optional<Tensor>
                                     const std::optional<Tensor>& w_sample,
                                     const std::optional<Tensor>& w_channel, int64_t dim,
                                     Statistic statistic, double scale, bool backward, int64_t fn,
-                                    double p0, double p1) {
+                                    const std::vector<double>& params) {
   const StatsOperands operands(z, g, w_sample, w_channel, dim);
+  const Params<double> p = checked_params(fn, params);
   operands.sum(statistic);  // refuses what is no statistic
   Tensor result = operands.out;
   Tensor value = torch::stable::new_empty(z, {operands.size(statistic)}, statistic_type(z));
@@ -217,7 +220,7 @@ std::tuple<Tensor, Tensor> run_pass(const Tensor& z, const std::optional<Tensor>
   }
   const Stream stream(z);
   const bool per_sample = statistic == Statistic::sample;
-  const bool found = visit_activation(fn, [&](auto a) {
+  visit_activation(fn, [&](auto a) {
     visit_dtype(dtype_of(z), [&](auto tag) {
       using A = decltype(a);
       using S = decltype(tag);
@@ -231,8 +234,7 @@ std::tuple<Tensor, Tensor> run_pass(const Tensor& z, const std::optional<Tensor>
                         static_cast<const T*>(StatsOperands::pointer(operands.w_channel)),
                         T(2 * scale),
                         T(scale_of(statistic, scale)),
-                        T(p0),
-                        T(p1),
+                        p.to<T>(),
                         statistic,
                         static_cast<T*>(value.mutable_data_ptr()),
                         nullptr,
@@ -257,25 +259,24 @@ std::tuple<Tensor, Tensor> run_pass(const Tensor& z, const std::optional<Tensor>
       }
     });
   });
-  STD_TORCH_CHECK(found, "fastjac: no activation with id ", fn, " in the compiled table");
   return {result, value};
 }
 
 std::tuple<Tensor, Tensor> act_stats(const Tensor& z, const std::optional<Tensor>& w, int64_t dim,
-                                     bool per_sample, double scale, int64_t fn, double p0,
-                                     double p1) {
+                                     bool per_sample, double scale, int64_t fn,
+                                     const std::vector<double>& params) {
   return run_pass(z, std::nullopt, per_sample ? std::nullopt : w, per_sample ? w : std::nullopt,
-                  dim, per_sample ? Statistic::sample : Statistic::channel, scale, false, fn, p0,
-                  p1);
+                  dim, per_sample ? Statistic::sample : Statistic::channel, scale, false, fn,
+                  params);
 }
 
 std::tuple<Tensor, Tensor> act_stats_backward(const Tensor& z, const std::optional<Tensor>& g,
                                               const std::optional<Tensor>& w_sample,
                                               const std::optional<Tensor>& w_channel, int64_t dim,
                                               int64_t statistic, double scale, int64_t fn,
-                                              double p0, double p1) {
+                                              const std::vector<double>& params) {
   return run_pass(z, g, w_sample, w_channel, dim, static_cast<Statistic>(statistic), scale, true,
-                  fn, p0, p1);
+                  fn, params);
 }
 
 }  // namespace

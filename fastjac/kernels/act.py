@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -34,13 +36,13 @@ def times(slope, g, ZEROS: tl.constexpr):
 @triton.jit
 def act_kernel(
     z_ptr, g_ptr, out_ptr, numel,
-    p0: tl.constexpr, p1: tl.constexpr, FN: tl.constexpr, K: tl.constexpr,
+    PARAMS: tl.constexpr, FN: tl.constexpr, K: tl.constexpr,
     ZEROS: tl.constexpr, HAS_G: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = offsets < numel
     z = tl.load(z_ptr + offsets, inside, other=0.0).to(COMPUTE)
-    out = tl.zeros([BLOCK], COMPUTE) + phi(z, p0, p1, FN, K)
+    out = tl.zeros([BLOCK], COMPUTE) + phi(z, PARAMS, FN, K)
     if HAS_G:
         g = tl.load(g_ptr + offsets, inside, other=0.0).to(COMPUTE)
         out = times(out, g, ZEROS)
@@ -50,7 +52,7 @@ def act_kernel(
 @triton.jit
 def act_backward_kernel(
     z_ptr, g_ptr, v_ptr, grad_z_ptr, grad_g_ptr, numel,
-    p0: tl.constexpr, p1: tl.constexpr, FN: tl.constexpr, K: tl.constexpr,
+    PARAMS: tl.constexpr, FN: tl.constexpr, K: tl.constexpr,
     ZEROS: tl.constexpr, ZEROS_NEXT: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -58,8 +60,8 @@ def act_backward_kernel(
     z = tl.load(z_ptr + offsets, inside, other=0.0).to(COMPUTE)
     g = tl.load(g_ptr + offsets, inside, other=0.0).to(COMPUTE)
     v = tl.load(v_ptr + offsets, inside, other=0.0).to(COMPUTE)
-    grad_z = times(phi(z, p0, p1, FN, K + 1), g * v, ZEROS_NEXT)
-    grad_g = times(phi(z, p0, p1, FN, K), v, ZEROS)
+    grad_z = times(phi(z, PARAMS, FN, K + 1), g * v, ZEROS_NEXT)
+    grad_g = times(phi(z, PARAMS, FN, K), v, ZEROS)
     tl.store(grad_z_ptr + offsets, grad_z.to(grad_z_ptr.dtype.element_ty), inside)
     tl.store(grad_g_ptr + offsets, grad_g.to(grad_g_ptr.dtype.element_ty), inside)
 
@@ -77,15 +79,20 @@ def _with_strides_of(t: Tensor, like: Tensor) -> Tensor:
     return t if t.stride() == like.stride() else torch.empty_like(like).copy_(t)
 
 
-def check_activation(fn: int, order: int, most: int) -> None:
+def check_activation(fn: int, params: Sequence[float], order: int, most: int) -> None:
     if not 0 <= fn < len(ROWS):
         raise RuntimeError(f"fastjac: no activation with id {fn}")
+    if len(params) != len(ROWS[fn].params):
+        raise RuntimeError(
+            f"fastjac: the activation with id {fn} has {len(ROWS[fn].params)} parameters, got"
+            f" {len(params)}"
+        )
     if not 0 <= order <= most:
         raise RuntimeError(f"fastjac: order must be 0 to {most}, got {order}")
 
 
-def act(z: Tensor, g: Tensor | None, order: int, fn: int, p0: float, p1: float) -> Tensor:
-    check_activation(fn, order, MAX_ORDER)
+def act(z: Tensor, g: Tensor | None, order: int, fn: int, params: list[float]) -> Tensor:
+    check_activation(fn, params, order, MAX_ORDER)
     check_like(g, z, "g")
     out = torch.empty_like(z)
     if out.numel() == 0:
@@ -94,7 +101,7 @@ def act(z: Tensor, g: Tensor | None, order: int, fn: int, p0: float, p1: float) 
     g_dense = z_dense if g is None else _with_strides_of(g, out)
     numel = z.numel()
     act_kernel[(triton.cdiv(numel, BLOCK),)](
-        z_dense, g_dense, out, numel, p0, p1, fn, order,
+        z_dense, g_dense, out, numel, tuple(params), fn, order,
         ZEROS=_ZEROS[fn][order], HAS_G=g is not None,
         COMPUTE=compute_dtype(z.dtype), BLOCK=BLOCK, num_warps=WARPS,
     )  # fmt: skip
@@ -102,9 +109,9 @@ def act(z: Tensor, g: Tensor | None, order: int, fn: int, p0: float, p1: float) 
 
 
 def act_backward(
-    z: Tensor, g: Tensor, v: Tensor, order: int, fn: int, p0: float, p1: float
+    z: Tensor, g: Tensor, v: Tensor, order: int, fn: int, params: list[float]
 ) -> tuple[Tensor, Tensor]:
-    check_activation(fn, order, MAX_ORDER - 1)
+    check_activation(fn, params, order, MAX_ORDER - 1)
     check_like(g, z, "g")
     check_like(v, z, "v")
     grad_z, grad_g = torch.empty_like(z), torch.empty_like(z)
@@ -113,7 +120,7 @@ def act_backward(
     dense = [_with_strides_of(t, grad_z) for t in (z, g, v)]
     numel = z.numel()
     act_backward_kernel[(triton.cdiv(numel, BLOCK),)](
-        *dense, grad_z, grad_g, numel, p0, p1, fn, order,
+        *dense, grad_z, grad_g, numel, tuple(params), fn, order,
         ZEROS=_ZEROS[fn][order], ZEROS_NEXT=_ZEROS[fn][order + 1],
         COMPUTE=compute_dtype(z.dtype), BLOCK=BLOCK, num_warps=WARPS,
     )  # fmt: skip

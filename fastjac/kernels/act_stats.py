@@ -118,7 +118,7 @@ def act_stats_kernel(
     z_ptr, g_ptr, out_ptr, kept_ptr, summed_ptr, sums_ptr, partial_ptr, counters_ptr,
     outs, rows, columns, row_stride, plane_stride, period, run, steps, splits,
     factor: tl.float64, scale: tl.float64,
-    p0: tl.constexpr, p1: tl.constexpr, FN: tl.constexpr, BACKWARD: tl.constexpr,
+    PARAMS: tl.constexpr, FN: tl.constexpr, BACKWARD: tl.constexpr,
     ZEROS: tl.constexpr, ZEROS_NEXT: tl.constexpr, HAS_G: tl.constexpr,
     HAS_KEPT: tl.constexpr, HAS_SUMMED: tl.constexpr,
     ALONG: tl.constexpr, TERM: tl.constexpr, WEIGHT: tl.constexpr,
@@ -164,17 +164,17 @@ def act_stats_kernel(
             at = plane * plane_stride + out[:, None] * row_stride + column[None, :]
         inside = inside_summed & tl.expand_dims(inside_out, KEPT_AXIS)
         z = tl.load(z_ptr + at, inside, other=0.0).to(COMPUTE)
-        slope = tl.zeros([ROWS, COLS], COMPUTE) + phi(z, p0, p1, FN, 1)
+        slope = tl.zeros([ROWS, COLS], COMPUTE) + phi(z, PARAMS, FN, 1)
         if HAS_SUMMED:
             summed = tl.load(summed_ptr + summed_at, inside_weight, other=0.0)
         if BACKWARD:
             strength = weight * summed if HAS_SUMMED else weight
-            result = times(phi(z, p0, p1, FN, 2), strength * slope, ZEROS_NEXT)
+            result = times(phi(z, PARAMS, FN, 2), strength * slope, ZEROS_NEXT)
             if HAS_G:
                 g = tl.load(g_ptr + at, inside, other=0.0).to(COMPUTE)
                 result += times(slope, g, ZEROS)
         else:
-            result = tl.zeros([ROWS, COLS], COMPUTE) + phi(z, p0, p1, FN, 0)
+            result = tl.zeros([ROWS, COLS], COMPUTE) + phi(z, PARAMS, FN, 0)
         tl.store(out_ptr + at, result.to(out_ptr.dtype.element_ty), inside)
         if TERM != "none":
             term = result if TERM == "results" else slope * slope
@@ -306,10 +306,10 @@ def _check(w: Tensor | None, size: int, z: Tensor) -> Tensor | None:
     return w.contiguous()
 
 
-def _launch(z, g, w_sample, w_channel, dim, statistic, scale, fn, p0, p1, backward):
+def _launch(z, g, w_sample, w_channel, dim, statistic, scale, fn, params, backward):
     if statistic not in (NONE, CHANNEL, SAMPLE, BIAS):
         raise RuntimeError(f"fastjac: statistic must be 0 to 3, got {statistic}")
-    check_activation(fn, 0, 0)
+    check_activation(fn, params, 0, 0)
     check_channels(z, dim)
     check_like(g, z, "g")
     result = torch.empty_like(z)
@@ -346,7 +346,7 @@ def _launch(z, g, w_sample, w_channel, dim, statistic, scale, fn, p0, p1, backwa
             z, g_dense, result, sums if kept is None else kept, sums if summed is None else summed,
             sums, partial, counters,
             at.outs, at.rows, at.columns, at.row_stride, at.plane_stride, at.period, run, at.steps,
-            splits, 2 * scale, 1.0 if statistic == BIAS else scale, p0, p1, fn, backward,
+            splits, 2 * scale, 1.0 if statistic == BIAS else scale, tuple(params), fn, backward,
             ZEROS=_ZEROS[fn][1], ZEROS_NEXT=_ZEROS[fn][2], HAS_G=g is not None,
             HAS_KEPT=kept is not None, HAS_SUMMED=summed is not None,
             ALONG=at.along, TERM={NONE: "none", BIAS: "results"}.get(statistic, "squares"),
@@ -360,15 +360,15 @@ def _launch(z, g, w_sample, w_channel, dim, statistic, scale, fn, p0, p1, backwa
 
 def act_stats(
     z: Tensor, w: Tensor | None, dim: int, per_sample: bool, scale: float, fn: int,
-    p0: float, p1: float,
+    params: list[float],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     w_sample, w_channel = (None, w) if per_sample else (w, None)
     statistic = SAMPLE if per_sample else CHANNEL
-    return _launch(z, None, w_sample, w_channel, dim, statistic, scale, fn, p0, p1, False)
+    return _launch(z, None, w_sample, w_channel, dim, statistic, scale, fn, params, False)
 
 
 def act_stats_backward(
     z: Tensor, g: Tensor | None, w_sample: Tensor | None, w_channel: Tensor | None, dim: int,
-    statistic: int, scale: float, fn: int, p0: float, p1: float,
+    statistic: int, scale: float, fn: int, params: list[float],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return _launch(z, g, w_sample, w_channel, dim, statistic, scale, fn, p0, p1, True)
+    return _launch(z, g, w_sample, w_channel, dim, statistic, scale, fn, params, True)

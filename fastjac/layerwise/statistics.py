@@ -169,9 +169,9 @@ class LayerStatistics(LayerPenalty):
         impl = OPS["act_stats"].select(phi.impl, call.z.device, call.z.dtype)
         if impl == "reference":
             return None
-        p0, p1 = get(phi.fn).param_values(phi.params)
-        options = (conv_options(call.layer.module), 1.0)
-        return Layer(*options, IDS[phi.fn], p0, p1, suffix_of(impl), impl)
+        params = get(phi.fn).param_values(phi.params)
+        options = conv_options(call.layer.module)
+        return Layer(options, 1.0, IDS[phi.fn], params, suffix_of(impl), impl)
 
     def _after_batch_norm(self, seen: Pass, call: Call, phi: Phi) -> bool:
         """Whether `batch_norm_act` can do the activation and the norm before it."""
@@ -192,9 +192,8 @@ class LayerStatistics(LayerPenalty):
         # What the norm computed with: torch raises here if one was written to since.
         z, gamma = node._saved_input, node._saved_weight
         gamma, beta = (None if t is None else t.to(dtype) for t in (gamma, norm.bias))
-        p0, p1 = get(phi.fn).param_values(phi.params)
-        options = (1.0, IDS[phi.fn], p0, p1)
-        a, s = batch_norm_act(z, gamma, beta, call.normed, *options)
+        params = get(phi.fn).param_values(phi.params)
+        a, s = batch_norm_act(z, gamma, beta, call.normed, 1.0, IDS[phi.fn], params)
         return a, Term(call, self._divisor(call), s=s, gain=Gain(gamma), impl=phi.impl)
 
     def _fused(self, call: Call, phi: Phi, a: Tensor | None) -> tuple[Term, Tensor]:

@@ -102,11 +102,11 @@ def act(
     """
     row = get(fn)
     _check(z, g, order)
-    p0, p1 = row.param_values(params)
+    values = row.param_values(params)
     chosen = _OP.select(impl, z.device, z.dtype)
     if chosen == "reference":
         return _reference(z, g, order, row, params)
-    return _act_in_graph(z, g, order, IDS[fn], p0, p1, suffix_of(chosen))
+    return _act_in_graph(z, g, order, IDS[fn], values, suffix_of(chosen))
 
 
 def check_z(z: Tensor) -> None:
@@ -266,8 +266,8 @@ class _ActBackward(Function):
 
 
 @torch.compiler.allow_in_graph
-def _act_in_graph(z, g, order, fn, p0, p1, suffix):
-    return _Act.apply(z, g, order, fn, p0, p1, suffix)
+def _act_in_graph(z, g, order, fn, params, suffix):
+    return _Act.apply(z, g, order, fn, params, suffix)
 
 
 # ---- the raw ops
@@ -299,14 +299,14 @@ def _batched(op, info, in_dims, *args):
 
 
 register(
-    "act(Tensor z, Tensor? g, int order, int fn, float p0, float p1) -> Tensor",
+    "act(Tensor z, Tensor? g, int order, int fn, float[] params) -> Tensor",
     derivative=_Act.apply,
     fake=_fake,
     vmap=_batched,
     triton="act",
 )
 register(
-    "act_backward(Tensor z, Tensor g, Tensor v, int order, int fn, float p0, float p1)"
+    "act_backward(Tensor z, Tensor g, Tensor v, int order, int fn, float[] params)"
     " -> (Tensor, Tensor)",
     derivative=_ActBackward.apply,
     fake=_fake_backward,

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from torch._C._functorch import is_legacy_batchedtensor
 
-from fastjac.activations import IDS, TABLE, get
+from fastjac.activations import IDS, ROWS, TABLE, get
 from fastjac.ops.act import act, check_z
 from fastjac.ops.autograd import Function, below_autograd
 from fastjac.ops.dispatch import Example, Op, accumulate_dtype
@@ -121,7 +121,7 @@ def act_stats(
     """
     row = get(fn)
     dim = _check(z, dim, per, weights)
-    p0, p1 = row.param_values(params)
+    values = row.param_values(params)
     if not isinstance(scale, (int, float, torch.SymInt, torch.SymFloat, type(None))):
         raise TypeError(f"scale is {type(scale).__name__}; it must be a number, or None")
     chosen = _OP.select(impl, z.device, z.dtype)
@@ -131,7 +131,7 @@ def act_stats(
         scale = kept / z.numel() if z.numel() else 0.0
     if chosen == "reference":
         return composed(z, weights, dim, per_sample, scale, fn, params, "reference")
-    args = (dim, per_sample, float(scale), IDS[fn], p0, p1)
+    args = (dim, per_sample, float(scale), IDS[fn], values)
     return _in_graph(z, weights, *args, suffix_of(chosen))
 
 
@@ -212,17 +212,17 @@ def transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
-def named(fn: int, p0: float, p1: float) -> tuple[str, dict[str, float]]:
+def named(fn: int, values: Sequence[float]) -> tuple[str, dict[str, float]]:
     """Name and parameters of an activation from what the raw ops take."""
-    row = TABLE[list(TABLE)[fn]]
-    return row.name, dict(zip(row.params, (p0, p1), strict=False))
+    row = ROWS[fn]
+    return row.name, dict(zip(row.params, values, strict=True))
 
 
 class _ActStats(Function):
     @staticmethod
-    def forward(z, w, dim, per_sample, scale, fn, p0, p1, suffix):
+    def forward(z, w, dim, per_sample, scale, fn, values, suffix):
         with below_autograd():
-            return raw("act_stats" + suffix)(z, w, dim, per_sample, scale, fn, p0, p1)
+            return raw("act_stats" + suffix)(z, w, dim, per_sample, scale, fn, values)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -233,22 +233,22 @@ class _ActStats(Function):
     @staticmethod
     def backward(ctx, g, q):
         z, w = ctx.saved_tensors
-        dim, per_sample, scale, fn, p0, p1, suffix = ctx.constants
+        dim, per_sample, scale, fn, values, suffix = ctx.constants
         impl = impl_of(suffix, z.device.type)
         needs_z, needs_w = ctx.needs_input_grad[:2]
-        nothing = [None] * 7
+        nothing = [None] * 6
         if q is None:
-            name, params = named(fn, p0, p1)
+            name, params = named(fn, values)
             grad = act(z, g, 1, name, impl=impl, **params) if needs_z and g is not None else None
             return grad, None, *nothing
         w_sample, w_channel = (q, w) if per_sample else (w, q)
         if not recorded(g, q):
             statistic = (CHANNEL if per_sample else SAMPLE) if needs_w else NONE
             grad_z, grad_w = raw("act_stats_backward" + suffix)(
-                z, g, w_sample, w_channel, dim, statistic, scale, fn, p0, p1
+                z, g, w_sample, w_channel, dim, statistic, scale, fn, values
             )
             return grad_z if needs_z else None, grad_w if needs_w else None, *nothing
-        name, params = named(fn, p0, p1)
+        name, params = named(fn, values)
         grad_z = grad_w = None
         if needs_z:
             parts = [spread(v, z, d) for v, d in ((w_sample, 0), (w_channel, dim)) if v is not None]
@@ -260,12 +260,12 @@ class _ActStats(Function):
 
 
 @torch.compiler.allow_in_graph
-def _in_graph(z, w, dim, per_sample, scale, fn, p0, p1, suffix):
+def _in_graph(z, w, dim, per_sample, scale, fn, values, suffix):
     if transformed():
-        name, params = named(fn, p0, p1)
+        name, params = named(fn, values)
         impl = impl_of(suffix, z.device.type)
         return composed(z, w, dim, per_sample, scale, name, params, impl)
-    return _ActStats.apply(z, w, dim, per_sample, scale, fn, p0, p1, suffix)
+    return _ActStats.apply(z, w, dim, per_sample, scale, fn, values, suffix)
 
 
 # ---- the raw ops
@@ -304,15 +304,15 @@ def _fake_backward(z, g, w_sample, w_channel, dim, statistic, *rest):
 
 
 register(
-    "act_stats(Tensor z, Tensor? w, int dim, bool per_sample, float scale, int fn, float p0,"
-    " float p1) -> (Tensor, Tensor)",
+    "act_stats(Tensor z, Tensor? w, int dim, bool per_sample, float scale, int fn,"
+    " float[] params) -> (Tensor, Tensor)",
     derivative=_ActStats.apply,
     fake=_fake,
     triton="act_stats",
 )
 register(
     "act_stats_backward(Tensor z, Tensor? g, Tensor? w_sample, Tensor? w_channel, int dim,"
-    " int statistic, float scale, int fn, float p0, float p1) -> (Tensor, Tensor)",
+    " int statistic, float scale, int fn, float[] params) -> (Tensor, Tensor)",
     derivative="call fastjac.act_stats",
     fake=_fake_backward,
     triton="act_stats",

@@ -18,7 +18,8 @@ its cache and it is woken once; the tiles' gradients are summed in order, the sa
 stack holds ``[u; z]`` of the first tile, then of the next. With one tile (``tile >= n``, needed for
 K > 1) the threads share each GEMM. GEMMs are those of torch's BLAS.
 
-``plan``: of each layer (row of the activation table, its two parameters, whether it has a bias).
+``plan``: a row for each layer, float64: the activation's id, whether the layer has a bias, and the
+activation's parameters, with zeros up to `fastjac.activations.MAX_PARAMS` of them.
 Not differentiable; `fastjac.input_jacobian.chain` is what calls them.
 """
 

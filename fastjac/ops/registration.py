@@ -57,8 +57,10 @@ def register(
             torch.library.register_vmap(f"fastjac::{name}", rule, lib=LIBRARY)
         if suffix:
             LIBRARY.impl(name, _launcher(triton, stem), "CompositeExplicitAutograd")
-        through = _refusal if isinstance(derivative, str) else _through
-        LIBRARY.impl(name, through(name, derivative, suffix), "Autograd")
+        if isinstance(derivative, str):
+            LIBRARY.impl(name, _refusal(name, derivative), "Autograd")
+        else:
+            LIBRARY.impl(name, _through(name, derivative, suffix), "Autograd")
 
 
 def _checked(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
@@ -95,7 +97,7 @@ def _through(name: str, function: Callable[..., Any], suffix: str) -> Callable[.
     return autograd
 
 
-def _refusal(name: str, instead: str, suffix: str) -> Callable[..., Any]:
+def _refusal(name: str, instead: str) -> Callable[..., Any]:
     def autograd(*args):
         if torch.is_grad_enabled() and any(t.requires_grad for t in tensors_of(args)):
             raise RuntimeError(f"torch.ops.fastjac.{name} has no derivative of its own: {instead}")

@@ -24,7 +24,9 @@ using torch::stable::detail::from;
 using torch::stable::detail::to;
 using Shape = std::vector<int64_t>;
 
-constexpr int64_t activations = 2;  // in the table of test_sanitizers.py
+// Of the activations in the table of test_sanitizers.py.
+const std::vector<std::vector<double>> params = {{}, {1.0}};
+const int64_t activations = 2;
 
 // Contiguous, or channels_last; as many bytes as it needs and no more, so that an access outside is
 // one outside the allocation.
@@ -77,8 +79,8 @@ void elementwise(ScalarType dtype) {
   for (const int64_t size : {1, 77, 2100}) {
     const Tensor z = numbers({size}, dtype), g = numbers({size}, dtype);
     for (int64_t fn = 0; fn < activations; ++fn) {
-      call<1>("fastjac_host::act", z, std::optional<Tensor>(g), int64_t(1), fn, 1.0, 0.0);
-      call<2>("fastjac_host::act_backward", z, g, g, int64_t(1), fn, 1.0, 0.0);
+      call<1>("fastjac_host::act", z, std::optional<Tensor>(g), int64_t(1), fn, params[fn]);
+      call<2>("fastjac_host::act_backward", z, g, g, int64_t(1), fn, params[fn]);
     }
   }
 }
@@ -103,14 +105,14 @@ void statistics(ScalarType dtype) {
     const std::optional<Tensor> w_sample(numbers({at.shape[0]}));
     const std::optional<Tensor> w_channel(numbers({at.shape[at.dim]})), none;
     fn = (fn + 1) % activations;
-    call<2>("fastjac_host::act_stats", z, w_sample, at.dim, false, 0.5, fn, 1.0, 0.0);
-    call<2>("fastjac_host::act_stats", z, w_channel, at.dim, true, 0.5, fn, 1.0, 0.0);
+    call<2>("fastjac_host::act_stats", z, w_sample, at.dim, false, 0.5, fn, params[fn]);
+    call<2>("fastjac_host::act_stats", z, w_channel, at.dim, true, 0.5, fn, params[fn]);
     for (const int64_t statistic : {0, 1, 2, 3}) {
       call<2>("fastjac_host::act_stats_backward", z, g, w_sample, w_channel, at.dim, statistic, 0.5,
-              fn, 1.0, 0.0);
+              fn, params[fn]);
     }
     call<2>("fastjac_host::act_stats_backward", z, none, none, w_channel, at.dim, int64_t(3), 0.5,
-            fn, 1.0, 0.0);
+            fn, params[fn]);
   }
 }
 

@@ -220,7 +220,7 @@ class Activation(Link):
     def __init__(self, z: Tensor, fn: str, params: dict[str, Any], suffix: str) -> None:
         self.z: Any = z
         self.fn = fn
-        self.args = (IDS[fn], *get(fn).param_values(params))
+        self.args = (IDS[fn], get(fn).param_values(params))
         self.curved = get(fn).derivatives[2] != "0"
         self.act, self.act_backward = raw("act" + suffix), raw("act_backward" + suffix)
         self.delta: Any = None
