@@ -1,8 +1,8 @@
-"""Digits: handwritten digits from 100 examples, under each classification penalty.
+"""Digits: classify handwritten digits after training on 100 images, with each penalty.
 
-scikit-learn's 1797 images of 8 x 8 pixels. A seed draws a stratified split: 100 images to train on,
-400 to choose the weight of each penalty, the other 1297 to test. Nothing but the penalty differs
-between the trainings of a seed.
+The data are scikit-learn's 1797 images of 8 x 8 pixels. Each seed draws a stratified split: 100
+images to train on, 400 to choose the weight of each penalty with, and 1297 to test on. The
+trainings of a seed differ only in the penalty.
 
     python examples/digits.py [--quick] [--seeds N] [--out DIR]
 """
@@ -32,8 +32,8 @@ import fastjac
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-# What is compared, and the weights that the validation images choose from. ConfidencePenalty and
-# weight decay are no Jacobian penalties: they are what those must beat.
+# The penalties, and the weights among which the validation images choose. ConfidencePenalty and
+# weight decay are not Jacobian penalties: they are here for comparison.
 BASELINE = "no penalty"
 WEIGHTS: dict[str, tuple[float, ...]] = {
     BASELINE: (0.0,),
@@ -61,7 +61,7 @@ def split(seed: int) -> tuple[tuple[Tensor, Tensor], ...]:
 
 
 def accuracies(name: str, weight: float, seed: int, steps: int) -> tuple[float, float]:
-    """In percent, on the validation and on the test images, after full-batch AdamW."""
+    """Train with full-batch AdamW; return the validation and the test accuracy in percent."""
     (x, y), *held_out = split(seed)
     torch.manual_seed(seed)
     model: nn.Module = nn.Sequential(
@@ -90,7 +90,7 @@ Runs = dict[tuple[str, float, int], tuple[float, float]]  # name, weight, seed: 
 
 
 def run_all(seeds: int, steps: int, jobs: int) -> Runs:
-    """Every penalty, weight and seed; one training is one task of ``jobs`` processes."""
+    """Train with every penalty, weight and seed. Each of the ``jobs`` processes trains one."""
     keys = [
         (name, w, s) for name, weights in WEIGHTS.items() for w, s in product(weights, range(seeds))
     ]
@@ -105,17 +105,20 @@ def run_all(seeds: int, steps: int, jobs: int) -> Runs:
 
 
 def chosen(runs: Runs, name: str, seeds: int) -> list[float]:
-    """The weight of each seed: best on the validation images, of equals the smallest."""
+    """The weight of each seed with the best validation accuracy, and the smallest of several."""
     return [max(WEIGHTS[name], key=lambda w: runs[name, w, s][0]) for s in range(seeds)]
 
 
 def mean_and_error(values: Tensor) -> tuple[float, float]:
-    """The mean over the seeds and its standard error."""
+    """The mean over the seeds, and its standard error."""
     return values.mean().item(), values.std().item() / len(values) ** 0.5
 
 
 def report(scores: dict[str, Tensor], picked: dict[str, list[float]], console: Console) -> None:
-    """Test accuracy at the chosen weights; ``better`` counts the seeds above no penalty."""
+    """Print the test accuracy at the chosen weights.
+
+    ``better`` counts the seeds whose accuracy is higher than without a penalty.
+    """
     seeds = len(scores[BASELINE])
     table = Table(title=f"digits: test accuracy in %, 100 training images, {seeds} seeds")
     table.add_column("penalty")
@@ -133,7 +136,7 @@ def report(scores: dict[str, Tensor], picked: dict[str, list[float]], console: C
 
 
 def draw_gains(scores: dict[str, Tensor], path: Path) -> None:
-    """The paired difference to no penalty: each seed a dot, the mean with its standard error."""
+    """Draw the gain over no penalty, paired by seed: a dot for each seed, and the mean."""
     figure, axis = plt.subplots(figsize=(7.6, 3.8), layout="constrained")
     names = list(scores)[:0:-1]  # from the bottom up, without the baseline
     for height, name in enumerate(names):
@@ -151,7 +154,7 @@ def draw_gains(scores: dict[str, Tensor], path: Path) -> None:
 
 
 def draw_weights(runs: Runs, seeds: int, path: Path) -> None:
-    """Test accuracy against the weight, one panel a penalty, with the baseline in each."""
+    """Draw the test accuracy against the weight: one panel for each penalty."""
     figure, axes = plt.subplots(2, 4, figsize=(9, 4.4), sharey=True, layout="constrained")
     base = sum(runs[BASELINE, 0.0, s][1] for s in range(seeds)) / seeds
     for axis, name in zip(axes.flat, list(WEIGHTS)[1:], strict=True):
@@ -172,12 +175,12 @@ def draw_weights(runs: Runs, seeds: int, path: Path) -> None:
 
 def main(
     quick: Annotated[bool, typer.Option("--quick", help="2 seeds, 60 steps.")] = False,
-    seeds: Annotated[int | None, typer.Option(min=2, help="Splits; default 10.")] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Of AdamW; default 300.")] = None,
+    seeds: Annotated[int | None, typer.Option(min=2, help="Number of splits; default 10.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Steps of AdamW; default 300.")] = None,
     jobs: Annotated[int, typer.Option(min=1, help="Processes.")] = min(os.cpu_count() or 1, 8),
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("results"),
 ) -> None:
-    """Compare the classification penalties on few digits; writes two pictures and a CSV."""
+    """Compare the classification penalties on few digits; write two pictures and a CSV."""
     seeds, steps = seeds or (2 if quick else 10), steps or (60 if quick else 300)
     out.mkdir(parents=True, exist_ok=True)
     runs = run_all(seeds, steps, jobs)

@@ -2,7 +2,8 @@
 
 The experiment of Varga, Csiszárik, Zombori 2017 (arXiv 1712.09936, section 6, Table 7, Figures 5
 and 6): x uniform on [-1, 1], y = sin(5x) + 0.1 N(0, 1), an MLP of 5 layers of 64 ReLU units, the
-mean squared error on a clean grid of 900 points. Only the penalty's weight differs between runs.
+mean squared error on a clean grid, 900 points without noise. The trainings of a seed differ only in
+the weight of the penalty.
 
     python examples/sin.py [--quick] [--seeds N] [--out DIR]
 """
@@ -28,7 +29,7 @@ import fastjac
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-# Table 7 has 0 and 0.001 to 10; two smaller weights show the left side of the minimum.
+# Table 7 has 0 and 0.001 to 10. Two smaller weights are added to show both sides of the minimum.
 WEIGHTS = (0.0, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0)
 GRID = torch.linspace(-1, 1, 900).unsqueeze(1)
 TRUTH = torch.sin(5 * GRID)
@@ -43,7 +44,7 @@ def mlp() -> nn.Sequential:
 
 
 def points(seed: int) -> tuple[Tensor, Tensor]:
-    """The 100 noisy training points of a seed."""
+    """The 100 noisy training points of a seed: x and y, each ``[100, 1]``."""
     generator = torch.Generator().manual_seed(seed)
     x = 2 * torch.rand(100, 1, generator=generator) - 1
     return x, torch.sin(5 * x) + 0.1 * torch.randn(100, 1, generator=generator)
@@ -52,11 +53,15 @@ def points(seed: int) -> tuple[Tensor, Tensor]:
 def train(
     weight: float, seed: int, steps: int, fused: bool = True, dtype: torch.dtype = torch.float32
 ) -> tuple[Any, list[float]]:
-    """What a network learned, on the grid, and its loss at each step; full batches, Adam."""
+    """Train a network with Adam on full batches.
+
+    Returns its outputs on the grid, ``[900]``, and its loss at each step. With ``fused=False`` the
+    penalty is computed in plain PyTorch, by `fastjac.reference`.
+    """
     x, y = (t.to(dtype) for t in points(seed))
     torch.manual_seed(seed)
     model: nn.Module = mlp().to(dtype)
-    generator = torch.Generator().manual_seed(seed)  # of the random projections
+    generator = torch.Generator().manual_seed(seed)  # for the random projections
     if fused:
         model = fastjac.fuse(model)
         penalty = fastjac.SpectReg(weight=weight, generator=generator)
@@ -67,7 +72,7 @@ def train(
     for _ in range(steps):
         if fused:
             output, value = penalty(model, x)
-        else:  # plain torch, from the definition
+        else:
             inputs = x.clone().requires_grad_()
             output = model(inputs)
             samples = fastjac.reference.spectreg(inputs, output, generator=generator)
@@ -83,10 +88,10 @@ def train(
 
 
 def largest_difference(steps: int) -> float:
-    """Between the loss curves of the fused and the plain network, relative, in float64.
+    """The largest relative difference between the losses of the fused and the plain network.
 
-    For a short training: a ReLU that switches turns a difference in the last bit into a larger one,
-    and over thousands of steps any two orders of summation drift apart.
+    Both are trained in float64 for a few hundred steps. Over thousands of steps two runs that sum
+    in a different order drift apart: where a ReLU switches, a difference in the last bit grows.
     """
     fused, plain = (
         torch.tensor(train(1e-3, 0, steps, way, torch.float64)[1], dtype=torch.float64)
@@ -96,7 +101,7 @@ def largest_difference(steps: int) -> float:
 
 
 def learned_curves(seeds: int, steps: int, jobs: int) -> Tensor:
-    """``[weights, seeds, 900]``; one training is one task of ``jobs`` processes."""
+    """The learned curves, ``[weights, seeds, 900]``. Each of the ``jobs`` processes trains one."""
     weights, numbers = zip(*product(WEIGHTS, range(seeds)), strict=True)
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, spawn, torch.set_num_threads, (1,)) as pool:
@@ -112,7 +117,7 @@ def learned_curves(seeds: int, steps: int, jobs: int) -> Tensor:
 
 
 def report(errors: Tensor, console: Console) -> None:
-    """Errors ``[weights, seeds]`` as a table; differences are paired, seed by seed."""
+    """Print the errors ``[weights, seeds]`` as a table. The differences are paired by seed."""
     seeds = errors.shape[1]
     table = Table(title=f"SIN: MSE × 1000 on the clean grid, {seeds} seeds")
     for column in ("weight", "mean", "sd", "minus weight 0", "± s.e.", "seeds better"):
@@ -129,9 +134,9 @@ def report(errors: Tensor, console: Console) -> None:
 
 
 def draw_errors(errors: Tensor, path: Path) -> None:
-    """MSE against the weight: each seed a dot, the mean a line."""
+    """Draw the MSE against the weight: a dot for each seed, and a line for the mean."""
     figure, axis = plt.subplots(figsize=(7, 3.8), layout="constrained")
-    places = torch.tensor([WEIGHTS[1] / 6, *WEIGHTS[1:]])  # 0 stands apart on the log axis
+    places = torch.tensor([WEIGHTS[1] / 6, *WEIGHTS[1:]])  # 0, which a log axis does not have
     mean = errors.mean(1)
     for seed, row in enumerate(errors.T):
         axis.plot(places, row, "o", color=GREY, ms=3.5, mew=0, label=None if seed else "one seed")
@@ -148,7 +153,7 @@ def draw_errors(errors: Tensor, path: Path) -> None:
 
 
 def draw_curves(curves: Tensor, errors: Tensor, path: Path) -> None:
-    """The learned functions of one seed, the one whose error without penalty is the median."""
+    """Draw the learned functions of the seed whose error without a penalty is the median."""
     seed = int(errors[0].argsort()[errors.shape[1] // 2])
     shown = (0, int(errors.mean(1).argmin()), *map(WEIGHTS.index, (3e-3, 1e-2, 0.1, 1.0)))
     figure, axes = plt.subplot_mosaic(
@@ -169,17 +174,20 @@ def draw_curves(curves: Tensor, errors: Tensor, path: Path) -> None:
 def main(
     quick: Annotated[bool, typer.Option("--quick", help="2 seeds, 300 steps.")] = False,
     seeds: Annotated[int | None, typer.Option(min=2, help="Training sets; default 10.")] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Of Adam; default 2000.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Steps of Adam; default 2000.")] = None,
     jobs: Annotated[int, typer.Option(min=1, help="Processes.")] = min(os.cpu_count() or 1, 8),
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("results"),
 ) -> None:
-    """Fit sin(5x) from noisy points under each SpectReg weight; writes two pictures and a CSV."""
+    """Fit sin(5x) from noisy points with each SpectReg weight; write two pictures and a CSV."""
     seeds, steps = seeds or (2 if quick else 10), steps or (300 if quick else 2000)
     torch.set_num_threads(1)  # the matrices are too small for two
     out.mkdir(parents=True, exist_ok=True)
     console, checked = Console(), min(steps, 300)
     difference = largest_difference(checked)
-    print(f"fused and reference loss, {checked} float64 steps, differ by at most {difference:.1e}")
+    print(
+        f"The losses of the fused and the reference network, trained for {checked} steps in "
+        f"float64, differ by at most {difference:.1e} (relative)."
+    )
     curves = learned_curves(seeds, steps, jobs)
     errors = (curves - TRUTH.squeeze(1)).square().mean(2)
     report(errors, console)

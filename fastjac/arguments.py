@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastjac.torch_private import assert_async
+
 
 def choice(argument: str, value: Any, allowed: Sequence[str]) -> str:
     """One of a few names."""
@@ -162,7 +164,7 @@ def class_target(target: Any, logits: Tensor) -> Tensor:
     if torch.compiler.is_compiling():
         # Compiled code makes an index that is out of range a row of zeros, and says nothing.
         inside = (target >= 0) & (target < m)
-        torch._assert_async(inside.all(), f"target has class indices outside of [0, {m})")
+        assert_async(inside.all(), f"target has class indices outside of [0, {m})")
     # On a GPU a look at the values would wait for the device; scatter_ checks the range there, and
     # softmax_residual makes a wrong row NaN.
     elif target.device.type == "cpu" and n > 0 and (target.min() < 0 or target.max() >= m):

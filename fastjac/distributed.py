@@ -1,35 +1,32 @@
-"""Penalties of models that torch distributes over processes: DDP, and FSDP2's ``fully_shard``.
+"""Where a computation has to run when torch distributes the model: DDP and FSDP2's ``fully_shard``.
 
-Both wrappers act before and after the forward of the model, and count on one backward that goes
-through its output. A penalty's own gradient by x would be such a backward to them: FSDP2 frees the
-weights after it, DDP with ``static_graph`` reduces the gradients too early. So the penalty is
-computed inside: for one call it stands where the wrapper has its module, and what the wrapper sees
-is a forward that returns output and value.
+Both wrappers act before and after the forward pass of the model, and expect one backward pass
+through its output. The gradient with respect to ``x`` that a penalty takes looks like that pass to
+them: after it FSDP2 frees the weights, and DDP with ``static_graph`` reduces the gradients, too
+early. Therefore `run` puts the computation inside the wrapper: for one call it takes the place of
+the wrapped module, and the wrapper sees a forward pass that returns two tensors, output and value.
 
-Neither wrapper reduces the gradients of a loss that leaves a parameter, or the output, unused, and
-neither says so (seen on torch 2.13, a loss that is a penalty alone). So with a process group each
-value is `attached` to the graph of the output.
+If a loss does not use the output or a parameter (a loss that is a penalty alone), neither wrapper
+reduces the gradients, and neither raises an error (seen on torch 2.13). Therefore every value is
+`attached` to the graph of the output when there is a process group.
 """
 
 from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils._pytree import tree_leaves
 
+from fastjac import torch_private
 from fastjac.ops.autograd import graph_nodes
 from fastjac.per_sample import attached_zero
-
-if TYPE_CHECKING:
-    from fastjac.penalty import Penalty
 
 
 def active() -> bool:
@@ -70,105 +67,104 @@ def unwrapped(model: Any) -> Any:
 
 
 def attached(value: Tensor, *outputs: Any) -> Tensor:
-    """``value``, in the graph of the outputs too, with the gradient 0."""
+    """``value``, made to depend on the outputs too, with a gradient of zero."""
     if not active():
         return value
-    for t in tree_leaves(outputs):
+    for t in torch_private.tree_leaves(outputs):
         if isinstance(t, Tensor) and t.requires_grad and t.is_floating_point():
             value = value + attached_zero(t, value.dtype).to(value.device)
     return value
 
 
 def static_graph() -> Any:
-    """A weak reference to the DDP that is running, if it reduces when its output gets a gradient.
+    """A weak reference to the DDP that is running, if it waits for the gradient of its output.
 
-    So it does in the first step with ``static_graph=True``.
+    It does in its first step with ``static_graph=True``; None otherwise.
     """
     if not active() or torch.compiler.is_compiling():
         return None
-    ddp: Any = DistributedDataParallel._get_active_ddp_module()
-    waits = ddp is not None and ddp.static_graph and not ddp._static_graph_delay_allreduce_enqueued
-    return weakref.ref(ddp) if waits else None
+    ddp = torch_private.waiting_ddp()
+    return None if ddp is None else weakref.ref(ddp)
 
 
 def through_sink(value: Tensor, ddp: Any) -> Tensor:
     """``value``, whose gradient makes the DDP of `static_graph` reduce too."""
-    if ddp is None:
-        return value
-    from torch.nn.parallel.distributed import _DDPSink
-
-    return _DDPSink.apply(ddp, value)[0]
+    return value if ddp is None else torch_private.through_ddp_sink(value, ddp)
 
 
 # ---- one call
 
 
-def run(penalty: Penalty, model: Any, x: Any, targets: Any, named: Any) -> tuple[Tensor, Tensor]:
-    """Output and value of the model form."""
-    owner = getattr(model, "__self__", model) if active() else None  # of a method
+def run(
+    body: Callable[[Any, Any], tuple[Tensor, Tensor]],
+    model: Any,
+    x: Any,
+    *,
+    weights_afterwards: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """``body(model, x)``, run where the wrapper of a distributed model runs its module.
+
+    ``body`` runs the model once and returns two tensors: the output, and a value computed from it.
+    ``weights_afterwards`` says whether it needs the weights after the forward pass of the model.
+    """
+    owner = getattr(model, "__self__", model) if active() else None  # model may be a method
     if isinstance(owner, nn.Module):
         check_model(owner)
         if owner is not model and (is_sharded(owner) or isinstance(owner, DistributedDataParallel)):
             raise TypeError(
-                f"model is a method of a {type(owner).__name__}, which leaves out what torch does "
-                "around its forward: pass the module itself"
+                f"model is a method of a {type(owner).__name__}: calling it skips what torch does "
+                "before and after the forward pass; pass the module itself"
             )
         ddp = isinstance(model, DistributedDataParallel)
-        if ddp or (is_sharded(model) and not penalty.watches):
+        if ddp or (is_sharded(model) and weights_afterwards):
             _check_wrapper(model, hooks=0 if ddp else 1)
-            within = _inside_ddp if ddp else _inside_fully_shard
-            return within(penalty, model, x, targets, named)
-    return _call(penalty, model, x, targets, named)
-
-
-def _call(penalty: Penalty, model: Any, x: Any, targets: Any, named: Any) -> tuple[Tensor, Tensor]:
-    output, values = penalty.model_form(model, x, *targets, **named)
-    return output, penalty._reduce(values)
+            return (_inside_ddp if ddp else _inside_fully_shard)(body, model, x)
+    return body(model, x)
 
 
 def check_model(model: nn.Module) -> None:
-    """Raise for what torch distributes in a way that no penalty can follow."""
+    """Raises if torch distributes the model in a way that penalties do not support."""
     fsdp1 = loaded("torch.distributed.fsdp", "FullyShardedDataParallel")
     inner = unwrapped(model)
     whole = is_sharded(inner)
     for name, part in inner.named_modules():
         if isinstance(part, fsdp1):
             raise TypeError(
-                f"{name or 'the model'} is a FullyShardedDataParallel, whose weights are views of "
-                "one buffer that it frees: use torch.distributed.fsdp.fully_shard (FSDP2)"
+                f"{name or 'the model'} is a FullyShardedDataParallel (FSDP1), which is not "
+                "supported: use torch.distributed.fsdp.fully_shard (FSDP2)"
             )
         if not whole and is_sharded(part):
             raise RuntimeError(
                 f"fully_shard was applied to {name} and not to the model that the penalty got: "
-                "call fully_shard(model) last, and pass that very module"
+                "call fully_shard(model) last, and pass that module to the penalty"
             )
 
 
 def _check_wrapper(model: nn.Module, hooks: int) -> None:
     if torch.compiler.is_compiling():
         raise RuntimeError(
-            f"{type(model).__name__} runs inside torch.compile, which cannot trace a penalty of "
-            "it: compile the layers, and call the penalty in a function that is not compiled"
+            f"the penalty of a {type(model).__name__} cannot be traced by torch.compile: compile "
+            "the layers, and call the penalty in a function that is not compiled"
         )
     if len(model._forward_hooks) > hooks or len(model._forward_pre_hooks) > hooks:
         raise RuntimeError(
-            f"the {type(model).__name__} that the penalty got has forward hooks, which would see "
-            "(output, value) in place of the output: put them on a module inside it"
+            f"the {type(model).__name__} has forward hooks, which would receive (output, value) "
+            "instead of the output: register them on a module inside it"
         )
 
 
 class _Inside:
-    """In the place of a wrapper's module for one call.
+    """Stands in the place of a wrapper's module for one call.
 
-    ``rest``: targets and named arguments. They do not go through the wrapper, which would cast them
-    with the model's inputs (mixed precision).
+    Only ``x`` goes through the wrapper: it would cast other arguments as it casts the inputs of the
+    model (mixed precision).
     """
 
-    def __init__(self, penalty: Penalty, module: Any, *rest: Any) -> None:
-        self.penalty, self.module, self.rest = penalty, module, rest
+    def __init__(self, body: Callable[[Any, Any], Any], module: Any) -> None:
+        self.body, self.module = body, module
 
     def __call__(self, x: Any) -> tuple[Tensor, Tensor]:
-        return _call(self.penalty, self.module, x, *self.rest)
+        return self.body(self.module, x)
 
     forward = __call__
 
@@ -176,11 +172,9 @@ class _Inside:
         return getattr(self.module, name)  # DDP asks for the buffers
 
 
-def _inside_ddp(
-    penalty: Penalty, model: Any, x: Any, targets: Any, named: Any
-) -> tuple[Tensor, Tensor]:
+def _inside_ddp(body: Callable[[Any, Any], Any], model: Any, x: Any) -> tuple[Tensor, Tensor]:
     module = model.module
-    model._modules["module"] = _Inside(penalty, module, targets, named)
+    model._modules["module"] = _Inside(body, module)
     try:
         return model(x)
     finally:
@@ -197,7 +191,7 @@ class _Bare(nn.Module):
         super().__init__()
         self._parameters, self._buffers = model._parameters, model._buffers
         self._modules = model._modules
-        vars(self)["model"] = model  # no submodule
+        vars(self)["model"] = model  # so that it is not a submodule
 
     def forward(self, x: Tensor) -> Tensor:
         model: Any = vars(self)["model"]
@@ -205,9 +199,9 @@ class _Bare(nn.Module):
 
 
 def _inside_fully_shard(
-    penalty: Penalty, model: Any, x: Any, targets: Any, named: Any
+    body: Callable[[Any, Any], Any], model: Any, x: Any
 ) -> tuple[Tensor, Tensor]:
-    # Kept in the model: FSDP's states refer to each other, so a weak dictionary would keep it.
+    # Kept in the model. A weak dictionary would keep the model alive, since its value refers to it.
     bare = vars(model).get("_fastjac_bare") or _Bare(model)
     vars(model)["_fastjac_bare"] = bare
     before = vars(model).get("forward")
@@ -218,10 +212,10 @@ def _inside_fully_shard(
         if before is not None:
             vars(model)["forward"] = before
 
-    def forward(x: Any) -> tuple[Tensor, Tensor]:  # the rest as in `_Inside`
+    def forward(x: Any) -> tuple[Tensor, Tensor]:
         restore()
         with gathered(model):
-            output, value = _call(penalty, bare, x, targets, named)
+            output, value = body(bare, x)
         # FSDP warns of views, whose hooks an in-place operation would drop.
         return _own(output), _own(value)
 
@@ -238,34 +232,33 @@ def _own(t: Tensor) -> Tensor:
 
 @contextmanager
 def gathered(model: nn.Module) -> Iterator[None]:
-    """All weights of a model that runs under ``fully_shard`` stay until the end of the backward.
+    """Keeps all weights of a model under ``fully_shard`` gathered until its backward has ended.
 
-    The submodules that were sharded on their own are gathered here, and their hooks made to pass
-    on; when the backward is over, FSDP reduces and shards again all that it has not done before.
+    This gathers the submodules that were sharded on their own and disables their hooks. When the
+    backward has ended, FSDP reduces the remaining gradients and shards the weights again.
     """
-    from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
-
     parts: list[Any] = [m for m in model.modules() if is_sharded(m) and m is not model]
-    states = [part._get_fsdp_state() for part in parts]
+    states = [torch_private.fsdp_state(part) for part in parts]
     try:
         for part, state in zip(parts, states, strict=True):
             part.unshard()
-            # What a checkpoint's recomputation finds: nothing is gathered, freed or hooked.
-            state._training_state = TrainingState.PRE_BACKWARD
+            # In this state the recomputation by a checkpoint gathers and frees nothing either.
+            torch_private.set_fsdp_state(state, "PRE_BACKWARD")
         yield
     finally:
         for state in states:
-            state._training_state = TrainingState.IDLE
+            torch_private.set_fsdp_state(state, "IDLE")
 
 
-# ---- what cannot be
+# ---- what is not supported
 
 
 def check_graph(x: Tensor, output: Tensor, *, twice: bool = True) -> None:
-    """Raise where a gradient of ``output`` by ``x`` would disturb torch's hooks, or be cut.
+    """Raises if the gradient of ``output`` with respect to ``x`` would be wrong.
 
-    ``twice``: a gradient of that gradient will be wanted. The backward of ``DTensor.from_local``
-    redistributes outside of the graph (seen on torch 2.13), which loses it with no error.
+    ``twice``: whether that gradient will be differentiated again. ``DTensor.from_local``
+    redistributes outside of the graph in its backward (seen on torch 2.13), so that its second
+    derivative would be lost without an error.
     """
     if twice and (is_dtensor(x) or is_dtensor(output)):
         raise RuntimeError(TENSOR_PARALLEL)
@@ -276,27 +269,27 @@ def check_graph(x: Tensor, output: Tensor, *, twice: bool = True) -> None:
         if name == "RegisterPostBackwardFunctionBackward":
             raise RuntimeError(
                 "output was computed by a model under fully_shard, which frees its weights when x "
-                "gets its gradient: use the model form, penalty(model, x), with that very model"
+                "receives its gradient: use the model form, penalty(model, x), with that model"
             )
         if name == "_DDPSinkBackward" and node.ddp_weakref().static_graph:
             raise RuntimeError(
                 "output was computed by a DistributedDataParallel with static_graph=True, which "
-                "would reduce the gradients when x gets its own: use the model form, "
-                "penalty(model, x), with that very model"
+                "would reduce the gradients when x receives its own: use the model form, "
+                "penalty(model, x), with that model"
             )
         if twice and name in ("_FromTorchTensorBackward", "_ToTorchTensorBackward"):
             raise RuntimeError(TENSOR_PARALLEL)
 
 
 def tensor_parallel(model: Any) -> bool:
-    """Whether a weight is a DTensor, though `gathered`."""
+    """Whether a weight is a DTensor even when fully_shard has gathered the model."""
     if not active() or not isinstance(model, nn.Module):
         return False
     return any(is_dtensor(p) for p in model.parameters())
 
 
 TENSOR_PARALLEL = (
-    "the model computes with DTensors (tensor parallel), and torch loses the second derivative of "
-    "their redistribution, without an error: a penalty on the input gradient needs whole weights; "
-    "use DistributedDataParallel or fully_shard, or a layer-wise penalty (DREG)"
+    "the model computes with DTensors (tensor parallel), whose redistribution torch cannot "
+    "differentiate twice: penalties on the input gradient are not supported here; use "
+    "DistributedDataParallel or fully_shard, or a layer-wise penalty (DREG)"
 )

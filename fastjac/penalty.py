@@ -14,7 +14,7 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor, nn
 
-from fastjac import arguments, distributed
+from fastjac import arguments, distributed, torch_private
 from fastjac.per_sample import attached_zeros
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -22,27 +22,28 @@ REDUCTIONS = ("mean", "sum", "none")
 
 def check_modes() -> None:
     """A gradient needs autograd switched on, and the graph that ``torch.func`` hides."""
-    if torch._C._are_functorch_transforms_active():
+    if torch_private.transforms_active():
         raise RuntimeError(
-            "the penalty reads autograd's graph, which does not exist inside a torch.func "
-            "transform: call it outside, or write it with torch.func.vjp (fastjac.reference shows "
-            "the formula)"
+            "the penalty was called inside a torch.func transform, where it cannot read autograd's "
+            "graph: call it outside of the transform, or write it with torch.func.vjp "
+            "(fastjac.reference has the formula)"
         )
     if torch.is_grad_enabled():  # False in inference mode too, which dynamo cannot ask about
         return
     mode = "inference mode" if torch.is_inference_mode_enabled() else "torch.no_grad()"
     raise RuntimeError(
-        f"the penalty needs the gradient of output with respect to x, and {mode} is active: leave "
-        "it, or put model and penalty under torch.inference_mode(False) and torch.enable_grad()"
+        f"the penalty needs the gradient of output with respect to x, but {mode} is active: call "
+        "model and penalty outside of it, or under torch.inference_mode(False) and "
+        "torch.enable_grad()"
     )
 
 
 def check_not_recomputed(option: str) -> None:
-    """A checkpoint recomputes in the backward: a call that is counted would be so twice."""
-    if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+    """Raises in the recomputation by a checkpoint, which would count the call twice."""
+    if not torch.compiler.is_compiling() and torch_private.current_backward() != -1:
         raise RuntimeError(
-            f"the penalty has {option} and runs again in a backward, as a checkpoint recomputes "
-            "it: keep the penalty outside the checkpointed function"
+            f"the penalty has {option} and was called inside a checkpointed function, whose "
+            "recomputation would count it twice: call the penalty outside of that function"
         )
 
 
@@ -51,8 +52,8 @@ def call_model(model: Callable[..., Any], x: Tensor) -> Tensor:
     output = model(x)
     if not isinstance(output, Tensor):
         raise TypeError(
-            f"output of the model is {type(output).__name__}: it must be a torch.Tensor; wrap the "
-            "model in a function that returns the tensor to penalise"
+            f"the output of the model is {type(output).__name__}: it must be a torch.Tensor; wrap "
+            "the model in a function that returns the tensor to penalise"
         )
     return output
 
@@ -71,8 +72,8 @@ def parameters_of(method: Callable[..., Any]) -> list[inspect.Parameter]:
 def options_of(cls: type[Penalty]) -> list[inspect.Parameter]:
     """The options of a penalty: the keyword parameters of its ``__init__``.
 
-    Where an ``__init__`` passes ``**options`` on, those of the next class that has one follow.
-    What is positional only (the model of a layer-wise penalty) is no option.
+    If an ``__init__`` passes ``**options`` on, the options of its base class follow. A parameter
+    that is positional only (the model of a layer-wise penalty) is not an option.
     """
     found: dict[str, inspect.Parameter] = {}
     for base in cls.__mro__:
@@ -92,30 +93,34 @@ def options_of(cls: type[Penalty]) -> list[inspect.Parameter]:
 class Penalty(nn.Module):
     """Base of the penalties: ``weight * reduce_n R_n``.
 
-    Two call forms, told apart by the first argument:
+    There are two call forms. The first argument decides which one is meant:
 
-    * a tensor: ``penalty(x, output, *targets) -> value``, on a graph that exists already;
-    * a callable: ``penalty(model, x, *targets) -> (output, value)``; an ``x`` that does not require
-      grad is detached and made to.
+    * a tensor: ``penalty(x, output, *targets) -> value``, if the graph from ``x`` to ``output``
+      exists already;
+    * a callable: ``penalty(model, x, *targets) -> (output, value)`` runs the model. If ``x`` does
+      not require grad, a detached copy of it that does is used.
 
     Options of every penalty:
 
-    * ``weight``: factor of the value. The attribute may be assigned (schedules).
-    * ``reduction``: ``"mean"`` over the samples, ``"sum"``, or ``"none"`` for ``[N]``. An empty
-      batch gives 0.
-    * ``every``: in training mode compute at calls 1, 1 + k, 1 + 2k, … of this module, multiplied by
-      k. The other calls cost nothing and return an exact zero that is attached to the graph of
-      ``output``. In ``eval()`` mode each call computes, and nothing is multiplied. A whole step
-      under torch.compile is compiled once for each of the k calls (``recompile_limit`` is 8).
+    * ``weight``: factor of the value. The attribute can be assigned, by a schedule for example.
+    * ``reduction``: ``"mean"`` over the samples, ``"sum"``, or ``"none"`` for a value ``[N]``. The
+      value of an empty batch is 0.
+    * ``every``: with ``every=k`` and in training mode, only calls 1, 1 + k, 1 + 2k, … of this
+      module compute the value, which is multiplied by k. The other calls cost nothing and return a
+      zero that depends on ``output``. In ``eval()`` mode every call computes the value, and
+      nothing is multiplied. A training step under ``torch.compile`` is compiled k times
+      (``recompile_limit`` is 8).
 
-    The value has the dtype of the gradient it measures, half precision promoted to float32. There
-    are no parameters. Copies and pickles go on with the count of ``every``; the ``state_dict``
-    holds it (``calls``, 0-dim int64) where k > 1, and is empty otherwise.
+    The value has the dtype of the gradient that it measures; half precision is promoted to float32.
+    A penalty has no parameters. Its ``state_dict`` holds the number of calls (``calls``, 0-dim
+    int64) if k > 1 and is empty otherwise; copies and pickles hold it as well.
     """
 
     needs_grad = True
-    watches = False  # looks at a model's layers while it runs, and takes no gradient
-    # What a WeightSchedule last made of which base: (weight, base). Copies and pickles have it too.
+    # Whether the penalty needs the weights of the model after its forward pass, when FSDP2 frees
+    # them: to differentiate the output, for instance.
+    needs_weights_afterwards = True
+    # The weight that a WeightSchedule has set last, and the base weight that it started from.
     _scheduled: tuple[float, float] | None = None
 
     def __init__(self, *, weight: float = 1.0, reduction: str = "mean", every: int = 1) -> None:
@@ -123,7 +128,7 @@ class Penalty(nn.Module):
         self.weight = arguments.number("weight", weight)
         self.reduction = arguments.choice("reduction", reduction, REDUCTIONS)
         self.every = arguments.count("every", every)
-        # Modulo `every`: torch.compile takes the number for a constant, so this makes k graphs.
+        # Modulo `every`: torch.compile treats the number as a constant, so there are k graphs.
         self._calls = 0
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -153,7 +158,14 @@ class Penalty(nn.Module):
             output = x_or_output
             value = self._reduce(self.graph_form(model_or_x, output, *targets, **named))
         else:
-            output, value = distributed.run(self, model_or_x, x_or_output, targets, named)
+
+            def body(model: Any, x: Any) -> tuple[Tensor, Tensor]:
+                output, values = self.model_form(model, x, *targets, **named)
+                return output, self._reduce(values)
+
+            output, value = distributed.run(
+                body, model_or_x, x_or_output, weights_afterwards=self.needs_weights_afterwards
+            )
         self.count_call()
         value = distributed.attached(value, output)
         return value if graph else (output, value)
@@ -190,24 +202,20 @@ class Penalty(nn.Module):
         )
 
     def graph_form(self, x: Tensor, output: Tensor, *targets: Any, **named: Any) -> Tensor:
-        """Per-sample values of an existing graph."""
-        return self.per_sample(x, output, *targets, **named)
+        """``R_n``, ``[N]``, of an ``x`` and an ``output`` in one graph."""
+        raise TypeError(f"{type(self).__name__} does not define graph_form")
 
     def model_form(
         self, model: Callable[..., Any], x: Tensor, *targets: Any, **named: Any
     ) -> tuple[Tensor, Tensor]:
-        """Run the model; its output and the per-sample values."""
+        """Runs the model; returns its output and ``R_n``, ``[N]``."""
         output = call_model(model, arguments.tensor("x", x))
         return output, self.graph_form(x, output, *targets, **named)
-
-    def per_sample(self, x: Tensor, output: Tensor, *targets: Any, **named: Any) -> Tensor:
-        """``R_n``, as ``[N]``."""
-        raise TypeError(f"{type(self).__name__} does not define per_sample")
 
     @classmethod
     def call_parameters(cls) -> list[inspect.Parameter]:
         """What a call takes, with ``x, output`` or ``model, x`` first."""
-        return parameters_of(cls.per_sample)
+        return parameters_of(cls.graph_form)
 
     def _reduce(self, values: Any) -> Tensor:
         factor = self.weight * (self.every if self.training else 1)

@@ -105,8 +105,8 @@ class WGANGP(GradientPenalty):
         epsilon: ``[N]``, in place of the draw.
 
     Options:
-        generator: on the device of ``real``; the draw is ``torch.rand(N)``. at, engine, weight,
-        reduction, every: as for all penalties.
+        generator: on the device of ``real``; the draw is ``torch.rand(N)``. weight, reduction,
+        every, at, engine: see ``help(fastjac.InputPenalty)``.
 
     Source: Gulrajani et al. 2017, arXiv 1704.00028, algorithm 1.
 
@@ -117,9 +117,6 @@ class WGANGP(GradientPenalty):
         >>> torch.allclose(value, (critic.weight.norm() - 1).square())
         True
     """
-
-    chain_ready = True
-    draws_inside = False
 
     def __init__(
         self,

@@ -67,10 +67,11 @@ def empty_graphs():
 @pytest.fixture
 def backend(request, monkeypatch):
     """The compiled engine's: inductor for the slow tests, unless one says otherwise."""
+    from fastjac.input_jacobian.compiled import backend as module
 
     slow = request.node.get_closest_marker("slow") is not None
     name = getattr(request, "param", "inductor" if slow else "aot_eager")
-    monkeypatch.setattr(backend, "NAME", name)
+    monkeypatch.setattr(module, "NAME", name)
     return name
 
 

@@ -105,11 +105,7 @@ def expected(kind: str, *, with_task: bool, model: nn.Module | None = None, **op
 def chosen_engines(spec: PenaltySpec) -> list[dict[str, str]]:
     if not takes(spec, "engine"):
         return [{}]
-    return [{"engine": e} for e in ("autograd", "chain") if e == "autograd" or chain_can(spec)]
-
-
-def chain_can(spec: PenaltySpec) -> bool:
-    return bool(spec.module.chain_ready)  # type: ignore[attr-defined]
+    return [{"engine": "autograd"}, {"engine": "chain"}]
 
 
 def check_registry(wrap: Wrap, rank: int, world: int, device: Any) -> None:

@@ -30,7 +30,7 @@ BY_AUTOGRAD = ("fused + autograd.grad", "*Reg graph", "DataGrad graph", "* autog
 
 NO_PASS = Raises("the model has not run since the last call with training mode and gradients on")
 NO_GRAD = Raises(
-    "element 0 of tensors does not require grad", "leave the mode: a VJP needs a graph"
+    "element 0 of tensors does not require grad", "leave the mode, because a VJP needs a graph"
 )
 A_FUNCTION = Raises(
     "layer-wise penalties look at submodules, so it must be an nn.Module", "use the attached form"
@@ -78,7 +78,7 @@ EXPECTED: dict[str, dict[str, Raises]] = {
     "through_functional_call": each(CALLED, A_FUNCTION),
     "checkpointed": {
         "fused + func.vjp": Raises(
-            "don't yet support saved tensor hooks", "take the VJP by `autograd.grad`"
+            "don't yet support saved tensor hooks", "compute the VJP with `autograd.grad`"
         ),
         "AccumulatedDREG called": Raises("checkpoint the call of AccumulatedDREG as a whole"),
         **each(("* chain", "* compiled"), AUTOGRAD),
@@ -97,7 +97,7 @@ EXPECTED: dict[str, dict[str, Raises]] = {
     **{
         name: {
             **FUNC,
-            "fused + autograd.grad": Raises(words, "take the VJP by `torch.func.vjp`"),
+            "fused + autograd.grad": Raises(words, "compute the VJP with `torch.func.vjp`"),
         }
         for name, words in (
             ("func_grad", "appears to not have been used in the graph"),
@@ -160,18 +160,30 @@ def state_of(way: Way, thing: Thing) -> Raises | None:
 
 HEAD = """# Ways of running × things
 
-Written by `python tests/matrix_table.py docs/MATRIX.md` from the table that `tests/test_matrix.py`
-checks cell by cell (torch 2.13). ✓: the gradients of all parameters and of x are those of the
-plain-torch reference in float64, to 1e-10. In float32 and under autocast: no further from the
-float64 gradients than twice what plain torch is, run the same way. Under `no_grad` and in inference
-mode there are no gradients, and the value is what is compared. A number: an error, whose message is
-at the foot of the table; nothing runs and is wrong.
+This page shows how each kind of call runs in each way of running. It is written by
+`python tests/matrix_table.py docs/MATRIX.md` from a table whose every cell is checked by
+`tests/test_matrix.py` (torch 2.13).
 
-The things: *fused*, a fused model (`fuse`, `fastjac.nn`, functions) under somebody's own penalty;
-*attached* and *called*, the two forms of the layer-wise penalties; *graph*, `penalty(x, output)`;
-*chain*, *compiled*, *autograd*, the engine of `penalty(model, x)`. What compiles is compiled by
-`aot_eager`, some of {inductor} also by inductor. *GPU*: these cells run
-only where there is one; the page is written without, so it does not say ✓ there.
+- ✓ means that the gradients of all parameters and of x equal those of the plain PyTorch reference
+  in float64, to 1e-10. In float32 and under autocast they are at most twice as far from the float64
+  gradients as those of plain PyTorch, run in the same way. Under `no_grad` and in inference mode
+  there are no gradients, and the values are compared.
+- A number means that the call raises an error, whose message is given below the table. No
+  combination silently gives a wrong result.
+- *GPU* means that the cell is tested on machines with a GPU only, and not on the machine that wrote
+  this page.
+
+The columns:
+
+- *fused*: a model with fused activations (`fuse`, `fastjac.nn`, functions of fastjac) under penalty
+  code of your own;
+- *attached* and *called*: the two forms of the layer-wise penalties, `DREG(model)` and
+  `DREG()(model, x)`;
+- *graph*: `penalty(x, output)`;
+- *chain*, *compiled* and *autograd*: the engine of `penalty(model, x)`.
+
+Cells that compile use the backend `aot_eager`. Some cells of {inductor}
+are tested with inductor too.
 """
 
 

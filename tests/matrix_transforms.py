@@ -127,7 +127,7 @@ def three_steps(thing: Thing) -> None:
     one_graph(thing, None, (6, 6, 6))
 
 
-@way("torch.compile", "three batch sizes, `dynamic=True`: likewise")
+@way("torch.compile", "three batch sizes, `dynamic=True`: no graph break, no recompilation")
 def dynamic_shapes(thing: Thing) -> None:
     one_graph(thing, True, (6, 5, 3))
 
@@ -185,7 +185,7 @@ def on_gpu(thing: Thing) -> tuple[Cell, Tensor, Tensor, Callable[[], list[Tensor
     return cell, x, y, gradients
 
 
-@way("GPU", "a stream of its own", gpu=True)
+@way("GPU", "a separate stream", gpu=True)
 def side_stream(thing: Thing) -> None:
     cell, _, _, gradients = on_gpu(thing)
     stream = torch.cuda.Stream()

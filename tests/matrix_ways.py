@@ -104,7 +104,7 @@ def channels_last(thing: Thing) -> None:
     cell.agrees()
 
 
-@way("eager", "x is no leaf")
+@way("eager", "x is not a leaf")
 def non_leaf(thing: Thing) -> None:
     def train(loss: Any, model: Any, x: Tensor, y: Tensor) -> None:
         loss(x.sin() * 2, y).backward()
@@ -133,7 +133,7 @@ def clipping(thing: Thing) -> None:
     Cell(thing).agrees(train)
 
 
-@way("training", "steps of an optimiser")
+@way("training", "three optimizer steps")
 def optimiser(thing: Thing) -> None:
     def train(loss: Any, model: Any, x: Tensor, y: Tensor) -> None:
         opt = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)

@@ -30,7 +30,7 @@ def engines_of(spec: PenaltySpec) -> list[str | None]:
     """What to pass as ``engine`` in the model form; None where the penalty has no such option."""
     if not takes(spec, "engine"):
         return [None]
-    return ["autograd", "chain"] if spec.module.chain_ready else ["autograd"]
+    return ["autograd", "chain"]
 
 
 def by_engine(cases: list[Any]) -> list[Any]:

@@ -10,9 +10,9 @@ from typer.testing import CliRunner
 
 import fastjac.bench.cases
 import fastjac.bench.contestants
-from fastjac import cli
 from fastjac.bench import records as storage
 from fastjac.bench.steps import eager_step, plain_step
+from fastjac.cli import main as cli
 
 runner = CliRunner()
 

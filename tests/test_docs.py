@@ -35,11 +35,42 @@ def test_python_blocks_run(name):
         exec(compile("\n" * line + block[1], name, "exec"), scope)
 
 
-@pytest.mark.parametrize("name", PAGES)
+ALL_PAGES = [
+    path.relative_to(ROOT).as_posix()
+    for folder in (".", "docs", "examples", "benchmarks")
+    for path in sorted((ROOT / folder).glob("*.md"))
+]
+
+
+@pytest.mark.parametrize("name", ALL_PAGES)
 def test_links_lead_somewhere(name):
-    page = (ROOT / "docs" / name).read_text()
-    for target in re.findall(r"\]\((?!http|#)([^)#]+)", page):
-        assert (ROOT / "docs" / target).exists(), target
+    page = ROOT / name
+    for target in re.findall(r"\]\((?!http|#)([^)#]+)", page.read_text()):
+        assert (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "docs/ARCHITECTURE.md"])
+def test_paths_that_a_page_names_exist(name):
+    """Words in code that begin with a folder of the project; ``*`` stands for any characters."""
+    folders = {path.name for path in ROOT.iterdir() if path.is_dir()} - {"build"}
+    code = re.findall(r"`+([^`]+)`+", (ROOT / name).read_text())
+    words = {word for text in code for word in re.findall(r"[\w.*/-]+", text)}
+    named = {word for word in words if "/" in word and word.split("/")[0] in folders}
+    assert len(named) > 5
+    assert [word for word in sorted(named) if not any(ROOT.glob(word))] == []
+
+
+def test_pages_for_machines_can_be_read():
+    yaml = pytest.importorskip("yaml")
+    paths = [*ROOT.glob(".github/**/*.yml"), ROOT / ".pre-commit-config.yaml"]
+    assert len(paths) > 5
+    for path in paths:
+        assert yaml.safe_load(path.read_text()), path
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == fastjac.__version__
+
+
+def test_changelog_has_this_version():
+    assert f"## [{fastjac.__version__}]" in (ROOT / "CHANGELOG.md").read_text()
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -21,7 +21,7 @@ from torch.func import functional_call
 from fastjac.input_jacobian import by_autograd
 from fastjac.input_jacobian.chain import links
 from fastjac.input_jacobian.compiled import backend, engine
-from fastjac.ops import layer_act
+from fastjac.layerwise import layer_act
 from fastjac.ops.registration import raw
 
 pytestmark = [
@@ -124,11 +124,9 @@ def without_curvature(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def without_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     """VJPs with no graph: what a missing ``create_graph`` leaves."""
-    vjp, pull = by_autograd.vjp, engine.Pullback.vjp
-    monkeypatch.setattr(
-        by_autograd, "vjp", lambda *a: (v.detach() + 0 * a[0].sum() for v in vjp(*a))
-    )
-    monkeypatch.setattr(engine.Pullback, "vjp", lambda *a: (v.detach() for v in pull(*a)))
+    vjp, pull = by_autograd.vjp, engine.CompiledPullback.vjp
+    monkeypatch.setattr(by_autograd, "vjp", lambda *a: vjp(*a).detach() + 0 * a[0].sum())
+    monkeypatch.setattr(engine.CompiledPullback, "vjp", lambda *a: pull(*a).detach())
 
 
 @pytest.mark.parametrize("way", ["eager", "autocast_bf16", "spectral_norm"])

@@ -1,21 +1,28 @@
-"""The README's support table, from the registries: ``python -m fastjac.cli.support README.md``."""
+"""What is written from the registries: ``python -m fastjac.cli.support`` in the project's folder.
+
+The support table of ``README.md``, and ``fastjac/penalties/__init__.pyi``, from which type checkers
+and editors know the names that the package finds when it is imported.
+"""
 
 from __future__ import annotations
 
 import re
-import sys
 from pathlib import Path
 
+import fastjac.penalties
 from fastjac.activations import TABLE
 from fastjac.ops.dispatch import FLOAT_DTYPES, OPS
-from fastjac.penalties import PENALTIES
+from fastjac.penalties import (
+    PENALTIES,
+    Example,
+    InputPenalty,
+    Penalty,
+    PenaltySpec,
+    Pullback,
+)
+from fastjac.penalty import ModelPenalty
 
 BEGIN, END = "<!-- support table: begin -->", "<!-- support table: end -->"
-CALLS = {
-    "input-jacobian": "`(x, output, …)`, `(model, x, …)`",
-    "layer-wise": "`(model, x)`",
-    "output": "`(x, output)`, `(model, x)`",
-}
 
 
 def _row(*cells: str) -> str:
@@ -27,16 +34,22 @@ def _table(*rows: tuple[str, ...]) -> list[str]:
     return [_row(*head), "|" + " --- |" * len(head), *(_row(*cells) for cells in body)]
 
 
+def _calls(cls: type[Penalty]) -> str:
+    """The call forms of a penalty, with what it takes after the first two arguments."""
+    _, _, *more = cls.call_parameters()
+    positional = [p for p in more if p.kind is not p.KEYWORD_ONLY]
+    rest = "".join(", …" if p.kind is p.VAR_POSITIONAL else f", {p.name}" for p in positional)
+    forms = ["model, x"] if issubclass(cls, ModelPenalty) else ["x, output", "model, x"]
+    return ", ".join(f"`({form}{rest})`" for form in forms)
+
+
 def markdown() -> str:
     """The tables of penalties, activations and fused ops, as they are registered."""
     penalties = [("penalty", "what it is", "called as", "source")]
     for name, spec in PENALTIES.items():
         doc = (spec.module.__doc__ or "").strip().splitlines()[0]
-        calls = CALLS[spec.kind]
-        if spec.name == "finite_difference_datagrad":
-            calls = CALLS["layer-wise"].replace("x)", "x, target)")
         title = f"`{spec.module.__name__}`, `{name}`"
-        penalties.append((title, doc.replace("``", "`"), calls, spec.source))
+        penalties.append((title, doc.replace("``", "`"), _calls(spec.module), spec.source))
     activations = [("activation", "torch's", "parameters", "`fuse` replaces")]
     for name, row in TABLE.items():
         params = ", ".join(f"`{k}={v:g}`" for k, v in row.params.items())
@@ -60,6 +73,32 @@ def update(text: str) -> str:
     return pattern.sub(lambda _: f"{BEGIN}\n{markdown()}\n{END}", text)
 
 
+def stub() -> str:
+    """The text of ``fastjac/penalties/__init__.pyi``."""
+    imports, functions = [], []
+    for cls in (Example, InputPenalty, Penalty, PenaltySpec, Pullback):
+        imports.append(f"from {cls.__module__} import {cls.__name__} as {cls.__name__}")
+    for name, spec in PENALTIES.items():
+        cls = spec.module
+        imports.append(f"from {cls.__module__} import {cls.__name__} as {cls.__name__}")
+        functions.append(f"{name}: Callable[..., Any]")
+    return "\n".join(
+        [
+            "# Written by python -m fastjac.cli.support.",
+            "from collections.abc import Callable",
+            "from typing import Any",
+            "",
+            *sorted(imports),
+            "",
+            "__all__: list[str]",
+            "PENALTIES: dict[str, PenaltySpec]",
+            *functions,
+            "",
+        ]
+    )
+
+
 if __name__ == "__main__":
-    for path in map(Path, sys.argv[1:]):
-        path.write_text(update(path.read_text()))
+    readme = Path("README.md")
+    readme.write_text(update(readme.read_text()))
+    Path(fastjac.penalties.__file__).with_suffix(".pyi").write_text(stub())

@@ -1,35 +1,71 @@
-"""What the penalties ask of autograd: batched VJPs, norms of them, and the input of a model."""
+"""The pullback of a graph that exists already, by ``torch.autograd.grad``."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo.comptime import comptime
 
 from fastjac import arguments
+from fastjac.input_jacobian.pullback import Pullback
 from fastjac.ops.autograd import Function, graph_nodes
 from fastjac.penalty import call_model
+from fastjac.torch_private import comptime, traced_graphs
 
 
-def vjp(output: Tensor, x: Tensor, w: Tensor, chunk_size: int | None = None) -> Iterator[Tensor]:
-    """``Jᵀ w_k`` for cotangents ``w`` ``[K, *output.shape]``, in pieces ``[k, *x.shape]``.
+class AutogradPullback(Pullback):
+    """Of ``x`` and ``output`` in one autograd graph; differentiable as often as that graph."""
 
-    A piece is one batched pass (``is_grads_batched``) over ``chunk_size`` cotangents, a piece of
-    one cotangent a plain pass without vmap. All of it stays in the graph, ``w`` included.
+    def __init__(self, x: Tensor, output: Tensor) -> None:
+        self.x, self.output = x, output
 
-    A graph that holds somebody's ``autograd.Function`` (a compiled model is one) is gone through
-    one cotangent at a time: under a batched pass torch would drop the second-order term of such a
-    Function with no error (seen on torch 2.13); alone it is exact, or raises. In a compiled step
-    the default is one at a time too (torch cannot trace a batched pass with dynamic shapes), and
-    such a Function raises.
+    def vjp(self, w: Tensor, chunk_size: int | None = None) -> Tensor:
+        return vjp(self.output, self.x, w, chunk_size)
+
+    def jvp(self, u: Tensor, chunk_size: int | None = None) -> Tensor:
+        """A VJP of a VJP: ``v(w) = Jᵀw`` is linear in ``w``, and ``J u = (∂v/∂w)ᵀ u``."""
+        w = torch.zeros_like(self.output, requires_grad=True)
+        (v,) = vjp(self.output, self.x, w.unsqueeze(0))
+        return vjp(v, w, u, chunk_size)
+
+    def then(self, f: Callable[[Tensor], Tensor]) -> Pullback:
+        return AutogradPullback(self.x, f(self.output))
+
+
+class Composed(Pullback):
+    """The pullback of ``f(model(x))``: autograd goes through ``f``, ``inner`` through the model."""
+
+    def __init__(self, inner: Pullback, f: Callable[[Tensor], Tensor]) -> None:
+        self.x, self.output, self.inner = inner.x, f(inner.output), inner
+        self.outer = AutogradPullback(inner.output, self.output)
+
+    def vjp(self, w: Tensor, chunk_size: int | None = None) -> Tensor:
+        return self.inner.vjp(self.outer.vjp(w, chunk_size), chunk_size)
+
+    def squared_norms(self, w: Tensor, chunk_size: int | None = None) -> Tensor:
+        return self.inner.squared_norms(self.outer.vjp(w, chunk_size), chunk_size)
+
+    def jvp(self, u: Tensor, chunk_size: int | None = None) -> Tensor:
+        return self.outer.jvp(self.inner.jvp(u, chunk_size), chunk_size)
+
+    def then(self, f: Callable[[Tensor], Tensor]) -> Pullback:
+        return Composed(self, f)
+
+
+def vjp(output: Tensor, x: Tensor, w: Tensor, chunk_size: int | None = None) -> Tensor:
+    """``Jᵀ w_k`` for cotangents ``w`` ``[K, *output.shape]``, as ``[K, *x.shape]``.
+
+    Up to ``chunk_size`` cotangents share one batched pass (``is_grads_batched``); a single one is
+    an ordinary pass without vmap. The result stays in the graph, also with respect to ``w``.
+
+    If the graph holds an ``autograd.Function`` that is not ours (a compiled model is one), the
+    cotangents go one at a time: in a batched pass torch would drop the second-order term of such a
+    Function without an error (seen on torch 2.13), while a single pass is exact or raises. In a
+    compiled step they go one at a time by default too (torch cannot trace a batched pass with
+    dynamic shapes), and such a Function raises.
     """
-    chain = getattr(x, "chain", None)
-    if chain is not None:
-        yield from _chain_vjp(chain, output, w, chunk_size)
-        return
     if torch.compiler.is_compiling():
         refuse_functions()
         size = chunk_size or 1
@@ -37,44 +73,34 @@ def vjp(output: Tensor, x: Tensor, w: Tensor, chunk_size: int | None = None) -> 
         size = chunk_size or len(w)
         if size > 1 and holds_foreign_function(output):
             size = 1
-    for piece in w.split(size):
-        batched = len(piece) > 1
-        try:
-            (v,) = torch.autograd.grad(
-                output,
-                x,
-                piece if batched else piece[0],
-                create_graph=True,
-                allow_unused=True,
-                is_grads_batched=batched,
-            )
-        except RuntimeError as error:
-            if not batched:
-                raise
-            raise RuntimeError(
-                f"the batched pass over {len(piece)} cotangents failed; if an operation of the "
-                f"model cannot be batched, chunk_size=1 goes one by one. Torch said: {error}"
-            ) from error
-        if v is None:
-            raise RuntimeError(
-                "output does not depend on x: pass the very tensor that went into the model, and "
-                "see that the model does not detach it"
-            )
-        yield v if batched else v.unsqueeze(0)
+    found = [_pass(output, x, part) for part in w.split(size)]
+    return found[0] if len(found) == 1 else torch.cat(found)
 
 
-def chain_of(x: Tensor, output: Tensor) -> Any:
-    """The recorded run that x and the output of the model stand for, if any."""
-    chain = getattr(x, "chain", None)
-    return chain if chain is not None and output is chain.output else None
-
-
-def _chain_vjp(chain: Any, output: Tensor, w: Tensor, chunk_size: int | None) -> Iterator[Tensor]:
-    if output is chain.output:
-        yield from chain.vjp(w, chunk_size)
-        return
-    for piece in vjp(output, chain.output, w, chunk_size):  # of a loss
-        yield from chain.vjp(piece, None)
+def _pass(output: Tensor, x: Tensor, w: Tensor) -> Tensor:
+    batched = len(w) > 1
+    try:
+        (v,) = torch.autograd.grad(
+            output,
+            x,
+            w if batched else w[0],
+            create_graph=True,
+            allow_unused=True,
+            is_grads_batched=batched,
+        )
+    except RuntimeError as error:
+        if not batched:
+            raise
+        raise RuntimeError(
+            f"the batched pass over {len(w)} cotangents failed; if an operation of the model "
+            f"cannot be batched, chunk_size=1 computes one at a time. Torch said: {error}"
+        ) from error
+    if v is None:
+        raise RuntimeError(
+            "output does not depend on x: pass the tensor that went into the model, and check "
+            "that the model does not detach it"
+        )
+    return v if batched else v.unsqueeze(0)
 
 
 def holds_foreign_function(output: Tensor) -> bool:
@@ -94,12 +120,7 @@ def refuse_functions() -> None:
 
     @comptime
     def check(context: Any) -> None:
-        output = context._i_will_not_complain_if_bc_breaks_InstructionTranslator().output
-        # Those of checkpoints and their like are modules.
-        bodies = [
-            m.graph for m in output.nn_modules.values() if isinstance(m, torch.fx.GraphModule)
-        ]
-        targets = [node.target for graph in (context.graph(), *bodies) for node in graph.nodes]
+        targets = [node.target for graph in traced_graphs(context) for node in graph.nodes]
         if any(getattr(t, "__name__", "") == "autograd_function_apply" for t in targets):
             raise RuntimeError(
                 "the model calls a torch.autograd.Function, whose second derivative torch loses "

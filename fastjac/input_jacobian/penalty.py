@@ -1,18 +1,18 @@
-"""Base of the penalties on the gradient with respect to an input or hidden tensor."""
+"""`InputPenalty`: base of the penalties on an input gradient or Jacobian."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
 from fastjac import arguments, distributed
 from fastjac.input_jacobian import by_autograd, select
-from fastjac.input_jacobian.compiled import engine
-from fastjac.penalty import Penalty, PenaltyOptions
+from fastjac.input_jacobian.pullback import Pullback
+from fastjac.penalty import Penalty, PenaltyOptions, parameters_of
 
 
 class InputOptions(PenaltyOptions, total=False):
@@ -20,47 +20,31 @@ class InputOptions(PenaltyOptions, total=False):
     engine: str
 
 
-class ProjectionOptions(InputOptions, total=False):
-    norm: str
-
-
-class RandomOptions(ProjectionOptions, total=False):
-    generator: torch.Generator | None
-    chunk_size: int | None
-
-
 class InputPenalty(Penalty):
     """Base of the penalties on the gradient with respect to an input or hidden tensor.
+
+    A subclass defines ``per_sample(pull, *targets)``, which returns ``R_n`` as ``[N]`` from a
+    :class:`~fastjac.input_jacobian.pullback.Pullback`: the output of the model and products with
+    its Jacobian.
 
     ``at`` names a submodule: in the model form the gradient is taken with respect to its output
     instead of ``x`` (which may then be of an integer dtype). In the graph form pass the hidden
     tensor itself as ``x``.
 
-    ``engine`` (model form): ``"chain"`` writes the double backward out, link by link, without
-    ``create_graph``; ``"autograd"`` asks torch for it; ``"compiled"`` is ``torch.func.vjp`` inside
-    ``torch.compile``. ``"auto"`` takes the chain engine for an ``nn.Module`` that it can record,
-    else autograd, with a warning the first time; a named engine never falls back.
-    ``explain_engine(model, x)`` says what runs and why. See `fastjac.input_jacobian.chain`.
+    ``engine`` (model form): ``"chain"`` computes the double backward operation by operation from a
+    record of the run, without ``create_graph``; ``"autograd"`` asks torch for it; ``"compiled"`` is
+    ``torch.func.vjp`` inside ``torch.compile``. ``"auto"`` takes the chain engine for an
+    ``nn.Module`` that it can record and autograd for anything else, with a warning the first time.
+    A named engine never falls back. ``explain_engine(model, x)`` returns which one runs and why.
 
     ``"compiled"`` is for models that torch traces as one graph, and is never chosen by ``"auto"``:
-    it compiles for seconds at the first call, and anew for other shapes, dtypes and modes.
-    The first run of what was compiled is compared with torch's own kernels, and raises if it is
-    wrong. Differentiable once. Random numbers come from torch's global generator, as in the other
-    engines; a ``generator`` of projections raises. So does what torch cannot trace (control flow
-    that depends on numbers, hidden tensors that the model keeps), or would differentiate wrongly (a
-    ``torch.autograd.Function``, ``.data``, hooks on tensors).
+    it compiles for seconds at the first call, and again for other shapes, dtypes and modes. The
+    first run of the compiled code is compared with torch's own kernels, and raises if it is wrong.
+    The value is differentiable once. Random numbers come from torch's global generator, as in the
+    other engines; a ``generator`` of projections raises. Models that torch cannot trace (control
+    flow that depends on numbers, hidden tensors that the model keeps), or would differentiate
+    wrongly (a ``torch.autograd.Function``, ``.data``, hooks on tensors), raise as well.
     """
-
-    # Whether ``per_sample`` uses x only in calls of `by_autograd.vjp`: said by the class that has
-    # it,
-    # so that a subclass with another one runs on autograd.
-    chain_ready = False
-    draws_inside = True  # by its ``generator``, if it has one: in ``per_sample``
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        if "per_sample" in vars(cls) and "chain_ready" not in vars(cls):
-            cls.chain_ready = False
 
     def __init__(
         self, *, at: str | None = None, engine: str = "auto", **options: Unpack[PenaltyOptions]
@@ -70,6 +54,19 @@ class InputPenalty(Penalty):
             raise TypeError(f"at is {type(at).__name__}: it must be the name of a submodule")
         self.at = at
         self.engine = arguments.choice("engine", engine, select.ENGINES)
+
+    def per_sample(self, pull: Pullback, *targets: Any, **named: Any) -> Tensor:
+        """``R_n``, ``[N]``."""
+        raise TypeError(f"{type(self).__name__} does not define per_sample")
+
+    @classmethod
+    def call_parameters(cls) -> list[inspect.Parameter]:
+        return cls._with_targets(cls.per_sample)
+
+    @staticmethod
+    def _with_targets(method: Callable[..., Any]) -> list[inspect.Parameter]:
+        """``x, output`` and the parameters of a method after its first one."""
+        return parameters_of(Penalty.graph_form)[:2] + parameters_of(method)[1:]
 
     def graph_form(self, x: Tensor, output: Tensor, *targets: Any, **named: Any) -> Tensor:
         if self.at is not None:
@@ -81,27 +78,20 @@ class InputPenalty(Penalty):
                 f"engine={self.engine!r} is for the model form, (model, x, ...): here the graph "
                 "exists"
             )
-        return self._checked(x, output, *targets, **named)
+        by_autograd.check_graph(x, output)
+        distributed.check_graph(x, output)
+        return self.per_sample(by_autograd.AutogradPullback(x, output), *targets, **named)
 
     def model_form(
         self, model: Callable[..., Any], x: Tensor, *targets: Any, **named: Any
     ) -> tuple[Tensor, Tensor]:
         if distributed.tensor_parallel(model):
             raise RuntimeError(distributed.TENSOR_PARALLEL)
-        if self.engine == "compiled":
-            return engine.run(self, model, x, targets, named)
-        if select.chain_wanted(self, model, x, (*targets, *named.values())):
-            result = select.by_chain(self, model, x, targets, named)
-            if result is not None:
-                return result
-        x, output = by_autograd.run_model(model, x, self.at)
-        return output, self._checked(x, output, *targets, **named)
-
-    def _checked(self, x: Tensor, output: Tensor, *targets: Any, **named: Any) -> Tensor:
-        by_autograd.check_graph(x, output)
-        distributed.check_graph(x, output)
-        return self.per_sample(x, output, *targets, **named)
+        return select.run(self._request(*targets, **named), model, x)
 
     def explain_engine(self, model: Callable[..., Any], x: Tensor) -> str:
-        """Which engine ``penalty(model, x)`` would run, the links of the chain, or why not."""
-        return select.explain(self, model, x)
+        """Which engine ``penalty(model, x)`` would run, and why, as text."""
+        return select.explain(self._request(), model, x)
+
+    def _request(self, *targets: Any, **named: Any) -> select.Request:
+        return select.Request(type(self), self.engine, self.at, self.per_sample, targets, named)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,11 +11,19 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from fastjac import arguments
-from fastjac.input_jacobian import by_autograd
-from fastjac.input_jacobian.penalty import InputOptions, InputPenalty, ProjectionOptions
+from fastjac.input_jacobian.penalty import InputOptions, InputPenalty
+from fastjac.input_jacobian.pullback import Pullback
 from fastjac.ops.dispatch import accumulate_dtype
-from fastjac.penalty import parameters_of
-from fastjac.per_sample import NORMS, attached_zeros, measure, rows, total
+from fastjac.per_sample import NORMS, attached_zeros, measure, rows
+
+
+class ProjectionOptions(InputOptions, total=False):
+    norm: str
+
+
+class RandomOptions(ProjectionOptions, total=False):
+    generator: torch.Generator | None
+    chunk_size: int | None
 
 
 class ProjectionPenalty(InputPenalty):
@@ -26,8 +35,6 @@ class ProjectionPenalty(InputPenalty):
 
     chunk_size: int | None = None
 
-    chain_ready = True
-
     def __init__(self, *, norm: str = "l2_squared", **options: Unpack[InputOptions]) -> None:
         super().__init__(**options)
         self.norm = arguments.choice("norm", norm, NORMS)
@@ -38,23 +45,22 @@ class ProjectionPenalty(InputPenalty):
 
     @classmethod
     def call_parameters(cls) -> list[inspect.Parameter]:
-        return parameters_of(ProjectionPenalty.per_sample)[:2] + parameters_of(cls.cotangents)[1:]
+        return cls._with_targets(cls.cotangents)
 
-    def per_sample(self, x: Tensor, output: Tensor, *targets: Any, **named: Any) -> Tensor:
-        w, scale = self.cotangents(rows(output), *targets, **named)
-        return self.projected(x, output, w, scale)
+    def per_sample(self, pull: Pullback, *targets: Any, **named: Any) -> Tensor:
+        w, scale = self.cotangents(rows(pull.output), *targets, **named)
+        return self.projected(pull, w, scale)
 
-    def projected(self, x: Tensor, output: Tensor, w: Tensor, scale: float) -> Tensor:
+    def projected(self, pull: Pullback, w: Tensor, scale: float) -> Tensor:
         """``scale * Σ_k ‖J_nᵀ w_kn‖``, as ``[N]``."""
-        if len(x) == 0:
-            return attached_zeros(output)
-        w = w.reshape(len(w), *output.shape)
-        chain = by_autograd.chain_of(x, output)
-        if chain is not None and self.norm == "l2_squared":
-            return chain.squared_norms(w, self.chunk_size, scale)
-        pieces = by_autograd.vjp(output, x, w, self.chunk_size)
-        summed = total(measure(v, self.norm) for v in pieces)
-        return summed if scale == 1 else scale * summed
+        if len(pull.output) == 0:
+            return attached_zeros(pull.output)
+        w = w.reshape(len(w), *pull.output.shape)
+        if self.norm == "l2_squared":
+            sums = pull.squared_norms(w, self.chunk_size)
+        else:
+            sums = measure(pull.vjp(w, self.chunk_size), self.norm).sum(0)
+        return sums if scale == 1 else scale * sums
 
 
 class ExactPenalty(ProjectionPenalty):
@@ -90,6 +96,18 @@ class RandomPenalty(ProjectionPenalty):
             )
         self.generator = arguments.generator(generator)
         self.chunk_size = arguments.chunk_size(chunk_size)
+
+    def model_form(
+        self, model: Callable[..., Any], x: Tensor, *targets: Any, **named: Any
+    ) -> tuple[Tensor, Tensor]:
+        draws = self.n_proj != -1 and named.get("projection") is None
+        if self.engine == "compiled" and draws and self.generator is not None:
+            raise ValueError(
+                "generator is given and engine is 'compiled', which draws from torch's global "
+                "generator (torch.manual_seed): drop generator, pass projection=, or name another "
+                "engine"
+            )
+        return super().model_form(model, x, *targets, **named)
 
     def draw(self, k: int, logits: Tensor, dtype: torch.dtype) -> Tensor:
         """``w`` ``[k, N, m]`` (or ``[k, 1, m]`` for all samples) in ``dtype``."""

@@ -1,86 +1,115 @@
-"""Which engine runs a penalty on an input Jacobian: the chain engine or autograd."""
+"""Which pullback a penalty gets in the model form, and the run of the model that makes it."""
 
 from __future__ import annotations
 
 import warnings
 import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from fastjac import arguments, distributed
+from fastjac.input_jacobian import by_autograd
 from fastjac.input_jacobian.chain import Chain, Unsupported
 from fastjac.input_jacobian.chain.tape import why_not
-from fastjac.input_jacobian.compiled import engine
-
-if TYPE_CHECKING:
-    from fastjac.input_jacobian.penalty import InputPenalty
+from fastjac.input_jacobian.compiled import engine as compiled
 
 ENGINES = ("auto", "chain", "autograd", "compiled")
 
-# By model, then training mode and penalty: None if the chain engine took it, or why it did not.
+
+class Request(NamedTuple):
+    """What is asked for: ``per_sample(pull, *targets, **named)`` of the pullback of a model."""
+
+    asker: type  # its name stands in messages; what is remembered of a model is kept apart by it
+    engine: str
+    at: str | None
+    per_sample: Callable[..., Tensor]
+    targets: tuple[Any, ...] = ()
+    named: dict[str, Any] = {}  # noqa: RUF012 (read only)
+
+
+# By model, then training mode and asker: None if the chain engine took it, or why it did not.
 _tried: weakref.WeakKeyDictionary[nn.Module, dict[Any, str | None]] = weakref.WeakKeyDictionary()
 
 
-def chain_wanted(penalty: InputPenalty, model: Any, x: Tensor, arguments: Any = ()) -> bool:
-    """Whether to try. Raises for ``engine="chain"`` where it is known that it cannot be."""
-    if penalty.engine == "autograd":
+def run(request: Request, model: Callable[..., Any], x: Tensor) -> tuple[Tensor, Tensor]:
+    """Runs the model; returns its output and what ``per_sample`` makes of its pullback."""
+    _, engine, at, per_sample, targets, named = request
+    if engine == "compiled":
+        if at is not None:
+            raise RuntimeError(f"engine='compiled' cannot run this call: {_hidden(at)}")
+        return compiled.run(per_sample, model, x, targets, named)
+    if _chain_wanted(request, model, x):
+        result = _by_chain(request, model, x)
+        if result is not None:
+            return result
+    x, output = by_autograd.run_model(model, x, at)
+    by_autograd.check_graph(x, output)
+    distributed.check_graph(x, output)
+    return output, per_sample(by_autograd.AutogradPullback(x, output), *targets, **named)
+
+
+def _hidden(at: str) -> str:
+    return f"at={at!r} asks for the gradient with respect to a hidden tensor: use engine='autograd'"
+
+
+def _chain_wanted(request: Request, model: Any, x: Tensor) -> bool:
+    """Whether to try the chain engine. Raises where it was named and is known to refuse."""
+    if request.engine == "autograd":
         return False
-    reason = refusal(penalty, model, x)
-    if reason is None and any(isinstance(t, Tensor) and t.requires_grad for t in arguments):
-        reason = "an argument of the penalty requires grad"
-    if reason is not None and penalty.engine == "chain":
-        compiled = hasattr(model, "_orig_mod")
-        advice = "Pass it before compiling" if compiled else "Use engine='autograd'"
+    reason = _refusal(request, model, x)
+    if reason is None:
+        for t in (*request.targets, *request.named.values()):
+            if isinstance(t, Tensor) and t.requires_grad:
+                reason = "an argument of the penalty requires grad"
+    if reason is not None and request.engine == "chain":
+        compiled_model = hasattr(model, "_orig_mod")
+        advice = "Pass it before compiling" if compiled_model else "Use engine='autograd'"
         raise RuntimeError(f"engine='chain' cannot run this call: {reason}. {advice}")
     return reason is None
 
 
-def refusal(penalty: InputPenalty, model: Any, x: Tensor) -> str | None:
-    if not penalty.chain_ready:
-        return f"{type(penalty).__name__} is not made of VJPs of the output"
-    if penalty.at is not None:
-        return f"at={penalty.at!r}: the gradient is by a hidden tensor"
+def _refusal(request: Request, model: Any, x: Tensor) -> str | None:
+    """Why the chain engine cannot run this call, as far as can be told before it."""
+    if request.at is not None:
+        return _hidden(request.at)
     if not isinstance(x, Tensor) or not x.is_floating_point() or x.is_nested:
-        return "x is no batch of floating-point samples"
+        return "x is not a batch of floating-point samples"
     if x.dim() == 0 or len(x) == 0:
-        return "x is no batch of floating-point samples"
+        return "x is not a batch of floating-point samples"
     if x.layout != torch.strided:
         return f"x is a {x.layout} tensor"
     reason = why_not(model, x)
     if reason is not None:
         return reason
     if not isinstance(model, nn.Module):
-        return None if penalty.engine == "chain" else "model is a function, not an nn.Module"
-    return _tried.get(model, {}).get(_key(penalty, model))
+        return None if request.engine == "chain" else "model is a function, not an nn.Module"
+    return _tried.get(model, {}).get((model.training, request.asker))
 
 
-def _key(penalty: InputPenalty, model: nn.Module) -> Any:
-    return model.training, type(penalty)
-
-
-def by_chain(
-    penalty: InputPenalty, model: Callable[..., Any], x: Tensor, targets: Any, named: Any
+def _by_chain(
+    request: Request, model: Callable[..., Any], x: Tensor
 ) -> tuple[Tensor, Tensor] | None:
-    """Output and values, or None where the model turns out to be no chain."""
-    first = isinstance(model, nn.Module) and _key(penalty, model) not in _tried.get(model, {})
+    """Output and values, or None if the model turns out not to be a chain."""
+    key = isinstance(model, nn.Module) and (model.training, request.asker)
+    first = isinstance(model, nn.Module) and key not in _tried.get(model, {})
     if first:
         parts = list(model.modules())  # type: ignore[attr-defined]
         if any(hasattr(part, "_orig_mod") for part in parts):
-            _remember(penalty, model, "a part of the model is compiled")
+            _remember(model, key, "a part of the model is compiled")
         if any(hasattr(part, "_orig_mod") or _uninitialized(part) for part in parts):
             return None
     # The first run may stop half-way: the next one starts from the same buffers and random numbers.
     state = _State(model, x) if first else None
     try:
-        result = _run(penalty, model, x, targets, named)
+        result = _values(Chain(model, x), request)
     except Unsupported as error:
         if state is not None:
             state.restore()
-        if penalty.engine == "chain":
+        if request.engine == "chain":
             raise RuntimeError(
                 f"engine='chain' cannot run this model: {error}. Use engine='autograd'"
             ) from error
@@ -89,35 +118,30 @@ def by_chain(
                 f"the chain engine took this model before and cannot take it now: {error}. Its "
                 "buffers may have been updated; use engine='autograd'"
             ) from error
-        _remember(penalty, model, str(error))
+        _remember(model, key, str(error))
         warnings.warn(
-            f"{type(penalty).__name__}: engine='autograd' runs instead of the chain engine, which "
-            f"cannot take this model: {error}. Set engine='autograd' to do without this warning",
-            stacklevel=6,
+            f"{request.asker.__name__}: engine='autograd' runs instead of the chain engine, which "
+            f"cannot take this model: {error}. Set engine='autograd' to avoid this warning",
+            stacklevel=7,
         )
         return None
     if first:
-        _remember(penalty, model, None)
+        _remember(model, key, None)
     return result
 
 
-def _remember(penalty: InputPenalty, model: Any, reason: str | None) -> None:
-    _tried.setdefault(model, {})[_key(penalty, model)] = reason
+def _remember(model: Any, key: Any, reason: str | None) -> None:
+    _tried.setdefault(model, {})[key] = reason
 
 
-def _run(
-    penalty: InputPenalty, model: Callable[..., Any], x: Tensor, targets: Any, named: Any
-) -> tuple[Tensor, Tensor]:
-    chain = Chain(model, x, getattr(penalty, "chunk_size", None) is None)
+def _values(chain: Chain, request: Request) -> tuple[Tensor, Tensor]:
     output = chain.output
-    arguments.batch("output", output, "x", len(x))
+    arguments.batch("output", output, "x", len(chain.x))
     if not output.is_floating_point():
         raise TypeError(f"output has dtype {output.dtype}: it must be floating point")
     if output.numel() == 0:
         raise ValueError(f"output has shape {tuple(output.shape)}: it holds no numbers per sample")
-    stand_in: Any = x.detach()
-    stand_in.chain = chain  # where `by_autograd.vjp` finds it
-    return chain.values(penalty.per_sample(stand_in, output, *targets, **named))
+    return chain.values(request.per_sample(chain, *request.targets, **request.named))
 
 
 def _uninitialized(module: nn.Module) -> bool:
@@ -150,24 +174,23 @@ class _State:
             torch.cuda.set_rng_state(self.cuda_random, self.cuda)
 
 
-def explain(penalty: InputPenalty, model: Any, x: Tensor) -> str:
-    """The engine of ``penalty(model, x)`` and its reasons, as text; runs the model once."""
+def explain(request: Request, model: Any, x: Tensor) -> str:
+    """The engine of a call and the reasons, as text; runs the model once."""
     if distributed.is_sharded(model):
         return (
-            f"engine: {penalty.engine}, inside the forward of fully_shard, which is not tried "
+            f"engine: {request.engine}, inside the forward of fully_shard, which is not tried "
             "here: ask about the model before it is sharded"
         )
     model = distributed.inside(model)
-    if penalty.engine == "compiled":
-        return engine.explain(penalty, model, x)
-    reason = "engine='autograd' was asked for" if penalty.engine == "autograd" else None
-    reason = reason or refusal(penalty, model, x)
+    if request.engine == "compiled":
+        return compiled.explain(model, x, None if request.at is None else _hidden(request.at))
+    reason = "engine='autograd' was asked for" if request.engine == "autograd" else None
+    reason = reason or _refusal(request, model, x)
     links: list[str] = []
     if reason is None:
         state = _State(model, x) if isinstance(model, nn.Module) else None
         try:
-            single = getattr(penalty, "chunk_size", None) is None
-            links = Chain(model, x, single).run.describe()
+            links = Chain(model, x).run.describe()
         except Unsupported as error:
             reason = str(error)
         if state is not None:

@@ -26,9 +26,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastjac.ops.act_stats import composed, named, recorded
-from fastjac.ops.autograd import Function, below_autograd
+from fastjac.ops.autograd import Function
 from fastjac.ops.dispatch import accumulate_dtype
 from fastjac.ops.registration import raw, register
+from fastjac.torch_private import below_autograd
 
 
 class Normed(NamedTuple):

@@ -31,9 +31,10 @@ from fastjac.ops.act_stats import (
     recorded,
     spread,
 )
-from fastjac.ops.autograd import Function, below_autograd
+from fastjac.ops.autograd import Function
 from fastjac.ops.registration import raw
 from fastjac.ops.row_sqnorm import add_to, alike, composed_rows, plus_rows
+from fastjac.torch_private import below_autograd
 
 # Of a convolution: stride, padding, dilation, transposed, output_padding, groups.
 ConvOptions = tuple[Any, ...]

@@ -52,7 +52,7 @@ class LayerPenalty(ModelPenalty):
     """
 
     needs_grad = False
-    watches = True
+    needs_weights_afterwards = False  # a weight is read while its layer runs
 
     def __init__(self, *, include_output: bool = False, **options: Unpack[PenaltyOptions]) -> None:
         super().__init__(**options)

@@ -25,9 +25,10 @@ import torch
 from torch import Tensor
 
 from fastjac.activations import IDS, MAX_ORDER, ROWS, TABLE, Activation, get
-from fastjac.ops.autograd import Add, Function, Multiply, below_autograd
+from fastjac.ops.autograd import Add, Function, Multiply
 from fastjac.ops.dispatch import Example, Op
 from fastjac.ops.registration import check_like, raw, register, suffix_of
+from fastjac.torch_private import below_autograd
 
 
 def _examples() -> Iterator[Example]:

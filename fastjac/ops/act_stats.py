@@ -25,15 +25,19 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
-from torch._C._functorch import is_legacy_batchedtensor
 
 from fastjac.activations import IDS, ROWS, TABLE, get
 from fastjac.ops.act import act, check_z
-from fastjac.ops.autograd import Function, below_autograd
+from fastjac.ops.autograd import Function
 from fastjac.ops.dispatch import Example, Op, accumulate_dtype
 from fastjac.ops.registration import check_like, impl_of, raw, register, suffix_of
+from fastjac.torch_private import (
+    below_autograd,
+    forward_mode_active,
+    is_legacy_batched,
+    transforms_active,
+)
 
 # What the backward sums beside ∂z (csrc/common/stats.h).
 NONE, CHANNEL, SAMPLE, BIAS = range(4)
@@ -203,13 +207,13 @@ def composed_grad_z(z, g, weight, scale, fn, params, impl):
 def recorded(*cotangents: Tensor | None) -> bool:
     """In a backward: whether it may be differentiated again, or runs under torch's older vmap."""
     return torch.is_grad_enabled() or any(
-        c is not None and is_legacy_batchedtensor(c) for c in cotangents
+        c is not None and is_legacy_batched(c) for c in cotangents
     )
 
 
 def transformed() -> bool:
     """Whether forward mode or a ``torch.func`` transform is active."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    return transforms_active() or forward_mode_active()
 
 
 def named(fn: int, values: Sequence[float]) -> tuple[str, dict[str, float]]:

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.library import Library
 
+from fastjac.torch_private import below_autograd, transforms_active
+
 LIBRARY = Library("fastjac", "FRAGMENT")
 
 SCHEMAS: dict[str, str] = {}
@@ -87,7 +89,7 @@ def _launcher(module: str | None, stem: str) -> Callable[..., Any]:
 
 def _through(name: str, function: Callable[..., Any], suffix: str) -> Callable[..., Any]:
     def autograd(*args):
-        if torch._C._are_functorch_transforms_active():
+        if transforms_active():
             raise RuntimeError(
                 f"torch.ops.fastjac.{name} (from an exported program, say) cannot be transformed"
                 " by torch.func: call the function of fastjac, or use torch.autograd"
@@ -101,7 +103,7 @@ def _refusal(name: str, instead: str) -> Callable[..., Any]:
     def autograd(*args):
         if torch.is_grad_enabled() and any(t.requires_grad for t in tensors_of(args)):
             raise RuntimeError(f"torch.ops.fastjac.{name} has no derivative of its own: {instead}")
-        with torch._C._AutoDispatchBelowAutograd():
+        with below_autograd():
             return raw(name)(*args)
 
     return autograd

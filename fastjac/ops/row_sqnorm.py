@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from fastjac.ops.act_stats import recorded, spread, transformed
-from fastjac.ops.autograd import Function, below_autograd
+from fastjac.ops.autograd import Function
 from fastjac.ops.dispatch import Example, Op, accumulate_dtype
 from fastjac.ops.registration import raw, register, suffix_of
+from fastjac.torch_private import below_autograd
 
 
 def _examples() -> Iterator[Example]:

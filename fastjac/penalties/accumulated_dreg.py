@@ -101,7 +101,7 @@ class AccumulatedDREG(LayerPenalty):
             return forward_ad.unpack_dual(dual).primal, values
 
     computes = True
-    watches = False  # FSDP's hooks cannot take tangents: run where they pass on
+    needs_weights_afterwards = True  # FSDP's hooks cannot take tangents: run where they pass on
 
     def compute(self, module: Any, x: Tensor) -> Tensor | None:
         a, u = forward_ad.unpack_dual(x)
@@ -180,4 +180,3 @@ SPEC = PenaltySpec.of(
     example=pushed_example,
     cases=({"include_output": True},),
 )
-accumulated_dreg = SPEC.functional

@@ -24,7 +24,7 @@ class ConfidencePenalty(Penalty):
         marks a class that is not there.
 
     Options:
-        weight, reduction, every: as for all penalties.
+        weight, reduction, every: see ``help(fastjac.Penalty)``.
 
     Half precision is computed in float32. Differentiable to any order.
 
@@ -39,7 +39,7 @@ class ConfidencePenalty(Penalty):
 
     needs_grad = False
 
-    def per_sample(self, x: Tensor, output: Tensor) -> Tensor:
+    def graph_form(self, x: Tensor, output: Tensor) -> Tensor:
         arguments.batch("output", output, "x", len(arguments.tensor("x", x)))
         if not output.is_floating_point():
             raise TypeError(f"output has dtype {output.dtype}: it must be floating point logits")
@@ -58,4 +58,3 @@ SPEC = PenaltySpec.of(
     kind="output",
     example=logits_example,
 )
-confidence_penalty = SPEC.functional

@@ -112,5 +112,3 @@ GU_RIGAZIO_SPEC = PenaltySpec.of(
     example=layered_example,
     cases=({"layer_weights": (0.5, 2.0, 3.0)},),
 )
-contractive = CONTRACTIVE_SPEC.functional
-gu_rigazio = GU_RIGAZIO_SPEC.functional

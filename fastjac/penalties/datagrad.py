@@ -25,11 +25,11 @@ class DataGrad(ProjectionPenalty):
         whose rows sum to 1 (the formula needs that; it is not checked).
 
     Options:
-        norm: ``"l2_squared"``, ``"l2"`` or ``"l1"``. at, engine, weight, reduction, every: as for
-        all penalties.
+        norm: ``"l2_squared"``, ``"l2"`` or ``"l1"``. weight, reduction, every, at, engine: see
+        ``help(fastjac.InputPenalty)``.
 
-    Sums of squares of half precision are taken in float32. Differentiable once by the chain engine,
-    by autograd as often as the network.
+    Squares of half precision are summed in float32. The value can be differentiated once; for
+    gradients of gradients use ``engine="autograd"``.
 
     Source: Drucker & LeCun 1991; Ororbia et al. 2017, arXiv 1601.07213; as a projection: Varga,
     Csiszárik, Zombori 2017, arXiv 1712.09936, claim 2.
@@ -59,4 +59,3 @@ SPEC = PenaltySpec.of(
     example=classifier_example,
     cases=({"norm": "l2"}, {"norm": "l1"}),
 )
-datagrad = SPEC.functional

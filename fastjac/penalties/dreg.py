@@ -171,4 +171,3 @@ DREG_SPEC = PenaltySpec.of(
         {"layer_weights": (0.5, 2.0, 3.0), "include_output": True, "layers": "mean"},
     ),
 )
-dreg = DREG_SPEC.functional

@@ -34,7 +34,7 @@ class FiniteDifferenceDataGrad(ModelPenalty):
 
     Options:
         eps: ``ε > 0``. The difference of two losses loses digits: keep ``ε`` well above the
-        resolution of the dtype. weight, reduction, every: as for all penalties.
+        resolution of the dtype. weight, reduction, every: see ``help(fastjac.Penalty)``.
 
     Half-precision losses are computed in float32. Differentiable as often as the network.
 
@@ -96,4 +96,3 @@ SPEC = PenaltySpec.of(
     example=finite_difference_example,
     cases=({"eps": 0.3},),
 )
-finite_difference_datagrad = SPEC.functional

@@ -19,12 +19,12 @@ class FrobReg(ExactPenalty):
         ``[N, m]``.
 
     Options:
-        norm: ``"l2_squared"``, or ``"l2"`` / ``"l1"`` for the sum over the rows of ``J_n`` of
-        their norms. chunk_size: rows per batched pass; 1 avoids vmap. at, weight, reduction,
-        every: as for all penalties.
+        norm: ``"l2_squared"``, or ``"l2"`` / ``"l1"`` for the sum over the rows of ``J_n`` of their
+        norms. chunk_size: rows per batched pass; 1 avoids vmap. weight, reduction, every, at,
+        engine: see ``help(fastjac.InputPenalty)``.
 
-    Sums of squares of half precision are taken in float32. Differentiable once by the chain engine,
-    by autograd as often as the network.
+    Squares of half precision are summed in float32. The value can be differentiated once; for
+    gradients of gradients use ``engine="autograd"``.
 
     Source: Varga, Csiszárik, Zombori 2017, arXiv 1712.09936, section 5.1.
 
@@ -48,4 +48,3 @@ SPEC = PenaltySpec.of(
     example=logits_example,
     cases=({"norm": "l2"}, {"norm": "l1"}),
 )
-frobreg = SPEC.functional

@@ -7,8 +7,8 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from fastjac import arguments, reference
-from fastjac.input_jacobian import by_autograd
 from fastjac.input_jacobian.penalty import InputOptions, InputPenalty
+from fastjac.input_jacobian.pullback import Pullback
 from fastjac.penalties.registry import PenaltySpec, critic_example
 from fastjac.per_sample import attached_zeros, measure
 
@@ -24,11 +24,11 @@ class GradientPenalty(InputPenalty):
         x: ``[N, ...]`` floating point, requires grad. output: ``[N]`` or ``[N, 1]``.
 
     Options:
-        center: ``c >= 0``. one_sided: penalise gradients longer than ``c`` alone. at, engine,
-        weight, reduction, every: as for all penalties.
+        center: ``c >= 0``. one_sided: penalise gradients longer than ``c`` alone. weight,
+        reduction, every, at, engine: see ``help(fastjac.InputPenalty)``.
 
-    Sums of squares of half precision are taken in float32. Differentiable once by the chain engine,
-    by autograd as often as the network.
+    Squares of half precision are summed in float32. The value can be differentiated once; for
+    gradients of gradients use ``engine="autograd"``.
 
     Source: Gulrajani et al. 2017, arXiv 1704.00028; one-sided: Petzka et al. 2018,
     arXiv 1709.08894; c = 0: Mescheder, Geiger, Nowozin 2018, arXiv 1801.04406.
@@ -41,8 +41,6 @@ class GradientPenalty(InputPenalty):
         True
     """
 
-    chain_ready = True
-
     def __init__(
         self, center: float = 1.0, *, one_sided: bool = False, **options: Unpack[InputOptions]
     ) -> None:
@@ -52,18 +50,19 @@ class GradientPenalty(InputPenalty):
             raise ValueError(f"center is {center}: it must not be negative, for norms are not")
         self.one_sided = arguments.flag("one_sided", one_sided)
 
-    def per_sample(self, x: Tensor, output: Tensor) -> Tensor:
-        if output.numel() != len(x):
+    def per_sample(self, pull: Pullback) -> Tensor:
+        output = pull.output
+        if output.numel() != len(output):
             raise ValueError(
                 f"output has shape {tuple(output.shape)}: {type(self).__name__} is for scalar "
                 "functions, [N] or [N, 1]; for more columns use FrobReg or SpectReg"
             )
-        if len(x) == 0:
+        if len(output) == 0:
             return attached_zeros(output)
-        (gradient,) = by_autograd.vjp(output, x, torch.ones_like(output).unsqueeze(0))
+        ones = torch.ones_like(output).unsqueeze(0)
         if self.center == 0:
-            return measure(gradient, "l2_squared")[0]
-        excess = measure(gradient, "l2")[0] - self.center
+            return pull.squared_norms(ones)
+        excess = measure(pull.vjp(ones), "l2")[0] - self.center
         return (excess.clamp(min=0) if self.one_sided else excess).square()
 
 
@@ -74,7 +73,7 @@ class Eikonal(GradientPenalty):
         x: ``[N, ...]`` floating point, requires grad. output: ``[N]`` or ``[N, 1]``.
 
     Options:
-        at, engine, weight, reduction, every: as for all penalties.
+        weight, reduction, every, at, engine: see ``help(fastjac.InputPenalty)``.
 
     GradientPenalty with ``center=1``; the notes there hold here.
 
@@ -113,5 +112,3 @@ EIKONAL = PenaltySpec.of(
     source="Gropp et al. 2020, arXiv 2002.10099",
     example=critic_example,
 )
-gradient_penalty = GRADIENT_PENALTY.functional
-eikonal = EIKONAL.functional

@@ -11,10 +11,8 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from fastjac import reference
-from fastjac.input_jacobian import by_autograd
-from fastjac.input_jacobian.compiled.engine import Pullback
-from fastjac.input_jacobian.penalty import ProjectionOptions
-from fastjac.input_jacobian.projections import ProjectionPenalty
+from fastjac.input_jacobian.projections import ProjectionOptions, ProjectionPenalty
+from fastjac.input_jacobian.pullback import Pullback
 from fastjac.penalties.registry import PenaltySpec, classifier_example
 
 
@@ -30,11 +28,11 @@ class IGPen(ProjectionPenalty):
 
     Options:
         loss_fn: default is the cross-entropy per sample, which makes this DataGrad.
-        norm: ``"l2_squared"``, ``"l2"`` or ``"l1"``. at, engine, weight, reduction, every: as for
-        all penalties.
+        norm: ``"l2_squared"``, ``"l2"`` or ``"l1"``.
+        weight, reduction, every, at, engine: see ``help(fastjac.InputPenalty)``.
 
-    Sums of squares of half precision are taken in float32. Differentiable once by the chain engine,
-    by autograd as often as network and loss.
+    Squares of half precision are summed in float32. The value can be differentiated once; for
+    gradients of gradients use ``engine="autograd"``.
 
     Source: Drucker & LeCun 1991; Ross & Doshi-Velez 2018, arXiv 1711.09404.
 
@@ -47,8 +45,6 @@ class IGPen(ProjectionPenalty):
         >>> torch.allclose(value, truth)
         True
     """
-
-    chain_ready = True
 
     def __init__(
         self,
@@ -63,16 +59,17 @@ class IGPen(ProjectionPenalty):
     def cotangents(self, logits: Tensor, *targets: Any) -> tuple[Tensor, float]:
         return logits.new_ones(1, *logits.shape), 1.0
 
-    def per_sample(self, x: Tensor, output: Tensor, *targets: Any, **named: Any) -> Tensor:
+    def per_sample(self, pull: Pullback, *targets: Any, **named: Any) -> Tensor:
         loss_fn = self.loss_fn or partial(F.cross_entropy, reduction="none")
+        n = len(pull.output)
 
         def losses(output: Tensor) -> Tensor:
             loss = loss_fn(output, *targets, **named)
-            if not isinstance(loss, Tensor) or loss.shape != (len(x),):
+            if not isinstance(loss, Tensor) or loss.shape != (n,):
                 shape = list(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
                 raise ValueError(
-                    f"loss_fn returned {shape}: it must return one loss per sample, [{len(x)}] "
-                    "(for torch's losses reduction='none'). The gradient of a batch mean is 1/N of "
+                    f"loss_fn returned {shape}: it must return one loss per sample, [{n}] (for "
+                    "torch's losses reduction='none'). The gradient of a batch mean is 1/N of "
                     "the sample's own, and its square would be 1/N² of the penalty"
                 )
             if not loss.requires_grad:
@@ -81,10 +78,7 @@ class IGPen(ProjectionPenalty):
                 )
             return loss
 
-        chain = by_autograd.chain_of(x, output)
-        if isinstance(chain, Pullback):
-            return self.projected(x, output, chain.cotangent_of(losses).unsqueeze(0), 1.0)
-        return super().per_sample(x, losses(output))
+        return super().per_sample(pull.then(losses))
 
 
 SPEC = PenaltySpec.of(
@@ -98,4 +92,3 @@ SPEC = PenaltySpec.of(
         {"loss_fn": partial(F.cross_entropy, reduction="none", label_smoothing=0.1)},
     ),
 )
-igpen = SPEC.functional

@@ -23,12 +23,12 @@ class JacobianReg(RandomPenalty):
         value is to mean the same).
 
     Options:
-        n_proj: K; -1 for the exact ``½ ‖J_n‖_F²``. generator: on the device of ``output``; the
-        draw is ``v = r/‖r‖``, ``r = torch.randn(K, N, m)``. chunk_size: cotangents per batched
-        pass. at, engine, weight, reduction, every: as for all penalties.
+        n_proj: K; -1 for the exact ``½ ‖J_n‖_F²``. generator: on the device of ``output``; the draw
+        is ``v = r/‖r‖``, ``r = torch.randn(K, N, m)``. chunk_size: cotangents per batched pass.
+        weight, reduction, every, at, engine: see ``help(fastjac.InputPenalty)``.
 
-    Sums of squares of half precision are taken in float32. Differentiable once by the chain engine,
-    by autograd as often as the network.
+    Squares of half precision are summed in float32. The value can be differentiated once; for
+    gradients of gradients use ``engine="autograd"``.
 
     Source: Hoffman, Roberts, Yaida 2019, arXiv 1908.02729, algorithm 1.
 
@@ -81,4 +81,3 @@ SPEC = PenaltySpec.of(
     example=logits_example,
     cases=({"n_proj": 3}, {"n_proj": -1}),
 )
-jacobian_reg = SPEC.functional

@@ -22,11 +22,11 @@ class JacReg(ExactPenalty):
 
     Options:
         norm: ``"l2_squared"``, or ``"l2"`` / ``"l1"`` for the sum over the rows of their norms.
-        chunk_size: rows per batched pass; 1 avoids vmap. at, engine, weight, reduction, every: as
-        for all penalties.
+        chunk_size: rows per batched pass; 1 avoids vmap. weight, reduction, every, at, engine: see
+        ``help(fastjac.InputPenalty)``.
 
-    Sums of squares of half precision are taken in float32. Differentiable once by the chain engine,
-    by autograd as often as the network.
+    Squares of half precision are summed in float32. The value can be differentiated once; for
+    gradients of gradients use ``engine="autograd"``.
 
     Source: Sokolić, Giryes, Sapiro, Rodrigues 2017, arXiv 1605.08254.
 
@@ -54,4 +54,3 @@ SPEC = PenaltySpec.of(
     example=logits_example,
     cases=({"norm": "l2"}, {"norm": "l1"}),
 )
-jacreg = SPEC.functional

@@ -21,11 +21,11 @@ class OneHot(ProjectionPenalty):
         ``[N, m]``. target: class indices ``[N]`` int64, or any weights ``[N, m]``.
 
     Options:
-        norm: ``"l2_squared"``, ``"l2"`` or ``"l1"``. at, engine, weight, reduction, every: as for
-        all penalties.
+        norm: ``"l2_squared"``, ``"l2"`` or ``"l1"``. weight, reduction, every, at, engine: see
+        ``help(fastjac.InputPenalty)``.
 
-    Sums of squares of half precision are taken in float32. Differentiable once by the chain engine,
-    by autograd as often as the network.
+    Squares of half precision are summed in float32. The value can be differentiated once; for
+    gradients of gradients use ``engine="autograd"``.
 
     Source: Varga, Csiszárik, Zombori 2017, arXiv 1712.09936, section 5.1.
 
@@ -55,11 +55,11 @@ class RandomOneHot(RandomPenalty):
     Options:
         n_proj: K; -1 for the exact ``‖J_n‖_F²``. norm: ``"l2_squared"``, ``"l2"`` or ``"l1"``.
         generator: on the device of ``output``; the draw is ``torch.randint(m, (K, N))``.
-        chunk_size: cotangents per batched pass. at, engine, weight, reduction, every: as for all
-        penalties.
+        chunk_size: cotangents per batched pass. weight, reduction, every, at, engine: see
+        ``help(fastjac.InputPenalty)``.
 
-    Sums of squares of half precision are taken in float32. Differentiable once by the chain engine,
-    by autograd as often as the network.
+    Squares of half precision are summed in float32. The value can be differentiated once; for
+    gradients of gradients use ``engine="autograd"``.
 
     Source: Varga, Csiszárik, Zombori 2017, arXiv 1712.09936, section 5.1.
 
@@ -93,5 +93,3 @@ RANDOM_ONEHOT = PenaltySpec.of(
     example=logits_example,
     cases=({"n_proj": 4}, {"n_proj": -1}, {"n_proj": 2, "norm": "l2"}, {"norm": "l1"}),
 )
-onehot = ONEHOT.functional
-random_onehot = RANDOM_ONEHOT.functional

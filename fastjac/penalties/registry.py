@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from fastjac.penalty import Penalty, functional_of
 
-Kind = Literal["input-jacobian", "layer-wise", "output"]
+Kind = Literal["layer-wise", "input-jacobian", "output"]
 
 
 def graph_arguments(model: nn.Module, x: Tensor) -> tuple[Any, ...]:
@@ -66,6 +66,11 @@ class PenaltySpec:
     kind: Kind
     example: Callable[[torch.dtype, torch.Generator], Example]
     cases: tuple[dict[str, Any], ...]
+
+    @property
+    def place(self) -> tuple[int, str]:
+        """Sorts the registry: by kind, then by name."""
+        return get_args(Kind).index(self.kind), self.name
 
     @classmethod
     def of(

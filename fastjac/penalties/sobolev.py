@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -11,11 +10,11 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from fastjac import arguments, reference
-from fastjac.input_jacobian import by_autograd
 from fastjac.input_jacobian.penalty import InputOptions, InputPenalty
 from fastjac.input_jacobian.projections import unit_rows
+from fastjac.input_jacobian.pullback import Pullback
 from fastjac.penalties.registry import Example, PenaltySpec, logits_example, randn
-from fastjac.per_sample import attached_zeros, measure, rows, total
+from fastjac.per_sample import attached_zeros, measure, rows
 
 
 class Sobolev(InputPenalty):
@@ -27,11 +26,11 @@ class Sobolev(InputPenalty):
         dtype and device of ``x``.
 
     Options:
-        chunk_size: rows of ``J`` per batched pass; 1 avoids vmap. at, engine, weight, reduction,
-        every: as for all penalties.
+        chunk_size: rows of ``J`` per batched pass; 1 avoids vmap. weight, reduction, every, at,
+        engine: see ``help(fastjac.InputPenalty)``.
 
-    Sums of squares of half precision are taken in float32. Differentiable once by the chain engine,
-    by autograd as often as the network.
+    Squares of half precision are summed in float32. The value can be differentiated once; for
+    gradients of gradients use ``engine="autograd"``.
 
     Source: Czarnecki et al. 2017, arXiv 1706.04859.
 
@@ -44,13 +43,12 @@ class Sobolev(InputPenalty):
         True
     """
 
-    chain_ready = True
-
     def __init__(self, *, chunk_size: int | None = None, **options: Unpack[InputOptions]) -> None:
         super().__init__(**options)
         self.chunk_size = arguments.chunk_size(chunk_size)
 
-    def per_sample(self, x: Tensor, output: Tensor, target_grad: Any) -> Tensor:
+    def per_sample(self, pull: Pullback, target_grad: Any) -> Tensor:
+        x, output = pull.x, pull.output
         logits = rows(output)
         n, m = logits.shape
         goal = arguments.batch("target_grad", target_grad, "x", n)
@@ -65,15 +63,7 @@ class Sobolev(InputPenalty):
             return attached_zeros(output)
         goal = goal.reshape(n, m, *x.shape[1:]).transpose(0, 1)
         w = unit_rows(logits).reshape(m, *output.shape)
-        pieces = by_autograd.vjp(output, x, w, self.chunk_size)
-
-        def errors() -> Iterator[Tensor]:
-            done = 0
-            for v in pieces:  # of as many rows as the graph allows in one pass
-                yield measure(v - goal[done : done + len(v)], "l2_squared")
-                done += len(v)
-
-        return total(errors())
+        return measure(pull.vjp(w, self.chunk_size) - goal, "l2_squared").sum(0)
 
 
 def sobolev_example(dtype: torch.dtype, generator: torch.Generator) -> Example:
@@ -87,4 +77,3 @@ SPEC = PenaltySpec.of(
     source="Czarnecki et al. 2017, arXiv 1706.04859",
     example=sobolev_example,
 )
-sobolev = SPEC.functional

@@ -10,8 +10,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from fastjac import arguments, reference
-from fastjac.input_jacobian.penalty import RandomOptions
-from fastjac.input_jacobian.projections import RandomPenalty
+from fastjac.input_jacobian.projections import RandomOptions, RandomPenalty
 from fastjac.penalties.registry import PenaltySpec, logits_example
 
 DISTRIBUTIONS = ("gaussian", "rademacher", "spherical", "orthogonal")
@@ -32,20 +31,25 @@ class SpectReg(RandomPenalty):
         at).
 
     Options:
-        n_proj: K; -1 for the exact expectation over ``r`` (m cotangents, nothing drawn).
-        normalize: ``w = r/‖r‖``; then ``‖Jᵀw‖`` is a lower bound of the spectral norm.
+        n_proj: K; -1 for the exact expectation over ``r`` (m cotangents, nothing is drawn).
+        normalize: ``w = r/‖r‖``, so that ``‖Jᵀw‖`` is a lower bound of the spectral norm.
         scale: False for ``w = r``, unbiased for ``‖J_n‖_F²``. Not together with ``normalize``.
-        distribution: of ``r``, all with ``E r rᵀ = I``: ``"gaussian"``; ``"rademacher"``, signs;
-        ``"spherical"``, uniform on the sphere of radius √m; ``"orthogonal"``, spherical and, of one
-        sample, orthogonal in groups of up to m: less variance for K > 1, and for K = m none.
-        shared: one ``r`` for the whole batch. norm: ``"l2_squared"``, ``"l2"`` or ``"l1"``.
-        generator: on the device of ``output``; the draw is ``torch.randn(K, N, m)`` (``(K, 1, m)``
-        if shared), ``torch.randint(2, ...)`` of signs, and ``torch.randn(groups, N, m, k)`` of
-        orthogonal ones, by its QR decomposition. chunk_size: cotangents per batched pass; 1 avoids
-        vmap. at, engine, weight, reduction, every: as for all penalties.
+        distribution: of ``r``, always with ``E r rᵀ = I``: ``"gaussian"``; ``"rademacher"``
+            (signs); ``"spherical"`` (uniform on the sphere of radius √m); ``"orthogonal"``
+            (spherical, and orthogonal to each other within groups of up to m projections of a
+            sample, which lowers the variance for K > 1 and removes it for K = m).
+        shared: one ``r`` for the whole batch.
+        norm: ``"l2_squared"``, ``"l2"`` or ``"l1"``.
+        generator: on the device of ``output``. What is drawn is ``torch.randn(K, N, m)``
+            (``(K, 1, m)`` if shared), ``torch.randint(2, ...)`` for signs, and
+            ``torch.randn(groups, N, m, k)`` for orthogonal ones, of which the QR decomposition is
+            taken.
+        chunk_size: cotangents per batched pass; 1 avoids vmap.
+        weight, reduction, every, at, engine: see ``help(fastjac.InputPenalty)``.
 
-    Sums of squares of half precision are taken in float32. Differentiable once by the chain engine,
-    by autograd as often as the network; in the parameters, ``x`` and ``projection``.
+    Squares of half precision are summed in float32. The value can be differentiated once, with
+    respect to the parameters, ``x`` and ``projection``; for gradients of gradients use
+    ``engine="autograd"``.
 
     Source: Varga, Csiszárik, Zombori 2017, arXiv 1712.09936, section 5.1.
 
@@ -125,4 +129,3 @@ SPEC = PenaltySpec.of(
         {"n_proj": 2, "norm": "l1"},
     ),
 )
-spectreg = SPEC.functional

@@ -10,28 +10,28 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from fastjac import arguments, reference
-from fastjac.input_jacobian import by_autograd
 from fastjac.input_jacobian.penalty import InputOptions, InputPenalty
+from fastjac.input_jacobian.pullback import Pullback
 from fastjac.penalties.registry import Example, PenaltySpec, logits_example, randn
-from fastjac.per_sample import attached_zeros, measure, total
+from fastjac.per_sample import attached_zeros, measure
 
 
 class TangentProp(InputPenalty):
     """``R_n = 1/K Σ_k ‖J_n t_kn‖²`` for directions ``t`` the output should not change along.
 
-    The JVP is taken on the given graph as a VJP of a VJP: with ``v(u) = Jᵀu``, which is linear,
-    ``J t = (∂v/∂u)ᵀ t``. The K tangents are one batched pass.
+    The K tangents are one batched JVP. By autograd it is a VJP of a VJP.
 
     Arguments:
         x: ``[N, ...]`` floating point, requires grad. output: ``[N, ...]``. tangents: the shape of
         ``x``, or ``[K, *x.shape]``; dtype and device of ``x``.
 
     Options:
-        chunk_size: tangents per batched pass; 1 avoids vmap. at, engine, weight, reduction, every:
-        as for all penalties.
+        chunk_size: tangents per batched pass; 1 avoids vmap. weight, reduction, every, at, engine:
+        see ``help(fastjac.InputPenalty)``.
 
-    Sums of squares of half precision are taken in float32. A value is twice differentiated already:
-    its gradient asks the network's operations for third derivatives of their graph.
+    Squares of half precision are summed in float32. The value can be differentiated once; with
+    ``engine="autograd"`` the value is the result of two differentiations already, so that its
+    gradient needs operations that can be differentiated three times.
 
     Source: Simard, Victorri, LeCun, Denker 1991.
 
@@ -49,7 +49,8 @@ class TangentProp(InputPenalty):
         super().__init__(**options)
         self.chunk_size = arguments.chunk_size(chunk_size)
 
-    def per_sample(self, x: Tensor, output: Tensor, tangents: Any) -> Tensor:
+    def per_sample(self, pull: Pullback, tangents: Any) -> Tensor:
+        x = pull.x
         tangents = arguments.tensor("tangents", tangents)
         arguments.like("tangents", tangents, "x", x)
         t = tangents.unsqueeze(0) if tangents.shape == x.shape else tangents
@@ -59,11 +60,8 @@ class TangentProp(InputPenalty):
                 f"{tuple(x.shape)}, or [K, *x.shape]"
             )
         if len(x) == 0:
-            return attached_zeros(output)
-        u = torch.zeros_like(output, requires_grad=True)
-        (v,) = by_autograd.vjp(output, x, u.unsqueeze(0))
-        pieces = by_autograd.vjp(v.squeeze(0), u, t, self.chunk_size)
-        return total(measure(jt, "l2_squared") for jt in pieces) / len(t)
+            return attached_zeros(pull.output)
+        return measure(pull.jvp(t, self.chunk_size), "l2_squared").mean(0)
 
 
 def tangent_example(dtype: torch.dtype, generator: torch.Generator) -> Example:
@@ -77,4 +75,3 @@ SPEC = PenaltySpec.of(
     source="Simard, Victorri, LeCun, Denker 1991",
     example=tangent_example,
 )
-tangentprop = SPEC.functional

@@ -66,7 +66,7 @@ class ByAutograd(Link):
             for p, leaf in zip(self.pulled, self.leaves, strict=False)
         )
 
-    def jvp(self, tangents, keep, out):
+    def push(self, tangents, keep, out):
         pairs = [
             (p, u.reshape(p.shape))
             for p, u in zip(self.pulled, tangents, strict=True)
@@ -84,6 +84,32 @@ class ByAutograd(Link):
         self.extras = [plus(a, b) for a, b in zip(self.extras, extras, strict=True)]
         if not keep:
             self.pulled, self.delta = [], None
+        return None if tangent is None else tangent.reshape(-1, *self.out.shape[1:])
+
+    def jvp(self, tangents):
+        k = next(len(t) for t in tangents if t is not None) // len(self.out)
+        batched = k > 1
+        shape = (k, *self.out.shape) if batched else self.out.shape
+        delta = torch.zeros(shape, dtype=self.out.dtype, device=self.out.device, requires_grad=True)
+        with torch.enable_grad():
+            pulled = torch.autograd.grad(
+                self.out,
+                self.leaves[: self.count],
+                delta,
+                create_graph=True,
+                allow_unused=True,
+                is_grads_batched=batched,
+            )
+        pairs = [
+            (p, u.reshape(p.shape))
+            for p, u in zip(pulled, tangents, strict=True)
+            if p is not None and u is not None and p.requires_grad
+        ]
+        if not pairs:
+            return None
+        (tangent,) = torch.autograd.grad(
+            [p for p, _ in pairs], delta, [u for _, u in pairs], allow_unused=True
+        )
         return None if tangent is None else tangent.reshape(-1, *self.out.shape[1:])
 
     def backward(self, grad, wanted, keep):

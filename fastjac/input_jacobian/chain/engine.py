@@ -10,20 +10,24 @@ Not differentiable a third time: raises.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from fastjac.input_jacobian.by_autograd import Composed
 from fastjac.input_jacobian.chain.links import Link, Unsupported, check_leaves, plus
 from fastjac.input_jacobian.chain.mlp import Mlp
 from fastjac.input_jacobian.chain.tape import record
+from fastjac.input_jacobian.pullback import Pullback
 from fastjac.ops.row_sqnorm import gradient_of_one, rows_of_one
 
 
 class Recorded:
     """The sweeps of a recorded run, link by link."""
+
+    one_product = False  # `pull` can be called again
 
     def __init__(self, model: Callable[..., Any], x: Tensor) -> None:
         self.tape, output = record(model, x)
@@ -61,6 +65,16 @@ class Recorded:
         v = self.pull(w).contiguous()
         return v, rows_of_one(v)
 
+    def jvp(self, u: Tensor) -> Tensor:
+        """``J u`` for u ``[K N, ...]``."""
+        tangents: dict[int, Tensor | None] = {0: u}
+        for link in self.links:
+            incoming = [tangents.get(i) for i in link.inputs]
+            if any(t is not None for t in incoming):
+                tangents[link.output] = link.jvp(incoming)
+        t = tangents.get(self.end)
+        return self.output.new_zeros(len(u), *self.output.shape[1:]) if t is None else t
+
     def push(
         self, u: Tensor, keep: bool, wanted: bool, factor: Tensor | None = None
     ) -> Tensor | None:
@@ -75,7 +89,7 @@ class Recorded:
             incoming = [tangents.get(i) for i in link.inputs]
             if link.idle or all(t is None for t in incoming):
                 continue
-            tangents[link.output] = link.jvp(incoming, keep, wanted or link.output != self.end)
+            tangents[link.output] = link.push(incoming, keep, wanted or link.output != self.end)
         return tangents.get(self.end)
 
     def down(self, grad: Tensor | None, keep: bool) -> list[Tensor | None]:
@@ -99,58 +113,75 @@ class Recorded:
         return [link.describe() for link in self.links]
 
 
-class Piece(NamedTuple):
-    """Cotangents that went down together."""
+class Product(NamedTuple):
+    """A product with the Jacobian that a penalty asked for."""
 
-    w: Tensor
-    v: Tensor  # Jᵀ w; [K N, ...] with norms
-    leaf: Tensor  # of the graph of R: v, or its squared norms
-    scale: float = 1.0  # of the norms
+    kind: str  # "vjp", "norms" (of VJPs) or "jvp"
+    of: Tensor  # the cotangents or tangents, [k, N, ...]
+    v: Tensor | None  # Jᵀ w as [k N, ...], for norms
+    leaf: Tensor  # the result, a leaf of the graph of R
 
 
-class Chain:
-    """A run of a model on x, and the VJPs that a penalty takes of it.
+class Chain(Pullback):
+    """A recorded run of a model. Raises `Unsupported` where the model is no chain."""
 
-    Raises `Unsupported` where the model is no chain. ``single``: the penalty takes all its
-    cotangents in one pass.
-    """
-
-    def __init__(self, model: Callable[..., Any], x: Tensor, single: bool = False) -> None:
-        self.x = x
-        self.run: Any = (Mlp.of(model, x) if single else None) or Recorded(model, x)
-        self.output = self.run.output.detach().requires_grad_()  # a leaf, for R and w
-        self.pieces: list[Piece] = []
+    def __init__(self, model: Callable[..., Any], x: Tensor) -> None:
+        self.model, self.given = model, x
+        self.run: Any = Mlp.of(model, x) or Recorded(model, x)
+        # Leaves, for R and for what a penalty makes its cotangents of.
+        self.x = x.detach().requires_grad_(x.requires_grad)
+        self.output = self.run.output.detach().requires_grad_()
+        self.products: list[Product] = []
 
     # ---- what penalties call
 
-    def vjp(self, w: Tensor, chunk_size: int | None) -> Iterator[Tensor]:
-        """``v = Jᵀ w_k``, ``[k, *x.shape]``, in pieces, as leaves of a graph of their own."""
-        for w_piece in pieces_of(w, chunk_size):
-            v = self.run.pull(_rows(w_piece)).view(len(w_piece), *self.x.shape).requires_grad_()
-            self.pieces.append(Piece(w_piece, v, v))
-            yield v
-
-    def squared_norms(self, w: Tensor, chunk_size: int | None, scale: float) -> Tensor:
-        """``scale Σ_k ‖Jᵀ w_kn‖²``, ``[N]``: as from `vjp`, its derivative written out too."""
+    def vjp(self, w: Tensor, chunk_size: int | None = None) -> Tensor:
         found = []
-        for w_piece in pieces_of(w, chunk_size):
-            v, norms = self.run.norms(_rows(w_piece))
-            if len(w_piece) > 1:
-                norms = norms.view(len(w_piece), -1).sum(0)
-            norms = (norms if scale == 1 else scale * norms).requires_grad_()
-            self.pieces.append(Piece(w_piece, v, norms, scale))
-            found.append(norms)
+        for part in self._parts(w, chunk_size):
+            v = self.run.pull(_rows(part)).view(len(part), *self.x.shape)
+            found.append(self._leaf("vjp", part, None, v))
+        return found[0] if len(found) == 1 else torch.cat(found)
+
+    def squared_norms(self, w: Tensor, chunk_size: int | None = None) -> Tensor:
+        found = []
+        for part in self._parts(w, chunk_size):
+            v, norms = self.run.norms(_rows(part))
+            if len(part) > 1:
+                norms = norms.view(len(part), -1).sum(0)
+            found.append(self._leaf("norms", part, v, norms))
         return found[0] if len(found) == 1 else torch.stack(found).sum(0)
+
+    def jvp(self, u: Tensor, chunk_size: int | None = None) -> Tensor:
+        found = []
+        for part in self._parts(u, chunk_size):
+            with torch.no_grad():
+                t = self.run.jvp(_rows(part)).view(len(part), *self.output.shape)
+            found.append(self._leaf("jvp", part, None, t))
+        return found[0] if len(found) == 1 else torch.cat(found)
+
+    def then(self, f: Callable[[Tensor], Tensor]) -> Pullback:
+        return Composed(self, f)
+
+    def _parts(self, t: Tensor, chunk_size: int | None) -> tuple[Tensor, ...]:
+        parts = (t,) if chunk_size is None or chunk_size >= len(t) else t.split(chunk_size)
+        if self.run.one_product and len(parts) + len(self.products) > 1:
+            self.run = Recorded(
+                self.model, self.given
+            )  # an MLP: nothing acts twice by a second run
+        return parts
+
+    def _leaf(self, kind: str, of: Tensor, v: Tensor | None, result: Tensor) -> Tensor:
+        leaf = result.requires_grad_()
+        self.products.append(Product(kind, of, v, leaf))
+        return leaf
 
     def values(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """``(output, R)`` in the graph of x and the parameters."""
-        if len(self.pieces) > 1 and type(self.run) is Mlp:
-            raise Unsupported("the penalty takes its cotangents in several passes")
-        leaves = {id(self.output), *(id(piece.leaf) for piece in self.pieces)}
-        for t in (values, *(piece.w for piece in self.pieces)):
+        leaves = {id(self.output), id(self.x), *(id(product.leaf) for product in self.products)}
+        for t in (values, *(product.of for product in self.products)):
             if t.requires_grad and id(t) not in leaves:
                 check_leaves(t, leaves, "the penalty depends, beside the output of the model, on")
-        return _Chain.apply(self, values, self.x, *self.run.parameters)
+        return _Chain.apply(self, values, self.given, *self.run.parameters)
 
     # ---- the backward
 
@@ -164,44 +195,58 @@ class Chain:
                     "modified in place before the backward: call backward() before "
                     "optimizer.step(), or use the out-of-place operation"
                 )
-        if grad_values is not None and self.pieces:
-            grad = self._penalty(grad, grad_values, values, keep)
-        return self.run.down(grad, keep)
+        grad_x: Tensor | None = None
+        if grad_values is not None and values.requires_grad:
+            grad, grad_x = self._penalty(grad, grad_values, values, keep)
+        found = self.run.down(grad, keep)
+        found[0] = plus(found[0], grad_x)
+        return found
 
     def _penalty(
         self, grad: Tensor | None, grad_values: Tensor, values: Tensor, keep: bool
-    ) -> Tensor | None:
-        """Up through the chain; returns the gradient of the output, the penalty's part joined."""
-        leaves = [piece.leaf for piece in self.pieces]
-        if len(leaves) == 1 and values is leaves[0]:
-            cotangents: Any = [grad_values]
-        else:
-            *cotangents, direct = torch.autograd.grad(
-                values, [*leaves, self.output], grad_values, retain_graph=True, allow_unused=True
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Up through the chain; the gradient of the output with the penalty's part, and of x.
+
+        Of x only what R and its cotangents or tangents use beside the chain.
+        """
+        leaves = [product.leaf for product in self.products]
+        grad_x: Tensor | None = None
+
+        def through(t: Tensor, cotangent: Tensor, *more: Tensor) -> list[Any]:
+            """Gradients of ``more``; those of the output and of x are added up."""
+            nonlocal grad, grad_x
+            ends = [self.output, self.x] if self.x.requires_grad else [self.output]
+            *found, of_output = torch.autograd.grad(
+                t, [*more, *ends], cotangent, retain_graph=True, allow_unused=True
             )
-            grad = plus(grad, direct)
-        for piece, c in zip(self.pieces, cotangents, strict=True):
+            if len(ends) == 2:
+                of_x, of_output = of_output, found.pop()
+                grad_x = plus(grad_x, of_x)
+            grad = plus(grad, of_output)
+            return found
+
+        if len(leaves) == 1 and values is leaves[0]:
+            cotangents: list[Tensor | None] = [grad_values]
+        else:
+            cotangents = through(values, grad_values, *leaves)
+        for i in reversed(range(len(leaves))):  # a product may be of the results of earlier ones
+            c, (kind, of, v, _) = cotangents[i], self.products[i]
             if c is None:
                 continue
-            w, factor = piece.w, None
-            if piece.leaf is piece.v:
-                u = _rows(c)
-            else:  # of the norms
-                u, factor = piece.v, c if piece.scale == 1 else piece.scale * c
-                factor = factor if len(w) == 1 else factor.repeat(len(w))
-            if len(self.pieces) > 1:  # the run holds the state of one piece
-                self.run.pull(_rows(w))
-            t = self.run.push(u, keep, w.requires_grad, factor)
-            if t is not None and w.requires_grad:
-                (through,) = torch.autograd.grad(
-                    w, self.output, t.view(w.shape), retain_graph=True, allow_unused=True
-                )
-                grad = plus(grad, through)
-        return grad
-
-
-def pieces_of(w: Tensor, chunk_size: int | None) -> tuple[Tensor, ...]:
-    return (w,) if chunk_size is None or chunk_size >= len(w) else w.split(chunk_size)
+            if kind == "jvp":
+                # The gradients of ⟨c, J u⟩ are those of ⟨Jᵀc, u⟩: the VJP of c, then up with u.
+                into: Tensor | None = self.run.pull(_rows(c))
+                self.run.push(_rows(of), keep, False)
+            else:
+                if len(leaves) > 1:  # the run holds the state of one product
+                    self.run.pull(_rows(of))
+                factor = None if v is None else c if len(of) == 1 else c.repeat(len(of))
+                u = _rows(c) if v is None else v
+                into = self.run.push(u, keep, of.requires_grad, factor)
+            if into is not None and of.requires_grad:
+                of_earlier = through(of, into.view(of.shape), *leaves[:i])
+                cotangents[:i] = map(plus, cotangents[:i], of_earlier)
+        return grad, grad_x
 
 
 def _rows(t: Tensor) -> Tensor:

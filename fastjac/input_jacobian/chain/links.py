@@ -4,7 +4,7 @@ For an operation ``out = f(a, θ)`` the four sweeps of a step with an input-Jaco
 
     forward     out = f(a, θ)
     vjp         δ_a = f_aᵀ δ                                          down, for v = Jᵀw
-    jvp         u_out = f_a u,  and the gradients of ⟨δ, f_a u⟩ by a and θ      up
+    push        u_out = f_a u,  and the gradients of ⟨δ, f_a u⟩ by a and θ      up
     backward    g_a = f_aᵀ g + that of a;  g_θ = f_θᵀ g + that of θ     down, loss and penalty
 
 The gradient of ``⟨δ, f_a(a, θ) u⟩`` is what the second derivatives leave: ``φ''(z) δ u`` of an
@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 
 from fastjac.activations import IDS, get
-from fastjac.ops.autograd import below_autograd, graph_nodes
+from fastjac.ops.autograd import graph_nodes
 from fastjac.ops.registration import raw
+from fastjac.torch_private import below_autograd
 
 aten = torch.ops.aten
 
@@ -47,8 +48,12 @@ class Link:
         """δ of each input."""
         raise NotImplementedError
 
-    def jvp(self, tangents: list[Tensor | None], keep: bool, out: bool) -> Tensor | None:
-        """u of the output, where ``out`` is wanted."""
+    def jvp(self, tangents: list[Tensor | None]) -> Tensor | None:
+        """u of the output, from those of the inputs; None is zero."""
+        raise NotImplementedError
+
+    def push(self, tangents: list[Tensor | None], keep: bool, out: bool) -> Tensor | None:
+        """`jvp`, where ``out`` is wanted, after a `vjp` whose second-order terms it keeps."""
         raise NotImplementedError
 
     def backward(
@@ -126,13 +131,16 @@ class Linear(Weighted):
         self.delta = delta
         return (delta.matmul(self.weight),)
 
-    def jvp(self, tangents, keep, out):
+    def push(self, tangents, keep, out):
         (u,) = tangents
         if self.needs[0]:
             self.weight_extra = self._add_product(self.weight_extra, self.delta, u)
         if not keep:
             self.delta = None
-        return u.matmul(self.weight.t()) if out else None
+        return self.jvp(tangents) if out else None
+
+    def jvp(self, tangents):
+        return tangents[0].matmul(self.weight.t())
 
     def backward(self, grad, wanted, keep):
         of_weight, self.weight_extra = self.weight_extra, None
@@ -192,14 +200,17 @@ class Convolution(Weighted):
         self.delta = delta
         return (self._into(delta),)
 
-    def jvp(self, tangents, keep, out):
+    def push(self, tangents, keep, out):
         (u,) = tangents
         if self.needs[0]:
             product = self._backward(self.delta, u, [False, True, False])[1]
             self.weight_extra = plus_(self.weight_extra, product)
         if not keep:
             self.delta = None
-        return torch.convolution(u, self.weight, None, *self.options) if out else None
+        return self.jvp(tangents) if out else None
+
+    def jvp(self, tangents):
+        return torch.convolution(tangents[0], self.weight, None, *self.options)
 
     def backward(self, grad, wanted, keep):
         extra, self.weight_extra = self.weight_extra, None
@@ -238,11 +249,11 @@ class Activation(Link):
         self.delta = delta if self.curved else None
         return (self.run(self.act, copies(self.z, delta), delta, 1, *self.args),)
 
-    def jvp(self, tangents, keep, out):
+    def push(self, tangents, keep, out):
         (u,) = tangents
-        z = copies(self.z, u)
         if not self.curved:
-            return self.run(self.act, z, u, 1, *self.args)
+            return self.jvp(tangents)
+        z = copies(self.z, u)
         extra, u = self.run(self.act_backward, z, self.delta, u, 1, *self.args)
         k = len(u) // len(self.z)
         extra = extra if k == 1 else extra.view(k, *self.z.shape).sum(0)
@@ -250,6 +261,10 @@ class Activation(Link):
         if not keep:
             self.delta = None
         return u
+
+    def jvp(self, tangents):
+        (u,) = tangents
+        return self.run(self.act, copies(self.z, u), u, 1, *self.args)
 
     def backward(self, grad, wanted, keep):
         z, extra = self.z, self.extra
@@ -272,7 +287,10 @@ class Shape(Link):
     def vjp(self, delta):
         return (delta.reshape(len(delta), *self.before),)
 
-    def jvp(self, tangents, keep, out):
+    def push(self, tangents, keep, out):
+        return self.jvp(tangents)
+
+    def jvp(self, tangents):
         (u,) = tangents
         return u.reshape(len(u), *self.after)
 
@@ -286,7 +304,10 @@ class Add(Link):
     def vjp(self, delta):
         return delta, delta
 
-    def jvp(self, tangents, keep, out):
+    def push(self, tangents, keep, out):
+        return self.jvp(tangents)
+
+    def jvp(self, tangents):
         a, b = tangents
         if a is None or b is None:
             return b if a is None else a
@@ -330,7 +351,10 @@ class Pool(Link):
     def vjp(self, delta):
         return (self._back(delta),)
 
-    def jvp(self, tangents, keep, out):
+    def push(self, tangents, keep, out):
+        return self.jvp(tangents)
+
+    def jvp(self, tangents):
         (u,) = tangents
         if self.kind != "max":
             return self._pool(u)

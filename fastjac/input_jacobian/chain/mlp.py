@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from torch.nn.modules import module as module_hooks
 
 from fastjac.activations import IDS, MAX_PARAMS, TABLE, get
+from fastjac.input_jacobian.chain.links import copies
 from fastjac.nn import Act, activation_of
 from fastjac.ops import mlp as mlp  # registers the ops
-from fastjac.ops.autograd import below_autograd
 from fastjac.ops.dispatch import OPS
 from fastjac.ops.registration import raw
+from fastjac.torch_private import below_autograd
 
 LARGE = 1 << 15
 """Elements of a layer from which the backward goes layer by layer, each freed before the next.
@@ -199,6 +200,8 @@ def _wanted(flags: tuple[bool, ...]) -> Tensor:
 class Mlp:
     """One run. `of` returns None where the model is something else."""
 
+    one_product = True  # of which `pull` leaves the state in the stacks
+
     def __init__(self, recipe: Recipe, x: Tensor) -> None:
         n = self.n = len(x)
         self.shape = x.shape
@@ -249,16 +252,29 @@ class Mlp:
 
     def norms(self, w: Tensor) -> tuple[Tensor, Tensor]:
         if self.tile < self.n < len(w):  # several cotangents want one tile
-            self.stacks = [
-                torch.cat([part[len(part) // 2 :] for part in t.split(2 * self.tile)])
-                for t in self.stacks
-            ]
-            self.tile = self.n
+            self.stacks, self.tile = list(map(self._pre_activation, self.stacks)), self.n
         with below_autograd():
             *self.deltas, v, norms = raw("mlp_pull")(
                 w.contiguous(), self.weights, self.stacks, self.n, self.tile, self.plan
             )
         return v, norms
+
+    def _pre_activation(self, stack: Tensor) -> Tensor:
+        """``z_l`` of a hidden layer, from a stack as `mlp_forward` leaves it, tile by tile."""
+        return torch.cat([part[len(part) // 2 :] for part in stack.split(2 * self.tile)])
+
+    def jvp(self, u: Tensor) -> Tensor:
+        """``J u`` for u ``[K N, ...]``: two operations a layer."""
+        u = u.reshape(len(u), -1)
+        for weight, activation, stack in zip(
+            self.weights, self.activations, [*self.stacks, None], strict=True
+        ):
+            u = u.mm(weight.t())
+            if stack is not None:
+                z = copies(self._pre_activation(stack), u)
+                with below_autograd():
+                    u = raw("act")(z, u, 1, *activation)
+        return u
 
     def push(
         self, u: Tensor, keep: bool, wanted: bool, factor: Tensor | None = None

@@ -65,7 +65,7 @@ class BatchNorm(Norm):
         parts = self.pulled = [self._project(d) for d in delta.split(len(self.a))]
         return (parts[0][0] if len(parts) == 1 else torch.cat([p[0] for p in parts]),)
 
-    def jvp(self, tangents, keep, out):
+    def push(self, tangents, keep, out):
         (u,) = tangents
         n, m, iota = len(self.a), self.count, self.invstd
         shape = [1, -1, *[1] * (self.a.dim() - 2)]
@@ -87,6 +87,10 @@ class BatchNorm(Norm):
         if not keep:
             self.delta = self.pulled = None
         return pushed[0] if len(pushed) == 1 else torch.cat(pushed)
+
+    def jvp(self, tangents):
+        parts = [self._project(u)[0] for u in tangents[0].split(len(self.a))]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _gradients(self, grad, wanted):
         return self._project(grad)
@@ -130,7 +134,7 @@ class LayerNorm(Norm):
         self.pulled = self._project(self.delta if self.weight is None else self.delta * self.weight)
         return (self.pulled.view(delta.shape),)
 
-    def jvp(self, tangents, keep, out):
+    def push(self, tangents, keep, out):
         u = self._split(tangents[0])
         pushed = self._project(u)
         iota = self.invstd
@@ -149,6 +153,11 @@ class LayerNorm(Norm):
             self.weight_extra = plus_(self.weight_extra, (self.delta * pushed).sum(lead))
         if not keep:
             self.delta = self.pulled = None
+        pushed = pushed if self.weight is None else pushed * self.weight
+        return pushed.view(tangents[0].shape)
+
+    def jvp(self, tangents):
+        pushed = self._project(self._split(tangents[0]))
         pushed = pushed if self.weight is None else pushed * self.weight
         return pushed.view(tangents[0].shape)
 

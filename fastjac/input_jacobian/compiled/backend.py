@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._ops import HigherOrderOperator
+
+from fastjac import torch_private
 
 NAME: Any = "inductor"
 # The pass that moved the scatter is left out; random numbers are those of torch's own kernels.
@@ -28,8 +29,8 @@ def compiled(graph: torch.fx.GraphModule, inputs: Any) -> Callable[..., Any]:
     reason = refusal(graph)
     if reason is not None:
         raise Refused(reason)
-    with torch._inductor.config.patch(OPTIONS):
-        function = torch._dynamo.lookup_backend(NAME)(graph, inputs)
+    with torch_private.inductor_config().patch(OPTIONS):
+        function = torch_private.lookup_backend()(NAME)(graph, inputs)
     unchecked = [graph]
 
     def call(*args: Any) -> Any:
@@ -49,7 +50,7 @@ def refusal(graph: torch.fx.GraphModule) -> str | None:
                 return "it uses .data of a tensor, where .detach() would do"
             if name == "_enter_inference_mode":
                 return "it enters inference mode, where torch.no_grad() would do"
-            if isinstance(node.target, HigherOrderOperator):
+            if isinstance(node.target, torch_private.HigherOrderOperator):
                 return (
                     f"it calls {node.target} (an autograd.Function, a hook, a checkpoint, control "
                     "flow), whose second derivative torch may get wrong"
@@ -63,7 +64,7 @@ def agree(graph: Callable[..., Any], function: Callable[..., Any], args: Any) ->
     The tolerances are for other orders of summation: what is looked for is of order 1.
     """
     devices = {a.device for a in args if isinstance(a, Tensor) and a.is_cuda}
-    with torch.random.fork_rng(devices), torch._inductor.config.patch(OPTIONS):
+    with torch.random.fork_rng(devices), torch_private.inductor_config().patch(OPTIONS):
         found = run_both_ways(function, args)
     with torch.random.fork_rng(devices):
         try:

@@ -9,21 +9,17 @@ from __future__ import annotations
 
 import types
 import weakref
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo.exc import FailOnRecompileLimitHit, ObservedException, TorchDynamoException
 from torch.nn.modules.lazy import LazyModuleMixin
 
-from fastjac import arguments, distributed
+from fastjac import arguments, distributed, torch_private
 from fastjac.input_jacobian.compiled import backend, buffers
+from fastjac.input_jacobian.pullback import Pullback
 from fastjac.ops.autograd import graph_nodes
-from fastjac.per_sample import measure, total
-
-if TYPE_CHECKING:
-    from fastjac.input_jacobian.penalty import InputPenalty
 
 # Torch's defaults overlook a hook that the model gets after it was compiled, and give up after 8
 # graphs for all the modes, shapes and options. Inside DDP they would split the graph.
@@ -36,55 +32,56 @@ _functions: weakref.WeakKeyDictionary[Any, dict[type, Callable[..., Any]]] = (
 )
 
 
-class Pullback:
-    """The VJPs of a model, where `by_autograd.vjp` finds them."""
+class CompiledPullback(Pullback):
+    """Of a run inside ``torch.func.vjp``; ``pull`` is the function that this returned."""
 
-    def __init__(self, output: Tensor, pull: Callable[[Tensor], tuple[Tensor]]) -> None:
-        self.output, self.pull = output, pull
+    def __init__(self, x: Tensor, output: Tensor, pull: Callable[[Tensor], Tensor]) -> None:
+        self.x, self.output, self.pull = x, output, pull
 
-    def vjp(self, w: Tensor, chunk_size: int | None) -> Iterator[Tensor]:
-        """``v = Jᵀ w_k``, ``[k, *x.shape]``, in pieces."""
-        for piece in w.split(chunk_size or len(w)):
-            if len(piece) == 1:
-                yield self.pull(piece[0])[0].unsqueeze(0)
-            else:
-                yield torch.func.vmap(lambda row: self.pull(row)[0])(piece)
+    def vjp(self, w: Tensor, chunk_size: int | None = None) -> Tensor:
+        found = []
+        for part in w.split(chunk_size or len(w)):
+            one = len(part) == 1
+            found.append(
+                self.pull(part[0]).unsqueeze(0) if one else torch.func.vmap(self.pull)(part)
+            )
+        return found[0] if len(found) == 1 else torch.cat(found)
 
-    def squared_norms(self, w: Tensor, chunk_size: int | None, scale: float) -> Tensor:
-        """``scale Σ_k ‖Jᵀ w_kn‖²``, ``[N]``."""
-        pieces = self.vjp(w, chunk_size)
-        return scale * total(measure(v, "l2_squared") for v in pieces)
+    def jvp(self, u: Tensor, chunk_size: int | None = None) -> Tensor:
+        # Torch's JVP of a norm, differentiated again, is wrong without an error (seen on 2.13).
+        raise RuntimeError(
+            "engine='compiled' cannot run this call: the penalty takes a JVP of the model, which "
+            "this engine does not have. Use engine='chain'"
+        )
 
-    def cotangent_of(self, losses: Callable[[Tensor], Tensor]) -> Tensor:
-        """``∂ℓ/∂g`` of losses ``[N]`` of the output ``g``."""
-        loss, pull, *_ = torch.func.vjp(losses, self.output)
-        return pull(torch.ones_like(loss))[0]
+    def then(self, f: Callable[[Tensor], Tensor]) -> Pullback:
+        value, back, *_ = torch.func.vjp(f, self.output)
+        return CompiledPullback(self.x, value, lambda w: self.pull(back(w)[0]))
 
 
 def run(
-    penalty: InputPenalty, model: Callable[..., Any], x: Tensor, targets: Any, named: Any
+    per_sample: Callable[..., Tensor],
+    model: Callable[..., Any],
+    x: Tensor,
+    targets: Any,
+    named: Any,
 ) -> tuple[Tensor, Tensor]:
     """Output and values."""
     arguments.floating("x", x)
-    drawn = penalty.draws_inside and named.get("projection") is None
-    if drawn and getattr(penalty, "generator", None) is not None:
-        raise ValueError(
-            "generator is given and engine is 'compiled', whose random numbers are torch's own "
-            "(torch.manual_seed): drop generator, pass projection=, or name another engine"
-        )
-    reason = why_not(penalty, model, x)
+    reason = why_not(model, x)
     if reason is not None:
         raise RuntimeError(f"engine='compiled' cannot run this call: {reason}")
     places = buffers.places_of(model)
     # The graph may save its inputs for the backward: the buffers themselves must not be among them.
     copies = buffers.copies_of(places)
     own = x.view_as(x) if x.requires_grad else x  # a tensor that nobody else has
-    call = (model, penalty, own, targets, named, copies)
+    call = (model, per_sample, own, targets, named, copies)
+    errors = torch_private.dynamo_errors()
     try:
-        with torch._dynamo.config.patch(CONFIG):
-            traced, output, values, *left = _function_of(model, penalty)(*call)
-    except (TorchDynamoException, FailOnRecompileLimitHit) as error:
-        if isinstance(error.__cause__, ObservedException):
+        with torch_private.dynamo_config().patch(CONFIG):
+            traced, output, values, *left = _function_of(model, per_sample)(*call)
+    except (errors.TorchDynamoException, errors.FailOnRecompileLimitHit) as error:
+        if isinstance(error.__cause__, errors.ObservedException):
             _step(*call)  # raises what torch met while tracing, as it is
         raise RuntimeError(
             f"engine='compiled' cannot run this model: {_message(error)}. Use engine='autograd'"
@@ -103,17 +100,13 @@ def run(
     return output, values
 
 
-def why_not(penalty: InputPenalty, model: Any, x: Tensor) -> str | None:
+def why_not(model: Any, x: Tensor) -> str | None:
     """What can be told before anything is compiled."""
-    if not penalty.chain_ready:
-        return f"{type(penalty).__name__} is not made of VJPs of the output: use engine='autograd'"
-    if penalty.at is not None:
-        return f"at={penalty.at!r}: the gradient is by a hidden tensor: use engine='autograd'"
     if torch.compiler.is_compiling():
         return "torch.compile traces it already: use engine='autograd' inside a compiled function"
-    if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+    if torch_private.saved_tensor_hooks() is not None:
         return "hooks on saved tensors (a checkpoint) are active: use engine='autograd'"
-    if torch.nn.modules.module._has_any_global_hook():
+    if torch_private.has_any_global_hook():
         return "hooks on all modules are registered: use engine='autograd'"
     if type(x) not in (Tensor, nn.Parameter):
         return f"x is {type(x).__name__}: pass a plain tensor"
@@ -134,9 +127,9 @@ def why_not(penalty: InputPenalty, model: Any, x: Tensor) -> str | None:
     return None
 
 
-def explain(penalty: InputPenalty, model: Any, x: Tensor) -> str:
-    """What runs, as text; compiles nothing."""
-    reason = why_not(penalty, model, x)
+def explain(model: Any, x: Tensor, reason: str | None) -> str:
+    """What runs, as text; compiles nothing. ``reason``: why the call is known to raise."""
+    reason = reason or why_not(model, x)
     if reason is not None:
         return f"engine: none, the call raises\n   compiled cannot run: {reason}"
     return (
@@ -146,21 +139,20 @@ def explain(penalty: InputPenalty, model: Any, x: Tensor) -> str:
     )
 
 
-def _function_of(model: Any, penalty: InputPenalty) -> Callable[..., Any]:
+def _function_of(model: Any, per_sample: Any) -> Callable[..., Any]:
     owner = getattr(model, "__self__", model)  # of a method, which does not last
     functions = _functions.setdefault(owner, {})
-    if type(penalty) not in functions:
+    key = type(getattr(per_sample, "__self__", per_sample))
+    if key not in functions:
         own = types.FunctionType(_step.__code__.replace(), _step.__globals__)
         # Not dynamic: torch fails on dropout and torch.randn of symbolic shapes (seen on 2.13).
-        functions[type(penalty)] = torch.compile(
-            own, fullgraph=True, dynamic=False, backend=backend.compiled
-        )
-    return functions[type(penalty)]
+        functions[key] = torch.compile(own, fullgraph=True, dynamic=False, backend=backend.compiled)
+    return functions[key]
 
 
 def _step(
     model: Callable[..., Any],
-    penalty: InputPenalty,
+    per_sample: Callable[..., Tensor],
     x: Tensor,
     targets: Any,
     named: Any,
@@ -181,9 +173,8 @@ def _step(
 
     vjp: Any = torch.func.vjp  # its type forgets what has_aux adds
     output, pull, (before, after) = vjp(run, x, has_aux=True)
-    stand_in: Any = x.detach()
-    stand_in.chain = Pullback(output, pull)  # where `by_autograd.vjp` finds it
-    values = penalty.per_sample(stand_in, output, *targets, **named)
+    pullback = CompiledPullback(x.detach(), output, lambda w: pull(w)[0])
+    values = per_sample(pullback, *targets, **named)
     changes = [buffers.change_of(b, now) for b, now in zip(before, after, strict=True)]
     left = [None if b is None else b.detach() for b in after]
     return torch.compiler.is_compiling(), output, values, left, changes
@@ -197,7 +188,7 @@ def _reaches(x: Tensor, own: Tensor, values: Tensor) -> bool:
 
 
 def _message(error: Exception) -> str:
-    if isinstance(error, FailOnRecompileLimitHit):
+    if isinstance(error, torch_private.dynamo_errors().FailOnRecompileLimitHit):
         return f"there are {CONFIG['recompile_limit']} graphs of it for other shapes and modes"
     text = " ".join(str(getattr(error, "inner_exception", error)).split("\n")[:2]).rstrip(". ")
     if "TensorWrapper" in text:
