@@ -11,7 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastjac import torch_private
+from fastjac.torch_private import (
+    add_batch_dim,
+    enter_legacy_vmap,
+    is_legacy_batched,
+    leave_legacy_vmap,
+    remove_batch_dim,
+    transforms_active,
+    unwrap_if_dead,
+)
 
 
 class Function(torch.autograd.Function):
@@ -31,27 +39,24 @@ class Function(torch.autograd.Function):
 
     @classmethod
     def apply(cls, *args: Any) -> Any:
-        if torch_private.transforms_active():
+        if transforms_active():
             return super().apply(*args)
         live = []
         for a in args:
             if isinstance(a, Tensor):
-                if torch_private.is_legacy_batched(a):
+                if is_legacy_batched(a):
                     return cls._apply_batched(*args)
-                a = torch_private.unwrap_if_dead(
-                    a
-                )  # left over from a torch.func transform that has ended
+                a = unwrap_if_dead(a)  # left over from a torch.func transform that has ended
             live.append(a)
         return super(torch.autograd.Function, cls).apply(*live)  # type: ignore[misc]
 
     @classmethod
     def _apply_batched(cls, *args: Any) -> Any:
-        level = torch_private.enter_legacy_vmap() - 1
-        torch_private.leave_legacy_vmap()
-        batched = [isinstance(a, Tensor) and torch_private.is_legacy_batched(a) for a in args]
+        level = enter_legacy_vmap() - 1
+        leave_legacy_vmap()
+        batched = [isinstance(a, Tensor) and is_legacy_batched(a) for a in args]
         values = [
-            torch_private.remove_batch_dim(a, level, 0, 0) if b else a
-            for a, b in zip(args, batched, strict=True)
+            remove_batch_dim(a, level, 0, 0) if b else a for a, b in zip(args, batched, strict=True)
         ]
         mapped = [value for value, b in zip(values, batched, strict=True) if b]
 
@@ -63,8 +68,8 @@ class Function(torch.autograd.Function):
 
         out = torch.func.vmap(call)(*mapped)
         if isinstance(out, tuple):
-            return tuple(torch_private.add_batch_dim(o, 0, level) for o in out)
-        return torch_private.add_batch_dim(out, 0, level)
+            return tuple(add_batch_dim(o, 0, level) for o in out)
+        return add_batch_dim(out, 0, level)
 
 
 def graph_nodes(t: Tensor, *without: Any) -> Iterator[Any]:
