@@ -154,6 +154,13 @@ def test_operands_left_out(shape, statistic, given):
     assert_right(got, truth(z, *rest, 1, statistic, 0.3, "tanh", True), torch.float64)
 
 
+def test_g_may_be_z():
+    z, _, *weights = operands((4, 6), 1, torch.float64)
+    args = (z, z, *weights)
+    got = stats.act_stats_backward(*args, 1, BIAS, 0.3, IDS["tanh"], ())
+    assert_right(got, truth(*args, 1, BIAS, 0.3, "tanh", True), torch.float64)
+
+
 SPLIT = {  # strips of more than 64 tiles, so two levels of partial sums
     "columns": ((515, 130), 1, CHANNEL),
     "columns of samples": ((2100, 7, 5), 1, CHANNEL),  # three groups
