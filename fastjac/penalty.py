@@ -273,7 +273,6 @@ def functional_of(cls: type[Penalty], name: str) -> Callable[..., Any]:
         return cls(**chosen)(*args, **kwargs)
 
     function.__name__ = function.__qualname__ = name
-    function.__module__ = cls.__module__
     function.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
         sorted([*arguments, *options], key=lambda p: p.kind),
         return_annotation="Tensor | tuple[Tensor, Tensor]",

@@ -19,7 +19,7 @@ import fastjac
 from fastjac.penalties import SpectReg
 
 MARKS = [
-    pytest.mark.usefixtures("backend", "empty_graphs"),
+    pytest.mark.usefixtures("double", "backend", "empty_graphs"),
     # Torch hides this warning of its own while it traces a tensor that is no leaf, but not from
     # pytest.
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning"),
@@ -138,19 +138,6 @@ def shared_buffer() -> Model:
     return model
 
 
-def tied() -> nn.Sequential:
-    model = nn.Sequential(nn.Linear(4, 4), nn.GELU(), nn.Linear(4, 4), nn.GELU(), nn.Linear(4, 3))
-    model[2].weight = model[0].weight
-    return model
-
-
-def frozen() -> nn.Sequential:
-    model = mlp()
-    model[2].weight.requires_grad_(False)
-    model[2].bias.requires_grad_(False)
-    return model
-
-
 def hooked() -> nn.Sequential:
     model = mlp()
     model[1].register_forward_hook(lambda module, args, out: 2 * out)
@@ -179,8 +166,6 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "fused": lambda: fastjac.fuse(layer_cases.mlp()),
     "in place": lambda: nn.Sequential(nn.Linear(4, 5), nn.ReLU(inplace=True), nn.Linear(5, 3)),
     "spectral norm": spectral,
-    "tied weights": tied,
-    "frozen weights": frozen,
     "forward hooks": hooked,
     "no_grad and detach": partly_without_grad,
     "dropout": lambda: nn.Sequential(nn.Linear(4, 5), nn.Dropout(0.5), nn.GELU(), nn.Linear(5, 3)),

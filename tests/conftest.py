@@ -12,7 +12,10 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-torch.set_num_threads(min(2, os.cpu_count() or 1))
+# The tensors of most tests have a few elements. With two threads, and two processes on two cores,
+# a product of two such matrices waits for the other thread: the tests of the matrix took 113 s in
+# place of 15 s. The tests of kernels that run on several threads take the fixture `two_threads`.
+torch.set_num_threads(1)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -20,6 +23,14 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 @pytest.fixture(autouse=True)
 def _fixed_seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def two_threads():
+    """For the kernels on the CPU, which wake a second thread for some ten thousand elements."""
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(1)
 
 
 @pytest.fixture
@@ -66,11 +77,10 @@ def empty_graphs():
 
 @pytest.fixture
 def backend(request, monkeypatch):
-    """The compiled engine's: inductor for the slow tests, unless one says otherwise."""
+    """The compiled engine's: it traces as inductor does, and takes torch's own kernels."""
     from fastjac.input_jacobian.compiled import backend as module
 
-    slow = request.node.get_closest_marker("slow") is not None
-    name = getattr(request, "param", "inductor" if slow else "aot_eager")
+    name = getattr(request, "param", "aot_eager")
     monkeypatch.setattr(module, "NAME", name)
     return name
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from penalty_cases import seeded, takes
+from distributed_run import Here
+from penalty_cases import engines_of, seeded, takes
 from torch import Tensor, nn
 
 import fastjac
@@ -38,11 +41,6 @@ def batch(dtype: torch.dtype = torch.float32, n: int = 8) -> tuple[Tensor, Tenso
     x = torch.randn(n, 4, generator=g, dtype=torch.float64).to(dtype)
     w = torch.randn(n, 3, generator=g, dtype=torch.float64).to(dtype)
     return x, torch.randint(3, (n,), generator=g), w
-
-
-def own(tensors: Sequence[Tensor], rank: int, world: int, device: Any) -> list[Tensor]:
-    """This process's share of a batch."""
-    return [t.chunk(world)[rank].to(device) for t in tensors]
 
 
 def gradients_of(model: nn.Module) -> list[Tensor]:
@@ -102,34 +100,28 @@ def expected(kind: str, *, with_task: bool, model: nn.Module | None = None, **op
 # ---- the registry, each process with its own example
 
 
-def chosen_engines(spec: PenaltySpec) -> list[dict[str, str]]:
-    if not takes(spec, "engine"):
-        return [{}]
-    return [{"engine": "autograd"}, {"engine": "chain"}]
-
-
-def check_registry(wrap: Wrap, rank: int, world: int, device: Any) -> None:
+def check_registry(wrap: Wrap, here: Here) -> None:
     """Every penalty, with a task loss and alone: two steps, the gradients the mean over ranks."""
     for name, spec in PENALTIES.items():
-        for options in chosen_engines(spec):
+        for engine in engines_of(spec):
+            options = {"engine": engine} if engine else {}
             for with_task in (True, False):
-                label = f"{name} {options} task={with_task}"
                 model = spec.example(torch.float64, seeded()).model
-                means = _mean_of_references(spec, model, world, with_task)
-                model = wrap(copy.deepcopy(model).to(device))
-                example = spec.example(torch.float64, seeded(1 + rank))
-                x, *targets = (t.to(device) for t in (example.x, *example.targets))
+                means = _mean_of_references(spec, model, here.world, with_task)
+                model = wrap(copy.deepcopy(model).to(here.device))
+                example = spec.example(torch.float64, seeded(1 + here.rank))
+                x, *targets = (t.to(here.device) for t in (example.x, *example.targets))
                 penalty = spec.module(**example.options, **options)
                 for _ in range(2):
                     if takes(spec, "generator"):
-                        penalty.generator = seeded(50 + rank)
-                        if device.type == "cuda":  # its own numbers: compare with a draw of its own
+                        penalty.generator = seeded(50 + here.rank)
+                        if here.device.type == "cuda":  # its own numbers: nothing to compare with
                             continue
                     model.zero_grad()
                     output, value = penalty(model, x, *targets)
                     loss = value + output.square().mean() if with_task else value
                     loss.backward()
-                    close(gradients_of(model), means, label)
+                    close(gradients_of(model), means, f"{name} {engine} task={with_task}")
 
 
 def _mean_of_references(
@@ -158,21 +150,17 @@ def raises(text: str, call: Callable[[], Any]) -> None:
         raise AssertionError(f"nothing was raised; expected: {text}")
 
 
+# ---- forms of one penalty, and what is checked of each of them
+
+
 def spectreg(engine: str, model: Any, x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
     return fastjac.SpectReg(engine=engine)(model, x, projection=w)
 
 
-def check_hidden(wrap: Wrap, names: Sequence[str], rank: int, world: int, device: Any) -> None:
-    """The gradient with respect to a hidden tensor, of a part that is named."""
-    whole = batch()
-    x, _y, w = own(whole, rank, world, device)
-    for at in names:
-        penalty = fastjac.SpectReg(at=at)
-        alone = net() if at in dict(net().named_modules()) else in_blocks(net())
-        penalty(alone, whole[0], projection=whole[2])[1].backward()
-        model = wrap(net().to(device))
-        penalty(model, x, projection=w)[1].backward()
-        close(gradients_of(model), gradients_of(alone), f"at={at}")
+def graph_form(model: nn.Module, x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+    x = x.clone().requires_grad_()
+    output = model(x)
+    return output, fastjac.spectreg(x, output, projection=w)
 
 
 def attached(
@@ -183,3 +171,79 @@ def attached(
     value = penalty()
     penalty.detach()
     return output, value
+
+
+def called(model: nn.Module, x: Tensor, kind: Any = fastjac.DREG, **options: Any) -> Any:
+    return kind(**options)(model, x)
+
+
+FORMS: dict[str, Any] = {
+    "chain": partial(spectreg, "chain"),
+    "autograd": partial(spectreg, "autograd"),
+    "dreg called": lambda model, x, w: called(model, x),
+    "dreg attached": lambda model, x, w: attached(model, x),
+}
+
+
+def kind_of(form: str) -> str:
+    return "dreg" if "dreg" in form else "spectreg"
+
+
+def check(wrap: Wrap, forms: dict[str, Any], here: Here, name: str = "") -> None:
+    """Three steps each: what goes unsynchronised is seen late by torch, if at all."""
+    x, y, w = here.own(batch())
+    for form, call in forms.items():
+        for with_task in (True, False):
+            model = wrap(net().to(here.device))
+            means = expected(kind_of(form), with_task=with_task)
+            for _ in range(3):
+                model.zero_grad()
+                output, value = call(model, x, w)
+                (value + task(output, y) if with_task else value).backward()
+                close(gradients_of(model), means, f"{name}: {form} task={with_task}")
+
+
+def check_hidden(wrap: Wrap, names: Sequence[str], here: Here) -> None:
+    """The gradient with respect to a hidden tensor, of a part that is named."""
+    whole = batch()
+    x, _y, w = here.own(whole)
+    for at in names:
+        penalty = fastjac.SpectReg(at=at)
+        alone = net() if at in dict(net().named_modules()) else in_blocks(net())
+        penalty(alone, whole[0], projection=whole[2])[1].backward()
+        model = wrap(net().to(here.device))
+        penalty(model, x, projection=w)[1].backward()
+        close(gradients_of(model), gradients_of(alone), f"at={at}")
+
+
+def check_accumulation(
+    wrap: Wrap, only_add: Callable[[Any, bool], AbstractContextManager[Any]], here: Here
+) -> None:
+    """Two half batches, the first of them without a reduction."""
+    whole = batch()
+    parts = [here.own(t) for t in ([h[:4] for h in whole], [h[4:] for h in whole])]
+    for form, call in FORMS.items():
+        model = wrap(net().to(here.device))
+        for last, (x, y, w) in enumerate(parts):
+            with only_add(model, not last):
+                output, value = call(model, x, w)
+                ((task(output, y) + value) / 2).backward()
+        close(gradients_of(model), expected(kind_of(form), with_task=True), form)
+
+
+def check_own_statistics(make: Callable[[], nn.Module], wrap: Wrap, here: Here) -> None:
+    """Of a model in float64 with batch norms: the statistics are each process's own."""
+    whole, means = batch(torch.float64), {}
+    for form, call in FORMS.items():
+        alone = make()
+        for r in range(here.world):
+            x, y, w = (t.chunk(here.world)[r] for t in whole)
+            output, value = call(alone, x, w)
+            ((task(output, y) + value) / here.world).backward()
+        means[form] = gradients_of(alone)
+    for form, call in FORMS.items():
+        model = wrap(make().to(here.device))
+        x, y, w = here.own(whole)
+        output, value = call(model, x, w)
+        (task(output, y) + value).backward()
+        close(gradients_of(model), means[form], form)

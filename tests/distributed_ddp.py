@@ -6,48 +6,17 @@ import contextlib
 from functools import partial
 from typing import Any
 
+import distributed_cases as cases
 import torch
-from distributed_cases import (
-    attached,
-    batch,
-    check_hidden,
-    check_registry,
-    close,
-    expected,
-    gradients_of,
-    net,
-    own,
-    raises,
-    spectreg,
-    task,
-)
+from distributed_cases import FORMS, batch, close, expected, gradients_of, net, raises, task
+from distributed_run import Here
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import fastjac
 from fastjac.input_jacobian.compiled import backend
 
-
-def ddp(model: nn.Module, **options: Any) -> DistributedDataParallel:
-    return DistributedDataParallel(model, **options)
-
-
-def graph_form(model: nn.Module, x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
-    x = x.clone().requires_grad_()
-    output = model(x)
-    return output, fastjac.spectreg(x, output, projection=w)
-
-
-FORMS: dict[str, Any] = {
-    "chain": partial(spectreg, "chain"),
-    "autograd": partial(spectreg, "autograd"),
-    "graph form": graph_form,
-    "function": lambda model, x, w: spectreg("auto", lambda x: model(x), x, w),
-    "part of a model": lambda model, x, w: spectreg("auto", nn.Sequential(model), x, w),
-    "dreg called": lambda model, x, w: fastjac.DREG()(model, x),
-    "dreg attached": lambda model, x, w: attached(model, x),
-    "dreg attached inside": lambda model, x, w: attached_inside(model, x),
-}
+ddp = DistributedDataParallel
 
 
 def attached_inside(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -58,57 +27,56 @@ def attached_inside(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     return output, value
 
 
-def check(forms: list[str], rank: int, world: int, device: Any, **wrapping: Any) -> None:
-    x, y, w = own(batch(), rank, world, device)
-    for form in forms:
-        for with_task in (True, False):
-            model = ddp(net().to(device), **wrapping)
-            kind = "dreg" if "dreg" in form else "spectreg"
-            means = expected(kind, with_task=with_task)
-            for _ in range(3):  # what goes unsynchronised is seen late by torch, if at all
-                model.zero_grad()
-                output, value = FORMS[form](model, x, w)
-                (value + task(output, y) if with_task else value).backward()
-                close(gradients_of(model), means, f"{form} task={with_task} {wrapping}")
+ALL: dict[str, Any] = {
+    **FORMS,
+    "dreg attached inside": lambda model, x, w: attached_inside(model, x),
+    "graph form": cases.graph_form,
+    "function": lambda model, x, w: cases.spectreg("auto", lambda x: model(x), x, w),
+    "part of a model": lambda model, x, w: cases.spectreg("auto", nn.Sequential(model), x, w),
+}
 
 
-def few(rank: int, world: int, device: Any) -> None:
-    check(["chain", "dreg attached"], rank, world, device)
+def without(*names: str) -> dict[str, Any]:
+    return {name: form for name, form in ALL.items() if name not in names}
 
 
-def forms(rank: int, world: int, device: Any) -> None:
-    check(list(FORMS), rank, world, device)
+def few(here: Here) -> None:
+    cases.check(ddp, {name: ALL[name] for name in ("chain", "dreg attached")}, here)
 
 
-def find_unused(rank: int, world: int, device: Any) -> None:
-    able = [form for form in FORMS if form not in ("function", "part of a model")]
-    check(able, rank, world, device, find_unused_parameters=True)
+def forms(here: Here) -> None:
+    cases.check(ddp, ALL, here)
 
 
-def static_graph(rank: int, world: int, device: Any) -> None:
-    able = [form for form in FORMS if form not in ("graph form", "function", "part of a model")]
-    check(able, rank, world, device, static_graph=True)
-    x, _y, w = own(batch(), rank, world, device)
-    model = ddp(net().to(device), static_graph=True)
+def find_unused(here: Here) -> None:
+    wrap = partial(ddp, find_unused_parameters=True)
+    cases.check(wrap, without("function", "part of a model"), here)
+
+
+def static_graph(here: Here) -> None:
+    wrap = partial(ddp, static_graph=True)
+    cases.check(wrap, without("graph form", "function", "part of a model"), here)
+    x, _y, w = here.own(batch())
+    model = wrap(net().to(here.device))
     for form in ("graph form", "function"):
-        raises("static_graph=True", lambda form=form: FORMS[form](model, x, w))
+        raises("static_graph=True", lambda form=form: ALL[form](model, x, w))
 
 
-def registry(rank: int, world: int, device: Any) -> None:
-    check_registry(ddp, rank, world, device)
+def registry(here: Here) -> None:
+    cases.check_registry(ddp, here)
 
 
-def registry_find_unused(rank: int, world: int, device: Any) -> None:
-    check_registry(partial(ddp, find_unused_parameters=True), rank, world, device)
+def registry_find_unused(here: Here) -> None:
+    cases.check_registry(partial(ddp, find_unused_parameters=True), here)
 
 
-def compiled(rank: int, world: int, device: Any) -> None:
+def compiled(here: Here) -> None:
     backend.NAME = "aot_eager"
-    FORMS["compiled"] = partial(spectreg, "compiled")
-    check(["compiled"], rank, world, device, bucket_cap_mb=1e-5)  # by these torch would cut graphs
-    part = nn.Sequential(ddp(net().to(device)))
-    x, _y, w = own(batch(), rank, world, device)
-    raises("wrap the whole model", lambda: spectreg("compiled", part, x, w))
+    wrap = partial(ddp, bucket_cap_mb=1e-5)  # by these torch would cut graphs
+    cases.check(wrap, {"compiled": partial(cases.spectreg, "compiled")}, here)
+    part = nn.Sequential(ddp(net().to(here.device)))
+    x, _y, w = here.own(batch())
+    raises("wrap the whole model", lambda: cases.spectreg("compiled", part, x, w))
 
 
 class TwoHeads(nn.Module):
@@ -129,99 +97,79 @@ class TwoHeads(nn.Module):
         return self.head(a)
 
 
-def unused(rank: int, world: int, device: Any) -> None:
+def unused(here: Here) -> None:
     """A parameter that the model does not use, and one that only the penalty does."""
     whole = batch()
-    x, y, w = own(whole, rank, world, device)
+    x, y, w = here.own(whole)
     for runs in (False, True):
         for form in ("chain", "autograd", "dreg called"):
             alone = TwoHeads(runs)
             output, value = FORMS[form](alone, whole[0], whole[2])
             (task(output, whole[1]) + value).backward()
-            model = ddp(TwoHeads(runs).to(device), find_unused_parameters=True)
+            model = ddp(TwoHeads(runs).to(here.device), find_unused_parameters=True)
             for _ in range(2):
                 model.zero_grad()
                 output, value = FORMS[form](model, x, w)
                 (task(output, y) + value).backward()
                 close(gradients_of(model), gradients_of(alone), f"{form} {runs}")
     # The value of the attached form does not go through DDP's outputs, and torch sees that late.
-    model = ddp(TwoHeads(True).to(device), find_unused_parameters=True)
-    output, value = attached(model, x)
+    model = ddp(TwoHeads(True).to(here.device), find_unused_parameters=True)
+    output, value = cases.attached(model, x)
     raises("marked as ready twice", (task(output, y) + value).backward)
 
 
-def accumulation(rank: int, world: int, device: Any) -> None:
-    """Two half batches, the first of them without a reduction."""
-    whole = batch()
-    parts = [own(t, rank, world, device) for t in ([h[:4] for h in whole], [h[4:] for h in whole])]
-    for form in ("chain", "autograd", "dreg called", "dreg attached"):
-        model = ddp(net().to(device))
-        for last, (x, y, w) in enumerate(parts):
-            with contextlib.nullcontext() if last else model.no_sync():
-                output, value = FORMS[form](model, x, w)
-                ((task(output, y) + value) / 2).backward()
-        kind = "dreg" if "dreg" in form else "spectreg"
-        close(gradients_of(model), expected(kind, with_task=True), form)
+def accumulation(here: Here) -> None:
+    def only_add(model: ddp, wanted: bool) -> Any:
+        return model.no_sync() if wanted else contextlib.nullcontext()
+
+    cases.check_accumulation(ddp, only_add, here)
 
 
-def sums(rank: int, world: int, device: Any) -> None:
+def sums(here: Here) -> None:
     """DDP takes the mean over processes: of sums, the whole sum divided by their number."""
-    x, _y, w = own(batch(), rank, world, device)
-    model = ddp(net().to(device))
+    x, _y, w = here.own(batch())
+    model = ddp(net().to(here.device))
     _output, value = fastjac.SpectReg(reduction="sum")(model, x, projection=w)
     value.backward()
     means = expected("spectreg", with_task=False)
-    close(gradients_of(model), [len(batch()[0]) / world * g for g in means])
+    close(gradients_of(model), [len(batch()[0]) / here.world * g for g in means])
 
 
-def every(rank: int, world: int, device: Any) -> None:
+def every(here: Here) -> None:
     """A call that does not compute is a zero that still reduces."""
-    x, _y, w = own(batch(), rank, world, device)
-    model = ddp(net().to(device))
+    x, _y, w = here.own(batch())
+    model = ddp(net().to(here.device))
     penalty = fastjac.SpectReg(every=2)
+    means = expected("spectreg", with_task=False)
     for factor in (2, 0, 2):
         model.zero_grad()
         _output, value = penalty(model, x, projection=w)
         value.backward()
-        means = [factor * g for g in expected("spectreg", with_task=False)]
         if factor:
-            close(gradients_of(model), means)
+            close(gradients_of(model), [factor * g for g in means])
         else:
             assert all(not g.any() for g in gradients_of(model))
 
 
-def hidden(rank: int, world: int, device: Any) -> None:
-    check_hidden(ddp, ["1"], rank, world, device)
+def hidden(here: Here) -> None:
+    cases.check_hidden(ddp, ["1"], here)
 
 
-def batch_norm(rank: int, world: int, device: Any) -> None:
-    """Statistics are each process's own."""
-
-    def model() -> nn.Sequential:
+def batch_norm(here: Here) -> None:
+    def make() -> nn.Sequential:
         torch.manual_seed(0)
         layers = (nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 3))
         return nn.Sequential(*layers).double()
 
-    whole = batch(torch.float64)
-    for form in ("chain", "autograd", "dreg called", "dreg attached"):
-        alone = model()
-        for r in range(world):
-            x, y, w = own(whole, r, world, "cpu")
-            output, value = FORMS[form](alone, x, w)
-            ((task(output, y) + value) / world).backward()
-        wrapped = ddp(model().to(device))
-        x, y, w = own(whole, rank, world, device)
-        output, value = FORMS[form](wrapped, x, w)
-        (task(output, y) + value).backward()
-        close(gradients_of(wrapped), gradients_of(alone), form)
+    cases.check_own_statistics(make, ddp, here)
 
 
-def refusals(rank: int, world: int, device: Any) -> None:
-    x, _y, w = own(batch(), rank, world, device)
-    model = ddp(net().to(device))
+def refusals(here: Here) -> None:
+    x, _y, w = here.own(batch())
+    model = ddp(net().to(here.device))
     model.register_forward_hook(lambda *_: None)
-    raises("forward hooks", lambda: spectreg("auto", model, x, w))
-    model = ddp(net().to(device))
+    raises("forward hooks", lambda: cases.spectreg("auto", model, x, w))
+    model = ddp(net().to(here.device))
     module = model.module
     raises("must be", lambda: fastjac.SpectReg()(model, x, projection=w[:, :2]))
     assert model.module is module  # back in its place after an error

@@ -4,25 +4,24 @@ from __future__ import annotations
 
 import gc
 import weakref
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
+import distributed_cases as cases
 import torch
 from distributed_cases import (
-    attached,
+    FORMS,
     batch,
-    check_hidden,
-    check_registry,
     close,
     expected,
     gradients_of,
     in_blocks,
     net,
-    own,
     raises,
-    spectreg,
     task,
 )
+from distributed_run import Here
 from torch import Tensor, nn
 from torch.distributed.fsdp import (
     FullyShardedDataParallel,
@@ -63,53 +62,34 @@ WRAPS: dict[str, Any] = {
     "nested freed": partial(nested, reshard_after_forward=True),
     "nested kept": partial(nested, reshard_after_forward=False),
 }
-FORMS: dict[str, Any] = {
-    "chain": partial(spectreg, "chain"),
-    "autograd": partial(spectreg, "autograd"),
-    "dreg called": lambda model, x, w: fastjac.DREG()(model, x),
-    "dreg attached": lambda model, x, w: attached(model, x),
-}
 
 
-def check(wrap: Any, name: str, forms: dict[str, Any], rank: int, world: int, device: Any) -> None:
-    x, y, w = own(batch(), rank, world, device)
-    for form, call in forms.items():
-        for with_task in (True, False):
-            model = wrap(net().to(device))
-            means = expected("dreg" if "dreg" in form else "spectreg", with_task=with_task)
-            for _ in range(1 if with_task else 2):
-                model.zero_grad()
-                output, value = call(model, x, w)
-                (value + task(output, y) if with_task else value).backward()
-                close(gradients_of(model), means, f"{name}: {form} task={with_task}")
-
-
-def forms(rank: int, world: int, device: Any) -> None:
+def forms(here: Here) -> None:
     for name, wrap in WRAPS.items():
-        if world == 2 or name in ("root", "nested"):
-            check(wrap, name, FORMS, rank, world, device)
+        if here.world == 2 or name in ("root", "nested"):
+            cases.check(wrap, FORMS, here, name)
 
 
-def registry(rank: int, world: int, device: Any) -> None:
-    check_registry(blocks, rank, world, device)
+def registry(here: Here) -> None:
+    cases.check_registry(blocks, here)
 
 
-def compiled(rank: int, world: int, device: Any) -> None:
+def compiled(here: Here) -> None:
     backend.NAME = "aot_eager"
+    form = partial(cases.spectreg, "compiled")
     for name in ("root", "root freed"):
-        form = {"compiled": partial(spectreg, "compiled")}
-        check(WRAPS[name], name, form, rank, world, device)
-    x, _y, w = own(batch(), rank, world, device)
-    raises("parts of the model", lambda: spectreg("compiled", nested(net().to(device)), x, w))
+        cases.check(WRAPS[name], {"compiled": form}, here, name)
+    x, _y, w = here.own(batch())
+    raises("parts of the model", lambda: form(nested(net().to(here.device)), x, w))
 
 
-def hidden(rank: int, world: int, device: Any) -> None:
-    check_hidden(nested, ["0.1", "1.0"], rank, world, device)
+def hidden(here: Here) -> None:
+    cases.check_hidden(nested, ["0.1", "1.0"], here)
 
 
-def layer_options(rank: int, world: int, device: Any) -> None:
+def layer_options(here: Here) -> None:
     """The statistics that the penalty computes apart from the activation."""
-    x, _y, _w = own(batch(), rank, world, device)
+    x, _y, _w = here.own(batch())
     for options in (
         {"squared": False},
         {"over": "elements", "layers": "mean"},
@@ -117,8 +97,8 @@ def layer_options(rank: int, world: int, device: Any) -> None:
         {"use_weight": False},
         {"include_output": True},
     ):
-        for call in (attached, lambda model, x, **o: fastjac.DREG(**o)(model, x)):
-            model = blocks(net().to(device), reshard_after_forward=True)
+        for call in (cases.attached, cases.called):
+            model = blocks(net().to(here.device), reshard_after_forward=True)
             _output, value = call(model, x, **options)
             value.backward()
             means = expected("dreg", with_task=False, **options)
@@ -134,11 +114,11 @@ class Other(nn.Module):
     fastjac_activation = staticmethod(torch.sin)
 
 
-def lifetimes(rank: int, world: int, device: Any) -> None:
+def lifetimes(here: Here) -> None:
     """What is remembered of a model does not keep it."""
-    x, _y, w = own(batch(), rank, world, device)
+    x, _y, w = here.own(batch())
     for call in FORMS.values():
-        model = nested(net().to(device))
+        model = nested(net().to(here.device))
         output, value = call(model, x, w)
         (output.sum() + value).backward()
         last = weakref.ref(model)
@@ -147,10 +127,16 @@ def lifetimes(rank: int, world: int, device: Any) -> None:
         assert last() is None
 
 
-def other_layers(rank: int, world: int, device: Any) -> None:
+def each_block(model: nn.Module) -> nn.Module:
+    for block in model:
+        fully_shard(block)
+    return fully_shard(model)
+
+
+def other_layers(here: Here) -> None:
     """A norm before the activation, an activation of the user's, one that works in place."""
 
-    def model() -> nn.Sequential:
+    def make() -> nn.Sequential:
         torch.manual_seed(0)
         blocks = (
             (nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh()),
@@ -161,29 +147,9 @@ def other_layers(rank: int, world: int, device: Any) -> None:
         )
         return nn.Sequential(*[nn.Sequential(*block) for block in blocks]).double()
 
-    def wrapped() -> nn.Module:
-        sharded = model().to(device)
-        for block in sharded:
-            fully_shard(block)
-        return fully_shard(sharded)
-
-    whole = batch(torch.float64)
     gc.collect()
     assert not sharding()  # what is alone must run as if FSDP were not there
-    means = {}
-    for form, call in FORMS.items():
-        alone = model()
-        for r in range(world):
-            x, y, w = own(whole, r, world, "cpu")
-            output, value = call(alone, x, w)
-            ((task(output, y) + value) / world).backward()
-        means[form] = gradients_of(alone)
-    for form, call in FORMS.items():
-        sharded = wrapped()
-        x, y, w = own(whole, rank, world, device)
-        output, value = call(sharded, x, w)
-        (task(output, y) + value).backward()
-        close(gradients_of(sharded), means[form], form)
+    cases.check_own_statistics(make, each_block, here)
 
 
 class Checkpointed(nn.Module):
@@ -195,13 +161,10 @@ class Checkpointed(nn.Module):
         return checkpoint(self.block, x, use_reentrant=False)
 
 
-def checkpoints(rank: int, world: int, device: Any) -> None:
+def checkpoints(here: Here) -> None:
     def wrap(model: nn.Module) -> nn.Module:
         blocks = in_blocks(model)
-        blocks = nn.Sequential(Checkpointed(blocks[0]), Checkpointed(blocks[1]), blocks[2])
-        for block in blocks:
-            fully_shard(block)
-        return fully_shard(blocks)
+        return each_block(nn.Sequential(*map(Checkpointed, blocks[:2]), blocks[2]))
 
     def kept(model: nn.Module, x: Tensor, w: Tensor) -> Any:
         """Attached until the recomputation is over."""
@@ -211,27 +174,21 @@ def checkpoints(rank: int, world: int, device: Any) -> None:
 
     held: list[Any] = []
     able = {"autograd": FORMS["autograd"], "dreg attached": kept}
-    check(wrap, "checkpoint", able, rank, world, device)
+    cases.check(wrap, able, here, "checkpoint")
 
 
-def accumulation(rank: int, world: int, device: Any) -> None:
-    """Two half batches, the first of them without a reduction."""
-    whole = batch()
-    parts = [own(t, rank, world, device) for t in ([h[:4] for h in whole], [h[4:] for h in whole])]
-    for form, call in FORMS.items():
-        model: Any = nested(net().to(device))
-        for last, (x, y, w) in enumerate(parts):
-            model.set_requires_gradient_sync(bool(last))
-            output, value = call(model, x, w)
-            ((task(output, y) + value) / 2).backward()
-        kind = "dreg" if "dreg" in form else "spectreg"
-        close(gradients_of(model), expected(kind, with_task=True), form)
+def accumulation(here: Here) -> None:
+    def only_add(model: Any, wanted: bool) -> Any:
+        model.set_requires_gradient_sync(not wanted)
+        return nullcontext()
+
+    cases.check_accumulation(nested, only_add, here)
 
 
-def training(rank: int, world: int, device: Any) -> None:
+def training(here: Here) -> None:
     """Five steps of an optimizer, each form in turn: the weights are as of one process."""
-    x, y, w = own(batch(torch.float64), rank, world, device)
-    alone, model = net(torch.float64), nested(net(torch.float64).to(device))
+    x, y, w = here.own(batch(torch.float64))
+    alone, model = net(torch.float64), nested(net(torch.float64).to(here.device))
     penalty_alone, penalty = fastjac.DREG(alone), fastjac.DREG(model)
     steps = []
     for net_, attached_, (a, b, c) in (
@@ -242,7 +199,7 @@ def training(rank: int, world: int, device: Any) -> None:
         for step in range(5):
             optimizer.zero_grad()
             if step % 2:
-                output, value = spectreg("autograd", net_, a, c)
+                output, value = cases.spectreg("autograd", net_, a, c)
                 attached_.clear()
             else:
                 output, value = net_(a), attached_()
@@ -269,9 +226,9 @@ class Branch(nn.Module):
         return output
 
 
-def mixed_precision(rank: int, world: int, device: Any) -> None:
+def mixed_precision(here: Here) -> None:
     """The policy is for what the model takes: targets are for the loss."""
-    x, _y, w = own(batch(), rank, world, device)
+    x, _y, w = here.own(batch())
     seen = []
 
     def loss(output: Tensor, target: Tensor) -> Tensor:
@@ -279,45 +236,46 @@ def mixed_precision(rank: int, world: int, device: Any) -> None:
         return (output.float() * target).sum(1)
 
     bf16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
-    model = root(net().float().to(device), mp_policy=bf16)
+    model = root(net().float().to(here.device), mp_policy=bf16)
     _output, value = fastjac.IGPen(loss, engine="autograd")(model, x.float(), w.float())
     assert seen[-1] == torch.float32 and value.dtype == torch.float32
     value.backward()
-    raises("is a method of", lambda: spectreg("auto", root(net().to(device)).forward, x, w))
+    raises(
+        "is a method of", lambda: cases.spectreg("auto", root(net().to(here.device)).forward, x, w)
+    )
 
 
-def refusals(rank: int, world: int, device: Any) -> None:
-    x, _y, w = own(batch(), rank, world, device)
+def refusals(here: Here) -> None:
+    x, _y, w = here.own(batch())
 
-    def graph_form(model: nn.Module) -> None:
-        t = x.clone().requires_grad_()
-        fastjac.spectreg(t, model(t), projection=w)
+    for wrap in (root, nested):
+        model = wrap(net().to(here.device))
+        raises("use the model form", lambda model=model: cases.graph_form(model, x, w))
+    sharded = root(net().to(here.device))
+    raises("use the model form", lambda: cases.spectreg("auto", lambda x: sharded(x), x, w))
 
-    raises("use the model form", lambda: graph_form(root(net().to(device))))
-    raises("use the model form", lambda: graph_form(nested(net().to(device))))
-    sharded = root(net().to(device))
-    raises("use the model form", lambda: spectreg("auto", lambda x: sharded(x), x, w))
-
-    partly = in_blocks(net().to(device))
+    partly = in_blocks(net().to(here.device))
     fully_shard(partly[0])
-    raises("call fully_shard(model) last", lambda: spectreg("auto", partly, x, w))
+    raises("call fully_shard(model) last", lambda: cases.spectreg("auto", partly, x, w))
     raises("call fully_shard(model) last", lambda: fastjac.DREG(partly))
 
-    layers = net().to(device)
+    layers = net().to(here.device)
     for layer in layers:
         if isinstance(layer, nn.Linear):
             fully_shard(layer)
     layers = fully_shard(layers)
-    raises("the layer and its activation", lambda: attached(layers, x))
-    freed = nested(net().to(device), reshard_after_forward=True)
-    raises("an output layer", lambda: attached(freed, x, include_output=True))
+    raises("the layer and its activation", lambda: cases.attached(layers, x))
+    freed = nested(net().to(here.device), reshard_after_forward=True)
+    raises("an output layer", lambda: cases.attached(freed, x, include_output=True))
 
-    branch = Branch().to(device)
+    branch = Branch().to(here.device)
     for part in (branch.body, branch.side, branch.head):
         fully_shard(part, reshard_after_forward=True)
-    _output, value = attached(fully_shard(branch), x)
+    _output, value = cases.attached(fully_shard(branch), x)
     raises("no gradient of the model's output", value.backward)
 
-    old = FullyShardedDataParallel(net().to(device), use_orig_params=True, device_id=device)
-    raises("FullyShardedDataParallel", lambda: spectreg("auto", old, x, w))
+    old = FullyShardedDataParallel(
+        net().to(here.device), use_orig_params=True, device_id=here.device
+    )
+    raises("FullyShardedDataParallel", lambda: cases.spectreg("auto", old, x, w))
     raises("FullyShardedDataParallel", lambda: fastjac.DREG(old))

@@ -1,8 +1,8 @@
 """Runs cases on several processes, and tells what each of them met.
 
-A case is a function ``(rank, world, device) -> None`` in a module of the tests; it raises where
-something is wrong. All cases of one number of processes share the processes, each with a process
-group of its own: nccl where there are as many GPUs, else gloo on the CPU.
+A case is a function ``(here) -> None`` in a module of the tests; it raises if something is wrong.
+All cases of one number of processes share the processes, each with a process group of its own:
+nccl where there are as many GPUs, else gloo on the CPU.
 """
 
 from __future__ import annotations
@@ -12,13 +12,33 @@ import multiprocessing
 import tempfile
 import traceback
 import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 TIMEOUT = timedelta(minutes=5)  # of one collective
+
+
+@dataclass(frozen=True)
+class Here:
+    """What a case knows of the process that it runs in."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+    def own(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """This process's share of a batch."""
+        return [t.chunk(self.world)[self.rank].to(self.device) for t in tensors]
+
+    def all(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The whole batch, on this process's device."""
+        return [t.to(self.device) for t in tensors]
 
 
 def launch(world: int, module: str, names: list[str]) -> dict[str, str]:
@@ -67,7 +87,7 @@ def _rank(rank: int, world: int, folder: str, module: str, names: list[str]) -> 
                 warnings.filterwarnings("ignore", category=DeprecationWarning, module="torch")
                 # A double backward gives a weight [1, 5] the strides (1, 1): only slower.
                 warnings.filterwarnings("ignore", message="Grad strides do not match")
-                getattr(importlib.import_module(module), name)(rank, world, device)
+                getattr(importlib.import_module(module), name)(Here(rank, world, device))
         except Exception:
             said = f"rank {rank}: {traceback.format_exc(limit=-4)}"
         dist.destroy_process_group()

@@ -6,20 +6,22 @@ import copy
 from functools import partial
 from typing import Any
 
+import distributed_cases as cases
 import torch
 from distributed_cases import (
     attached,
     batch,
+    called,
     close,
     expected,
     gradients_of,
     net,
-    own,
     raises,
     spectreg,
     stack_of,
     task,
 )
+from distributed_run import Here
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -32,6 +34,7 @@ from torch.distributed.tensor.parallel import (
 
 import fastjac
 from fastjac import reference
+from fastjac.penalties import PENALTIES
 
 PLANS: dict[str, Any] = {
     "columns, rows": lambda: {"0": ColwiseParallel(), "2": RowwiseParallel()},
@@ -61,23 +64,19 @@ OPTIONS: tuple[dict[str, Any], ...] = (
 )
 
 
-def mesh(world: int, device: Any) -> Any:
-    return init_device_mesh(device.type, (world,))
+def parallel(model: nn.Module, plan: Any, here: Here) -> nn.Module:
+    mesh = init_device_mesh(here.device.type, (here.world,))
+    return parallelize_module(model.to(here.device), mesh, plan)
 
 
-def called(model: nn.Module, x: Tensor, kind: Any = fastjac.DREG, **options: Any) -> Any:
-    return kind(**options)(model, x)
-
-
-def plans(rank: int, world: int, device: Any) -> None:
+def plans(here: Here) -> None:
     """Every process has the whole batch."""
-    x, y, _w = (t.to(device) for t in batch(torch.float64))
+    x, y, _w = here.all(batch(torch.float64))
     for name, plan in PLANS.items():
         width = 6 if name == "DTensors" else 8  # 6 units on 4 processes are 2, 2, 2 and none
         for i, options in enumerate(OPTIONS):
             call, with_task = (attached, called)[i % 2], i % 3 > 0
-            model = net(torch.float64, width=width).to(device)
-            model = parallelize_module(model, mesh(world, device), plan())
+            model = parallel(net(torch.float64, width=width), plan(), here)
             output, value = call(model, x, **options)
             (value + task(output, y) if with_task else value).backward()
             alone = net(torch.float64, width=width)
@@ -85,18 +84,14 @@ def plans(rank: int, world: int, device: Any) -> None:
             close(gradients_of(model), means, f"{name} {options} task={with_task}")
 
 
-def values(rank: int, world: int, device: Any) -> None:
+def values(here: Here) -> None:
     """The value is that of the whole layers in each process; per sample too, and the presets."""
-    x, _y, _w = (t.to(device) for t in batch(torch.float64))
+    x, _y, _w = here.all(batch(torch.float64))
     for kind in ("dreg", "contractive", "gu_rigazio"):
-        _output, stack = stack_of(net(torch.float64, width=8).to(device), x)
+        _output, stack = stack_of(net(torch.float64, width=8).to(here.device), x)
         expect = getattr(reference, kind)(stack)
-        cls = {"dreg": fastjac.DREG, "contractive": fastjac.Contractive}.get(
-            kind, fastjac.GuRigazio
-        )
-        model = parallelize_module(
-            net(torch.float64, width=8).to(device), mesh(world, device), PLANS["columns, rows"]()
-        )
+        cls = PENALTIES[kind].module
+        model = parallel(net(torch.float64, width=8), PLANS["columns, rows"](), here)
         _output, value = called(model, x, cls, reduction="none")
         torch.testing.assert_close(value, expect, rtol=1e-12, atol=0)
         _output, value = called(model, x, cls)
@@ -116,12 +111,12 @@ class Tokens(nn.Module):
         return self.head(self.last(self.down(self.act(self.up(x)))))
 
 
-def positions(rank: int, world: int, device: Any) -> None:
+def positions(here: Here) -> None:
     """An output sharded over positions (sequence parallel), or not."""
     torch.manual_seed(1)
-    x = torch.randn(3, 8, 4, dtype=torch.float64, device=device)
+    x = torch.randn(3, 8, 4, dtype=torch.float64, device=here.device)
     for options in ({}, {"positions": "mean"}, {"squared": False}):
-        alone = Tokens().double().to(device)
+        alone = Tokens().double().to(here.device)
         _output, value = attached(alone, x, **options)
         value.backward()
         for layout in (Replicate(), Shard(1)):
@@ -130,23 +125,23 @@ def positions(rank: int, world: int, device: Any) -> None:
                 "down": RowwiseParallel(output_layouts=layout),
                 "head": ColwiseParallel(input_layouts=layout, output_layouts=Replicate()),
             }
-            model = parallelize_module(Tokens().double().to(device), mesh(world, device), plan)
+            model = parallel(Tokens().double(), plan, here)
             _output, own_value = attached(model, x, **options)
             torch.testing.assert_close(own_value, value, rtol=1e-12, atol=0)
             own_value.backward()
             close(gradients_of(model), gradients_of(alone), f"{options} {layout}")
 
 
-def with_fully_shard(rank: int, world: int, device: Any) -> None:
+def with_fully_shard(here: Here) -> None:
     """Two dimensions: batches over one, weights over both."""
-    if world < 4:
+    if here.world < 4:
         return  # there are not two dimensions
-    two = init_device_mesh(device.type, (2, world // 2), mesh_dim_names=("dp", "tp"))
-    share = rank // (world // 2)
-    x, y, _w = own(batch(torch.float64), share, 2, device)
+    two = init_device_mesh(here.device.type, (2, here.world // 2), mesh_dim_names=("dp", "tp"))
+    share = here.rank // (here.world // 2)
+    x, y, _w = (t.chunk(2)[share].to(here.device) for t in batch(torch.float64))
     for call in (attached, called):
         for with_task in (True, False):
-            model = net(torch.float64).to(device)
+            model = net(torch.float64).to(here.device)
             model = parallelize_module(model, two["tp"], PLANS["columns, rows"]())
             model = fully_shard(model, mesh=two["dp"])
             output, value = call(model, x)
@@ -154,22 +149,17 @@ def with_fully_shard(rank: int, world: int, device: Any) -> None:
             close(gradients_of(model), expected("dreg", with_task=with_task), f"task={with_task}")
 
 
-def refusals(rank: int, world: int, device: Any) -> None:
-    x, _y, w = (t.to(device) for t in batch())
+def refusals(here: Here) -> None:
+    x, _y, w = here.all(batch())
 
     def sharded(model: nn.Module, plan: Any = None) -> nn.Module:
-        plan = PLANS["columns, rows"]() if plan is None else plan
-        return parallelize_module(copy.deepcopy(model).to(device), mesh(world, device), plan)
+        return parallel(copy.deepcopy(model), plan or PLANS["columns, rows"](), here)
 
     for engine in ("auto", "chain", "autograd", "compiled"):
         call = partial(spectreg, engine, sharded(net(width=8)), x, w)
         raises("loses the second derivative", call)
 
-    def graph_form() -> None:
-        t = x.clone().requires_grad_()
-        fastjac.spectreg(t, sharded(net(width=8))(t), projection=w)
-
-    raises("loses the second derivative", graph_form)
+    raises("loses the second derivative", lambda: cases.graph_form(sharded(net(width=8)), x, w))
     raises("use DREG", lambda: called(sharded(net(width=8)), x, fastjac.AccumulatedDREG))
 
     normed = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.GELU(), nn.Linear(8, 3))
@@ -180,8 +170,8 @@ def refusals(rank: int, world: int, device: Any) -> None:
     plan = {"0": ColwiseParallel(output_layouts=Shard(0)), "4": ColwiseParallel()}
     raises("each sample's own numbers", lambda: called(sharded(net(width=8), plan), x))
 
-    model = net(width=8).to(device)
+    model = net(width=8)
     penalty = fastjac.DREG(model)
-    parallelize_module(model, mesh(world, device), PLANS["columns, rows"]())
+    model = parallel(model, PLANS["columns, rows"](), here)
     raises("attach the penalty after parallelize_module", lambda: model(x))
     penalty.detach()

@@ -51,7 +51,7 @@ def each(names: tuple[str, ...], state: Raises) -> dict[str, Raises]:
 
 FUNC = {
     **each(CALLED, A_FUNCTION),
-    **each(PROJECTED, Raises("call it outside, or write it with torch.func.vjp")),
+    **each(PROJECTED, Raises("call it outside of the transform, or write it with torch.func.vjp")),
 }
 STEP = {
     **each(("DREG called", "Contractive called"), ATTACH),
@@ -65,13 +65,15 @@ EXPECTED: dict[str, dict[str, Raises]] = {
     "no_grad": {
         "fused + autograd.grad": NO_GRAD,
         "* attached": NO_PASS,
-        **each(PROJECTED, Raises("torch.no_grad() is active: leave it")),
+        **each(
+            PROJECTED, Raises("torch.no_grad() is active: call model and penalty outside of it")
+        ),
     },
     "inference_mode": {
         "fused + autograd.grad": NO_GRAD,
         "* attached": NO_PASS,
         **each(CALLED, Raises("use torch.no_grad() to get the value alone")),
-        **each(PROJECTED, Raises("inference mode is active: leave it")),
+        **each(PROJECTED, Raises("inference mode is active: call model and penalty outside of it")),
     },
     "autocast_bf16": {"* chain": AUTOGRAD},
     "autocast_fp16": {"* chain": AUTOGRAD},

@@ -7,7 +7,7 @@ The truth is the same on the plain net, in float64, by `fastjac.reference`.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -25,6 +25,7 @@ from fastjac.penalties import DREG, AccumulatedDREG, ConfidencePenalty, Contract
 
 Pair = tuple[Tensor, Tensor]
 Run = Callable[[Tensor], Tensor]
+Arguments = Callable[[Tensor, Tensor, Tensor], dict[str, Tensor]]
 
 
 def mlp() -> nn.Sequential:
@@ -78,15 +79,12 @@ def accumulated(model: nn.Sequential, x: Tensor, y: Tensor) -> Pair:
                 outs.append(x)
         return [*outs, x]
 
-    tangent = torch.ones_like(x).cumsum(0).cos()
     with parametrize.cached():
-        value = reference.accumulated_dreg(activations, x, tangent=tangent).mean()
+        value = reference.accumulated_dreg(activations, x, **tangent(x, x, y)).mean()
         return model(x), value
 
 
 spectreg_truth = of_input(lambda x, o, y: reference.spectreg(x, o, projection=cotangents(o)))
-datagrad_truth = of_input(reference.datagrad)
-frobreg_truth = of_input(lambda x, o, y: reference.frobreg(x, o))
 
 
 # ---- ours: (penalty, run, x, y) -> (output, value)
@@ -109,36 +107,39 @@ def attached(penalty: Any, run: Run, x: Tensor, y: Tensor) -> Pair:
     return run(x), penalty()
 
 
-def called(penalty: Any, run: Run, x: Tensor, y: Tensor) -> Pair:
-    return penalty(run, x)
+def called(arguments: Arguments) -> Callable[..., Pair]:
+    def form(penalty: Any, run: Run, x: Tensor, y: Tensor) -> Pair:
+        low = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+        return penalty(run, x, **arguments(x, x.new_empty(len(x), 3, dtype=low), y))
+
+    return form
 
 
-def called_with_tangent(penalty: Any, run: Run, x: Tensor, y: Tensor) -> Pair:
-    return penalty(run, x, tangent=torch.ones_like(x).cumsum(0).cos())
+def on_graph(arguments: Arguments) -> Callable[..., Pair]:
+    def form(penalty: Any, run: Run, x: Tensor, y: Tensor) -> Pair:
+        output = run(x)
+        return output, penalty(x, output, **arguments(x, output, y))
+
+    return form
 
 
-def with_targets(penalty: Any, run: Run, x: Tensor, y: Tensor) -> Pair:
-    return penalty(run, x, y)
+# What a penalty takes besides: (x, a tensor as the output, y) -> arguments by keyword.
 
 
-def projected(penalty: Any, run: Run, x: Tensor, y: Tensor) -> Pair:
-    low = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-    return penalty(run, x, projection=cotangents(x.new_empty(len(x), 3, dtype=low)))
+def nothing(x: Tensor, output: Tensor, y: Tensor) -> dict[str, Tensor]:
+    return {}
 
 
-def on_graph(penalty: Any, run: Run, x: Tensor, y: Tensor) -> Pair:
-    output = run(x)
-    return output, penalty(x, output)
+def projection(x: Tensor, output: Tensor, y: Tensor) -> dict[str, Tensor]:
+    return {"projection": cotangents(output)}
 
 
-def on_graph_with_targets(penalty: Any, run: Run, x: Tensor, y: Tensor) -> Pair:
-    output = run(x)
-    return output, penalty(x, output, y)
+def target(x: Tensor, output: Tensor, y: Tensor) -> dict[str, Tensor]:
+    return {"target": y}
 
 
-def on_graph_projected(penalty: Any, run: Run, x: Tensor, y: Tensor) -> Pair:
-    output = run(x)
-    return output, penalty(x, output, projection=cotangents(output))
+def tangent(x: Tensor, output: Tensor, y: Tensor) -> dict[str, Tensor]:
+    return {"tangent": torch.ones_like(x).cumsum(0).cos()}
 
 
 # ---- the things
@@ -175,37 +176,41 @@ def fused_modules(model: nn.Module) -> None:
     fastjac.fuse(model)
 
 
-def engine(kind: type, name: str) -> Callable[[nn.Module], Any]:
-    return lambda model: kind(engine=name)
-
-
-dreg_truth = partial(of_layers, reference.dreg)
-contractive_truth = partial(of_layers, reference.contractive)
+LAYER_WISE: list[tuple[Any, Any]] = [(DREG, reference.dreg), (Contractive, reference.contractive)]
+INPUT: list[tuple[Any, Any, Arguments]] = [
+    (fastjac.SpectReg, spectreg_truth, projection),
+    (fastjac.DataGrad, of_input(reference.datagrad), target),
+    (fastjac.FrobReg, of_input(lambda x, o, y: reference.frobreg(x, o)), nothing),
+]
 confidence_truth = of_input(lambda x, o, y: reference.confidence_penalty(x, o))
 
-THINGS = [
-    Thing("fused + autograd.grad", "fused", fused_modules, own_penalty, spectreg_truth),
-    Thing("fused + func.vjp", "fused", fused_modules, own_penalty_by_func, spectreg_truth),
-    Thing("DREG attached", "layer-wise", DREG, attached, dreg_truth),
-    Thing("DREG called", "layer-wise", lambda m: DREG(), called, dreg_truth),
-    Thing("Contractive attached", "layer-wise", Contractive, attached, contractive_truth),
-    Thing("Contractive called", "layer-wise", lambda m: Contractive(), called, contractive_truth),
-    Thing(
-        *("AccumulatedDREG called", "layer-wise", lambda m: AccumulatedDREG()),
-        *(called_with_tangent, accumulated),
-    ),
-    Thing("Confidence graph", "output", lambda m: ConfidencePenalty(), on_graph, confidence_truth),
-    Thing("Confidence called", "output", lambda m: ConfidencePenalty(), called, confidence_truth),
-]
-for kind, truth, on_graph_form, form in (
-    (fastjac.SpectReg, spectreg_truth, on_graph_projected, projected),
-    (fastjac.DataGrad, datagrad_truth, on_graph_with_targets, with_targets),
-    (fastjac.FrobReg, frobreg_truth, on_graph, called),
-):
-    name, group = kind.__name__, "input Jacobian"
-    THINGS.append(Thing(f"{name} graph", group, lambda m, k=kind: k(), on_graph_form, truth))
-    for e in ("chain", "compiled", "autograd"):
-        THINGS.append(Thing(f"{name} {e}", group, engine(kind, e), form, truth))
+
+def things() -> Iterator[Thing]:
+    yield Thing("fused + autograd.grad", "fused", fused_modules, own_penalty, spectreg_truth)
+    yield Thing("fused + func.vjp", "fused", fused_modules, own_penalty_by_func, spectreg_truth)
+    for kind, f in LAYER_WISE:
+        name, truth = kind.__name__, partial(of_layers, f)
+        yield Thing(f"{name} attached", "layer-wise", kind, attached, truth)
+        yield Thing(f"{name} called", "layer-wise", make(kind), called(nothing), truth)
+    kind = AccumulatedDREG
+    yield Thing("AccumulatedDREG called", "layer-wise", make(kind), called(tangent), accumulated)
+    for name, form in (("graph", on_graph), ("called", called)):
+        own = make(ConfidencePenalty), form(nothing), confidence_truth
+        yield Thing(f"Confidence {name}", "output", *own)
+    for kind, truth, arguments in INPUT:
+        name, group = kind.__name__, "input Jacobian"
+        yield Thing(f"{name} graph", group, make(kind), on_graph(arguments), truth)
+        for engine in ("chain", "compiled", "autograd"):
+            own = make(kind, engine=engine), called(arguments), truth
+            yield Thing(f"{name} {engine}", group, *own)
+
+
+def make(kind: type, **options: Any) -> Callable[[nn.Module], Any]:
+    """A penalty that is not attached."""
+    return lambda model: kind(**options)
+
+
+THINGS = list(things())
 
 
 @dataclass

@@ -135,20 +135,20 @@ def dynamic_shapes(thing: Thing) -> None:
 # ---- copies and files
 
 
+def copied(thing: Thing, by: Callable[[Any], Any]) -> None:
+    cell = Cell(thing)
+    cell.ours = Ours(thing, *by((cell.model, cell.ours.penalty)))
+    cell.agrees()
+
+
 @way("copies", "`copy.deepcopy`")
 def deepcopied(thing: Thing) -> None:
-    cell = Cell(thing)
-    model, penalty = copy.deepcopy((cell.model, cell.ours.penalty))
-    cell.ours = Ours(thing, model, penalty)
-    cell.agrees()
+    copied(thing, copy.deepcopy)
 
 
 @way("copies", "`pickle`")
 def pickled(thing: Thing) -> None:
-    cell = Cell(thing)
-    model, penalty = pickle.loads(pickle.dumps((cell.model, cell.ours.penalty)))
-    cell.ours = Ours(thing, model, penalty)
-    cell.agrees()
+    copied(thing, lambda both: pickle.loads(pickle.dumps(both)))
 
 
 @way("copies", "`state_dict`")
@@ -173,8 +173,8 @@ def exported(thing: Thing) -> None:
 # ---- on a GPU
 
 
-def on_gpu(thing: Thing) -> tuple[Cell, Tensor, Tensor, Callable[[], list[Tensor]]]:
-    """A cell, its x and y on the GPU, and a function that returns the gradients."""
+def on_gpu(thing: Thing) -> tuple[Cell, Tensor, Callable[[], list[Tensor]]]:
+    """A cell, its x on the GPU, and a function that returns the gradients."""
     cell = Cell(thing)
     model, x, y = cell.model.cuda(), cell.x.cuda().requires_grad_(), cell.y.cuda()
 
@@ -182,29 +182,28 @@ def on_gpu(thing: Thing) -> tuple[Cell, Tensor, Tensor, Callable[[], list[Tensor
         inputs = [x, *model.parameters()]
         return list(torch.autograd.grad(cell.ours(x, y), inputs, materialize_grads=True))
 
-    return cell, x, y, gradients
+    return cell, x, gradients
+
+
+def on_a_stream(run: Callable[[], Any]) -> Any:
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        result = run()
+    torch.cuda.current_stream().wait_stream(stream)
+    return result
 
 
 @way("GPU", "a separate stream", gpu=True)
 def side_stream(thing: Thing) -> None:
-    cell, _, _, gradients = on_gpu(thing)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        found = gradients()
-    torch.cuda.current_stream().wait_stream(stream)
-    same([g.cpu() for g in found], cell.expected())
+    cell, _x, gradients = on_gpu(thing)
+    same([g.cpu() for g in on_a_stream(gradients)], cell.expected())
 
 
 @way("GPU", "CUDA graph", gpu=True)
 def cuda_graph(thing: Thing) -> None:
-    cell, x, _, gradients = on_gpu(thing)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            gradients()
-    torch.cuda.current_stream().wait_stream(stream)
+    cell, x, gradients = on_gpu(thing)
+    on_a_stream(lambda: [gradients() for _ in range(3)])
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         found = gradients()

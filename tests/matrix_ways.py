@@ -17,24 +17,23 @@ from torch.utils.checkpoint import checkpoint
 
 @dataclass(frozen=True)
 class Way:
-    """``key`` is the name of the function; ``gpu``: it needs one."""
+    """``gpu``: it needs one."""
 
+    key: str
     name: str
     group: str
     check: Callable[[Thing], None]
     gpu: bool = False
-
-    @property
-    def key(self) -> str:
-        return self.check.__name__
 
 
 WAYS: list[Way] = []
 
 
 def way(group: str, name: str, gpu: bool = False) -> Callable[[Any], Any]:
+    """Its key is the name of the function."""
+
     def register(check: Callable[[Thing], None]) -> Callable[[Thing], None]:
-        WAYS.append(Way(name, group, check, gpu))
+        WAYS.append(Way(check.__name__, name, group, check, gpu))
         return check
 
     return register
@@ -179,45 +178,25 @@ def autocast_fp16(thing: Thing) -> None:
 # ---- parameters
 
 
-@way("parameters", "`spectral_norm`")
-def spectral_norm(thing: Thing) -> None:
-    def change(model: Any) -> None:
-        parametrizations.spectral_norm(model[2])
-
-    Cell(thing, change=change).agrees()
+def changed(key: str, name: str, change: Callable[[Any], Any]) -> None:
+    """A way that changes a part of the model first."""
+    WAYS.append(Way(key, name, "parameters", lambda thing: Cell(thing, change=change).agrees()))
 
 
-@way("parameters", "`weight_norm`")
-def weight_norm(thing: Thing) -> None:
-    def change(model: Any) -> None:
-        parametrizations.weight_norm(model[2])
-
-    Cell(thing, change=change).agrees()
+def freeze_weights(model: Any) -> None:
+    for module in model[::2]:
+        module.weight.requires_grad_(False)
 
 
-@way("parameters", "frozen layer")
-def frozen_layer(thing: Thing) -> None:
-    def change(model: Any) -> None:
-        model[2].requires_grad_(False)
-
-    Cell(thing, change=change).agrees()
+def share(model: Any) -> None:
+    model[4].weight = model[2].weight
 
 
-@way("parameters", "frozen weights, free biases")
-def frozen_weights(thing: Thing) -> None:
-    def change(model: Any) -> None:
-        for module in model[::2]:
-            module.weight.requires_grad_(False)
-
-    Cell(thing, change=change).agrees()
-
-
-@way("parameters", "shared weights")
-def shared(thing: Thing) -> None:
-    def change(model: Any) -> None:
-        model[4].weight = model[2].weight
-
-    Cell(thing, change=change).agrees()
+changed("spectral_norm", "`spectral_norm`", lambda m: parametrizations.spectral_norm(m[2]))
+changed("weight_norm", "`weight_norm`", lambda m: parametrizations.weight_norm(m[2]))
+changed("frozen_layer", "frozen layer", lambda m: m[2].requires_grad_(False))
+changed("frozen_weights", "frozen weights, free biases", freeze_weights)
+changed("shared", "shared weights", share)
 
 
 @way("parameters", "`functional_call`")

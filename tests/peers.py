@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -87,10 +86,3 @@ def jac_loss_estimate(f0: Tensor, z0: Tensor, vecs: int = 2) -> Tensor:
     for _ in range(vecs):
         total = total + grad(f0, z0, torch.randn(z0.shape)).norm() ** 2
     return total / vecs / z0.numel()
-
-
-def contractive_loss(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Rifai et al.: the sigmoid encoder's Jacobian built in full, its squares summed."""
-    h = torch.sigmoid(F.linear(x, weight, bias))
-    jacobian = (h * (1 - h)).unsqueeze(2) * weight.unsqueeze(0)
-    return (jacobian**2).sum() / len(x)

@@ -194,28 +194,23 @@ for label, dtype in dtypes.items():
 """
 
 
-def compile_triton(program: str, arch: int, folder: Path) -> dict[str, dict[str, int]]:
-    """The `resources` of the kernels that a program leaves in a folder as PTX."""
+@pytest.mark.parametrize("arch", ARCHS)
+def test_triton(arch, tmp_path):
+    pytest.importorskip("triton")
     env = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_DEFAULT_FP_FUSION": "1"}
     out = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", program, str(arch), str(folder)],
+        [sys.executable, "-W", "ignore", "-c", TRITON_PROGRAM, str(arch), str(tmp_path)],
         env=env, capture_output=True, text=True,
     )  # fmt: skip
     assert out.returncode == 0, out.stderr[-4000:]
     ptxas = out.stdout.split()[0]
     found = {}
-    for ptx in sorted(folder.glob("*.ptx")):
+    for ptx in sorted(tmp_path.glob("*.ptx")):
         target = re.search(r"\.target (sm_\w+)", ptx.read_text())[1]
         log = subprocess.run(
-            [ptxas, "-v", f"-arch={target}", ptx, "-o", folder / "out.cubin"],
+            [ptxas, "-v", f"-arch={target}", ptx, "-o", tmp_path / "out.cubin"],
             capture_output=True, text=True,
         )  # fmt: skip
         assert log.returncode == 0, log.stderr
         found |= resources(log.stderr)
-    return found
-
-
-@pytest.mark.parametrize("arch", ARCHS)
-def test_triton(arch, tmp_path):
-    pytest.importorskip("triton")
-    assert_no_spills(compile_triton(TRITON_PROGRAM, arch, tmp_path), least=160)
+    assert_no_spills(found, least=160)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from chain_cases import close, three_layers
+from chain_cases import Straight, close, three_layers
 from compiled_cases import (
     MARKS,
     compare,
@@ -17,6 +17,7 @@ from compiled_cases import (
     refuses,
 )
 from layer_cases import Model
+from test_traps import Cube
 from torch import Tensor, nn
 
 import fastjac
@@ -29,35 +30,6 @@ pytestmark = MARKS
 
 
 # ---- what it refuses
-
-
-class Straight(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, z: Tensor) -> Tensor:
-        return z**3
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Tensor:
-        return g
-
-
-class Cube(torch.autograd.Function):
-    """Written for ``torch.func``; compiled torch loses its second-order term, with no error."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(z: Tensor) -> Tensor:
-        return z**3
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Tensor:
-        (z,) = ctx.saved_tensors
-        return 3 * g * z * z
 
 
 def branches(m: Any, x: Tensor) -> Tensor:
@@ -90,6 +62,7 @@ def writes_to_weights(m: Any, x: Tensor) -> Tensor:
 REFUSED: dict[str, tuple[Callable[[Any, Tensor], Tensor], str]] = {
     "control flow": (branches, "Data-dependent branching"),
     "Function": (lambda m, x: m.c(Straight.apply(m.a(x))), "autograd.?Function"),
+    # Compiled torch loses its second-order term, with no error.
     "Function for torch.func": (lambda m, x: m.c(Cube.apply(m.a(x))), "autograd.?Function"),
     "data": (lambda m, x: m.c(F.gelu(m.a(x)) * m.b(m.a(x)).data), r"it uses \.data"),
     "kept": (keeps, "it keeps a tensor that it computes"),
@@ -103,7 +76,6 @@ REFUSED: dict[str, tuple[Callable[[Any, Tensor], Tensor], str]] = {
 }
 
 
-@pytest.mark.usefixtures("double")
 @pytest.mark.parametrize("name", list(REFUSED))
 def test_models_that_are_refused(name: str) -> None:
     forward, reason = REFUSED[name]
@@ -120,7 +92,6 @@ class OfALoss(InputPenalty):
         return loss.squared_norms(torch.ones_like(loss.output).unsqueeze(0))
 
 
-@pytest.mark.usefixtures("double")
 def test_a_generator_that_draws_outside_of_the_graph() -> None:
     critic = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 1))
     real, fake = torch.randn(3, 4), torch.randn(3, 4)
@@ -131,7 +102,6 @@ def test_a_generator_that_draws_outside_of_the_graph() -> None:
     close(*values)
 
 
-@pytest.mark.usefixtures("double")
 def test_calls_that_are_refused() -> None:
     model, x = mlp(), torch.randn(6, 4)
     with pytest.raises(ValueError, match=r"generator is given.*drop generator, pass projection="):
@@ -171,34 +141,21 @@ def test_calls_that_are_refused() -> None:
     refuses(Slots(), x, "cannot be cached: wrap it")
 
 
-@pytest.mark.usefixtures("double")
-def test_inside_a_compiled_function(no_stale_graphs: None) -> None:
-    model, x, penalty = mlp(), torch.randn(6, 4), SpectReg(engine="compiled")
-    step = torch.compile(lambda x: penalty(model, x)[1], backend="eager", fullgraph=True)
-    with pytest.raises(Exception, match="torch.compile traces it already"):
-        step(x)
-
-
-@pytest.mark.usefixtures("double")
 @pytest.mark.parametrize(
-    ("way", "backend"),
+    "way",
     [
-        ("the same tensor", "aot_eager"),
-        *(
-            pytest.param(way, "aot_eager", marks=pytest.mark.slow)
-            for way in ("made of it", "kept by the model", "target")
-        ),
+        "the same tensor",
+        *(pytest.param(w, marks=pytest.mark.slow) for w in ("made of it", "kept", "target")),
     ],
-    indirect=["backend"],
 )
-def test_dependence_on_x_beside_the_argument(way: str, backend: str) -> None:
+def test_dependence_on_x_beside_the_argument(way: str) -> None:
     """Autograd counts it where x requires grad; ``torch.func`` does not see it."""
     net = mlp()
     for wanted in (True, False):
         x = torch.randn(6, 4).requires_grad_(wanted)
         y = x if way == "the same tensor" else 2 * x
         model: Any = lambda t, y=y: net(t) + net(y)  # noqa: E731
-        if way == "kept by the model":
+        if way == "kept":
             model = Model(lambda m, t: m.net(t) * m.y.sum(1, keepdim=True), net=net)
             model.y = y
         penalty: Any = lambda e, model=model, x=x: SpectReg(engine=e, n_proj=-1)(model, x)  # noqa: E731
@@ -261,19 +218,21 @@ PLAIN_ERRORS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
 }
 
 
-@pytest.mark.usefixtures("double")
 @pytest.mark.parametrize(
-    "name",
-    [pytest.param(n, marks=[pytest.mark.slow] * (i > 4)) for i, n in enumerate(PLAIN_ERRORS)],
+    ("name", "backend"),
+    [
+        *((name, "aot_eager") for name in list(PLAIN_ERRORS)[:5]),
+        *(pytest.param(n, "inductor", marks=pytest.mark.slow) for n in list(PLAIN_ERRORS)[5:]),
+    ],
+    indirect=["backend"],
 )
-def test_errors_that_are_not_the_engines_own_come_as_they_are(name: str) -> None:
+def test_errors_that_are_not_the_engines_own_come_as_they_are(name: str, backend: str) -> None:
     """Also from compiled code, which by itself would make zeros of labels out of range."""
     call, kind, message = PLAIN_ERRORS[name]
     with pytest.raises(kind, match=message):
         call()
 
 
-@pytest.mark.usefixtures("double")
 def test_together_with_an_attached_layerwise_penalty() -> None:
     """Refused on the model that it watches, then and later; on another one nothing changes."""
     x, watched, other = torch.randn(6, 4), fastjac.fuse(mlp()), fastjac.fuse(mlp())
@@ -285,7 +244,6 @@ def test_together_with_an_attached_layerwise_penalty() -> None:
     compare(watched, x)
 
 
-@pytest.mark.usefixtures("double")
 def test_auto_never_takes_it_and_explain_engine_knows_it() -> None:
     model, x = mlp(), torch.randn(6, 4)
     before = graphs()

@@ -20,13 +20,13 @@ ON_FOUR = ["forms", "unused", "plans", "values", "positions", "with_fully_shard"
 
 
 def cases_of(module: str) -> list[str]:
-    """The functions that a module of cases defines with the three arguments of a case."""
+    """The functions that a module of cases defines with the argument of a case."""
     return [
         name
         for name, f in vars(importlib.import_module(module)).items()
         if inspect.isfunction(f)
         and f.__module__ == module
-        and list(inspect.signature(f).parameters) == ["rank", "world", "device"]
+        and list(inspect.signature(f).parameters) == ["here"]
         and name not in FAST
     ]
 

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import replace
 from fnmatch import fnmatchcase
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ FAST_COMPILED = {
     *((way, thing) for way in ("step", "traced_step") for thing in ("fused + func.vjp",)),
     *((way, "DREG attached") for way in ("compiled_model", "step", "three_steps")),
     *((way, "SpectReg graph") for way in ("compiled_model", "step", "traced_step")),
-    *((way, "SpectReg compiled") for way in ("eager", "autocast_bf16", "checkpointed", "shared")),
+    *((way, "SpectReg compiled") for way in ("eager", "autocast_bf16", "checkpointed", "step")),
 }
 
 
@@ -93,13 +94,7 @@ def test_table_speaks_of_cells_that_exist() -> None:
 # ---- planted faults: a cell sees them
 
 
-def fails(way: str, thing: Thing) -> None:
-    torch._dynamo.reset()
-    with pytest.raises(AssertionError, match="not close"):
-        WAY[way].check(thing)
-
-
-def without_curvature(monkeypatch: pytest.MonkeyPatch) -> None:
+def without_curvature(monkeypatch: pytest.MonkeyPatch, thing: Thing) -> Thing:
     """No φ'' in the double backward of the fused activation, of DREG and of the chain engine."""
     fused = importlib.import_module("fastjac.ops.act")._Act
 
@@ -120,46 +115,18 @@ def without_curvature(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.import_module("fastjac.ops.act_stats"), "raw", planted)
     nothing = property(lambda link: None, lambda link, value: None)
     monkeypatch.setattr(links.Activation, "extra", nothing, raising=False)
+    return thing
 
 
-def without_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+def without_graph(monkeypatch: pytest.MonkeyPatch, thing: Thing) -> Thing:
     """VJPs with no graph: what a missing ``create_graph`` leaves."""
     vjp, pull = by_autograd.vjp, engine.CompiledPullback.vjp
     monkeypatch.setattr(by_autograd, "vjp", lambda *a: vjp(*a).detach() + 0 * a[0].sum())
     monkeypatch.setattr(engine.CompiledPullback, "vjp", lambda *a: pull(*a).detach())
+    return thing
 
 
-@pytest.mark.parametrize("way", ["eager", "autocast_bf16", "spectral_norm"])
-@pytest.mark.parametrize(
-    "thing", ["fused + autograd.grad", "fused + func.vjp", "DREG attached", "DREG called"]
-)
-def test_dropped_curvature_is_seen(way: str, thing: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    without_curvature(monkeypatch)
-    fails(way, THING[thing])
-
-
-@pytest.mark.parametrize("thing", ["SpectReg chain", "DataGrad chain", "FrobReg chain"])
-def test_dropped_curvature_of_the_chain_is_seen(
-    thing: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    without_curvature(monkeypatch)
-    fails("channels_last", THING[thing])  # convolutions: an MLP is one call, in C++
-
-
-@pytest.mark.parametrize("way", ["eager", "autocast_fp16", "checkpointed"])
-@pytest.mark.parametrize("thing", ["SpectReg graph", "DataGrad autograd"])
-def test_dropped_graph_is_seen(way: str, thing: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    without_graph(monkeypatch)
-    fails(way, THING[thing])
-
-
-def test_dropped_graph_of_the_compiled_engine_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backend, "NAME", "aot_eager")
-    without_graph(monkeypatch)
-    fails("eager", THING["SpectReg compiled"])
-
-
-def detached_weight(thing: Thing) -> Thing:
+def with_detached_weight(monkeypatch: pytest.MonkeyPatch, thing: Thing) -> Thing:
     """The penalty runs a model whose first weight is detached, the loss does not."""
 
     def form(penalty: Any, run: Any, x: Any, y: Any) -> Any:
@@ -170,19 +137,39 @@ def detached_weight(thing: Thing) -> Thing:
     return replace(thing, form=form)
 
 
-@pytest.mark.parametrize("way", ["eager", "non_leaf", "frozen_layer"])
-@pytest.mark.parametrize(
-    "thing", ["fused + autograd.grad", "SpectReg graph", "DataGrad chain", "FrobReg autograd"]
-)
-def test_detached_weight_is_seen(way: str, thing: str) -> None:
-    fails(way, detached_weight(THING[thing]))
-
-
-@pytest.mark.parametrize("thing", ["DREG attached", "DREG called", "Contractive attached"])
-def test_detached_weight_of_a_layer_is_seen(thing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def without_weight_of_a_layer(monkeypatch: pytest.MonkeyPatch, thing: Thing) -> Thing:
     def add_nothing(grads: Any, weights: Any, c: Any, suffix: str, add: bool) -> None:
         for grad in () if add else grads:
             grad.zero_()
 
     monkeypatch.setattr(layer_act, "add_to", add_nothing)
-    fails("eager", THING[thing])
+    return thing
+
+
+LAYER_WISE = ("DREG attached", "DREG called", "Contractive attached")
+GRAPHS = ("SpectReg graph", "DataGrad autograd")
+BY_INPUT = ("fused + autograd.grad", "SpectReg graph", "DataGrad chain", "FrobReg autograd")
+FUSED = ("fused + autograd.grad", "fused + func.vjp")
+FAULTS: list[tuple[Any, tuple[str, ...], tuple[str, ...]]] = [
+    (without_curvature, ("eager", "autocast_bf16", "spectral_norm"), (*FUSED, *LAYER_WISE[:2])),
+    # Convolutions: an MLP is one call, in C++.
+    (without_curvature, ("channels_last",), ("SpectReg chain", "DataGrad chain", "FrobReg chain")),
+    (without_graph, ("eager", "autocast_fp16", "checkpointed"), GRAPHS),
+    (without_graph, ("eager",), ("SpectReg compiled",)),
+    (with_detached_weight, ("eager", "non_leaf", "frozen_layer"), BY_INPUT),
+    (without_weight_of_a_layer, ("eager",), LAYER_WISE),
+]
+
+
+@pytest.mark.parametrize(
+    ("fault", "way", "thing"),
+    [(fault, *cell) for fault, ways, things in FAULTS for cell in product(ways, things)],
+)
+def test_planted_fault_is_seen(
+    fault: Any, way: str, thing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backend, "NAME", "aot_eager")
+    torch._dynamo.reset()
+    faulty = fault(monkeypatch, THING[thing])
+    with pytest.raises(AssertionError, match="not close"):
+        WAY[way].check(faulty)

@@ -17,6 +17,7 @@ from fastjac.ops.dispatch import why_not
 
 if why_not("cpu", "cpu", torch.float32):
     pytest.skip(why_not("cpu", "cpu", torch.float32), allow_module_level=True)
+pytestmark = pytest.mark.usefixtures("two_threads")
 
 
 def net(width: int = 64) -> nn.Sequential:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from integration_cases import net, no_hooks
 from penalty_cases import close, close_gradients, gradients
 from torch import Tensor, nn
 
@@ -42,21 +43,12 @@ X = torch.linspace(-1, 2, 12, dtype=torch.float64).view(3, 4)
 Y = torch.tensor([0, 2, 1])
 
 
-def net() -> nn.Sequential:
-    torch.manual_seed(1)
-    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
-
-
 def run(
     term: PenaltyTerm, model: nn.Module, *args: Any, batch: Any = None, **kwargs: Any
 ) -> Tensor:
     with term.watch(model):
         model(*args, **kwargs)
     return term.value(batch)
-
-
-def no_hooks(model: nn.Module) -> bool:
-    return not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
 def test_input_of_a_module() -> None:

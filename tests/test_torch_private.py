@@ -11,7 +11,8 @@ from fastjac import torch_private
 
 ROOT = Path(__file__).resolve().parent.parent
 PRIVATE = re.compile(
-    r"torch\._(?!_version|foreach)|torch(\.\w+)+\._[a-z]|from torch(\.\w+)*\._|forward_ad\._|_pytree"
+    r"torch\._(?!_version|foreach)|torch(\.\w+)+\._[a-z]|from torch(\.\w+)*\._"
+    r"|forward_ad\._|_pytree"
 )
 
 

@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from integration_cases import X, Y, batches, net, no_hooks, same_weights, terms, train_by_hand
 from penalty_cases import close, seeded
 from torch import Tensor, nn
 
 import fastjac
-from fastjac import DREG, DataGrad, SpectReg, Warmup
+from fastjac import SpectReg, Warmup
 
 transformers = pytest.importorskip("transformers")
 
@@ -36,8 +37,7 @@ class Model(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        torch.manual_seed(1)
-        self.net = nn.Sequential(nn.Linear(4, 5), nn.GELU(), nn.Linear(5, 3))
+        self.net = net()
 
     def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
         logits = self.net(x)
@@ -55,10 +55,11 @@ class ByItems(Model):
         return {"loss": F.cross_entropy(logits, labels, reduction="sum") / count, "logits": logits}
 
 
-X = torch.randn(16, 4, dtype=torch.float64, generator=seeded())
-Y = torch.randint(3, (16,), generator=seeded())
+def labels(batch: Any) -> Tensor:
+    return batch["labels"]
+
+
 DATA = [{"x": x, "labels": y} for x, y in zip(X, Y, strict=True)]
-BATCH = 2
 
 
 class InOrder:
@@ -83,8 +84,8 @@ def trainer(
     options = {"max_steps": 4, "gradient_accumulation_steps": 1, "logging_steps": 1, **options}
     arguments = transformers.TrainingArguments(
         output_dir=str(folder),
-        per_device_train_batch_size=BATCH,
-        per_device_eval_batch_size=BATCH,
+        per_device_train_batch_size=2,
+        per_device_eval_batch_size=2,
         max_grad_norm=0.0,
         report_to=[],
         use_cpu=True,
@@ -106,39 +107,6 @@ def trainer(
     )
 
 
-def terms(model: Any, every: int = 1) -> list[Any]:
-    """One of each kind."""
-    targets = {"targets": lambda batch: batch["labels"]}
-    return [
-        DREG(model.net, weight=0.2, every=every),
-        PenaltyTerm(DataGrad(weight=0.5, every=every), module="net", **targets),
-    ]
-
-
-def by_hand(model: Any, steps: int, accumulate: int, lr: float = 0.1) -> None:
-    """The same training in ten lines, with the references' formulas."""
-    batches = iter(list(zip(X.split(BATCH), Y.split(BATCH), strict=True)) * 4)
-    for _ in range(steps):
-        total = torch.zeros(())
-        for _ in range(accumulate):
-            x, y = next(batches)
-            x = x.clone().requires_grad_()
-            output = model.net(x)
-            layer = model.net[0](x), model.net[0].weight, model.net[1]
-            penalty = 0.2 * fastjac.reference.dreg([layer]).mean()
-            penalty = penalty + 0.5 * fastjac.reference.datagrad(x, output, y).mean()
-            total = total + (F.cross_entropy(output, y) + penalty) / accumulate
-        gradients = torch.autograd.grad(total, list(model.parameters()))
-        with torch.no_grad():
-            for p, g in zip(model.parameters(), gradients, strict=True):
-                p -= lr * g
-
-
-def same_weights(model: nn.Module, other: nn.Module) -> None:
-    for p, q in zip(model.parameters(), other.parameters(), strict=True):
-        close(p, q, rtol=1e-10, atol=1e-12)
-
-
 def rows(run: Any) -> list[dict[str, float]]:
     return [row for row in run.state.log_history if "loss" in row]
 
@@ -148,12 +116,12 @@ def rows(run: Any) -> list[dict[str, float]]:
 def test_trains_as_the_loop_by_hand(tmp_path: Path, kind: type[Model], accumulate: int) -> None:
     ours, theirs = kind(), kind()
     run = trainer(
-        ours, tmp_path, terms(ours), gradient_accumulation_steps=accumulate, measure_every=2
+        ours, tmp_path, terms(ours, labels), gradient_accumulation_steps=accumulate, measure_every=2
     )
     run.train()
-    by_hand(theirs, 4, accumulate)
+    train_by_hand(theirs.net, batches()[: 4 * accumulate], accumulate)
     same_weights(ours, theirs)
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in ours.modules())
+    assert no_hooks(ours)
     logged = rows(run)
     assert len(logged) == 4
     for name in ("fastjac/DREG", "fastjac/DataGrad"):
@@ -177,8 +145,8 @@ def test_loss_function_of_the_users(tmp_path: Path) -> None:
 
     ours, theirs = NoLabels(), NoLabels()
     options = {"gradient_accumulation_steps": 2, "compute_loss_func": loss}
-    trainer(ours, tmp_path, terms(ours), **options).train()
-    by_hand(theirs, 4, 2)
+    trainer(ours, tmp_path, terms(ours, labels), **options).train()
+    train_by_hand(theirs.net, batches(), 2)
     same_weights(ours, theirs)
 
 
@@ -187,7 +155,7 @@ def test_logged_values_and_the_schedule(tmp_path: Path) -> None:
     term = PenaltyTerm(SpectReg(-1), module="net", schedule=Warmup(steps=2, start=1), name="s")
     run = trainer(model, tmp_path, [term], lr=0.0, gradient_accumulation_steps=2, logging_steps=1)
     run.train()
-    for k, (x, factor) in enumerate(zip(X.split(2 * BATCH), (0, 0, 0.5, 1), strict=True)):
+    for k, (x, factor) in enumerate(zip(X.split(4), (0, 0, 0.5, 1), strict=True)):
         exact = fastjac.spectreg(model.net, x, n_proj=-1)[1].item()
         assert rows(run)[k]["fastjac/s"] == pytest.approx(factor * exact)
 
@@ -196,10 +164,9 @@ def test_resumed_run_is_the_uninterrupted_one(tmp_path: Path) -> None:
     """The counts of ``every`` and the schedule go on."""
 
     def run(model: Model, folder: str, **options: Any) -> Any:
-        first, second = terms(model, every=3)
-        second = PenaltyTerm(
-            second.penalty, module="net", targets=second.targets, schedule=Warmup("cosine", 5)
-        )
+        first, second = terms(model, labels, every=3)
+        schedule = Warmup("cosine", 5)
+        second = PenaltyTerm(second.penalty, module="net", targets=labels, schedule=schedule)
         options = {"save_strategy": "steps", "save_steps": 4, "max_steps": 8, **options}
         return trainer(model, tmp_path / folder, [first, second], **options)
 
@@ -217,7 +184,9 @@ def test_resumed_run_is_the_uninterrupted_one(tmp_path: Path) -> None:
 
 def test_a_checkpoint_without_counts_starts_them_anew(tmp_path: Path) -> None:
     model = Model()
-    run = trainer(model, tmp_path, terms(model, every=3), save_strategy="steps", save_steps=4)
+    run = trainer(
+        model, tmp_path, terms(model, labels, every=3), save_strategy="steps", save_steps=4
+    )
     run.train()
     counted = run._terms.terms
     assert [t.penalty._calls for t in counted] == [1, 1]
@@ -229,7 +198,7 @@ def test_a_checkpoint_without_counts_starts_them_anew(tmp_path: Path) -> None:
 
 def test_values_are_not_kept_for_a_log_that_never_comes(tmp_path: Path) -> None:
     model = Model()
-    run = trainer(model, tmp_path, terms(model), logging_strategy="no")
+    run = trainer(model, tmp_path, terms(model, labels), logging_strategy="no")
     run.train()
     assert set(run._seen) == {"DREG", "DataGrad"}
     for total, count in run._seen.values():
@@ -277,4 +246,4 @@ def test_data_parallel_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(transformers.TrainingArguments, "n_gpu", property(lambda self: 2))
     model = Model()
     with pytest.raises(RuntimeError, match="2 GPUs in one process are nn.DataParallel"):
-        trainer(model, tmp_path, terms(model))
+        trainer(model, tmp_path, terms(model, labels))

@@ -173,15 +173,18 @@ def _derivative(z, g, order, fn, *rest):
 
 
 class _Act(Function):
-    """act(z, g, k); by its tangents and cotangents it is made of itself and `_ActBackward`."""
+    """act(z, g, k); by its tangents and cotangents it is made of itself and `_ActBackward`.
+
+    The parameters are arguments one by one: a generated vmap rule fails with a tuple that is empty.
+    """
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(z, g, order, *rest):
-        *constants, suffix = rest
+    def forward(z, g, order, fn, *rest):
+        *params, suffix = rest
         with below_autograd():
-            return raw("act" + suffix)(z, g, order, *constants)
+            return raw("act" + suffix)(z, g, order, fn, params)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -223,10 +226,10 @@ class _ActBackward(Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(z, g, v, order, *rest):
-        *constants, suffix = rest
+    def forward(z, g, v, order, fn, *rest):
+        *params, suffix = rest
         with below_autograd():
-            return raw("act_backward" + suffix)(z, g, v, order, *constants)
+            return raw("act_backward" + suffix)(z, g, v, order, fn, params)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -268,7 +271,7 @@ class _ActBackward(Function):
 
 @torch.compiler.allow_in_graph
 def _act_in_graph(z, g, order, fn, params, suffix):
-    return _Act.apply(z, g, order, fn, params, suffix)
+    return _Act.apply(z, g, order, fn, *params, suffix)
 
 
 # ---- the raw ops
@@ -301,7 +304,7 @@ def _batched(op, info, in_dims, *args):
 
 register(
     "act(Tensor z, Tensor? g, int order, int fn, float[] params) -> Tensor",
-    derivative=_Act.apply,
+    derivative=lambda z, g, order, fn, params, suffix: _Act.apply(z, g, order, fn, *params, suffix),
     fake=_fake,
     vmap=_batched,
     triton="act",
@@ -309,7 +312,9 @@ register(
 register(
     "act_backward(Tensor z, Tensor g, Tensor v, int order, int fn, float[] params)"
     " -> (Tensor, Tensor)",
-    derivative=_ActBackward.apply,
+    derivative=lambda z, g, v, order, fn, params, suffix: _ActBackward.apply(
+        z, g, v, order, fn, *params, suffix
+    ),
     fake=_fake_backward,
     vmap=_batched,
     triton="act",

@@ -27,6 +27,7 @@ PENALTIES: dict[str, PenaltySpec] = {spec.name: spec for spec in _specs()}
 
 _FORMS: dict[str, Any] = {}
 for _spec in PENALTIES.values():
+    _spec.functional.__module__ = __name__  # where pickle finds it
     _FORMS |= {_spec.module.__name__: _spec.module, _spec.name: _spec.functional}
 globals().update(_FORMS)
 
