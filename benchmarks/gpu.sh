@@ -69,27 +69,36 @@ if device == "cuda":
 
 plots() { # from the records; where matplotlib is missing, draw them elsewhere from bench.csv
   "$py" -c 'import matplotlib' 2>/dev/null || { echo "matplotlib not found"; return 0; }
-  "$py" -m fastjac.cli.main bench --from "$out/bench.csv" --plot "$out/pictures"
+  "$py" -m fastjac.cli bench --from "$out/bench.csv" --plot "$out/pictures"
 }
+
+bench() { # seconds, further options: the records to OUT/bench.csv
+  timeout "$1" "$py" -m fastjac.cli bench --device "$device" --csv "$out/bench.csv" "${@:2}"
+}
+
+# What layer-wise penalties should show: act_stats at 90% of the copy bandwidth, the feed-forward
+# step at 1.03 of the plain one, as many kernels beyond plain's for six layers as for two.
+layerwise=(--case "act-stats-*" --case dreg-feed-forward --case "dreg-launches-*" --keep-going
+  --contestant eager --contestant fastjac --contestant fastjac:cuda --contestant fastjac:triton)
 
 # The dry run reads every line that a GPU would, on the smallest work that does.
 if [ "$device" = cuda ]; then
   pytest=() bench=(--quick)
 else
   pytest=(--collect-only) bench=(--case spectreg-mlp-b100-w64 --contestant fastjac)
+  layerwise=(--case dreg-launches-2)
 fi
 
 stage install install
-stage info "$py" -m fastjac.cli.main info --json "$out/info.json"
-stage check "$py" -m fastjac.cli.main check --device "$device" --json "$out/check.json"
+stage info "$py" -m fastjac.cli info --json "$out/info.json"
+stage check "$py" -m fastjac.cli check --device "$device" --json "$out/check.json"
 stage tests "$py" -m pytest -q -x "${pytest[@]}" tests/test_act.py tests/test_nn.py \
   tests/test_act_stats.py tests/test_row_sqnorm.py tests/test_softmax_residual.py \
   tests/test_attach.py tests/test_attach_life.py tests/test_attach_traps.py \
   tests/test_batch_norm.py -m "not slow"
 stage sanitize sanitize
-stage layerwise timeout 120 "$py" benchmarks/layerwise_gpu.py --device "$device" \
-  --json "$out/layerwise.json"
-stage bench timeout 280 "$py" -m fastjac.cli.main bench "${bench[@]}" --device "$device" \
-  --json "$out/bench.json" --csv "$out/bench.csv"
+stage layerwise-bfloat16 bench 120 "${layerwise[@]}" --dtype bfloat16
+stage layerwise-float32 bench 120 "${layerwise[@]}"
+stage bench bench 280 "${bench[@]}" --json "$out/bench.json"
 stage plots plots
 exit "$failed"

@@ -1,9 +1,9 @@
 """Drop-ins for torch's activation functions: ``fastjac.gelu(z)`` where ``F.gelu(z)`` stood.
 
-Made from the activation table, one function a row, with torch's parameter names and order. Each
-takes ``impl`` beside them and is `fastjac.act` of order 0, so the VJP and the double backward that
+Each row of the activation table gives one function, with torch's parameter names and order and
+the keyword ``impl``. It is `fastjac.act` of order 0, so that the VJP and the double backward that
 ``autograd.grad(create_graph=True)`` asks for are the fused ones. In a model that `fastjac.DREG` is
-attached to they also tell the penalty about the layer, which ``F.gelu`` cannot.
+attached to, these functions also show the layer to the penalty, which ``F.gelu`` cannot.
 """
 
 from __future__ import annotations
@@ -15,19 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from fastjac.activations import TABLE, Activation
-from fastjac.ops import act
-
-OBSERVERS: list[Callable[..., Tensor | None]] = []
-"""Layer-wise penalties that watch a model: each is shown ``(z, fn, impl, params, a)`` and returns
-``φ(z)`` (or the ``a`` that it was given) where it wants the statistic of that activation."""
-
-
-def activate(z: Tensor, fn: str, impl: str, params: dict[str, Any]) -> Tensor:
-    """``φ(z)``: how every activation of ours is called, so that penalties see it."""
-    a = None
-    for observe in tuple(OBSERVERS):  # they come and go meanwhile
-        a = observe(z, fn, impl, params, a)
-    return act(z, fn=fn, impl=impl, **params) if a is None else a
+from fastjac.observers import activate
 
 
 def _drop_in(row: Activation) -> Callable[..., Tensor]:

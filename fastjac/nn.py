@@ -1,7 +1,7 @@
-"""The activation as a module, and `fuse`, which puts it into a model that exists.
+"""The activation as a module, and `fuse`, which puts it into an existing model.
 
-After ``fuse(model)`` anyone's ``autograd.grad(..., create_graph=True)`` runs the fused double
-backward: nothing else about the model or the code around it changes.
+After ``fuse(model)``, ``autograd.grad(..., create_graph=True)`` runs the fused double backward.
+Nothing else about the model or the code around it changes.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from fastjac.activations import TABLE, get
-from fastjac.functional import FUNCTIONS, activate
+from fastjac.functional import FUNCTIONS
+from fastjac.observers import activate
 from fastjac.ops import act
 from fastjac.ops.dispatch import OPS
 
@@ -46,10 +47,6 @@ class Act(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         return activate(z, self.fn, self.impl, self.params)
-
-    def compute(self, z: Tensor) -> Tensor:
-        """``φ(z)`` unseen by the penalties that watch the model."""
-        return act(z, fn=self.fn, impl=self.impl, **self.params)
 
     def derivative(self, z: Tensor, g: Tensor | None = None, order: int = 1) -> Tensor:
         """φ^(order)(z) · g, `fastjac.act` of any order; penalties do not see it."""

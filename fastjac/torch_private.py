@@ -221,6 +221,16 @@ inductor_config = _later(
     why="to leave out the pass of inductor that gave wrong values (seen on torch 2.13)",
     without="engine='compiled' cannot run",
 )
+TorchDispatchMode = _private(
+    "torch.utils._python_dispatch.TorchDispatchMode",
+    why="to count the operations of a training step",
+    without="fastjac bench cannot run",
+)
+fresh_cache = _later(
+    "torch._inductor.utils.fresh_cache",
+    why="to time torch.compile without what earlier runs have left in its caches",
+    without="fastjac bench cannot time contestants that compile",
+)
 HigherOrderOperator = _private(
     "torch._ops.HigherOrderOperator",
     why="to refuse graphs whose second derivative torch may get wrong",

@@ -10,25 +10,15 @@ from unittest import mock
 
 import torch
 
-from fastjac.activations import TABLE
 from fastjac.bench import Case, Contestant, Options, Prepared, Record, layer_idioms, steps
 from fastjac.bench import contestants as entrants
-from fastjac.bench.cases import PHASES
-from fastjac.bench.idioms import INPUT_JACOBIAN
+from fastjac.bench.idioms import IDIOMS
 from fastjac.bench.layer_idioms import EagerDreg
-from fastjac.bench.problems import (
-    StepProblem,
-    TransformerClassifier,
-    elementwise_problem,
-    mlp,
-    small_resnet,
-    squared_error,
-    step_problem,
-)
+from fastjac.bench.networks import TransformerClassifier, mlp, small_resnet
+from fastjac.bench.problems import PHASES, StepProblem, op_problem, squared_error, step_problem
 
 CPU = torch.device("cpu")
 FAST = Options(threads=1, budget_s=0.0, min_rounds=3, max_rounds=3, sample_s=1e-5)
-PENALTIES = (*INPUT_JACOBIAN, "dreg")
 #: the layer-wise penalty on small copies of its other networks, with the shape of the input
 NETWORKS = {
     "dreg-resnet": (functools.partial(small_resnet, (2, 3, 4)), (5, 3, 8, 8)),
@@ -39,7 +29,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "spectreg-k3": {"n_proj": 3},
     "spectreg-sin": {"outputs": 1, "loss": squared_error},
 }
-STEPS = (*PENALTIES, *NETWORKS, *VARIANTS)
+STEPS = (*IDIOMS, *NETWORKS, *VARIANTS)
 
 
 def tiny_problem(penalty: str, dtype: torch.dtype = torch.float32) -> StepProblem:
@@ -65,11 +55,11 @@ def tiny_case(penalty: str = "spectreg", name: str | None = None) -> Case:
     )
 
 
-def tiny_activation(fn: str = "gelu", phase: str = "double") -> Case:
+def tiny_op(fn: str = "gelu", phase: str = "double", op: str = "act") -> Case:
     return Case(
-        *(f"act-{fn}-{phase}", "act", "elementwise", ("tiny",)),
-        lambda device, dtype: elementwise_problem(
-            *(fn, TABLE[fn].torch_function(), phase), device=device, dtype=dtype, shape=(16, 9)
+        *(f"act-{fn}-{phase}", op, "elementwise", ("tiny",)),
+        lambda device, dtype: op_problem(
+            op, fn, phase, device=device, dtype=dtype, shape=(16, 9), buffers=0
         ),
         activation=fn,
         phase=phase,
@@ -104,12 +94,12 @@ def without_second_order(problem):
 
 
 def slightly_off(problem):
-    gradients = list(steps.eager_step(problem).gradients())
+    gradients = list(steps.eager(problem).gradients())
     return [gradients[0] * (1 + 2e-5), *gradients[1:]]
 
 
 def not_a_number(problem):
-    return [g * float("nan") for g in steps.eager_step(problem).gradients()]
+    return [g * float("nan") for g in steps.eager(problem).gradients()]
 
 
 def layerwise_gradients(problem: StepProblem, kind: type[EagerDreg] = EagerDreg):
@@ -158,7 +148,7 @@ def interrupting(at_call: int) -> Contestant:
             if calls == at_call:
                 raise KeyboardInterrupt
 
-        return Prepared(step, steps.eager_step(problem).gradients)
+        return Prepared(step, steps.eager(problem).gradients)
 
     return Contestant("interrupting", setup)
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from fastjac import reference
+from fastjac.penalties import DREG
 
 close = partial(torch.testing.assert_close, rtol=1e-10, atol=1e-12)
 
@@ -54,3 +58,39 @@ def recorded(model: nn.Module, x: Tensor, pairs: dict[str, Any]) -> tuple[Tensor
     for handle in handles:
         handle.remove()
     return output, stack
+
+
+def check(
+    model: nn.Module,
+    x: Tensor,
+    pairs: dict[str, Any],
+    *,
+    steps: Any = (None, None),
+    run: Any = None,
+    plain: nn.Module | None = None,
+    **options: Any,
+) -> DREG:
+    """Value, output and the gradients of everything against the reference, in float64.
+
+    In the first step and in one after it, when the penalty knows the layers. Before each step its
+    function of ``steps`` is called with the model. ``run`` is how the attached model is run;
+    ``plain`` is what it is compared with, where that is not its copy.
+    """
+    penalty = DREG(model, **options)
+    for before in steps:
+        other = copy.deepcopy(model) if plain is None else plain
+        for net in (other, model):
+            if before is not None:
+                before(net)
+            net.zero_grad()
+        output, stack = recorded(other, x, pairs)
+        truth = reference.dreg(stack, **options).mean()
+        (output.square().mean() + truth).backward()
+        ours = model(x) if run is None else run(model, x)
+        value = penalty()
+        close(ours, output)
+        close(value, truth)
+        (ours.square().mean() + value).backward()
+        for (name, p), q in zip(model.named_parameters(), other.parameters(), strict=True):
+            close(p.grad, q.grad, msg=lambda m, name=name: f"{name}: {m}")
+    return penalty

@@ -18,7 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import fastjac
-from fastjac.functional import OBSERVERS
+from fastjac.layerwise import statistics
+from fastjac.observers import OBSERVERS
 from fastjac.penalties import DREG, AccumulatedDREG, Contractive, GuRigazio
 
 pytestmark = pytest.mark.usefixtures("double")
@@ -136,13 +137,18 @@ def test_several_forwards_are_one_batch(both_ways: str) -> None:
         penalty.detach()
 
 
-def test_layer_values_of_several_passes() -> None:
+def test_layer_values_of_several_passes(both_ways: str) -> None:
     model, x = mlp(), torch.randn(7, 4)
-    for options in ({}, {"reduction": "sum"}, {"squared": False}, {"layers": "mean"}):
+    for options in (
+        *({}, {"reduction": "sum"}, {"squared": False}, {"layers": "mean"}, {"over": "units"}),
+    ):
         penalty = DREG(model, **options)
         model(x)
         value = penalty().detach()
         whole = penalty.layer_values
+        assert [name for name, _ in whole] == ["0", "2"]
+        assert not any(share.requires_grad for _, share in whole)
+        close(sum(dict(whole).values()), value)
         model(x[:2])
         model(x[2:])
         penalty()
@@ -197,19 +203,6 @@ def test_gradient_accumulation_and_clear() -> None:
     for p, truth in zip(model.parameters(), whole, strict=True):
         if truth is not None:
             close(p.grad, truth)
-
-
-def test_every() -> None:
-    model, x = mlp(), torch.randn(7, 4)
-    penalty = DREG(model, every=3)
-    values = []
-    for _ in range(4):
-        output = model(x)
-        value = penalty()
-        (output.sum() + value).backward()
-        values.append(value.item())
-    close(torch.tensor(values[3]), torch.tensor(values[0]))
-    assert values[1] == values[2] == 0 and values[0] > 0
 
 
 def test_every_with_several_outputs() -> None:
@@ -411,7 +404,7 @@ class Counting(TorchDispatchMode):
 
 def test_number_of_operations_does_not_grow_with_the_layers(monkeypatch: Any) -> None:
     """On a GPU an operation is a launch: all row norms are one, all additions to ∂W are one."""
-    monkeypatch.setattr(DREG, "_tap_on_cpu", True)
+    monkeypatch.setattr(statistics, "TAPPED", {"cpu"})
 
     def operations(depth: int, attached: bool) -> Counter[str]:
         layers = [m for _ in range(depth) for m in (nn.Linear(4, 4), nn.GELU())]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import replace
 
 import pytest
@@ -18,26 +17,20 @@ from bench_cases import (
     WithoutTheNorm,
     layerwise_gradients,
     named,
-    tiny_activation,
     tiny_case,
+    tiny_op,
     tiny_problem,
 )
 from torch import nn
 
 import fastjac
 from fastjac.activations import TABLE
-from fastjac.bench import cases as registry
 from fastjac.bench import contestants as entrants
 from fastjac.bench import phases, run, steps
 from fastjac.bench.gate import open_gate, relative_error
 from fastjac.bench.layer_idioms import EagerDreg, WrittenOutDreg
-from fastjac.bench.problems import elementwise_problem, mlp, step_problem
-
-
-@pytest.fixture(autouse=True)
-def small_buffers(monkeypatch):
-    """Three buffers are enough where nothing is measured."""
-    monkeypatch.setattr("fastjac.bench.problems.last_level_cache", lambda device: 0)
+from fastjac.bench.networks import mlp
+from fastjac.bench.problems import PHASES, step_problem
 
 
 @pytest.mark.parametrize("penalty", STEPS)
@@ -57,7 +50,7 @@ def test_the_compiled_form_is_one_graph_and_right(penalty):
     # aot_eager: what Dynamo and AOTAutograd make of the form, without seconds of code generation
     problem = tiny_problem(penalty)
     gate = open_gate(problem, torch.float32)
-    prepared = steps.compiled_step(problem, backend="aot_eager")
+    prepared = steps.compiled(problem, backend="aot_eager")
     error, limit = gate.error("compiled", prepared.gradients())
     assert error <= limit
 
@@ -69,21 +62,19 @@ def test_the_compiled_engine_passes_the_gate(penalty, monkeypatch):
     monkeypatch.setattr("fastjac.input_jacobian.compiled.backend.NAME", "aot_eager")
     problem = tiny_problem(penalty)
     gate = open_gate(problem, torch.float32)
-    prepared = steps.fastjac_step(problem, engine="compiled")
+    prepared = steps.ours(problem, engine="compiled")
     error, limit = gate.error("fastjac-compiled", prepared.gradients())
     assert error <= limit and prepared.engine == "compiled"
 
 
 @pytest.mark.usefixtures("no_stale_graphs")
 def test_the_compiled_form_takes_batch_norm():
-    network = functools.partial(
-        lambda: nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.GELU(), nn.Linear(8, 3))
-    )
+    def network():
+        return nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.GELU(), nn.Linear(8, 3))
+
     problem = step_problem(network, (5, 6), "spectreg", device=CPU, dtype=torch.float32, outputs=3)
     gate = open_gate(problem, torch.float32)
-    error, limit = gate.error(
-        "compiled", steps.compiled_step(problem, backend="aot_eager").gradients()
-    )
+    error, limit = gate.error("compiled", steps.compiled(problem, backend="aot_eager").gradients())
     assert error <= limit
     assert problem.model[1].running_mean is not None  # a copy was changed, not the problem
 
@@ -131,66 +122,60 @@ def test_plain_computes_no_input_gradient():
     problem = tiny_problem("spectreg")
     seen = []
     problem.model.register_forward_pre_hook(lambda module, args: seen.append(args[0].requires_grad))
-    steps.plain_step(problem).step()
+    steps.plain(problem).step()
     assert seen == [False]
 
 
-@pytest.mark.parametrize("phase", registry.PHASES)
+@pytest.mark.parametrize("phase", PHASES)
 @pytest.mark.parametrize("fn", [fn for fn in TABLE if fn != "identity"])
 def test_every_activation_passes_the_gate(fn, phase):
-    outcome = run([tiny_activation(fn, phase)], named("eager", "fastjac"), FAST)
+    outcome = run([tiny_op(fn, phase)], named("eager", "fastjac"), FAST)
     assert [(r.contestant, r.message) for r in outcome.bad] == []
     assert [r.contestant for r in outcome.records] == ["plain", "eager", "fastjac"]
 
 
-@pytest.mark.parametrize("phase", ["backward", "double"])
-def test_no_forward_is_timed(phase):
-    calls = []
-    problem = elementwise_problem(
-        *("gelu", TABLE["gelu"].torch_function(), phase),
-        device=CPU,
-        dtype=torch.float32,
-        shape=(4, 3),
-    )
-    phi = problem.phi
+@pytest.mark.parametrize("phase", ["forward", "backward"])
+def test_the_statistic_passes_the_gate_and_a_wrong_one_does_not(phase, monkeypatch):
+    everybody = ("eager", "fastjac", "fastjac:reference")
+    outcome = run([tiny_op("gelu", phase, "act_stats")], named(*everybody), FAST)
+    assert [(r.contestant, r.message) for r in outcome.bad] == []
+    assert [r.contestant for r in outcome.records] == ["plain", *everybody]
+    right = phases.OPS["act_stats"]
 
-    def counting(z):
-        calls.append(1)
-        return phi(z)
+    def wrong(z, fn, impl):
+        a, s = right.ours(z, fn, impl)
+        return a, s * (1 + 1e-5)
 
-    prepared = phases.autograd_phase(problem, counting)
-    before = len(calls)
-    for _ in range(7):
-        prepared.step()
-    assert before == len(problem.z) and len(calls) == before
+    monkeypatch.setitem(phases.OPS, "act_stats", replace(right, ours=wrong))
+    (bad,) = run([tiny_op("gelu", phase, "act_stats")], named("fastjac"), FAST).bad
+    assert (bad.contestant, bad.status) == ("fastjac", "wrong")
 
 
-def test_buffers_are_used_in_turn():
-    problem = elementwise_problem(
-        *("gelu", TABLE["gelu"].torch_function(), "forward"),
-        device=CPU,
-        dtype=torch.float32,
-        shape=(4, 3),
-    )
+@pytest.mark.parametrize("phase", ["forward", "backward", "double"])
+def test_no_forward_is_timed_and_buffers_are_used_in_turn(phase):
+    problem = tiny_op("gelu", phase).build(CPU, torch.float32)
+    assert len({z.data_ptr() for z in problem.z}) == len(problem.z) >= 3
     seen = []
 
     def spy(z):
         seen.append(z.data_ptr())
-        return z
+        return problem.phi(z)
 
-    prepared = phases.forward_phase(problem, spy)
+    prepared = phases.autograd_phase(problem, spy)
+    recorded = [] if phase == "forward" else [z.data_ptr() for z in problem.z]
+    assert seen == recorded
     for _ in range(2 * len(problem.z)):
         prepared.step()
-    pointers = [z.data_ptr() for z in problem.z]
-    assert seen == 2 * pointers and len(set(pointers)) >= 3
+    timed = 2 * [z.data_ptr() for z in problem.z] if phase == "forward" else []
+    assert seen == recorded + timed
 
 
 @pytest.mark.parametrize("penalty", STEPS)
 def test_penalty_and_loss_weigh_alike(penalty):
     problem = tiny_problem(penalty, torch.float64)
     open_gate(problem, torch.float64)
-    loss = steps.plain_step(problem).gradients()
-    both = steps.eager_step(problem).gradients()
+    loss = steps.plain(problem).gradients()
+    both = steps.eager(problem).gradients()
     shares = [sum(float(g.square().sum()) for g in gs) ** 0.5 for gs in (loss, both)]
     added = sum(float((b - a).square().sum()) for a, b in zip(loss, both, strict=True)) ** 0.5
     assert 0.7 < added / shares[0] < 1.42

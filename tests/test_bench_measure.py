@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+import sys
+from dataclasses import replace
 
 import pytest
 import torch
-from bench_cases import CPU, named
+from bench_cases import CPU, FAST, named
 
-from fastjac.bench import measure
+from fastjac.bench import Options, measure
 from fastjac.bench.measure import (
     Samples,
     error_of_median,
@@ -17,25 +19,26 @@ from fastjac.bench.measure import (
     peak_bytes,
     quantiles,
 )
-from fastjac.bench.problems import mlp, step_problem
+from fastjac.bench.networks import mlp
+from fastjac.bench.problems import step_problem
+
+
+def rounds(n: int, sample_s: float = 0) -> Options:
+    return replace(FAST, min_rounds=n, max_rounds=n, sample_s=sample_s)
+
+
+def turns(order: list[str]) -> str:
+    """Repeats within a sample are adjacent; between samples the contestants take turns."""
+    return "".join(name for k, name in enumerate(order) if k == 0 or order[k - 1] != name)
 
 
 def test_rounds_are_interleaved_and_rotated():
     order = []
     steps = {name: functools.partial(order.append, name) for name in "abc"}
     samples = Samples()
-    interleave(
-        *(steps, CPU),
-        budget_s=0,
-        min_rounds=4,
-        max_rounds=4,
-        sample_s=0,
-        samples=samples,
-    )
+    interleave(steps, rounds(4), samples)
     assert {name: len(s) for name, s in samples.seconds.items()} == {"a": 4, "b": 4, "c": 4}
-    # repeats within a sample are adjacent; between samples the contestants take turns
-    turns = [name for k, name in enumerate(order) if k == 0 or order[k - 1] != name]
-    assert "".join(turns).endswith("abc" + "bca" + "cab" + "cba")
+    assert turns(order).endswith("abc" + "bca" + "cab" + "cba")
     assert ["".join(order_of_round("abc", k)) for k in range(7)] == [
         *("abc", "bca", "cab", "cba", "acb", "bac", "abc")
     ]
@@ -45,17 +48,8 @@ def test_ceilings_end_each_round():
     order = []
     steps = {name: functools.partial(order.append, name) for name in "ab"}
     samples = Samples()
-    interleave(
-        *(steps, CPU),
-        budget_s=0,
-        min_rounds=3,
-        max_rounds=3,
-        sample_s=0,
-        samples=samples,
-        ceilings={"top": functools.partial(order.append, "T")},
-    )
-    turns = [name for k, name in enumerate(order) if k == 0 or order[k - 1] != name]
-    assert "".join(turns).endswith("abT" + "baT" + "baT")
+    interleave(steps, rounds(3), samples, {"top": functools.partial(order.append, "T")})
+    assert turns(order).endswith("abT" + "baT" + "baT")
     assert len(samples.seconds["top"]) == samples.n_rounds == 3
 
 
@@ -63,15 +57,7 @@ def test_a_sample_is_long_enough(monkeypatch):
     seen = []
     timed = measure.timed
     monkeypatch.setattr(measure, "timed", lambda *args: seen.append(args[1]) or timed(*args))
-    samples = Samples()
-    interleave(
-        *({"short": lambda: None}, CPU),
-        budget_s=0,
-        min_rounds=2,
-        max_rounds=2,
-        sample_s=5e-3,
-        samples=samples,
-    )
+    interleave({"short": lambda: None}, rounds(2, sample_s=5e-3), Samples())
     first, second = seen[-2:]
     # 5 ms of a call that takes well under 10 us
     assert first == second > 500
@@ -84,7 +70,7 @@ def test_quantiles_of_complete_rounds_only():
     assert (p20, median, p80) == pytest.approx((1600, 2500, 3400))
 
 
-def test_peak_memory_of_a_known_pattern():
+def test_peak_memory_of_a_known_pattern_and_a_quiet_profiler(capfd):
     mb = 1 << 20
 
     def step():
@@ -95,6 +81,8 @@ def test_peak_memory_of_a_known_pattern():
         return b, c
 
     assert peak_bytes(step, CPU) == 6 * mb
+    print("after", file=sys.stderr)
+    assert capfd.readouterr().err == "after\n"
 
 
 def test_peak_memory_sees_the_cpp_backward():
@@ -146,12 +134,6 @@ def test_peak_memory_of_the_attached_penalty():
     hidden = 256 * 64 * 4  # bytes of one pre-activation
     assert peaks["plain"] <= peaks["fastjac"] <= peaks["plain"] + 2.5 * hidden
     assert peaks["fastjac"] + 2 * hidden < peaks["eager"]
-
-
-def test_peak_memory_leaves_stderr_alone(capfd):
-    peak_bytes(lambda: torch.empty(10), CPU)
-    print("after", file=__import__("sys").stderr)
-    assert capfd.readouterr().err == "after\n"
 
 
 def test_ratios_are_taken_round_by_round():

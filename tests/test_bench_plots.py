@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 from bench_cases import elementwise_records, record, trio
 from matplotlib.figure import Figure
 
-from fastjac.bench import contestants as entrants
 from fastjac.bench import plots
-from fastjac.bench import records as storage
 from fastjac.bench.cases import select_cases
 
 
@@ -81,8 +79,3 @@ def test_parts_of_the_scaling_suite_are_drawn():
 
 def test_nothing_to_plot_draws_nothing(tmp_path):
     assert plots.draw([replace(record(), status="failed")], tmp_path) == []
-
-
-def test_every_contestant_has_a_colour():
-    assert {c.name for c in entrants.all_contestants()} <= plots.COLOURS.keys()
-    assert set(asdict(record())) == set(storage.COLUMNS)

@@ -13,20 +13,13 @@ from bench_cases import (
     not_a_number,
     planted,
     slightly_off,
-    tiny_activation,
     tiny_case,
     without_second_order,
 )
 
 from fastjac.bench import Contestant, run, steps
 from fastjac.bench.options import busy
-from fastjac.functional import OBSERVERS
-
-
-@pytest.fixture(autouse=True)
-def small_buffers(monkeypatch):
-    """Three buffers are enough where nothing is measured."""
-    monkeypatch.setattr("fastjac.bench.problems.last_level_cache", lambda device: 0)
+from fastjac.observers import OBSERVERS
 
 
 def test_no_penalty_stays_attached():
@@ -35,7 +28,7 @@ def test_no_penalty_stays_attached():
 
     def setup(problem):
         wrong = replace(problem, weight=2 * problem.weight)
-        prepared = steps.fastjac_step(wrong)
+        prepared = steps.ours(wrong)
 
         def close():
             closed.append(1)
@@ -59,18 +52,6 @@ def test_a_wrong_contestant_is_caught_and_never_timed(gradients):
     assert [r.contestant for r in outcome.records if r.median_ms] == ["plain", "eager"]
 
 
-@pytest.mark.parametrize("keep_going", [False, True])
-def test_a_wrong_gradient_stops_the_run_with_its_case(keep_going):
-    cases = [tiny_case(name="first"), tiny_case(name="second")]
-    contestants = [*named("eager"), planted("planted", slightly_off)]
-    outcome = run(cases, contestants, replace(FAST, keep_going=keep_going))
-    assert outcome.stopped is not keep_going
-    seen = list(dict.fromkeys(r.case for r in outcome.records))
-    assert seen == (["first", "second"] if keep_going else ["first"])
-    # the others of the case are timed all the same
-    assert [r.status for r in outcome.records[:3]] == ["ok", "ok", "wrong"]
-
-
 def test_a_case_that_cannot_be_built_leaves_the_others_alone():
     def build(device, dtype):
         raise MemoryError("too large")
@@ -82,22 +63,6 @@ def test_a_case_that_cannot_be_built_leaves_the_others_alone():
     ]
 
 
-def test_ceilings_are_measured_beside_the_contestants():
-    cases = [tiny_case(), tiny_activation()]
-    outcome = run(cases, named("eager", "fastjac"), FAST)
-    for record in outcome.records:
-        step = record.kind == "step"
-        assert (record.gemm_gflops is not None) == step == (record.copy_gbps is None)
-        assert record.ratio > 0 and record.ratio_se >= 0
-        if step:
-            rate = record.gflop / record.median_ms * 1e3
-            assert record.pct_gemm == pytest.approx(100 * rate / record.gemm_gflops)
-    plain, eager, ours = outcome.records[:3]
-    assert (plain.ratio, plain.ratio_se) == (1, 0)
-    assert plain.gflop < eager.gflop == ours.gflop
-    assert (ours.engine, eager.engine) == ("chain", "")
-
-
 def test_a_failing_contestant_leaves_the_others_alone():
     def setup(problem):
         raise RuntimeError("no such kernel\nsecond line")
@@ -107,20 +72,6 @@ def test_a_failing_contestant_leaves_the_others_alone():
     assert (bad.contestant, bad.status) == ("broken", "failed")
     assert "no such kernel" in bad.message and "\n" not in bad.message
     assert [r.contestant for r in outcome.records if r.status == "ok"] == ["plain", "eager"]
-
-
-def test_ctrl_c_keeps_finished_cases():
-    cases = [tiny_case(name="first"), tiny_case(name="second"), tiny_case(name="third")]
-    seen = []
-
-    def setup(problem):
-        seen.append(problem)
-        return interrupting(1 if len(seen) == 2 else 10**9).setup(problem)
-
-    outcome = run(cases, [*named("eager"), Contestant("interrupting", setup)], FAST)
-    assert outcome.interrupted
-    assert {r.case for r in outcome.records} == {"first"}
-    assert all(r.median_ms and r.peak_mb is not None for r in outcome.records)
 
 
 def test_ctrl_c_keeps_the_current_case_once_it_has_rounds():

@@ -67,7 +67,7 @@ except RuntimeError as error:
 def test_wheel_holds_the_library_and_complete_metadata(tmp_path):
     archive = wheel(copy_of_the_sources(tmp_path / "src"))
     names = archive.namelist()
-    for name in ("_cpu.so", "_build.json", "py.typed", "kernels/_phi.py", "cli.py"):
+    for name in ("_cpu.so", "_build.json", "py.typed", "kernels/_phi.py", "cli/__main__.py"):
         assert f"fastjac/{name}" in names
     assert not [n for n in names if n.startswith(("tests/", "csrc/", "build/"))]
     (metadata,) = [n for n in names if n.endswith(".dist-info/METADATA")]

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
-from bench_cases import FAST, interrupting, planted, slightly_off, tiny_activation, tiny_case
+from bench_cases import FAST, interrupting, planted, slightly_off, tiny_case, tiny_op, trio
 from typer.testing import CliRunner
 
-import fastjac.bench.cases
-import fastjac.bench.contestants
+import fastjac
+from fastjac.bench import Contestant, contestants
 from fastjac.bench import records as storage
-from fastjac.bench.steps import eager_step, plain_step
-from fastjac.cli import main as cli
+from fastjac.cli import __main__ as entry
+from fastjac.cli import bench as command
+from fastjac.cli.commands import app
 
 runner = CliRunner()
 
 
-def invoke(*args: str):
-    return runner.invoke(cli.app, [*map(str, args)])
+def invoke(*args: object):
+    return runner.invoke(app, [*map(str, args)])
 
 
 def flat(result) -> str:
@@ -28,10 +34,14 @@ def flat(result) -> str:
 
 @pytest.fixture(autouse=True)
 def tiny_registry(monkeypatch):
-    cases = (tiny_case("spectreg"), tiny_case("dreg"), tiny_activation("gelu", "double"))
-    monkeypatch.setattr(fastjac.bench.cases, "all_cases", lambda: cases)
-    monkeypatch.setattr("fastjac.bench.problems.last_level_cache", lambda device: 0)
-    monkeypatch.setattr(cli, "_options", lambda quick, threads, device, dtype: FAST)
+    cases = (tiny_case("spectreg"), tiny_case("dreg"), tiny_op("gelu", "double"))
+    monkeypatch.setattr("fastjac.bench.cases.all_cases", lambda: cases)
+    monkeypatch.setattr(command, "_options", lambda quick, threads, device, dtype: FAST)
+
+
+@pytest.fixture
+def nothing_is_measured(monkeypatch):
+    monkeypatch.setattr(command, "_run", lambda *_: pytest.fail("measured before the check"))
 
 
 @pytest.fixture
@@ -40,9 +50,9 @@ def plant(monkeypatch):
 
     def add(contestant):
         names = ("plain", "eager", "fastjac")
-        known = [c for c in fastjac.bench.contestants.all_contestants() if c.name in names]
+        known = [c for c in contestants.all_contestants() if c.name in names]
         everyone = (*known, contestant)
-        monkeypatch.setattr(fastjac.bench.contestants, "all_contestants", lambda: everyone)
+        monkeypatch.setattr(contestants, "all_contestants", lambda: everyone)
 
     return add
 
@@ -58,7 +68,7 @@ def test_json_on_standard_output_is_nothing_but_json():
     assert "Training step" in result.stderr
 
 
-def test_files_are_written(tmp_path):
+def test_files_are_written_and_shown_again(tmp_path, monkeypatch):
     args = ("bench", "--contestant", "eager", "--contestant", "fastjac")
     files = ("--json", tmp_path / "r.json", "--csv", tmp_path / "r.csv", "--plot", tmp_path / "p")
     result = invoke(*args, *files)
@@ -68,119 +78,65 @@ def test_files_are_written(tmp_path):
     kinds = sorted(path.name.partition("-")[0] for path in (tmp_path / "p").iterdir())
     assert kinds == ["bandwidth", "memory", "overhead", "roofline", "speedup"]
     assert "vs eager" in result.stdout and "overhead-cpu-float32" in result.stdout
-
-
-def test_records_of_a_file_are_shown_and_plotted(tmp_path, monkeypatch):
-    invoke("bench", "--contestant", "eager", "--csv", tmp_path / "r.csv")
-    monkeypatch.setattr(cli, "_run", lambda *_: pytest.fail("measured again"))
-    result = invoke("bench", "--from", tmp_path / "r.csv", "--plot", tmp_path / "p")
+    monkeypatch.setattr(command, "_run", lambda *_: pytest.fail("measured again"))
+    result = invoke("bench", "--from", tmp_path / "r.csv", "--plot", tmp_path / "q")
     assert result.exit_code == 0, result.output
-    assert "dreg-tiny" in result.stdout and list((tmp_path / "p").glob("overhead-*.png"))
+    assert "dreg-tiny" in result.stdout and list((tmp_path / "q").glob("overhead-*.png"))
 
 
-def test_a_wrong_contestant_makes_the_exit_code_1_and_is_named(plant, tmp_path):
-    plant(planted("planted", slightly_off))
-    args = ("bench", "--case", "spectreg-tiny", "--json", tmp_path / "r.json")
-    result = invoke(*args)
-    assert result.exit_code == 1, result.output
-    assert "WRONG spectreg-tiny, planted: relative error" in flat(result)
-    statuses = {r.contestant: r.status for r in storage.load(tmp_path / "r.json")}
-    assert statuses == {"plain": "ok", "eager": "ok", "fastjac": "ok", "planted": "wrong"}
-
-
-def test_a_wrong_contestant_stops_the_run_unless_told_otherwise(plant):
+def test_a_wrong_contestant_is_named_and_stops_the_run_unless_told_otherwise(plant):
     plant(planted("planted", slightly_off))
     result = invoke("bench", "--json", "-")
     assert result.exit_code == 1, result.output
-    assert {r["case"] for r in json.loads(result.stdout)} == {"spectreg-tiny"}
+    statuses = {(r["case"], r["contestant"]): r["status"] for r in json.loads(result.stdout)}
+    names = {"plain": "ok", "eager": "ok", "fastjac": "ok", "planted": "wrong"}
+    assert statuses == {("spectreg-tiny", name): status for name, status in names.items()}
+    assert "WRONG spectreg-tiny, planted: relative error" in flat(result)
     assert "stopped at spectreg-tiny; --keep-going runs the rest" in flat(result)
     result = invoke("bench", "--json", "-", "--keep-going")
     assert result.exit_code == 1, result.output
     assert len({r["case"] for r in json.loads(result.stdout)}) == 3
 
 
-class Clock:
-    """Time that passes by a microsecond a look, and as its contestants say."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def perf_counter(self) -> float:
-        self.now += 1e-6
-        return self.now
-
-    def contestant(self, name: str, seconds: dict[str, float]) -> fastjac.bench.Contestant:
-        def setup(problem):
-            right = (plain_step if name == "plain" else eager_step)(problem)
-
-            def step():
-                self.now += seconds[name]
-
-            return fastjac.bench.Prepared(step, right.gradients)
-
-        return fastjac.bench.Contestant(name, setup)
-
-
-@pytest.fixture
-def seconds(monkeypatch):
-    """How long each contestant takes, to be changed."""
-    taken = {"plain": 4e-3, "eager": 9e-3, "fastjac": 8e-3}
-    clock = Clock()
-    everyone = tuple(clock.contestant(name, taken) for name in taken)
-    cases = tuple(tiny_case(name=f"case-{k}") for k in range(3))
-    monkeypatch.setattr(fastjac.bench.contestants, "all_contestants", lambda: everyone)
-    monkeypatch.setattr(fastjac.bench.cases, "all_cases", lambda: cases)
-    monkeypatch.setattr("fastjac.bench.measure.time", clock)
-    return taken
-
-
+@pytest.mark.usefixtures("nothing_is_measured")
 @pytest.mark.parametrize("kind", ["csv", "json"])
-def test_a_planted_slowdown_is_reported_by_compare(seconds, tmp_path, kind):
-    old, new = tmp_path / f"old.{kind}", tmp_path / f"new.{kind}"
-    assert invoke("bench", f"--{kind}", old).exit_code == 0
-    same = invoke("bench", "--compare", old)
-    assert same.exit_code == 0, same.output
-    assert "3 cases compared (3 ratios), nothing beyond the noise" in flat(same)
+def test_two_files_are_compared(tmp_path, kind):
+    def file_of(name: str, speed: float, **values) -> Path:
+        found = [
+            replace(r, ratio=r.overhead, ratio_se=0.0, **values)
+            for case in ("case-0", "case-1")
+            for r in trio(case, speed)
+        ]
+        path = tmp_path / f"{name}.{kind}"
+        if kind == "csv":
+            storage.append_csv(found, path)
+        else:
+            path.write_text(storage.to_json(found))
+        return path
 
-    seconds["fastjac"] *= 1.15
-    slower = invoke("bench", "--case", "case-1", "--compare", old, f"--{kind}", new)
+    old, new = file_of("old", 1.25), file_of("new", 1.0)
+    slower = invoke("bench", "--from", old, "--from", new)
     assert slower.exit_code == 1, slower.output
-    assert "case-1 fastjac 2.00× 2.30× +15.0%" in flat(slower) and "slower" in flat(slower)
-    assert "only among the old records, 4: case-0 (eager, fastjac), case-2" in flat(slower)
-    assert len(storage.load(new)) == 6  # what seemed changed was measured twice
-
-    files = invoke("bench", "--from", new, "--compare", old)
-    assert files.exit_code == 1 and "+15.0%" in flat(files)
-
-
-def test_faster_and_equal_exit_with_0(seconds, tmp_path):
-    path = tmp_path / "r.csv"
-    invoke("bench", "--csv", path)
-    seconds["fastjac"] /= 1.15
-    # the records are compared with those from before the run, in the file that it adds to
-    result = invoke("bench", "--csv", path, "--compare", path)
-    assert result.exit_code == 0, result.output
-    assert flat(result).count("faster") == 3 and "-13.0%" in flat(result)
+    assert "case-0 fastjac 1.60× 2.00× +25.0%" in flat(slower) and "slower" in flat(slower)
+    for first, second, said in ((new, old, "faster"), (old, old, "0 beyond the noise")):
+        result = invoke("bench", "--from", first, "--from", second)
+        assert result.exit_code == 0 and said in flat(result)
+    other = file_of("other", 1.0, threads=64)
+    result = invoke("bench", "--from", old, "--from", other)
+    assert result.exit_code == 2 and "no case of ours can be compared" in flat(result)
+    result = invoke("bench", "--from", old, "--from", new, "--from", other)
+    assert result.exit_code == 2 and "or two to compare" in flat(result)
 
 
-def test_a_comparison_of_nothing_does_not_pass(seconds, tmp_path):
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [("[]", "holds no records"), ('{"a": 1}', "not a list of benchmark records")],
+)
+def test_a_file_without_records_is_refused(tmp_path, text, said):
     path = tmp_path / "r.json"
-    invoke("bench", "--json", path)
-    path.write_text(path.read_text().replace('"threads": 1', '"threads": 64'))
-    result = invoke("bench", "--compare", path)
-    assert result.exit_code == 2, result.output
-    assert "64 threads" in flat(result) and "nothing was compared" in flat(result)
-    path.write_text("[]")
-    result = invoke("bench", "--compare", path)
-    assert result.exit_code == 2 and "holds no records" in flat(result)
-
-
-def test_a_file_that_holds_no_records_is_refused_before_measuring(tmp_path, monkeypatch):
-    monkeypatch.setattr(cli, "_run", lambda *_: pytest.fail("measured before the check"))
-    path = tmp_path / "other.csv"
-    path.write_text("a,b\n1,2\n")
-    result = invoke("bench", "--compare", path)
-    assert result.exit_code == 2 and "not a list of benchmark records" in flat(result)
+    path.write_text(text)
+    result = invoke("bench", "--from", path)
+    assert result.exit_code == 2 and said in flat(result)
 
 
 def test_ctrl_c_exits_130_and_writes_what_is_done(plant, tmp_path):
@@ -191,11 +147,13 @@ def test_ctrl_c_exits_130_and_writes_what_is_done(plant, tmp_path):
         calls += 1
         return interrupting(10**9 if calls == 1 else 1).setup(problem)
 
-    plant(fastjac.bench.Contestant("late", setup))
+    plant(Contestant("late", setup))
     result = invoke("bench", "--csv", tmp_path / "r.csv")
     assert result.exit_code == 130, result.output
     assert "interrupted" in flat(result)
-    assert {r.case for r in storage.load(tmp_path / "r.csv")} == {"spectreg-tiny"}
+    written = storage.load(tmp_path / "r.csv")
+    assert {r.case for r in written} == {"spectreg-tiny"}
+    assert all(r.median_ms and r.peak_mb is not None for r in written)
 
 
 @pytest.mark.parametrize(
@@ -205,7 +163,7 @@ def test_ctrl_c_exits_130_and_writes_what_is_done(plant, tmp_path):
             ["--case", "spectreg-tin"],
             "did you mean spectreg-tiny, dreg-tiny? valid names are: spectreg-tiny,",
         ),
-        (["--suite", "fast"], "suite 'fast' does not exist; the suites are quick, layerwise"),
+        (["--suite", "fast"], "suite 'fast' does not exist; the suites are quick, layer-wise"),
         (["--contestant", "egaer"], "did you mean eager? valid names are: plain, eager, compiled"),
         (
             ["--contestant", "jacobianreg", "--case", "dreg*"],
@@ -226,8 +184,8 @@ def test_cuda_without_a_device_is_refused(monkeypatch):
     assert result.exit_code == 2 and "finds no CUDA device" in flat(result)
 
 
-def test_a_foreign_csv_is_refused_before_measuring(tmp_path, monkeypatch):
-    monkeypatch.setattr(cli, "_run", lambda *_: pytest.fail("measured before the check"))
+@pytest.mark.usefixtures("nothing_is_measured")
+def test_a_foreign_csv_is_refused_before_measuring(tmp_path):
     path = tmp_path / "other.csv"
     path.write_text("a,b\n")
     result = invoke("bench", "--csv", path)
@@ -239,35 +197,33 @@ def test_an_unwritable_file_is_an_error(tmp_path):
     assert result.exit_code == 2 and "cannot write" in flat(result)
 
 
+@pytest.mark.usefixtures("nothing_is_measured")
 def test_missing_matplotlib_is_said_before_measuring(monkeypatch, tmp_path):
-    monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
-    monkeypatch.setattr(cli, "_run", lambda *_: pytest.fail("measured before the check"))
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     result = invoke("bench", "--plot", tmp_path)
-    assert result.exit_code == 2 and "pip install 'fastjac[plot]'" in flat(result)
+    assert result.exit_code == 2 and 'pip install "fastjac[bench]"' in flat(result)
 
 
 def test_list_names_cases_contestants_and_reasons():
     result = invoke("bench", "--list")
     assert result.exit_code == 0
     assert "dreg-tiny" in flat(result) and "plain eager compiled fastjac" in flat(result)
-    assert "layerwise steps with a layer-wise penalty" in flat(result)
+    assert "layer-wise steps with a layer-wise penalty" in flat(result)
     assert "jacobianreg is left out: JacobianReg cannot express" in flat(result)
 
 
 def test_options_reach_the_run(monkeypatch):
     monkeypatch.undo()
-    options = cli._options(True, 1, cli.Device.cpu, cli.Dtype.bfloat16)
+    cpu, dtype = command.Device.cpu, command.Dtype
+    options = command._options(True, 1, cpu, dtype.bfloat16)
     assert (options.quick, options.threads, options.dtype_name) == (True, 1, "bfloat16")
-    assert options.budget_s < cli._options(False, 1, cli.Device.cpu, cli.Dtype.float32).budget_s
+    assert options.budget_s < command._options(False, 1, cpu, dtype.float32).budget_s
 
 
-def test_info_as_json():
+def test_info_as_json_and_as_text():
     result = invoke("info", "--json", "-")
     assert result.exit_code == 0, result.output
-    assert json.loads(result.stdout)
-
-
-def test_info_as_text():
+    assert json.loads(result.stdout)["fastjac"] == fastjac.__version__
     result = invoke("info")
     assert result.exit_code == 0 and fastjac.__version__ in result.stdout
 
@@ -298,7 +254,34 @@ def test_a_check_of_nothing_does_not_pass(monkeypatch):
     assert result.exit_code == 2 and "nothing was checked" in flat(result)
 
 
-@pytest.mark.parametrize("command", ["info", "check", "bench"])
-def test_help(command):
-    result = invoke(command, "--help")
-    assert result.exit_code == 0 and "--json" in result.output
+BLOCKED = """
+import sys
+sys.modules.update(dict.fromkeys(("numpy", "rich", "typer", "matplotlib")))  # import raises
+import torch, fastjac
+model = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.GELU(), torch.nn.Linear(5, 2))
+x = torch.ones(4, 3)
+output, value = fastjac.SpectReg()(fastjac.fuse(model), x)
+penalty = fastjac.DREG(model)
+(model(x).sum() + value + penalty()).backward()
+assert model[0].weight.grad.any()
+assert fastjac.info.collect()["ops"]["act"]["cpu"]
+assert {r["ok"] for r in fastjac.check.run(op=["softmax_residual"], dtype=["float32"])} >= {True}
+from fastjac.cli.__main__ import main
+main()
+"""
+
+
+def test_the_library_needs_only_torch_and_the_command_names_the_extra():
+    env = {**os.environ, "TRITON_INTERPRET": "0"}  # Triton's interpreter is numpy, its kernels not
+    program = [sys.executable, "-W", "ignore", "-c", BLOCKED, "info"]
+    result = subprocess.run(program, capture_output=True, text=True, env=env)
+    assert result.returncode == 2, result.stderr
+    assert result.stderr.strip() == entry.MISSING and "fastjac[bench]" in entry.MISSING
+    assert not result.stdout
+
+
+def test_python_m_runs_the_command():
+    program = [sys.executable, "-m", "fastjac.cli", "bench", "--suite", "layer-wise", "--list"]
+    result = subprocess.run(program, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "dreg-resnet" in result.stdout and "act-stats-gelu-forward" in result.stdout

@@ -43,7 +43,7 @@ from fastjac import functional
 from fastjac.activations import IDS, TABLE, get
 from fastjac.cli.check import relative_error, tolerance
 from fastjac.layerwise.batch_norm import Normed, batch_norm_act, inverse_variance
-from fastjac.layerwise.layer_act import Layer, layer_act
+from fastjac.layerwise.layer_act import LayerActOptions, layer_act
 from fastjac.ops.act_stats import composed
 from fastjac.ops.dispatch import FLOAT_DTYPES, accumulate_dtype
 from fastjac.ops.row_sqnorm import composed_rows
@@ -167,7 +167,7 @@ def layer(rng: Random) -> Case:
 
     def call(x, weight, bias):
         z = z_of(x.detach(), weight.detach(), None if bias is None else bias.detach())
-        rest = Layer(options, scale, IDS[fn], params, "", "cpu")
+        rest = LayerActOptions(options, scale, IDS[fn], params, "", "cpu")
         return layer_act(x, weight, bias, z, tuple(rest))
 
     def truth(x, weight, bias):

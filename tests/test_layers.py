@@ -56,17 +56,6 @@ def test_names_and_reasons() -> None:
     assert "head" not in left_out
 
 
-def test_layers_used_twice_count_twice() -> None:
-    model = Model(lambda m, x: m.act(m.fc(m.act(m.fc(x)))), fc=nn.Linear(4, 4), act=nn.Tanh())
-    x = torch.randn(3, 4)
-    layers, _, value = found(model, x)
-    assert layers == ["fc", "fc"]
-    z1 = model.fc(x)
-    z2 = model.fc(z1.tanh())
-    stack = [(z, model.fc.weight, torch.tanh) for z in (z1, z2)]
-    close(value, reference.dreg(stack))
-
-
 def test_activation_around_an_activation_counts_once() -> None:
     class Swish(nn.Module):
         def __init__(self) -> None:
@@ -125,14 +114,6 @@ def test_learned_activation_gets_its_gradient() -> None:
     (gradient,) = torch.autograd.grad(dreg(model, x, reduction="sum")[1], model[1].weight)
     negative = (model[0](x) < 0).double()
     close(gradient, 2 * model[1].weight * negative.sum(0) * model[0].weight.square().sum(1))
-
-
-def test_parametrised_weight_gets_its_gradient() -> None:
-    model = nn.Sequential(parametrizations.weight_norm(nn.Linear(4, 5)), nn.Tanh())
-    x = torch.randn(3, 4)
-    value = dreg(model, x)[1]
-    close(value, reference.dreg([(model[0](x), model[0].weight, torch.tanh)]).mean())
-    assert all(g.abs().sum() > 0 for g in torch.autograd.grad(value, list(model.parameters())))
 
 
 def test_spectral_norm_makes_one_power_iteration_a_call() -> None:
@@ -203,7 +184,7 @@ def test_square_root_of_a_dead_layer_has_gradient_zero() -> None:
 
 
 @pytest.mark.parametrize("penalty", PENALTIES)
-def test_hooks_are_gone_even_after_an_error(penalty: type[DREG]) -> None:
+def test_the_model_is_as_it_was_even_after_an_error(penalty: type[DREG]) -> None:
     def fail(m: Model, x: Tensor) -> Tensor:
         m.act(m.fc(x))
         raise KeyError("in forward")
@@ -214,8 +195,7 @@ def test_hooks_are_gone_even_after_an_error(penalty: type[DREG]) -> None:
     with pytest.raises(KeyError):
         penalty()(broken, torch.randn(3, 4))
     for module in (*whole.modules(), *broken.modules()):
-        assert not module._forward_hooks
-        assert not module._forward_pre_hooks
+        assert "forward" not in vars(module)
 
 
 def test_value_without_gradient() -> None:

@@ -1,27 +1,30 @@
-"""Registry of benchmark cases: (penalty, network, batch), or (activation, phase)."""
+"""Registry of benchmark cases: (penalty, network, batch), or (op, activation, phase).
+
+A case is one entry of :func:`all_cases`; what its contestants compute is found by the name of its
+penalty in :data:`fastjac.bench.idioms.IDIOMS`, of its op in :data:`fastjac.bench.phases.OPS`.
+"""
 
 from __future__ import annotations
 
 import difflib
 import fnmatch
 import functools
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
 
 from fastjac.activations import TABLE
+from fastjac.bench.idioms import IDIOMS
+from fastjac.bench.networks import TransformerClassifier, lenet, mlp, small_resnet
 from fastjac.bench.problems import (
-    ElementwiseProblem,
-    Loss,
+    PHASES,
+    OpProblem,
     Problem,
     StepProblem,
-    TransformerClassifier,
-    elementwise_problem,
-    lenet,
-    mlp,
-    small_resnet,
+    op_problem,
     squared_error,
     step_problem,
 )
@@ -31,15 +34,14 @@ Build = Callable[[torch.device, torch.dtype], Problem]
 #: what ``--suite`` takes, and what it holds
 SUITES = {
     "quick": "the short look: five steps and the activations, few contestants, under 3 minutes",
-    "layerwise": "steps with a layer-wise penalty (DREG)",
-    "double-backward": "steps with a penalty on the input Jacobian (SpectReg, DataGrad, …)",
+    "layer-wise": "steps with a layer-wise penalty (DREG), and its op, act_stats",
+    "input-jacobian": "steps with a penalty on the input Jacobian (SpectReg, DataGrad, …)",
     "elementwise": "every activation: forward, backward and double backward",
     "papers": "networks of the papers: LeNet-5, a CIFAR ResNet, SIN (2017); MLPs with DREG (2026)",
     "scaling": "SpectReg on an MLP by width, batch, depth and projections: one axis at a time",
     "all": "every case; what runs if no suite is named",
 }
 
-PHASES = ("forward", "backward", "double")
 #: activations whose double backward is in the quick suite
 QUICK_DOUBLE = ("gelu_tanh", "silu", "gelu", "mish")
 
@@ -59,13 +61,13 @@ class Case:
 
     Attributes:
         name: what ``--case`` takes.
-        penalty: the penalty of a step, or ``"act"``.
+        penalty: the penalty of a step, or the op.
         kind: ``"step"`` (forward, loss, backward) or ``"elementwise"`` (one op).
         suites: of :data:`SUITES`; ``"all"`` goes without saying.
         build: makes the problem on a device in a dtype.
         quick: contestants of the quick suite; empty if the case is not in it.
         only: the contestants that take part in any suite; empty for all.
-        activation, phase: of an elementwise case.
+        activation, phase: of an elementwise case; the name that tables and plots show.
         axes: of a scaling case, ``"width=256 batch=128 depth=4 projections=1"``.
     """
 
@@ -81,41 +83,27 @@ class Case:
     axes: str = ""
 
 
-@functools.cache
-def all_cases() -> tuple[Case, ...]:
-    """Every case, steps first."""
-    return (*_step_cases(), *_scaling_cases(), *_elementwise_cases())
-
-
-def select_cases(
-    names: Iterable[str] = (),
-    suite: str | None = None,
-    cases: Sequence[Case] | None = None,
-) -> list[Case]:
+def select_cases(names: Sequence[str] = (), suite: str | None = None) -> list[Case]:
     """Cases of a suite, and of these those whose name matches one of ``names`` (``*`` allowed).
 
     Raises:
         ValueError: unknown suite, a name that matches no case, or nothing is left.
     """
-    chosen = list(all_cases() if cases is None else cases)
+    chosen = list(all_cases())
     known = [case.name for case in chosen]
     if suite is not None and suite not in SUITES:
         raise ValueError(f"suite {suite!r} does not exist; the suites are {', '.join(SUITES)}")
     if suite not in (None, "all"):
         chosen = [case for case in chosen if suite in case.suites]
-    names = list(names)
     for name in names:
         if not fnmatch.filter(known, name):
             raise ValueError(unknown("case", name, known))
-    kept = [
-        case
-        for case in chosen
-        if not names or any(fnmatch.fnmatchcase(case.name, name) for name in names)
-    ]
-    if not kept:
+    if names:
+        chosen = [c for c in chosen if any(fnmatch.fnmatchcase(c.name, name) for name in names)]
+    if not chosen:
         what = f"case {names[0]!r} is not" if names else "no case is"
         raise ValueError(f"{what} in the suite {suite!r}")
-    return kept
+    return chosen
 
 
 def unknown(what: str, name: str, valid: Sequence[str]) -> str:
@@ -132,33 +120,77 @@ def _step(
     shape: tuple[int, ...],
     *suites: str,
     quick: str = "",
-    outputs: int = 10,
-    kinks: bool = False,
-    loss: Loss | None = None,
+    only: str = "",
+    **problem: Any,
 ) -> Case:
-    def build(device: torch.device, dtype: torch.dtype) -> StepProblem:
-        return step_problem(
-            *(network, shape, penalty),
-            device=device,
-            dtype=dtype,
-            outputs=outputs,
-            kinks=kinks,
-            loss=loss,
-        )
+    """A training step; ``problem`` is what :func:`step_problem` takes beside device and dtype."""
 
-    family = "layerwise" if penalty == "dreg" else "double-backward"
+    def build(device: torch.device, dtype: torch.dtype) -> StepProblem:
+        return step_problem(network, shape, penalty, device=device, dtype=dtype, **problem)
+
     named = ("quick",) if quick else ()
-    return Case(name, penalty, "step", (*named, family, *suites), build, (*quick.split(),))
+    all_suites = (*named, IDIOMS[penalty].suite, *suites)
+    return Case(name, penalty, "step", all_suites, build, (*quick.split(),), (*only.split(),))
 
 
 def _mlp(inputs: int, hidden: int, width: int, outputs: int = 10, activation: type = nn.GELU):
     return functools.partial(mlp, [inputs, *[width] * hidden, outputs], activation)
 
 
-def _step_cases() -> list[Case]:
+def _feed_forward() -> Case:
+    """The feed-forward of a Transformer; on the CPU, where it is only a dry run, 1/16 as wide."""
+
+    def build(device: torch.device, dtype: torch.dtype) -> StepProblem:
+        d = 4096 if device.type == "cuda" else 256
+        shape = (2 * d, d)
+        network = _mlp(d, 1, 4 * d, d)
+        return step_problem(network, shape, "dreg", device=device, dtype=dtype, outputs=d)
+
+    only = ("plain", "eager", "compiled", "fastjac")
+    return Case("dreg-feed-forward", "dreg", "step", ("layer-wise",), build, only=only)
+
+
+def _scaling(point: dict[str, int]) -> Case:
+    network = _mlp(64, point["depth"], point["width"])
+
+    moved = [f"{axis}-{value}" for axis, value in point.items() if value != SCALING_BASE[axis]]
+    name, shape = f"scale-{''.join(moved) or 'base'}", (point["batch"], 64)
+    only = "plain eager compiled fastjac"
+    case = _step(name, "spectreg", network, shape, only=only, n_proj=point["projections"])
+    axes = " ".join(f"{axis}={value}" for axis, value in point.items())
+    return replace(case, suites=("scaling",), axes=axes)
+
+
+def _act(fn: str, phase: str) -> Case:
+    quick = phase != "double" or fn in QUICK_DOUBLE
+    return Case(
+        name=f"act-{fn}-{phase}",
+        penalty="act",
+        kind="elementwise",
+        suites=(*(("quick",) if quick else ()), "elementwise"),
+        build=lambda device, dtype: op_problem("act", fn, phase, device=device, dtype=dtype),
+        quick=("plain", "eager", "fastjac") if quick else (),
+        activation=fn,
+        phase=phase,
+    )
+
+
+def _act_stats(fn: str, phase: str) -> Case:
+    def build(device: torch.device, dtype: torch.dtype) -> OpProblem:
+        shape = (8192, 8192) if device.type == "cuda" else (4096, 1024)
+        return op_problem("act_stats", fn, phase, device=device, dtype=dtype, shape=shape)
+
+    suites, shown = ("elementwise", "layer-wise"), f"{fn}, statistic"
+    name = f"act-stats-{fn}-{phase}"
+    return Case(name, "act_stats", "elementwise", suites, build, activation=shown, phase=phase)
+
+
+@functools.cache
+def all_cases() -> tuple[Case, ...]:
+    """Every case, steps first."""
     net512 = _mlp(784, 4, 512)
     short = "plain eager fastjac"
-    return [
+    return (
         # the widest one is bound by GEMMs, the narrowest by launches and Python
         _step("spectreg-mlp-b512-w2048", "spectreg", _mlp(1024, 3, 2048), (512, 1024)),
         _step(
@@ -184,6 +216,14 @@ def _step_cases() -> list[Case]:
         # four of its seven 3x3 convolutions count: the others end in a sum with the shortcut
         _step("dreg-resnet", "dreg", small_resnet, (32, 3, 32, 32)),
         _step("dreg-transformer", "dreg", TransformerClassifier, (16, 64, 256)),
+        # time over plain 1.03 is the aim on a GPU, in bfloat16
+        _feed_forward(),
+        # for the column `kernels`: beyond plain's, as many with six layers as with two, less one
+        # for each layer whose bias gradient the fused backward sums
+        *(
+            _step(f"dreg-launches-{n}", "dreg", _mlp(64, n, 64), (32, 64), only="plain fastjac")
+            for n in (2, 6)
+        ),
         _step(
             *("spectreg-relu-mlp-b128-w512", "spectreg", _mlp(784, 4, 512, activation=nn.ReLU)),
             (128, 784),
@@ -200,58 +240,18 @@ def _step_cases() -> list[Case]:
             kinks=True,
             loss=squared_error,
         ),
-    ]
-
-
-def _scaling_cases() -> list[Case]:
-    points = [SCALING_BASE]
-    for axis, values in SCALING_AXES.items():
-        points += [{**SCALING_BASE, axis: value} for value in values]
-    return [_scaling(point) for point in points]
-
-
-def _scaling(point: dict[str, int]) -> Case:
-    network = _mlp(64, point["depth"], point["width"])
-
-    def build(device: torch.device, dtype: torch.dtype) -> StepProblem:
-        shape, k = (point["batch"], 64), point["projections"]
-        return step_problem(network, shape, "spectreg", device=device, dtype=dtype, n_proj=k)
-
-    moved = [f"{axis}-{value}" for axis, value in point.items() if value != SCALING_BASE[axis]]
-    return Case(
-        name=f"scale-{''.join(moved) or 'base'}",
-        penalty="spectreg",
-        kind="step",
-        suites=("scaling",),
-        build=build,
-        only=("plain", "eager", "compiled", "fastjac"),
-        axes=" ".join(f"{axis}={value}" for axis, value in point.items()),
-    )
-
-
-def _elementwise_cases() -> list[Case]:
-    return [
-        _elementwise(fn, phase)
-        for phase in PHASES
-        for fn in TABLE
-        if fn != "identity"  # torch returns the input itself: there is no kernel to time
-    ]
-
-
-def _elementwise(fn: str, phase: str) -> Case:
-    def build(device: torch.device, dtype: torch.dtype) -> ElementwiseProblem:
-        return elementwise_problem(
-            fn, TABLE[fn].torch_function(), phase, device=device, dtype=dtype
-        )
-
-    quick = phase != "double" or fn in QUICK_DOUBLE
-    return Case(
-        name=f"act-{fn}-{phase}",
-        penalty="act",
-        kind="elementwise",
-        suites=(*(("quick",) if quick else ()), "elementwise"),
-        build=build,
-        quick=("plain", "eager", "fastjac") if quick else (),
-        activation=fn,
-        phase=phase,
+        _scaling(SCALING_BASE),
+        *(
+            _scaling({**SCALING_BASE, axis: value})
+            for axis, values in SCALING_AXES.items()
+            for value in values
+        ),
+        *(
+            _act(fn, phase)
+            for phase in PHASES
+            for fn in TABLE
+            if fn != "identity"  # torch returns the input itself: there is no kernel to time
+        ),
+        # 90% of the copy bandwidth is the aim on a GPU
+        *(_act_stats("gelu", phase) for phase in ("forward", "backward")),
     )

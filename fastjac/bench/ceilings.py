@@ -7,12 +7,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from fastjac.bench.problems import ElementwiseProblem, StepProblem
+from fastjac.bench.problems import OpProblem, Problem
+from fastjac.torch_private import TorchDispatchMode
 
-COPY, GEMM = "Tensor.clone", "torch.mm"
+#: the name under which the ceiling is sampled
+CEILING = "ceiling"
 
 
 class FlopCounter(TorchDispatchMode):
@@ -36,22 +37,23 @@ class FlopCounter(TorchDispatchMode):
         return out
 
 
-def copy_step(problem: ElementwiseProblem) -> Callable[[], object]:
-    """Copies of the op's buffers in turn, into memory allocated like the op's own results."""
-    turn = itertools.cycle(problem.z)
-    return lambda: next(turn).clone()
+def ceiling_step(problem: Problem) -> Callable[[], object]:
+    """What is timed beside the contestants.
 
-
-def gemm_size(device: torch.device) -> int:
-    """n of an n×n product: large enough for the full rate, small enough for every round."""
-    return 8192 if device.type == "cuda" else 1024
-
-
-def gemm_step(problem: StepProblem) -> Callable[[], object]:
-    """A square product in the dtype of the problem, into memory that is there."""
+    For an op, copies of its buffers in turn, into memory allocated like the op's own results; for a
+    training step, a large square product in its dtype, into memory that is there.
+    """
+    if isinstance(problem, OpProblem):
+        turn = itertools.cycle(problem.z)
+        return lambda: next(turn).clone()
     x = problem.x
     n = gemm_size(x.device)
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randn(n, n, generator=generator).to(x.device, x.dtype) for _ in range(2))
     out = torch.empty_like(a)
     return lambda: torch.mm(a, b, out=out)
+
+
+def gemm_size(device: torch.device) -> int:
+    """n of an n×n product: large enough for the full rate, small enough for every round."""
+    return 8192 if device.type == "cuda" else 1024

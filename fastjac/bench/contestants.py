@@ -21,21 +21,20 @@ from __future__ import annotations
 import functools
 import os
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from fastjac.bench import phases, steps
 from fastjac.bench.cases import Case, unknown
-from fastjac.bench.idioms import INPUT_JACOBIAN
-from fastjac.bench.problems import ElementwiseProblem, Problem, StepProblem
+from fastjac.bench.idioms import IDIOMS, InputJacobian
+from fastjac.bench.problems import Problem, StepProblem
 from fastjac.bench.steps import Prepared
 from fastjac.ops import dispatch
 
-IMPLS = ("reference", "cpu", "triton", "cuda")
-#: contestants that run no code of ours
-TORCHS = ("plain", "eager", "compiled", "jacobianreg")
+WhyNot = Callable[[Case, torch.device, torch.dtype], str | None]
 
 
 @dataclass(frozen=True)
@@ -48,82 +47,73 @@ class Contestant:
         why_not: ``(case, device, dtype)`` -> None if it takes part, else the reason.
         compiles: its set-up and first call count as compile time.
         impl: what it asks of the fused ops; empty if it uses none of them.
+        colour: of its bars and lines.
     """
 
     name: str
     setup: Callable[[Problem], Prepared]
-    why_not: Callable[[Case, torch.device, torch.dtype], str | None] = lambda *_: None
+    why_not: WhyNot = lambda *_: None
     compiles: bool = False
     impl: str = ""
+    colour: str = "#8a7f6a"
 
 
-def by_kind(
-    step: Callable[[StepProblem], Prepared], phase: Callable[[ElementwiseProblem], Prepared]
-) -> Callable[[Problem], Prepared]:
-    """One set-up function out of the one for steps and the one for elementwise problems."""
+def runs_ours(contestant: str) -> bool:
+    """Whether the contestant of this name runs code of fastjac."""
+    return contestant.startswith("fastjac")
+
+
+def setup_of(form: str, **how: Any) -> Callable[[Problem], Prepared]:
+    """The set-up function of this name for a training step or for a phase of an op."""
 
     def setup(problem: Problem) -> Prepared:
-        return step(problem) if isinstance(problem, StepProblem) else phase(problem)
+        module = steps if isinstance(problem, StepProblem) else phases
+        return getattr(module, form)(problem, **how)
 
     return setup
 
 
-def _of_engine(engine: str, compiles: bool = False) -> Contestant:
-    step = functools.partial(steps.fastjac_step, engine=engine)
-    return Contestant(
-        f"fastjac-{engine}",
-        by_kind(step, phases.fastjac_phase),
-        _cannot_run_compiled if compiles else _has_no_engine,
-        compiles,
-        # what torch.compile fuses are torch's own activations
-        impl="" if compiles else "auto",
-    )
+def _ours(name: str, colour: str, why_not: WhyNot = lambda *_: None, **how: str) -> Contestant:
+    setup, impl = setup_of("ours", **how), how.get("impl", "auto")
+    return Contestant(name, setup, why_not, impl=impl, colour=colour)
 
 
-def _of_impl(impl: str) -> Contestant:
-    return Contestant(
-        f"fastjac:{impl}",
-        by_kind(
-            functools.partial(steps.fastjac_step, impl=impl),
-            functools.partial(phases.fastjac_phase, impl=impl),
-        ),
-        functools.partial(_cannot_run, impl),
-        impl=impl,
-    )
+def _of_impl(impl: str, colour: str) -> Contestant:
+    return _ours(f"fastjac:{impl}", colour, functools.partial(_cannot_run, impl), impl=impl)
 
 
 @functools.cache
 def all_contestants() -> tuple[Contestant, ...]:
     """Every contestant; the order is that of tables and plots."""
     return (
-        Contestant("plain", by_kind(steps.plain_step, lambda p: phases.forward_phase(p, p.phi))),
-        Contestant("eager", by_kind(steps.eager_step, phases.eager_phase)),
+        Contestant("plain", setup_of("plain"), colour="#b8bcc2"),
+        Contestant("eager", setup_of("eager"), colour="#e8743b"),
         Contestant(
-            "compiled",
-            by_kind(steps.compiled_step, phases.compiled_phase),
-            _cannot_compile,
+            *("compiled", setup_of("compiled"), _cannot_compile), compiles=True, colour="#5b8bd0"
+        ),
+        Contestant("jacobianreg", setup_of("jacobian_reg"), _not_jacobian_reg, colour="#b58bc4"),
+        _ours("fastjac", "#13865b"),
+        _ours("fastjac-autograd", "#8f9f3a", _has_no_engine, engine="autograd"),
+        # it asks nothing of the fused ops: what torch.compile fuses are torch's own activations
+        Contestant(
+            *("fastjac-compiled", setup_of("ours", engine="compiled"), _cannot_run_compiled),
             compiles=True,
+            colour="#2f9fb0",
         ),
-        Contestant(
-            "jacobianreg", by_kind(steps.jacobian_reg_step, phases.eager_phase), _not_jacobian_reg
-        ),
-        Contestant("fastjac", by_kind(steps.fastjac_step, phases.fastjac_phase), impl="auto"),
-        _of_engine("autograd"),
-        _of_engine("compiled", compiles=True),
-        *map(_of_impl, IMPLS),
+        _of_impl("reference", "#cfdcc9"),
+        _of_impl("cpu", "#6dbb98"),
+        _of_impl("triton", "#a5d46a"),
+        _of_impl("cuda", "#6dbb98"),
     )
 
 
-def select_contestants(
-    names: Iterable[str] = (), contestants: Sequence[Contestant] | None = None
-) -> list[Contestant]:
+def select_contestants(names: Sequence[str] = ()) -> list[Contestant]:
     """Contestants by name; all without names. ``plain`` is always there: overheads are over it.
 
     Raises:
         ValueError: a name that is not registered.
     """
-    known = list(all_contestants() if contestants is None else contestants)
-    names = list(names)
+    known = all_contestants()
     valid = [contestant.name for contestant in known]
     for name in names:
         if name not in valid:
@@ -139,13 +129,14 @@ def _cannot_compile(case: Case, device: torch.device, dtype: torch.dtype) -> str
 
 
 def _not_jacobian_reg(case: Case, device: torch.device, dtype: torch.dtype) -> str | None:
-    if case.penalty in ("spectreg", "frobreg", "jacreg"):
+    idiom = IDIOMS.get(case.penalty)
+    if isinstance(idiom, InputJacobian) and idiom.jacobian_reg is not None:
         return None
     return f"JacobianReg cannot express {case.penalty}"
 
 
 def _has_no_engine(case: Case, device: torch.device, dtype: torch.dtype) -> str | None:
-    if case.penalty in INPUT_JACOBIAN:
+    if isinstance(IDIOMS.get(case.penalty), InputJacobian):
         return None
     return "only penalties on the input Jacobian have engines"
 
@@ -155,7 +146,7 @@ def _cannot_run_compiled(case: Case, device: torch.device, dtype: torch.dtype) -
 
 
 def _cannot_run(impl: str, case: Case, device: torch.device, dtype: torch.dtype) -> str | None:
-    if case.penalty in INPUT_JACOBIAN:
+    if isinstance(IDIOMS.get(case.penalty), InputJacobian):
         return "penalties on the input Jacobian are timed by engine, not by implementation"
     if impl == "triton" and device.type == "cpu":
         return "on the CPU Triton only interprets its kernels"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import time
 import traceback
 from collections.abc import Iterator, Sequence
@@ -12,12 +13,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastjac.bench import phases, steps
 from fastjac.bench.ceilings import FlopCounter
-from fastjac.bench.contestants import Contestant
-from fastjac.bench.problems import ElementwiseProblem, Problem, StepProblem
+from fastjac.bench.contestants import Contestant, setup_of
+from fastjac.bench.problems import Problem, StepProblem
 from fastjac.bench.records import Record
 from fastjac.bench.steps import Prepared
+from fastjac.torch_private import fresh_cache
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Gate:
 
     Attributes:
         truth: the eager idiom's gradients in float64.
-        plain_truth: those of the step without penalty (elementwise: ``phi(z)``).
+        plain_truth: those of the step without penalty (of an op: ``φ(z)``).
         limit, plain_limit: largest relative L2 error: twice eager's own in the run's dtype, and
             not less than rounding of a float32 (float64) result.
         gflop, plain_gflop: 10^9 operations of the matrix products and convolutions of the eager
@@ -68,21 +69,13 @@ def open_gate(problem: Problem, dtype: torch.dtype) -> Gate:
     if isinstance(problem, StepProblem):
         assert isinstance(wide, StepProblem)
         problem.weight = wide.weight = _balanced_weight(wide)
-        plain = steps.plain_step(problem), steps.plain_step(wide)
-        eager = steps.eager_step(problem), steps.eager_step(wide)
-    else:
-        assert isinstance(wide, ElementwiseProblem)
-        plain = (
-            phases.forward_phase(problem, problem.phi),
-            phases.forward_phase(wide, wide.phi),
-        )
-        eager = phases.eager_phase(problem), phases.eager_phase(wide)
     # 8 eps of float32: what a sum of rounded terms differs by when its order changes. A 16-bit
     # contestant has to stay within twice eager's error, with no such floor.
     floor = 1e-12 if dtype == torch.float64 else 1e-6
     found = []
-    for mine, true in (plain, eager):
-        truth = true.gradients()
+    for setup in (setup_of("plain"), setup_of("eager")):
+        truth = setup(wide).gradients()
+        mine = setup(problem)
         with FlopCounter() as counter:
             gradients = mine.gradients()
         limit = max(2 * relative_error(gradients, truth), floor)
@@ -93,11 +86,11 @@ def open_gate(problem: Problem, dtype: torch.dtype) -> Gate:
 
 def _balanced_weight(wide: StepProblem) -> float:
     """Power of two that gives loss and penalty gradients of like norm."""
-    loss = steps.plain_step(wide).gradients()
-    both = steps.eager_step(wide).gradients()  # its weight is 1
+    loss = setup_of("plain")(wide).gradients()
+    both = setup_of("eager")(wide).gradients()  # its weight is 1
     penalty = sum(float((b - a).square().sum()) for a, b in zip(loss, both, strict=True)) ** 0.5
     own = sum(float(a.square().sum()) for a in loss) ** 0.5
-    return float(2.0 ** round(torch.tensor(own / penalty).log2().item()))
+    return float(2.0 ** round(math.log2(own / penalty)))
 
 
 def admit(contestant: Contestant, problem: Problem, gate: Gate, record: Record) -> Prepared | None:
@@ -131,7 +124,7 @@ def admit(contestant: Contestant, problem: Problem, gate: Gate, record: Record) 
 
 
 def short(error: Exception) -> str:
-    """Last line of what a traceback would show, on one line."""
+    """The first line of the error as a traceback would show it."""
     lines = "".join(traceback.format_exception_only(error)).strip().splitlines()
     return lines[0][:300] if lines else type(error).__name__
 
@@ -139,10 +132,8 @@ def short(error: Exception) -> str:
 @contextlib.contextmanager
 def _fresh_compile_cache(device: torch.device) -> Iterator[None]:
     """Compile time without what an earlier run left on disk, and without torch's own start-up."""
-    from torch._inductor.utils import fresh_cache
-
     _start_compiler(device)
-    with fresh_cache():
+    with fresh_cache()():
         yield
 
 

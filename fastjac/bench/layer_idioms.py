@@ -10,17 +10,49 @@ they find the layers by different means, and the gate compares them.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import zip_longest
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastjac.bench.problems import ResidualBlock, TransformerClassifier
+from fastjac.bench.networks import ResidualBlock, TransformerClassifier
+from fastjac.bench.problems import StepProblem
 
 LAYERS = (nn.Linear, nn.Conv2d)
 Layer = nn.Linear | nn.Conv2d
+
+
+class LayerWise:
+    """The layer-wise penalty, in the two forms that :data:`fastjac.bench.idioms.IDIOMS` holds.
+
+    Args:
+        ours: name of the public class that computes it.
+    """
+
+    suite = "layer-wise"
+    op = "act_stats"
+
+    def __init__(self, ours: str) -> None:
+        self.ours = ours
+
+    def eager(self, problem: StepProblem, model: nn.Module) -> Callable[[], tuple[Tensor, Tensor]]:
+        """``() -> (output, mean_n R_n)``, by forward hooks."""
+        layers = EagerDreg(model)
+        return lambda: layers(problem.x)
+
+    def functional(self, model: nn.Module) -> Callable[..., tuple[Tensor, Tensor]]:
+        """``(parameters, x, target, projection) -> (output, mean_n R_n)``, to compile."""
+        layers = WrittenOutDreg(model)
+
+        def forward(
+            parameters: dict[str, Tensor], x: Tensor, target: Tensor, projection: Tensor
+        ) -> tuple[Tensor, Tensor]:
+            named = {f"model.{name}": p for name, p in parameters.items()}
+            return torch.func.functional_call(layers, named, (x,))
+
+        return forward
 
 
 def hidden_layers(

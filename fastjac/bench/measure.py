@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from fastjac.bench.options import Options
+
 Step = Callable[[], object]
 
 
@@ -106,24 +108,18 @@ def quantiles(values: Sequence[float]) -> tuple[float, float, float]:
 
 def interleave(
     steps: Mapping[str, Step],
-    device: torch.device,
-    *,
-    budget_s: float,
-    min_rounds: int,
-    max_rounds: int,
-    sample_s: float,
+    options: Options,
     samples: Samples,
     ceilings: Mapping[str, Step] | None = None,
 ) -> None:
     """Sample the steps in turn, round after round, into ``samples``.
 
-    The number of rounds is what fits ``budget_s`` per step, between the two limits. What was
+    The number of rounds is what fits the budget of the options, between their limits. What was
     sampled stays in ``samples`` if the caller is interrupted.
 
     Args:
         steps: the contestants.
-        device: what they run on.
-        budget_s, min_rounds, max_rounds, sample_s: see `Options`.
+        options: device, budget, limits of the rounds and length of a sample.
         samples: filled.
         ceilings: sampled once at the end of each round, so that what they leave in the cache meets
             each contestant in turn.
@@ -131,12 +127,13 @@ def interleave(
     ceilings = ceilings or {}
     names = [*steps, *ceilings]
     everything = {**steps, **ceilings}
+    device = options.device
     samples.seconds.update({name: [] for name in names})
-    plans = {name: warm_up(step, device, sample_s) for name, step in everything.items()}
+    plans = {name: warm_up(step, device, options.sample_s) for name, step in everything.items()}
     round_s = sum(expected for _, expected in plans.values())
-    rounds = min(max(int(budget_s * len(names) / round_s), min_rounds), max_rounds)
+    affordable = int(options.budget_s * len(names) / round_s)
     gc.collect()
-    for k in range(rounds):
+    for k in range(min(max(affordable, options.min_rounds), options.max_rounds)):
         for name in (*order_of_round([*steps], k), *ceilings):
             samples.seconds[name].append(timed(everything[name], plans[name][0], device))
 
@@ -185,9 +182,21 @@ def peak_bytes(step: Step, device: torch.device) -> int:
     return peak
 
 
+def kernels(step: Step, device: torch.device) -> int | None:
+    """How many kernels one call launches on a GPU; None on the CPU."""
+    if device.type != "cuda":
+        return None
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with _muted_stderr(), torch.profiler.profile(activities=activities) as profile:
+        step()
+        torch.cuda.synchronize(device)
+    on_gpu = torch.autograd.DeviceType.CUDA
+    return sum(event.device_type == on_gpu for event in profile.events() or ())
+
+
 def _allocations(events: Sequence[Any]) -> Iterator[Any]:
     for event in events:
-        if event.tag == torch._C._profiler._EventType.Allocation:
+        if event.tag.name == "Allocation":
             yield event
         yield from _allocations(event.children)
 

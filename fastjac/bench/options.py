@@ -1,11 +1,10 @@
-"""How a run measures, who takes part, and who is told how far it has come."""
+"""How a run measures, and who takes part."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import torch
 
@@ -71,24 +70,3 @@ def contestants_of(
         and (not case.only or contestant.name in case.only)
         and contestant.why_not(case, options.device, options.dtype) is None
     ]
-
-
-class Watcher(Protocol):
-    """Who is told how far a run has come (a progress bar)."""
-
-    def started(self, case: Case, contestants: Sequence[Contestant]) -> None:
-        """A case begins."""
-
-    def stage(self, text: str) -> None:
-        """What it is doing."""
-
-    def finished(self, case: Case) -> None:
-        """A case is done."""
-
-
-class Nobody:
-    """A watcher that looks away."""
-
-    def started(self, case: Case, contestants: Sequence[Contestant]) -> None: ...
-    def stage(self, text: str) -> None: ...
-    def finished(self, case: Case) -> None: ...

@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from fastjac.bench.records import Record, load
@@ -42,59 +43,36 @@ def by_machine(records: Iterable[Record]) -> dict[str, Cases]:
     return dict(reversed(places.items()))
 
 
-def _of_kind(places: dict[str, Cases], kind: str) -> dict[str, Cases]:
-    """Cases of a kind that fastjac took part in; those of a scaling series are for the plots."""
-    chosen = {
-        where: {
-            case: rows
-            for case, rows in cases.items()
-            if OURS in rows and rows[OURS].kind == kind and not rows[OURS].axes
-        }
-        for where, cases in places.items()
-    }
-    return {where: cases for where, cases in chosen.items() if cases}
+@dataclass(frozen=True)
+class Table:
+    """What stands between two markers.
 
+    Attributes:
+        kind: of the cases; those of a scaling series are left to the plots.
+        body: cases -> lines.
+        latest: only where they were measured last, once a kind of device.
+    """
 
-# ---- tables
+    kind: str
+    body: Callable[[Cases], list[str]]
+    latest: bool = False
 
-
-def summary(places: dict[str, Cases]) -> list[str]:
-    """Training steps where they were measured last, one table a kind of device."""
-    latest: dict[str, str] = {}
-    steps = _of_kind(places, "step")
-    for where, cases in steps.items():
-        latest.setdefault(_any(cases).device, where)
-    return _sections({where: steps[where] for where in latest.values()}, _times_and_memory)
-
-
-def time(places: dict[str, Cases]) -> list[str]:
-    """Training steps of every machine."""
-    return _sections(_of_kind(places, "step"), _times)
-
-
-def memory(places: dict[str, Cases]) -> list[str]:
-    """Peak memory of their steps."""
-    return _sections(_of_kind(places, "step"), _memory)
-
-
-def elementwise(places: dict[str, Cases]) -> list[str]:
-    """Activations of every machine."""
-    return _sections(_of_kind(places, "elementwise"), _elementwise)
-
-
-TABLES: dict[str, Callable[[dict[str, Cases]], list[str]]] = {
-    "summary": summary,
-    "time": time,
-    "memory": memory,
-    "elementwise": elementwise,
-}
-
-
-def _sections(places: dict[str, Cases], body: Callable[[Cases], list[str]]) -> list[str]:
-    lines: list[str] = []
-    for where, cases in places.items():
-        lines += ["", f"{where}, {_versions(cases)}:", "", *body(cases)]
-    return lines[1:]
+    def lines(self, places: dict[str, Cases]) -> list[str]:
+        """A section for every machine that has such cases, with the machine above it."""
+        lines: list[str] = []
+        devices: set[str] = set()
+        for where, all_cases in places.items():
+            cases = {
+                case: rows
+                for case, rows in all_cases.items()
+                if OURS in rows and rows[OURS].kind == self.kind and not rows[OURS].axes
+            }
+            device = next((rows[OURS].device for rows in cases.values()), None)
+            if device is None or (self.latest and device in devices):
+                continue
+            devices.add(device)
+            lines += ["", f"{where}, {_versions(cases)}:", "", *self.body(cases)]
+        return lines[1:]
 
 
 def _versions(cases: Cases) -> str:
@@ -102,10 +80,6 @@ def _versions(cases: Cases) -> str:
     torch = " and ".join(dict.fromkeys(f"torch {record.torch}" for record in records))
     commits = list(dict.fromkeys(record.commit for record in records))
     return f"{torch}, commit{'s' if len(commits) > 1 else ''} {', '.join(commits)}"
-
-
-def _any(cases: Cases) -> Record:
-    return next(iter(next(iter(cases.values())).values()))
 
 
 def _columns(cases: Cases) -> list[str]:
@@ -162,7 +136,7 @@ def _elementwise(cases: Cases) -> list[str]:
                 f"{times}: **{ratio(ours.vs_eager)}**"
             )
     phases = list(dict.fromkeys(phase for cells in by_name.values() for phase in cells))
-    rows = [["eager / fastjac, ms", *(phase.removeprefix("act-") for phase in phases)]]
+    rows = [["eager / fastjac, ms", *phases]]
     for name, cells in by_name.items():
         rows.append([f"`{name}`", *(cells.get(phase, "–") for phase in phases)])
     return _table(rows)
@@ -173,7 +147,12 @@ def _table(rows: Sequence[Sequence[str]]) -> list[str]:
     return [lines[0], "|" + " --- |" * len(rows[0]), *lines[1:]]
 
 
-# ---- the files
+TABLES = {
+    "summary": Table("step", _times_and_memory, latest=True),
+    "time": Table("step", _times),
+    "memory": Table("step", _memory),
+    "elementwise": Table("elementwise", _elementwise),
+}
 
 
 def update(text: str, records: Iterable[Record]) -> str:
@@ -188,7 +167,7 @@ def update(text: str, records: Iterable[Record]) -> str:
         name = found[1]
         if name not in TABLES:
             raise ValueError(f"no table {name!r}; choose from {', '.join(TABLES)}")
-        lines = TABLES[name](places) or ["Nothing was measured yet."]
+        lines = TABLES[name].lines(places) or ["Nothing was measured yet."]
         return "\n".join([f"<!-- bench: {name} -->", *lines, "<!-- bench: end -->"])
 
     page, count = re.subn(

@@ -1,4 +1,4 @@
-"""Networks and data of the benchmark cases.
+"""What a benchmark case computes on: a network and a batch, or the buffers of an op.
 
 A problem is built in the dtype of the run; its truth is computed from the same numbers widened to
 float64, so that rounding of the inputs is never counted as an error of a contestant.
@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from itertools import pairwise
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from fastjac.activations import TABLE
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -29,9 +29,9 @@ class StepProblem:
         x: input, ``[N, ...]``.
         target: class indices ``[N]``, or float labels ``[N]`` for a network with one output.
         loss: mean task loss of ``(output, target)``.
-        penalty: key of :data:`fastjac.bench.idioms.INPUT_JACOBIAN`, or ``"dreg"``.
-        projection: explicit cotangents ``w``, ``[K, N, m]``, so that every contestant projects on
-            the same numbers; None for penalties that draw nothing.
+        penalty: key of :data:`fastjac.bench.idioms.IDIOMS`.
+        projection: explicit cotangents ``w``, ``[K, N, m]``, so that every contestant of a penalty
+            that draws them projects on the same numbers.
         weight: factor of the penalty. The runner sets it so that penalty and loss have gradients
             of like norm: with a small weight a wrong second-order term would hide under the
             tolerance of the gate.
@@ -42,7 +42,7 @@ class StepProblem:
     target: Tensor
     loss: Loss
     penalty: str
-    projection: Tensor | None = None
+    projection: Tensor
     weight: float = 1.0
 
     def double(self) -> StepProblem:
@@ -56,120 +56,55 @@ class StepProblem:
             model=copy.deepcopy(self.model).double(),
             x=widen(self.x),
             target=widen(self.target),
-            projection=None if self.projection is None else widen(self.projection),
+            projection=self.projection.double(),
         )
 
 
-@dataclass
-class ElementwiseProblem:
-    """One activation in one phase, on buffers that are used in turn.
+#: phase of an op -> tensors that it must read or write, whatever the implementation
+PHASES = {"forward": 2, "backward": 3, "double": 5}
 
-    ``forward`` is ``phi(z)``, ``backward`` is ``phi'(z) g``, ``double`` maps a cotangent ``u`` of
-    ``phi'(z) g`` to ``(phi''(z) g u, phi'(z) u)``.
+
+@dataclass
+class OpProblem:
+    """A fused op on one activation in one phase, on buffers that are used in turn.
+
+    ``forward`` computes the outputs from ``z``; ``backward`` the gradient with respect to ``z``
+    from the cotangents of the outputs; ``double`` maps a cotangent ``u`` of ``φ'(z) g`` to
+    ``(φ''(z) g u, φ'(z) u)``.
 
     Attributes:
+        op: key of :data:`fastjac.bench.phases.OPS`.
         fn: name in ``fastjac.activations.TABLE``.
-        phi: torch's own function.
-        phase: ``"forward"``, ``"backward"`` or ``"double"``.
+        phase: key of :data:`PHASES`.
         z, g, u: one tensor per buffer. With one buffer only the cache would be measured.
+        q: cotangent of the statistic, for an op that has one.
     """
 
+    op: str
     fn: str
-    phi: Callable[[Tensor], Tensor]
     phase: str
     z: list[Tensor]
     g: list[Tensor]
     u: list[Tensor]
-    #: tensors that the phase must read or write, whatever the implementation
-    accesses: int = field(init=False)
+    q: Tensor
 
-    def __post_init__(self) -> None:
-        self.accesses = {"forward": 2, "backward": 3, "double": 5}[self.phase]
+    @property
+    def phi(self) -> Callable[[Tensor], Tensor]:
+        """torch's own function."""
+        return TABLE[self.fn].torch_function()
 
     @property
     def bytes_moved(self) -> int:
         """Bytes that one call must read and write."""
-        return self.accesses * self.z[0].numel() * self.z[0].element_size()
+        return PHASES[self.phase] * self.z[0].numel() * self.z[0].element_size()
 
-    def double(self) -> ElementwiseProblem:
+    def double(self) -> OpProblem:
         """The first buffer in float64: the gate looks at one call."""
-        return ElementwiseProblem(
-            self.fn, self.phi, self.phase, *([t[0].double()] for t in (self.z, self.g, self.u))
-        )
+        z, g, u = ([column[0].double()] for column in (self.z, self.g, self.u))
+        return replace(self, z=z, g=g, u=u, q=self.q.double())
 
 
-Problem = StepProblem | ElementwiseProblem
-
-
-def mlp(sizes: Sequence[int], activation: type[nn.Module] = nn.GELU) -> nn.Sequential:
-    """Linear layers of the given sizes, an activation between each two."""
-    layers: list[nn.Module] = []
-    for fan_in, fan_out in pairwise(sizes):
-        layers += [nn.Linear(fan_in, fan_out), activation()]
-    return nn.Sequential(*layers[:-1])
-
-
-def lenet() -> nn.Sequential:
-    """LeNet-5 of the 2017 gradient-regularization paper for ``[N, 1, 28, 28]``: 61706 parameters.
-
-    Max pooling and ReLU. Its dropout is left out: the gate compares gradients, so the network must
-    be deterministic.
-    """
-    return nn.Sequential(
-        *(nn.Conv2d(1, 6, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2)),
-        *(nn.Conv2d(6, 16, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten()),
-        *(nn.Linear(400, 120), nn.ReLU(), nn.Linear(120, 84), nn.ReLU(), nn.Linear(84, 10)),
-    )
-
-
-class ResidualBlock(nn.Module):
-    """conv - BatchNorm - activation - conv - BatchNorm, plus the shortcut, then the activation."""
-
-    def __init__(self, channels_in: int, channels: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(channels_in, channels, 3, stride, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(channels)
-        self.act1 = nn.GELU()
-        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(channels)
-        self.act2 = nn.GELU()
-        self.shortcut = (
-            nn.Identity()
-            if stride == 1 and channels_in == channels
-            else nn.Conv2d(channels_in, channels, 1, stride, bias=False)
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        a = self.act1(self.bn1(self.conv1(x)))
-        return self.act2(self.bn2(self.conv2(a)) + self.shortcut(x))
-
-
-def small_resnet(channels: tuple[int, int, int] = (16, 32, 64)) -> nn.Sequential:
-    """Eight-layer CIFAR ResNet for ``[N, 3, 32, 32]``, BatchNorm and GELU."""
-    a, b, c = channels
-    return nn.Sequential(
-        *(nn.Conv2d(3, a, 3, padding=1, bias=False), nn.BatchNorm2d(a), nn.GELU()),
-        *(ResidualBlock(a, a, 1), ResidualBlock(a, b, 2), ResidualBlock(b, c, 2)),
-        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(c, 10)),
-    )
-
-
-class TransformerClassifier(nn.Module):
-    """Pre-norm encoder with GELU for ``[N, T, d]``, mean over the sequence, linear head.
-
-    No dropout: the gate compares gradients, so the network must be deterministic.
-    """
-
-    def __init__(self, d: int = 256, heads: int = 4, hidden: int = 1024, layers: int = 4) -> None:
-        super().__init__()
-        layer = nn.TransformerEncoderLayer(
-            *(d, heads, hidden), dropout=0.0, activation="gelu", batch_first=True, norm_first=True
-        )
-        self.encoder = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
-        self.head = nn.Linear(d, 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.encoder(x).mean(dim=1))
+Problem = StepProblem | OpProblem
 
 
 def binary_cross_entropy(output: Tensor, target: Tensor) -> Tensor:
@@ -203,7 +138,7 @@ def step_problem(
         device, dtype: where and in what the step runs.
         outputs: ``m``; with 1 the labels are floats, 0 or 1.
         kinks: the network is only piecewise smooth; see :func:`away_from_kinks`.
-        n_proj: K of SpectReg.
+        n_proj: K of a penalty that projects.
         loss: None is cross entropy, logistic for one output.
     """
     with torch.random.fork_rng(devices=[]):
@@ -214,16 +149,14 @@ def step_problem(
         if kinks:
             x = away_from_kinks(model, x, batch)
         target = torch.randint(max(outputs, 2), (batch,))
-        projection = (
-            torch.randn(n_proj, batch, outputs) / outputs**0.5 if penalty == "spectreg" else None
-        )
+        projection = torch.randn(n_proj, batch, outputs) / outputs**0.5
     return StepProblem(
         model.to(device, dtype),
         x.to(device, dtype),
         target.to(device, dtype) if outputs == 1 else target.to(device),
         loss or (binary_cross_entropy if outputs == 1 else F.cross_entropy),
         penalty,
-        None if projection is None else projection.to(device, dtype),
+        projection.to(device, dtype),
     )
 
 
@@ -253,46 +186,35 @@ def away_from_kinks(model: nn.Module, candidates: Tensor, n: int) -> Tensor:
     return candidates[keep.sort().values]
 
 
-def elementwise_problem(
+def op_problem(
+    op: str,
     fn: str,
-    phi: Callable[[Tensor], Tensor],
     phase: str,
     *,
     device: torch.device,
     dtype: torch.dtype,
-    shape: Sequence[int] = (4096, 1024),
-) -> ElementwiseProblem:
-    """Gaussian buffers (standard deviation 2, so that the tails of ``phi`` take part)."""
-    inputs = {"forward": 1, "backward": 2, "double": 3}[phase]
-    z, g, u = _buffers(inputs, device, dtype, tuple(shape))
-    return ElementwiseProblem(fn, phi, phase, z, g, u)
+    shape: tuple[int, int] = (4096, 1024),
+    buffers: int = 256 << 20,
+) -> OpProblem:
+    """Gaussian data (standard deviation 2, so that the tails of ``φ`` take part).
+
+    The buffers together have ``buffers`` bytes, more than a cache holds, but there are at least
+    three. ``q`` is such that the two terms of the gradient with respect to ``z`` are of like size.
+    """
+    z, g, u = _buffers([*PHASES].index(phase) + 1, device, dtype, shape, buffers)
+    q = torch.randn(shape[1], generator=torch.Generator().manual_seed(1)) * shape[0] ** 0.5
+    return OpProblem(op, fn, phase, z, g, u, q.to(device))
 
 
 @functools.lru_cache(maxsize=1)  # consecutive cases share their inputs; nobody writes to them
 def _buffers(
-    inputs: int, device: torch.device, dtype: torch.dtype, shape: tuple[int, ...]
+    inputs: int, device: torch.device, dtype: torch.dtype, shape: tuple[int, ...], buffers: int
 ) -> tuple[list[Tensor], ...]:
     generator = torch.Generator().manual_seed(0)
     first = [(2 * torch.randn(*shape, generator=generator)).to(device, dtype) for _ in range(3)]
-    # twice the cache, within reason: a virtual machine may report the cache of the whole host
-    wanted = min(2 * last_level_cache(device), 256 << 20)
-    n = max(3, -(-wanted // (inputs * first[0].numel() * dtype.itemsize)))
+    n = max(3, -(-buffers // (inputs * first[0].numel() * dtype.itemsize)))
     return tuple(
         # a phase that does not read g or u still carries one of each, for a uniform interface
         [values, *(values.clone() for _ in range(n - 1 if k < inputs else 0))]
         for k, values in enumerate(first)
     )
-
-
-def last_level_cache(device: torch.device) -> int:
-    """Bytes of the largest cache of the device (32 MiB where the system does not tell)."""
-    if device.type == "cuda":
-        return int(torch.cuda.get_device_properties(device).L2_cache_size)
-    return max(_cpu_cache_sizes(), default=32 << 20)
-
-
-def _cpu_cache_sizes() -> Iterator[int]:
-    for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
-        text = file.read_text().strip()
-        if text.endswith("K") and text[:-1].isdigit():
-            yield int(text[:-1]) << 10

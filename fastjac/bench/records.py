@@ -8,14 +8,13 @@ import json
 import math
 import subprocess
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import fastjac
-from fastjac.cli.info import cpu_name
 
 
 @dataclass
@@ -48,6 +47,7 @@ class Record:
         impl: the implementation of the fused ops that a fastjac contestant ran; ``fastjac`` alone
             takes what ``impl="auto"`` chooses.
         engine: what ran a fastjac penalty on the input Jacobian.
+        kernels: how many kernels one step launches; on a GPU only.
         axes: of a scaling case, see `Case`.
         message: what went wrong.
         torch, triton, fastjac, machine, commit: versions and processor or GPU name.
@@ -82,6 +82,7 @@ class Record:
     gflop: float | None = None
     gemm_gflops: float | None = None
     pct_gemm: float | None = None
+    kernels: int | None = None
     impl: str = ""
     engine: str = ""
     axes: str = ""
@@ -94,14 +95,7 @@ class Record:
 
 
 COLUMNS = tuple(field.name for field in fields(Record))
-#: columns that files of earlier versions do not have
-_LATER = ("ratio", "ratio_se", "gflop", "gemm_gflops", "pct_gemm", "engine", "axes")
-_INTEGERS = ("threads", "n_rounds")
-_TEXTS = (
-    *("case", "penalty", "kind", "suite", "activation", "phase", "contestant", "status"),
-    *("device", "dtype", "impl", "engine", "axes", "message"),
-    *("torch", "triton", "fastjac", "machine", "commit"),
-)
+_REQUIRED = {field.name for field in fields(Record) if field.default is MISSING}
 
 
 def to_json(records: Iterable[Record]) -> str:
@@ -121,7 +115,7 @@ def check_csv(path: Path) -> bool:
         ValueError: the file has other columns.
     """
     header = _header(path)
-    if header and not _readable(header):
+    if header and not _REQUIRED <= {*header} <= {*COLUMNS}:
         raise ValueError(f"{path} has other columns than this version writes; name a new file")
     return not header
 
@@ -129,11 +123,13 @@ def check_csv(path: Path) -> bool:
 def append_csv(records: Sequence[Record], path: Path) -> None:
     """Add the records to a CSV file, which is made with a header line if it is not there.
 
-    A file of an earlier version is rewritten with the columns of this one, its rows as they were.
+    A file that lacks columns of this version is rewritten with all of them, its rows as they were.
     """
     new = check_csv(path)
     if not new and _header(path) != COLUMNS:
-        _widen(path)
+        aside = path.with_name(path.name + ".new")
+        append_csv(load(path), aside)
+        aside.replace(path)  # in one step: the records of months are in there
     with path.open("a", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)
         if new:
@@ -146,23 +142,6 @@ def _header(path: Path) -> tuple[str, ...]:
         return ()
     with path.open(newline="") as file:
         return tuple(next(csv.reader(file)))
-
-
-def _readable(header: Sequence[str]) -> bool:
-    """Of this version or an earlier one."""
-    missing = set(COLUMNS) - set(header)
-    return len(header) + len(missing) == len(COLUMNS) and missing <= set(_LATER)
-
-
-def _widen(path: Path) -> None:
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    aside = path.with_name(path.name + ".new")
-    with aside.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
-    aside.replace(path)  # in one step: the records of months are in there
 
 
 def load(path: Path) -> list[Record]:
@@ -183,15 +162,15 @@ def load(path: Path) -> list[Record]:
 
 
 def _parse(row: dict[str, Any]) -> Record:
+    """A row whose values may be text. Columns that it lacks are as in a record by default."""
     values: dict[str, Any] = {}
-    for key in COLUMNS:
-        value: Any = row.get(key) if key in _LATER else row[key]
-        if key in _TEXTS:
-            values[key] = value or ""
-        elif key in _INTEGERS:
-            values[key] = int(value)
-        else:
-            values[key] = None if value in (None, "") else float(value)
+    for field in fields(Record):
+        value = row[field.name] if field.name in _REQUIRED else row.get(field.name)
+        kind = str(field.type).removesuffix(" | None")
+        if value not in (None, ""):
+            values[field.name] = {"str": str, "int": int, "float": float}[kind](value)
+        elif kind == "str":
+            values[field.name] = ""
     return Record(**values)
 
 
@@ -204,12 +183,12 @@ def versions(device_type: str) -> dict[str, Any]:
         triton_version = ""
     else:
         triton_version = triton.__version__
-    name = torch.cuda.get_device_name() if device_type == "cuda" else cpu_name()
+    processor = fastjac.info.collect()["machine"]["processor"]
     return {
         "torch": torch.__version__,
         "triton": triton_version,
         "fastjac": fastjac.__version__,
-        "machine": name,
+        "machine": torch.cuda.get_device_name() if device_type == "cuda" else processor,
         "commit": commit(),
     }
 

@@ -57,44 +57,38 @@ def render(records: Sequence[Record], console: Console) -> None:
         )
 
 
-#: columns of a table: heading -> cell; the ones in WIDE are dropped on a narrow terminal
-Column = Callable[[Record], Text]
+def _percent(value: float | None) -> Text:
+    return Text("" if value is None else f"{value:.0f}%")
+
+
+#: heading -> cell; a column without a value in any row is left out
+COLUMNS: dict[str, Callable[[Record], Text]] = {
+    "ms": lambda r: Text(number(r.median_ms), style="bold"),
+    "p20 - p80": lambda r: Text(
+        f"{number(r.p20_ms)} - {number(r.p80_ms)}" if r.p80_ms else "", style="dim"
+    ),
+    "× plain": lambda r: Text(ratio(r.overhead) if r.kind == "step" else ""),
+    "% GEMM": lambda r: _percent(r.pct_gemm),
+    "GB/s": lambda r: Text(number(r.gbps)),
+    "% copy": lambda r: _percent(r.pct_copy),
+    "vs eager": lambda r: _versus(r.vs_eager),
+    "peak MB": lambda r: Text(number(r.peak_mb)),
+    "kernels": lambda r: Text("" if r.kernels is None else str(r.kernels)),
+    "rel err": lambda r: Text(f"{r.rel_err:.1e}" if r.rel_err is not None else "", style="dim"),
+    "compile s": lambda r: Text("" if r.compile_s is None else f"{r.compile_s:.1f}"),
+}
+#: columns that are left out on a terminal narrower than WIDE_FROM
 WIDE = ("p20 - p80", "% GEMM", "rel err", "compile s")
 WIDE_FROM = 108
 
 
-def _columns(kind: str) -> dict[str, Column]:
-    time: dict[str, Column] = {
-        "ms": lambda r: Text(number(r.median_ms), style="bold"),
-        "p20 - p80": lambda r: Text(f"{number(r.p20_ms)} - {number(r.p80_ms)}", style="dim"),
-    }
-    end: dict[str, Column] = {
-        "vs eager": lambda r: _versus(r.vs_eager),
-        "peak MB": lambda r: Text(number(r.peak_mb)),
-        "rel err": lambda r: Text(f"{r.rel_err:.1e}" if r.rel_err is not None else "", style="dim"),
-    }
-    if kind == "step":
-        return {
-            **time,
-            "× plain": lambda r: Text(ratio(r.overhead)),
-            "% GEMM": lambda r: Text("" if r.pct_gemm is None else f"{r.pct_gemm:.0f}%"),
-            **end,
-            "compile s": lambda r: Text("" if r.compile_s is None else f"{r.compile_s:.1f}"),
-        }
-    return {
-        **time,
-        "GB/s": lambda r: Text(number(r.gbps)),
-        "% copy": lambda r: Text("" if r.pct_copy is None else f"{r.pct_copy:.0f}%"),
-        **end,
-    }
-
-
 def _table(kind: str, records: Sequence[Record], console: Console) -> Table:
-    table = _empty_table(TITLES[kind])
-    table.add_column("contestant", no_wrap=True)
-    columns = _columns(kind)
-    if console.width < WIDE_FROM:
-        columns = {heading: cell for heading, cell in columns.items() if heading not in WIDE}
+    table = empty_table(TITLES[kind], "contestant")
+    columns = {
+        heading: cell
+        for heading, cell in COLUMNS.items()
+        if (console.width >= WIDE_FROM or heading not in WIDE) and any(map(cell, records))
+    }
     for heading in columns:
         table.add_column(heading, justify="right", no_wrap=True)
     for case in dict.fromkeys(record.case for record in records):
@@ -109,9 +103,11 @@ def _table(kind: str, records: Sequence[Record], console: Console) -> Table:
     return table
 
 
-def _empty_table(title: str) -> Table:
+def empty_table(title: str, *names: str) -> Table:
+    """A table with a column for the case, and further ones for text."""
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
-    table.add_column("case", no_wrap=True)
+    for name in ("case", *names):
+        table.add_column(name, no_wrap=True)
     return table
 
 
@@ -165,7 +161,7 @@ def render_list(
     for suite, what in SUITES.items():
         suites.add_row(suite, what)
     console.print(suites)
-    table = _empty_table("Cases")
+    table = empty_table("Cases")
     table.add_column("suites", overflow="fold")
     table.add_column("contestants", overflow="fold")
     cases = list(cases)
@@ -184,7 +180,7 @@ def render_list(
 
 
 class ProgressBar:
-    """A :class:`fastjac.bench.runner.Watcher` that draws a bar with an estimate of the rest."""
+    """Told how far a run has come, draws a bar with an estimate of the rest."""
 
     def __init__(
         self,
@@ -197,7 +193,6 @@ class ProgressBar:
             case.name: expected_seconds(contestants_of(case, contestants, options), options)
             for case in cases
         }
-        self._begun = 0
         self.progress = Progress(
             SpinnerColumn(),
             TextColumn("{task.fields[position]}", style="bold"),
@@ -218,19 +213,14 @@ class ProgressBar:
     def __exit__(self, *_: object) -> None:
         self.progress.stop()
 
-    def started(self, case: Case, contestants: Sequence[Contestant]) -> None:
-        """Name the case."""
-        self._begun += 1
-        position = f"{self._begun}/{len(self._expected)} {case.name}"
-        self.progress.update(self._task, position=position)
-
-    def stage(self, text: str) -> None:
-        """Name the stage."""
-        self.progress.update(self._task, description=text)
-
-    def finished(self, case: Case) -> None:
-        """Advance by what the case was expected to take."""
-        self.progress.advance(self._task, self._expected[case.name])
+    def __call__(self, case: Case, doing: str) -> None:
+        """Show the case and what is being done; "" says that the case is finished."""
+        if not doing:
+            self.progress.advance(self._task, self._expected[case.name])
+            return
+        number = [*self._expected].index(case.name) + 1
+        position = f"{number}/{len(self._expected)} {case.name}"
+        self.progress.update(self._task, position=position, description=doing)
 
 
 class _Remaining(ProgressColumn):

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import copy
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import fastjac
-from fastjac.bench import idioms
+from fastjac.bench.idioms import IDIOMS, InputJacobian, LayerWise
 from fastjac.bench.problems import StepProblem
 
 
@@ -55,29 +53,56 @@ def training_step(model: nn.Module, objective: Callable[[], Tensor]) -> Prepared
     return Prepared(step, gradients, release)
 
 
-def plain_step(problem: StepProblem) -> Prepared:
+def plain(problem: StepProblem) -> Prepared:
     """Forward, loss, backward."""
     model = copy.deepcopy(problem.model)
     return training_step(model, lambda: problem.loss(model(problem.x), problem.target))
 
 
-def eager_step(problem: StepProblem) -> Prepared:
-    """See :func:`fastjac.bench.idioms.eager_objective`."""
+def eager(problem: StepProblem) -> Prepared:
+    """Today's torch idiom: ``autograd.grad(create_graph=True)``, or hooks on the layers."""
     model = copy.deepcopy(problem.model)
-    return training_step(model, idioms.eager_objective(problem, model))
+    return _penalised(problem, model, IDIOMS[problem.penalty].eager(problem, model))
 
 
-def jacobian_reg_step(problem: StepProblem) -> Prepared:
-    """See :func:`fastjac.bench.idioms.jacobian_reg_objective`."""
+def jacobian_reg(problem: StepProblem) -> Prepared:
+    """See :meth:`fastjac.bench.idioms.InputJacobian.by_jacobian_reg`."""
     model = copy.deepcopy(problem.model)
-    return training_step(model, functools.partial(idioms.jacobian_reg_objective, problem, model))
+    idiom = IDIOMS[problem.penalty]
+    assert isinstance(idiom, InputJacobian)
+    return _penalised(problem, model, lambda: idiom.by_jacobian_reg(problem, model))
 
 
-def compiled_step(problem: StepProblem, backend: str = "inductor") -> Prepared:
-    """``torch.compile(torch.func.grad(objective))``, its results stored as ``.grad``."""
+def _penalised(
+    problem: StepProblem, model: nn.Module, forward: Callable[[], tuple[Tensor, Tensor]]
+) -> Prepared:
+    def objective() -> Tensor:
+        output, value = forward()
+        return problem.loss(output, problem.target) + problem.weight * value
+
+    return training_step(model, objective)
+
+
+def compiled(problem: StepProblem, backend: str = "inductor") -> Prepared:
+    """``torch.compile(torch.func.grad(objective))``, its results stored as ``.grad``.
+
+    BatchNorm's running statistics are taken out of the model: torch.func refuses to update them
+    inside a transform. The outputs in training mode do not depend on them.
+    """
     model = copy.deepcopy(problem.model)
-    objective = idioms.functional_objective(problem, model)
-    compiled = torch.compile(torch.func.grad(objective), fullgraph=True, backend=backend)
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.running_mean = module.running_var = module.num_batches_tracked = None
+    forward = IDIOMS[problem.penalty].functional(model)
+    loss, weight = problem.loss, problem.weight
+
+    def objective(
+        values: dict[str, Tensor], x: Tensor, target: Tensor, projection: Tensor
+    ) -> Tensor:
+        output, value = forward(values, x, target, projection)
+        return loss(output, target) + weight * value
+
+    grad = torch.compile(torch.func.grad(objective), fullgraph=True, backend=backend)
     parameters = dict(model.named_parameters())
     values = {name: parameter.detach() for name, parameter in parameters.items()}
 
@@ -87,7 +112,7 @@ def compiled_step(problem: StepProblem, backend: str = "inductor") -> Prepared:
 
     def step() -> None:
         release()
-        grads = compiled(values, problem.x, problem.target, problem.projection)
+        grads = grad(values, problem.x, problem.target, problem.projection)
         for name, parameter in parameters.items():
             parameter.grad = grads[name]
 
@@ -98,33 +123,30 @@ def compiled_step(problem: StepProblem, backend: str = "inductor") -> Prepared:
     return Prepared(step, gradients, release)
 
 
-def fastjac_penalty(problem: StepProblem) -> tuple[Any, dict[str, Tensor | None]]:
-    """The public penalty of a problem, and what its call takes beside model and input."""
-    weight = problem.weight
-    if problem.penalty == "spectreg":
-        return fastjac.SpectReg(weight=weight), {"projection": problem.projection}
-    if problem.penalty == "datagrad":
-        return fastjac.DataGrad(weight=weight), {"target": problem.target}
-    made: dict[str, Callable[..., nn.Module]] = {
-        "frobreg": fastjac.FrobReg,
-        "jacreg": fastjac.JacReg,
-        "gradient-penalty": fastjac.GradientPenalty,
-    }
-    return made[problem.penalty](weight=weight), {}
+def ours(problem: StepProblem, impl: str = "auto", engine: str = "auto") -> Prepared:
+    """The public penalty, as its documentation calls it, then loss plus value, backward.
 
-
-def fastjac_step(problem: StepProblem, impl: str = "auto", engine: str = "auto") -> Prepared:
-    """``output, value = penalty(model, x)``, loss plus value, backward.
-
-    The model is a fused one, but for the compiled engine: torch.compile fuses activations itself.
+    A penalty on the input Jacobian gets a fused model, but for the compiled engine: torch.compile
+    fuses activations itself. A layer-wise penalty computes the activations of the layers that it
+    counts, so only a named ``impl`` needs ``fuse``, which hands it on.
     """
-    if problem.penalty == "dreg":
-        return attached_step(problem, impl)
+    idiom = IDIOMS[problem.penalty]
+    made = getattr(fastjac, idiom.ours)
     model = copy.deepcopy(problem.model)
+    if isinstance(idiom, LayerWise):
+        if impl != "auto":
+            model = fastjac.fuse(model, impl=impl)
+        penalty = made(model, weight=problem.weight)
+
+        def attached() -> Tensor:
+            return problem.loss(model(problem.x), problem.target) + penalty()
+
+        return replace(training_step(model, attached), close=penalty.detach)
     if engine != "compiled":
         model = fastjac.fuse(model, impl=impl)
-    penalty, named = fastjac_penalty(problem)
+    penalty = made(weight=problem.weight)
     penalty.engine = engine
+    named = {name: getattr(problem, name) for name in idiom.takes}
 
     def objective() -> Tensor:
         output, value = penalty(model, problem.x, **named)
@@ -132,20 +154,3 @@ def fastjac_step(problem: StepProblem, impl: str = "auto", engine: str = "auto")
 
     ran = penalty.explain_engine(model, problem.x).splitlines()[0].removeprefix("engine: ")
     return replace(training_step(model, objective), engine=ran)
-
-
-def attached_step(problem: StepProblem, impl: str = "auto") -> Prepared:
-    """``DREG`` attached to the model, then ``loss(model(x), y) + penalty()``, backward.
-
-    The penalty computes the activations of the layers that it counts, so only a named ``impl``
-    needs ``fuse``, which hands it on.
-    """
-    model = copy.deepcopy(problem.model)
-    if impl != "auto":
-        model = fastjac.fuse(model, impl=impl)
-    penalty = fastjac.DREG(model, weight=problem.weight)
-
-    def objective() -> Tensor:
-        return problem.loss(model(problem.x), problem.target) + penalty()
-
-    return replace(training_step(model, objective), close=penalty.detach)

@@ -1,9 +1,8 @@
 """``fastjac check``: every op × implementation × dtype × device against the float64 reference.
 
 An op brings its examples (`fastjac.ops.dispatch.Op.examples`): inputs in float64 and a call. The
-inputs
-are rounded to the dtype under test, and the truth is ``impl="reference"`` in float64 on those
-rounded inputs, so that only the op's own error is measured.
+inputs are rounded to the dtype under test, and the truth is ``impl="reference"`` in float64 on
+those rounded inputs, so that only the op's own error is measured.
 
 The bound. An implementation computes in the compute dtype (float32 for the 16-bit types, else the
 dtype itself) and rounds once to the storage dtype. The longest expression of the activation table

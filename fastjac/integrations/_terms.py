@@ -58,7 +58,7 @@ class PenaltyTerm:
         kind = type(penalty).__name__
         self.attached = isinstance(penalty, LayerPenalty)
         if isinstance(penalty, LayerPenalty):
-            if penalty._watch is None:
+            if not penalty.attached:
                 raise ValueError(f"penalty is attached to no model: pass {kind}(model)")
             if module or at is not None or output is not None or targets is not None:
                 raise ValueError(

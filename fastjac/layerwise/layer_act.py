@@ -40,8 +40,8 @@ from fastjac.torch_private import below_autograd
 ConvOptions = tuple[Any, ...]
 
 
-class Layer(NamedTuple):
-    """What a layer's calls have in common."""
+class LayerActOptions(NamedTuple):
+    """The options of `layer_act`, the same for all calls of a layer."""
 
     conv: ConvOptions | None  # None: a Linear
     scale: float
@@ -62,8 +62,8 @@ def layer_act(
 ) -> tuple[Tensor, Tensor]:
     """``(a, v)`` or ``(a, s)``; autograd follows ``x, weight, bias``, and takes z as theirs.
 
-    ``layer`` is a `Layer`. Not for forward mode or ``torch.func``: the Function has no rules for
-    them and raises.
+    ``layer`` is a `LayerActOptions`. Not for forward mode or ``torch.func``: the Function has no
+    rules for them and raises.
     """
     return apply_layer_act(x, weight, bias, z, layer)
 

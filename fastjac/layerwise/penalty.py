@@ -10,15 +10,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 from typing_extensions import Unpack
 
 from fastjac import arguments, distributed
-from fastjac.layerwise.layers import Call, Phi
-from fastjac.layerwise.versions import check_unchanged
-from fastjac.layerwise.watch import Pass, Watch
+from fastjac.layerwise.passes import LayerStatistic, Pass
+from fastjac.layerwise.watch import Watch
 from fastjac.penalty import ModelPenalty, PenaltyOptions, call_model
 from fastjac.per_sample import attached_zeros
+from fastjac.torch_private import tree_leaves
 
 
 class LayerOptions(PenaltyOptions, total=False):
@@ -33,7 +32,7 @@ class Sum:
     count: int
 
 
-class LayerPenalty(ModelPenalty):
+class LayerPenalty(LayerStatistic, ModelPenalty):
     """Base of the penalties that look at the layers of a model while it runs.
 
     Two forms:
@@ -49,6 +48,9 @@ class LayerPenalty(ModelPenalty):
     After either, ``layers_found`` holds the names of the layers in the order they ran in the last
     pass, ``layers_left_out`` the others as ``(name, reason)``, and ``layer_values`` each layer's
     share of the value as ``(name, value)``, before ``weight`` and detached.
+
+    A penalty defines the methods of `LayerStatistic`: ``at_layer``, ``at_output`` and ``finish``.
+    A sum of the layers' statistics is a `sums.SumOverLayers`, which defines them.
     """
 
     needs_grad = False
@@ -79,29 +81,6 @@ class LayerPenalty(ModelPenalty):
         """For `layer_values`, of each layer ``(name, v, f)``: its share is ``f Σ v``."""
         # Past nn.Module's own __setattr__, 2 µs.
         vars(self)["_shares"] = [[(name, v.detach(), f) for name, v, f in shares]]
-
-    # ---- what a penalty defines
-
-    def on_layer(self, seen: Pass, call: Call, phi: Phi, a: Tensor | None) -> Tensor:
-        """Append a term to ``seen.terms``; returns ``φ(z)``, which is ``a`` where that is given."""
-        raise NotImplementedError
-
-    computes = False
-
-    def compute(self, module: nn.Module, x: Tensor) -> Tensor | None:
-        """Where ``computes``: the output of a plain Linear or convolution, None for torch's own."""
-        return None
-
-    def before_pass(self, seen: Pass) -> None:
-        """Called when an attached model is about to run."""
-
-    def output_term(self, seen: Pass, call: Call) -> None:
-        """Append the term of the output layer."""
-        raise NotImplementedError
-
-    def finish(self, seen: Pass, batch: int) -> Tensor | Sum:
-        """``R_n`` as ``[N]``, or its sum, from the terms of a pass."""
-        raise NotImplementedError
 
     # ---- called
 
@@ -139,43 +118,17 @@ class LayerPenalty(ModelPenalty):
         return output, self._finish(seen, output, len(x))
 
     def _finish(self, seen: Pass, output: Any, batch: int | None) -> Tensor | Sum:
-        for call, phi in seen.later:
-            self.on_layer(seen, call, phi, call.z)
-        batch = self._complete(seen, output, batch)
-        return self.finish(seen, batch)
-
-    def _complete(self, seen: Pass, output: Any, batch: int | None) -> int:
-        """The output layer, the names, and what is left out; returns the number of samples."""
         outputs = [output] if isinstance(output, Tensor) else tree_leaves(output)
-        left_out, ran = [], set()
-        for call in seen.calls:
-            ran.add(call.layer)
-            if call.used:
-                continue
-            if not any(call.z is t for t in outputs):
-                why = "its output, unchanged, was the input of no activation module"
-                if call.norm is not None:
-                    why = "the output of the norm after it was the input of no activation module"
-            elif self.include_output:
-                self.output_term(seen, call)
-                continue
-            else:
-                why = "output layer (include_output=False)"
-            left_out.append((call.name, why))
-        if len(ran) < len(seen.watch.linear):
-            modules, names = {layer.module for layer in ran}, seen.watch.names
-            missing = [m for m in seen.watch.linear if m not in modules]
-            left_out += [(names[m], "was not called") for m in missing]
-        found = [term.call for term in seen.terms]
+        left_out = seen.complete(self, outputs)
         # Past nn.Module's own __setattr__, 2 µs each.
         state = vars(self)
-        state["layers_found"] = [call.layer.name for call in found]
+        state["layers_found"] = [term.call.layer.name for term in seen.terms]
         state["layers_left_out"] = left_out
-        if self.include_output or not found:
-            self._check_found(seen, found, outputs)
-        return self._check_batch(found, batch)
+        if self.include_output or not seen.terms:
+            self._check_found(seen, outputs)
+        return self.finish(seen, seen.check_samples(batch))
 
-    def _check_found(self, seen: Pass, found: list[Call], outputs: list[Any]) -> None:
+    def _check_found(self, seen: Pass, outputs: list[Any]) -> None:
         if self.include_output:
             ends = [t for term in seen.terms for t in (term.call.z, term.post)]
             if not any(t is o for t in ends for o in outputs):
@@ -183,7 +136,7 @@ class LayerPenalty(ModelPenalty):
                     "include_output=True, and the output of the model is the output of no Linear "
                     "or convolution module and of no activation module after one"
                 )
-        if not found:
+        if not seen.terms:
             seen_ones = "; ".join(f"{name}: {why}" for name, why in self.layers_left_out)
             raise RuntimeError(
                 "model has no layer to penalise: a Linear or convolution module whose output goes "
@@ -192,19 +145,6 @@ class LayerPenalty(ModelPenalty):
                 "attribute fastjac_activation. Linear and convolution modules seen: "
                 f"{seen_ones or 'none at all'}"
             )
-
-    def _check_batch(self, found: list[Call], batch: int | None) -> int:
-        batch = (found[0].shape or found[0].z.shape)[0] if batch is None else batch
-        for call in found:
-            check_unchanged(call)
-            shape = call.shape if call.z is None else call.z.shape
-            fits = len(shape) >= 2 and (call.layer.linear or len(shape) == call.weight.dim())
-            if shape[0] != batch or not fits:
-                raise RuntimeError(
-                    f"layer {call.name}: its output has shape {tuple(shape)} and x has "
-                    f"batch size {batch}: dimension 0 must be the samples all through the model"
-                )
-        return batch
 
     def _reduce(self, values: Any) -> Tensor:
         if not isinstance(values, Sum):
@@ -223,8 +163,12 @@ class LayerPenalty(ModelPenalty):
         self._watch.install(attach=True)
         self._watch.finalizer = weakref.finalize(self, self._watch.remove)
 
+    @property
+    def attached(self) -> bool:
+        """Whether the penalty is attached to a model."""
+        return self._watch is not None
+
     def wanted(self) -> str:
-        """What the model's next forward pass is: ``"yes"``, ``"later"`` (`every`) or ``"no"``."""
         assert self._watch is not None
         if not (self._watch.model.training and torch.is_grad_enabled()):
             return "no"

@@ -1,39 +1,35 @@
 """Layer-wise penalties of weights that are not whole in this process.
 
-FSDP2 gathers a weight when its module's forward begins, frees it after, and gathers it again when
-the gradient of the module's output arrives. A penalty's own graph has no part in that, so its terms
-are computed while the module runs, and `tied` to the output of the activation: their backward waits
-for the gradient of that output, behind which the weights are back.
+FSDP2 gathers a weight when the forward of its module begins, frees it afterwards, and gathers it
+again when the gradient of the output of the module arrives. It does not do so for the graph of a
+penalty. Therefore the terms are computed while the module runs, and are `tied` to the output of the
+activation: their backward waits for the gradient of that output, when the weights are there again.
 
-Tensor parallel weights are DTensors. A term is ``Σ_c s_c r_c``: the row norms ``r`` of a weight
-that is sharded over its inputs are sums over the processes, and so are the ``s`` of an output that
-is sharded over positions, and the last sum where it is sharded over units. Each is placed as a
-DTensor, and torch reduces it, forward and backward.
+Tensor parallel weights are DTensors. A term is ``Σ_c s_c r_c``. The row norms ``r`` of a weight
+that is sharded over its inputs are sums over the processes. So are the ``s`` of an output that is
+sharded over positions, and the sum over c of an output that is sharded over units. Each is made a
+DTensor with its placement, and torch reduces it in the forward and in the backward.
 """
 
 from __future__ import annotations
 
-import sys
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastjac import torch_private
 from fastjac.distributed import active, is_dtensor
+from fastjac.layerwise.layers import LayerCall, Nonlinearity
 from fastjac.ops import row_sqnorm
 from fastjac.ops.dispatch import accumulate_dtype
-
-if TYPE_CHECKING:
-    from fastjac.layerwise.layers import Call, Phi
-
 
 # ---- FSDP2
 
 
 def sharding() -> bool:
     """Whether any module of this process is under ``fully_shard``."""
-    states = sys.modules.get("torch.distributed._composable_state")
-    return active() and states is not None and len(states._module_state_mapping) > 0
+    return active() and torch_private.any_module_is_sharded()
 
 
 def freed(weight: Tensor) -> bool:
@@ -42,8 +38,8 @@ def freed(weight: Tensor) -> bool:
     return weight.numel() > 0 and weight.untyped_storage().size() == 0
 
 
-def check_gathered(call: Call) -> None:
-    """The kernels would read memory that is not there."""
+def check_gathered(call: LayerCall) -> None:
+    """Raise if FSDP has freed the weight, which the kernels would read."""
     if freed(call.weight):
         raise RuntimeError(
             f"layer {call.name}: FSDP has freed its weight before the penalty could use it: apply "
@@ -53,8 +49,8 @@ def check_gathered(call: Call) -> None:
         )
 
 
-def tied(a: Tensor, value: Tensor, call: Call) -> tuple[Tensor, Tensor]:
-    """Both, their gradients going back together."""
+def tied(a: Tensor, value: Tensor, call: LayerCall) -> tuple[Tensor, Tensor]:
+    """Both, such that the backward of each waits for the gradients of both."""
     return _Tied.apply(a, value, call.weight, call.name)
 
 
@@ -79,7 +75,7 @@ class _Tied(torch.autograd.Function):
 # ---- tensor parallel
 
 
-def layout_of(call: Call) -> Any:
+def layout_of(call: LayerCall) -> Any:
     """The layout of a layer's output over the processes: of a DTensor, or of what it was."""
     if call.norm is not None:
         raise refused(call, "a norm follows it: put the norm elsewhere")
@@ -97,11 +93,11 @@ def layout_of(call: Call) -> Any:
     return spec
 
 
-def refused(call: Call, why: str) -> RuntimeError:
+def refused(call: LayerCall, why: str) -> RuntimeError:
     return RuntimeError(f"layer {call.name}: its weight is a DTensor (tensor parallel), and {why}")
 
 
-def units_squared(call: Call, phi: Phi) -> tuple[Any, Any]:
+def units_squared(call: LayerCall, phi: Nonlinearity) -> tuple[Any, Any]:
     """``s``, the sum over positions of ``φ'(z)²``: ``[N, C]``, and the shape of the whole z.
 
     Of the whole layer, as a DTensor.
@@ -137,7 +133,7 @@ def units_squared(call: Call, phi: Phi) -> tuple[Any, Any]:
     ), spec.shape
 
 
-def row_norms(call: Call, impl: str = "auto") -> Any:
+def row_norms(call: LayerCall, impl: str = "auto") -> Any:
     """``‖W[i, :]‖²`` of the whole rows, ``[C]``, as a DTensor without pending sums."""
     from torch.distributed.tensor import DTensor, Partial, Replicate
 

@@ -1,11 +1,11 @@
-"""Watches a model run and finds its layers: (Linear or convolution, perhaps a norm, activation).
+"""Watches a model while it runs: puts `forwards` into its modules, and takes them out again.
 
-While a model is watched, the ``forward`` of these modules (an attribute of the instance, gone when
-the watch ends) notes the tensor object it returned; an activation that is called with that very
-object belongs to it. Tensor identity is what counts, so a layer is found however the model's
-``forward`` is written, and a tensor that went through anything else in between (a view, an
-addition) is not taken for a pre-activation. The activation is then computed by the penalty, which
-gets its statistic from the same pass.
+A layer is a Linear or convolution module, perhaps a norm, and an activation. While a model is
+watched, the ``forward`` of these modules, an attribute of the instance, notes the tensor object
+that it returned. An activation that is called with that very object belongs to it. Since the
+identity of the tensor counts, a layer is found however the ``forward`` of the model is written, and
+a tensor that went through anything else in between (a view, an addition) is not taken for a
+pre-activation. The penalty then computes the activation, and its statistic in the same pass.
 
 Copies of a watched model (``deepcopy``, pickle) are not watched: their ``forward`` does what the
 class says.
@@ -24,116 +24,28 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from fastjac.distributed import is_dtensor
-from fastjac.functional import OBSERVERS
-from fastjac.layerwise.forwards import Forward, Held, Layer, Root, role_of
-from fastjac.layerwise.layers import CONVOLUTION, LINEAR, Call, Phi, saved_tensor_hooks
-from fastjac.layerwise.sharded import sharding
-from fastjac.layerwise.versions import check_unchanged, refuse_written
+from fastjac import torch_private
+from fastjac.distributed import is_dtensor, static_graph
+from fastjac.layerwise.forwards import (
+    Forward,
+    HeldFunction,
+    LayerForward,
+    ModelForward,
+    forward_of,
+)
+from fastjac.layerwise.layers import CONVOLUTION, LINEAR, Layer, Nonlinearity
+from fastjac.layerwise.passes import LayerStatistic, Pass
 from fastjac.nn import held_functions
-from fastjac.ops import act
-from fastjac.ops.act_stats import transformed
+from fastjac.observers import OBSERVERS, Recorded
 
 LOCK = RLock()
-"""Several threads may call penalties of one model: each links its forwards before the others'."""
-
-
-class Pass:
-    """What one run of the model showed."""
-
-    def __init__(self, watch: Watch, *, dry: bool = False) -> None:
-        self.watch = watch
-        self.computes = watch.owner().computes  # the output of plain layers
-        self.dry = dry  # a recomputation by checkpoint: the same operations, nothing is kept
-        self.compiling = torch.compiler.is_compiling()
-        self.grad = torch.is_grad_enabled()
-        self.transformed = transformed()
-        self.sharded = sharding()  # weights come and go
-        self.calls: list[Call] = []
-        self.terms: list[Any] = []
-        self.later: list[tuple[Call, Phi]] = []
-        self.whole: list[Layer] = []  # layers that the penalty took whole
-        self.taps: dict[Layer, Any] = {}  # layer: (its weight, the version), a view of it, its r
-        self.inside = 0  # of a module that is itself an activation
-        self.thread = 0 if self.compiling else get_ident()
-        self.task = -1
-
-    def find(self, z: Tensor) -> Call | None:
-        """The call whose output this is, unchanged: ``out += skip`` makes another tensor of it."""
-        if not self.inside:
-            for call in reversed(self.calls):
-                if self.compiling:
-                    if call.z is z:
-                        refuse_written(z, call.name)
-                        return call
-                elif call.is_output(z):
-                    return call if call.version == z._version else None
-        return None
-
-    def activate(self, call: Call, phi: Phi, a: Tensor | None) -> Tensor:
-        """``φ(z)`` (``a``, if somebody has computed it), with the penalty's term noted."""
-        self._check(call)
-        call.used = True
-        watch, original = self.watch, call.z
-        in_place = a is None and getattr(phi.module, "inplace", False)
-        if in_place:  # z is needed as it is now; the model gets it overwritten, as it expects
-            call.z = original.clone()
-            call.version = call.version if self.compiling else call.z._version
-        postponed = not watch.attached and saved_tensor_hooks()
-        if a is None and (phi.fn is None or postponed):
-            self.inside += 1
-            try:
-                a = phi.run(call.z.clone() if in_place else call.z)
-            finally:
-                self.inside -= 1
-            check_unchanged(call)  # a module that wrote to z would have its slope taken elsewhere
-        if postponed:
-            # A checkpoint's recomputation comes when nobody watches any more, and must do what
-            # the forward did: the term is computed after the model has run.
-            self.later.append((call, phi))
-            assert a is not None
-        elif self.compiling:
-            a = watch.owner().on_layer(self, call, phi, a)
-        else:
-            try:
-                a = watch.owner().on_layer(self, call, phi, a)
-            finally:  # a checkpoint stops its recomputation by an exception
-                call.release()
-        return original.copy_(a) if in_place else a
-
-    def spent(self) -> bool:
-        """Whether nothing can be differentiated through this pass any more."""
-        if self.transformed or any(c.weight._version != c.weight_version for c in self.calls):
-            return True
-        try:
-            for term in self.terms:
-                node = term.value.grad_fn if term.value is not None else term.s.grad_fn
-                # Raw: to unpack them would make a checkpoint recompute.
-                _ = getattr(node, "_raw_saved_tensors", None)
-        except RuntimeError:  # freed by a backward
-            return True
-        return False
-
-    def _check(self, call: Call) -> None:
-        # Under torch.func requires_grad says nothing.
-        needed = self.grad and not torch._C._are_functorch_transforms_active()
-        if needed and not call.z.requires_grad and call.weight.requires_grad:
-            raise RuntimeError(
-                f"layer {call.name}: its pre-activation was computed with gradients off (a "
-                "reentrant checkpoint, or torch.no_grad() in forward), so the penalty would lose "
-                "part of its gradient; use checkpoint(..., use_reentrant=False)"
-            )
-        if call.z.dim() < 2:
-            raise RuntimeError(
-                f"layer {call.name}: its output has shape {tuple(call.z.shape)}: dimension 0 must "
-                "be the samples all through the model; give x a batch dimension"
-            )
+"""Held while forwards are put in or taken out: several threads may call penalties of one model."""
 
 
 class Watch:
-    """Puts the watching ``forward``s into a model and takes them out again."""
+    """The forwards that watch a model for one penalty, and the passes of an attached model."""
 
-    def __init__(self, model: Any, owner: Any) -> None:
+    def __init__(self, model: Any, statistic: LayerStatistic) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(
                 f"model is {type(model).__name__}: layer-wise penalties look at submodules, so it "
@@ -141,54 +53,50 @@ class Watch:
             )
         self.model = model
         # Weak: a penalty that is thrown away must not live on in the model it was attached to.
-        self.owner: Callable[[], Any] = weakref.ref(owner)
+        self.statistic: Callable[[], LayerStatistic | None] = weakref.ref(statistic)
         self.attached = False
-        self.finalizer: Any = None  # removes this when the owner is thrown away
+        self.finalizer: Any = None  # removes this when the penalty is thrown away
         self.names = {module: name or "(model)" for name, module in model.named_modules()}
-        self.linear = [m for m in self.names if isinstance(m, LINEAR + CONVOLUTION)]
+        self.layers: dict[nn.Module, str] = {
+            m: name for m, name in self.names.items() if isinstance(m, LINEAR + CONVOLUTION)
+        }
         self.passes: list[tuple[Pass | None, Any]] = []  # with the output of the model
         self.current: Pass | None = None
         self.again: Pass | None = None  # of a recomputation by checkpoint
-        self.whole: list[Layer] = []  # the layers that the last pass took whole
+        self.whole: list[Layer] = []  # see `Pass`
         self.ddp: Any = None  # a DistributedDataParallel with a static graph, while it counts
         self.recompute = False
         self.called = 0  # call forms that are running
         self.cache: Any = None
-        self.phis: dict[Any, Phi] = {}
+        self.nonlinearities: dict[Any, Nonlinearity] = {}
         self.undo: list[Callable[[], None]] = []
 
+    # ---- the forwards
+
     def install(self, *, attach: bool) -> None:
-        """``attach``: each call of the model that is wanted is a pass, kept in ``passes``."""
+        """Put the forwards in. With ``attach``, each call of the model that counts adds a pass."""
         self.attached = attach
         with LOCK:
-            self._install(attach)
+            for module in self.names:
+                kind = forward_of(module)
+                if kind is not None:
+                    forward = self._override(kind, module)
+                    sharded = is_dtensor(module._parameters.get("weight"))
+                    if sharded and isinstance(forward, LayerForward):
+                        # Tensor parallel: the model goes on with what the hooks make of z.
+                        forward.layer.hooked = True
+                        self.undo.append(module.register_forward_hook(forward.hook).remove)
+                for name, value, fn in held_functions(module):
+                    setattr(module, name, HeldFunction(self, value, fn))
+                    self.undo.append(functools.partial(setattr, module, name, value))
+            if attach:
+                self._override(ModelForward, self.model)
 
-    def _install(self, attach: bool) -> None:
-        for module in self.names:
-            role = role_of(module)
-            if role is not None:
-                self._override(role, module)
-            if (
-                role is not None
-                and issubclass(role, Layer)
-                and is_dtensor(module._parameters.get("weight"))
-            ):
-                # Tensor parallel: what the model goes on with is what the hooks make of it.
-                forward = vars(module)["forward"]
-                forward.hooked = True
-                self.undo.append(module.register_forward_hook(forward.hook).remove)
-            for name, value, fn in held_functions(module):
-                held = Held(self, value, fn)
-                setattr(module, name, held)
-                self.undo.append(functools.partial(setattr, module, name, value))
-        if attach:
-            self._override(Root, self.model)
-
-    def _override(self, kind: type[Forward], module: nn.Module) -> None:
-        new = kind(self, module, vars(module).get("forward"))
-        new.name = self.names.get(module, "")
+    def _override(self, kind: type[Forward], module: nn.Module) -> Forward:
+        new = kind(self, module, vars(module).get("forward"), self.names[module])
         vars(module)["forward"] = new
         self.undo.append(new.remove)
+        return new
 
     def remove(self) -> None:
         with LOCK:
@@ -196,11 +104,42 @@ class Watch:
                 self.undo.pop()()
         self._forget_recomputation()
 
+    # ---- runs of the model
+
+    def model_called(self, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """The attached model is called: its run is a pass if the penalty wants one."""
+        if self.called:
+            return forward(*args, **kwargs)
+        for t in args:
+            if isinstance(t, Recorded):
+                t.refuse("a layer-wise penalty is attached to the model")
+        nested = self.current is not None and self.running() is not None
+        statistic = None if nested else self.statistic()
+        wanted = "no" if statistic is None else statistic.wanted()
+        if wanted == "no":
+            return forward(*args, **kwargs)
+        self.recompute = wanted == "yes"
+        if wanted == "later":
+            output = forward(*args, **kwargs)
+            self.passes = [(None, output)]
+            return output
+        self.forget_stale()
+        self.ddp = static_graph()
+        try:
+            seen = self.begin()
+            output = forward(*args, **kwargs)
+        finally:
+            self.end()
+        self.passes.append((seen, output))
+        if not seen.compiling:  # what changes from step to step would be compiled again
+            self.whole = seen.whole
+        return output
+
     @contextmanager
     def suspended(self) -> Iterator[None]:
-        """Runs of the model in here are the call form's, and no passes."""
+        """In this block the model is run by the call form, and its runs are not passes."""
         self.called += 1
-        self.recompute = False  # nor does a checkpoint's recomputation of them watch
+        self.recompute = False  # and a checkpoint that recomputes them is not watched
         try:
             yield
         finally:
@@ -212,8 +151,10 @@ class Watch:
             self.passes = [p for p in self.passes if p[0] is not None and not p[0].spent()]
 
     def begin(self) -> Pass:
-        """A pass: run the model, then `end` it, whatever happened."""
-        seen = Pass(self)
+        """Begin a pass. Run the model after it, then call `end`, also after an error."""
+        statistic = self.statistic()
+        assert statistic is not None
+        seen = self._pass(statistic)
         if not seen.compiling and torch.is_inference_mode_enabled():
             raise RuntimeError(
                 "inference mode is active: its tensors keep no track of in-place changes; use "
@@ -233,7 +174,8 @@ class Watch:
         self.current = seen
         OBSERVERS.append(self.observe)  # for this pass alone: torch.compile guards on the list
         if self.attached:
-            self.owner().before_pass(seen)
+            seen.whole_before = self.whole
+        statistic.before_pass(seen)
         return seen
 
     def end(self) -> None:
@@ -242,13 +184,18 @@ class Watch:
                 OBSERVERS.pop()
             else:  # other threads may have put theirs behind it
                 OBSERVERS.remove(self.observe)
+            self.current.statistic = None
             self.current = None
         if self.cache is not None:
             self.cache.__exit__(None, None, None)
             self.cache = None
 
+    def _pass(self, statistic: LayerStatistic, *, dry: bool = False) -> Pass:
+        known = self.nonlinearities
+        return Pass(statistic, self.layers, known, attached=self.attached, dry=dry)
+
     def running(self) -> Pass | None:
-        """The pass that is on, or the recomputation of one."""
+        """The pass that runs now, or the one that a checkpoint recomputes; None without either."""
         current = self.current
         if current is not None:
             if current.compiling or current.thread == get_ident():
@@ -259,23 +206,27 @@ class Watch:
                 "the model runs in two threads at once (DataParallel?), and the penalty attached "
                 "to it can follow one: use DistributedDataParallel, or detach() the penalty"
             )
-        if not self.recompute or torch.compiler.is_compiling() or self.owner() is None:
+        if not self.recompute or torch.compiler.is_compiling():
             return None
-        task = torch._C._current_graph_task_id()
+        statistic = self.statistic()
+        if statistic is None:
+            return None
+        task = torch_private.current_backward()
         if task == -1:
             return None
         if self.again is None or self.again.task != task:
             self._forget_recomputation()
-            self.again = Pass(self, dry=True)
+            # By proxy: a backward that raises leaves this pass, which must not keep the penalty.
+            self.again = self._pass(weakref.proxy(statistic), dry=True)
             self.again.task = task
+            statistic.before_pass(self.again)
             OBSERVERS.append(self.observe)
             # Runs when this backward is over, unless it raises.
-            engine = torch.autograd.Variable._execution_engine
-            engine.queue_callback(self._forget_recomputation)
+            torch_private.after_backward(self._forget_recomputation)
         return self.again
 
     def _forget_recomputation(self) -> None:
-        """After a backward; one that raised leaves it to whoever comes next."""
+        """Called after a backward; if that raised, when the next pass begins or the watch ends."""
         if self.again is not None:
             self.again = None
             while self.observe in OBSERVERS:
@@ -284,25 +235,12 @@ class Watch:
     def observe(
         self, z: Tensor, fn: str, impl: str, params: dict[str, Any], a: Tensor | None
     ) -> Tensor | None:
-        """For ``fastjac.gelu(z)`` and its like: ``φ(z)`` if z is a layer's output."""
+        """The observer of functions such as ``fastjac.gelu``: ``φ(z)`` if z is a layer's output."""
         current = self.current
         if current is not None and not current.compiling and current.thread != get_ident():
-            return a  # most likely of another model: this one's forwards say if it is not
+            return a  # of another model, most likely; if it is of this one, its forwards raise
         running = self.running()
         call = None if running is None else running.find(z)
         if running is None or call is None:
             return a
-        return running.activate(call, self.phi(fn, impl, params), a)
-
-    def phi(self, fn: str, impl: str, params: dict[str, Any]) -> Phi:
-        """The same object for the same activation."""
-        key = (fn, impl, *params.items())
-        if len(self.phis) > 64:  # a parameter that is another number in each step
-            self.phis.clear()
-        if key not in self.phis:
-
-            def run(z: Tensor) -> Tensor:
-                return act(z, fn=fn, impl=impl, **params)
-
-            self.phis[key] = Phi(run, None, fn, impl, dict(params))
-        return self.phis[key]
+        return running.activate(call, running.nonlinearity(fn, impl, params), a)

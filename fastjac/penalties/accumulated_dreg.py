@@ -11,35 +11,34 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from fastjac import arguments, distributed, reference
-from fastjac.layerwise.layers import Call, Phi, top_hooks
+from fastjac.layerwise.layers import LayerCall, Nonlinearity, written_to
+from fastjac.layerwise.passes import Pass, Term
 from fastjac.layerwise.penalty import LayerOptions, LayerPenalty
-from fastjac.layerwise.watch import Pass
 from fastjac.ops import act
 from fastjac.ops.dispatch import accumulate_dtype
 from fastjac.penalties.registry import PenaltySpec, pushed_example
 from fastjac.per_sample import measure
+from fastjac.torch_private import saved_tensor_hooks
 
 
-@dataclass
-class Pushed:
-    """The output of a layer's activation, with the tangent it carries."""
+@dataclass(slots=True)
+class Pushed(Term):
+    """The output of a layer's activation, which carries its tangent."""
 
-    call: Call
-    post: Tensor
-    version: int
+    version: int = 0  # of the output, when it was computed
 
 
 class AccumulatedDREG(LayerPenalty):
     """``R_n = Σ_l ‖J_ln ⋯ J_1n u_n‖²``, ``u ~ N(0, I)``, ``J_l`` the Jacobian of hidden layer l.
 
-    Unbiased for ``Σ_l ‖∂a_ln/∂x_n‖_F²``, the accumulated instead of the single layers' Jacobians
-    of DREG; ``a_l`` is the output of the activation. One forward pass with forward-mode autograd;
-    a layer's input and its tangent go through the weight together, as one batch.
-    A reading of the word "layer-wise" in the abstract of arXiv 2606.23942 beside an author who
-    accumulates forwards elsewhere, not a formula printed there.
+    An unbiased estimate of ``Σ_l ‖∂a_ln/∂x_n‖_F²``, where ``a_l`` is the output of the activation:
+    the accumulated Jacobians, where DREG has those of the single layers. It takes one forward pass
+    with forward-mode autograd; a layer's input and its tangent go through the weight together, as
+    one batch. This is a reading of the word "layer-wise" in the abstract of arXiv 2606.23942, whose
+    author accumulates forwards elsewhere; it is not a formula printed there.
 
-    The layers counted are those DREG finds; the tangent goes through everything in between as
-    well. ``layers_found`` and ``layers_left_out`` are as there.
+    The layers counted are those that DREG finds. The tangent goes through everything between them
+    as well. ``layers_found`` and ``layers_left_out`` are as in DREG.
 
     Arguments:
         model: an nn.Module of operations that have a forward-mode derivative (torch raises where
@@ -85,8 +84,8 @@ class AccumulatedDREG(LayerPenalty):
                 "torch.compile cannot trace: call it outside the compiled function"
             )
         u = self._draw(arguments.floating("x", x)) if tangent is None else self._given(tangent, x)
-        # Those of a checkpoint around this call, which recomputes all of it.
-        vars(self)["_hooks"] = top_hooks()
+        # The hooks of a checkpoint around this call, which recomputes all of it.
+        vars(self)["_hooks"] = saved_tensor_hooks()
         with forward_ad.dual_level():
             try:
                 dual, values = super().model_form(model, forward_ad.make_dual(x, u))
@@ -96,24 +95,23 @@ class AccumulatedDREG(LayerPenalty):
                     "graph of torch.compile: call it outside the compiled function). Torch said: "
                     f"{error}"
                 ) from error
-            finally:  # they hold the checkpoint's frame
+            finally:  # the hooks hold the frame of the checkpoint
                 vars(self)["_hooks"] = None
             return forward_ad.unpack_dual(dual).primal, values
 
-    computes = True
     needs_weights_afterwards = True  # FSDP's hooks cannot take tangents: run where they pass on
 
     def compute(self, module: Any, x: Tensor) -> Tensor | None:
         a, u = forward_ad.unpack_dual(x)
         if u is None or x.dim() < 2 or len(x) == 0:
             return None
-        if top_hooks() != self._hooks:
+        if saved_tensor_hooks() != self._hooks:
             raise RuntimeError(
                 "a part of the model runs in a checkpoint, which would recompute it without its "
                 "tangent: checkpoint the call of AccumulatedDREG as a whole, or nothing in it"
             )
-        # Torch would take the two products apart, and add two ∂W of different memory order:
-        # 784-4×512-10, batch 128, 2 cores, 30 against 14 ms a step.
+        # Torch would compute the two products separately, and add two ∂W of different memory
+        # order: 30 ms a step instead of 14 (784-4×512-10, batch 128, 2 cores).
         both, weight = torch.cat([a, u]), module.weight
         if isinstance(module, torch.nn.Linear):
             z, t = torch.nn.functional.linear(both, weight).split(len(a))
@@ -124,26 +122,23 @@ class AccumulatedDREG(LayerPenalty):
             z = z + module.bias.to(z.dtype).view(-1, *[1] * (weight.dim() - 2))
         return forward_ad.make_dual(z, t)
 
-    def on_layer(self, seen: Pass, call: Call, phi: Phi, a: Tensor | None) -> Tensor:
+    def at_layer(
+        self, seen: Pass, call: LayerCall, phi: Nonlinearity, a: Tensor | None
+    ) -> tuple[Tensor, Pushed]:
         if a is None:
             assert phi.fn is not None
             a = act(call.z, fn=phi.fn, impl=phi.impl, **phi.params)
-        if not seen.dry:
-            seen.terms.append(Pushed(call, a, a._version))
-        return a
+        return a, Pushed(call, a, version=a._version)
 
-    def output_term(self, seen: Pass, call: Call) -> None:
-        seen.terms.append(Pushed(call, call.z, call.version))
+    def at_output(self, seen: Pass, call: LayerCall) -> Pushed:
+        return Pushed(call, call.z, call.z, version=call.version)
 
     def finish(self, seen: Pass, batch: int) -> Tensor:
         values = []
         for term in seen.terms:
-            if term.post._version != term.version:
-                raise RuntimeError(
-                    f"layer {term.call.name}: its output or that of its activation was modified in "
-                    "place after it was computed; use the out-of-place operation"
-                )
-            tangent = forward_ad.unpack_dual(term.post).tangent
+            if term.result._version != term.version:
+                raise written_to(term.call.name)
+            tangent = forward_ad.unpack_dual(term.result).tangent
             if tangent is None:
                 raise RuntimeError(
                     f"layer {term.call.name} does not depend on x: see that the model does not "

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from torch import nn
 
 from fastjac import reference
+from fastjac.layerwise.statistics import Statistic
 from fastjac.penalties.dreg import DREG
 from fastjac.penalties.registry import PenaltySpec, layered_example
 
@@ -35,6 +35,8 @@ class Contractive(DREG):
         True
     """
 
+    not_selected = "not the first hidden layer"
+
     def __init__(
         self,
         model: nn.Module | None = None,
@@ -46,11 +48,8 @@ class Contractive(DREG):
     ) -> None:
         super().__init__(model, weight=weight, reduction=reduction, every=every)
 
-    def select(self, terms: list[Any]) -> list[Any]:
-        first, *others = terms
-        self.layers_found = [first.call.name]
-        self.layers_left_out += [(t.call.name, "not the first hidden layer") for t in others]
-        return [first]
+    def select(self, terms: list[Statistic]) -> list[Statistic]:
+        return terms[:1]
 
 
 class GuRigazio(DREG):

@@ -3,28 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from typing_extensions import Unpack
 
 from fastjac import arguments, reference
-from fastjac.layerwise.penalty import Sum
-from fastjac.layerwise.statistics import LayerStatistics, Term
-from fastjac.layerwise.watch import Pass
+from fastjac.layerwise.statistics import Statistic
+from fastjac.layerwise.sums import SumOverLayers
 from fastjac.penalties.registry import PenaltySpec, layered_example
 from fastjac.penalty import PenaltyOptions
 
 
-class DREG(LayerStatistics):
+class DREG(SumOverLayers):
     """Layer-wise Jacobian penalty: ``R_n = Σ_l Σ_i φ'(z_lni)² ‖W_l[i, :]‖²``.
 
-    That is ``Σ_l ‖diag φ'(z_ln) W_l‖_F²``, for each hidden layer ``a_l = φ(W_l a_{l-1} + b_l)`` the
-    squared norm of its own Jacobian. The abstract of arXiv 2606.23942, all that is public, gives
-    the idea: a layer-wise Jacobian penalty, strongest where the activation derivative is largest.
-    This is a reading of it, not a formula printed there: it assumes squared Frobenius norms,
-    summed over units, layers and positions, of hidden layers alone. The options change each.
+    That is ``Σ_l ‖diag φ'(z_ln) W_l‖_F²``: the squared norm of the Jacobian of each hidden layer
+    ``a_l = φ(W_l a_{l-1} + b_l)``, summed over the layers. Only the abstract of arXiv 2606.23942 is
+    public. It gives the idea: a layer-wise Jacobian penalty, strongest where the derivative of the
+    activation is largest. The formula is a reading of it and is not printed there. It assumes
+    squared Frobenius norms, summed over units, layers and positions, of the hidden layers alone;
+    each of these is an option.
 
     Convolutions: each output position is a row, so the sum runs over positions too, and
     ``‖W_c‖²`` counts all taps of output channel c, also those that fall on padding and, in a
@@ -110,46 +108,22 @@ class DREG(LayerStatistics):
         if model is not None:  # last: an option that is refused leaves the model as it was
             self._attach(model)
 
-    def finish(self, seen: Pass, batch: int) -> Tensor | Sum:
-        terms: list[Term] = self.select(seen.terms)
-        if self.layer_weights is not None and len(self.layer_weights) != len(terms):
+    # R_n = Σ_l f_l t_ln / d_l, where t_ln = Σ_p Σ_c φ'² ‖W_c‖² is the statistic of layer l.
+
+    def divisor(self, term: Statistic) -> float:
+        if self.over == self.positions == "sum":
+            return 1.0
+        count = {"sum": 1, "units": term.units, "elements": term.elements}[self.over]
+        return float(count * (term.positions if self.positions == "mean" else 1))
+
+    def factors(self, count: int) -> list[float]:
+        weights = [1.0] * count if self.layer_weights is None else self.layer_weights
+        if len(weights) != count:
             raise ValueError(
-                f"layer_weights has {len(self.layer_weights)} numbers and the model "
-                f"{len(terms)} layers: {', '.join(self.layers_found)}"
+                f"layer_weights has {len(weights)} numbers and the model {count} layers: "
+                f"{', '.join(self.layers_found)}"
             )
-        factors = [1 / (len(terms) if self.layers == "mean" else 1)] * len(terms)
-        if self.layer_weights is not None:
-            factors = [f * c for f, c in zip(factors, self.layer_weights, strict=True)]
-        over = batch if self.reduction == "mean" and batch else 1
-        if self.per_sample_wanted:
-            values = [t.value / t.divisor for t in terms if t.value is not None]
-            values = values if self.squared else [_root(v) for v in values]
-            values = [v if f == 1 else f * v for f, v in zip(factors, values, strict=True)]
-            self.remember([(t.call.name, v, 1 / over) for t, v in zip(terms, values, strict=True)])
-            return torch.stack(values).sum(0)
-        scales = [f / t.divisor for f, t in zip(factors, terms, strict=True)]
-        common = scales[0] if len(set(scales)) == 1 else 1.0
-        if common == 1:  # each term by its own
-            for t, f in zip(terms, scales, strict=True):
-                t.value = t.value if t.value is None or f == 1 else t.value * f
-                t.s = t.s if t.s is None or f == 1 else t.s * f
-        whole = [t.value for t in terms if t.value is not None]
-        totals = [torch.stack(whole).sum()] if whole else []
-        shares = {id(t): t.value for t in terms if t.value is not None}
-        totals += self.dots([t for t in terms if t.value is None], shares)
-        self.remember([(t.call.name, shares[id(t)], common / over) for t in terms])
-        total = totals[0] if len(totals) == 1 else torch.stack(totals).sum()
-        return Sum(total if common == 1 else total * common, batch)
-
-    def select(self, terms: list[Any]) -> list[Any]:
-        """The terms to count."""
-        return terms
-
-
-def _root(value: Tensor) -> Tensor:
-    """The square root, with the gradient 0 at 0."""
-    positive = value > 0
-    return torch.where(positive, torch.where(positive, value, 1).sqrt(), 0)
+        return [w / (count if self.layers == "mean" else 1) for w in weights]
 
 
 DREG_SPEC = PenaltySpec.of(

@@ -34,7 +34,7 @@ def require_matplotlib() -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
-        raise RuntimeError("plots need matplotlib: pip install 'fastjac[plot]'") from error
+        raise RuntimeError('plots need matplotlib: pip install "fastjac[bench]"') from error
 
 
 def draw(records: Iterable[Record], folder: Path) -> list[Path]:

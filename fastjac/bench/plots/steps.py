@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from fastjac.bench.idioms import IDIOMS
 from fastjac.bench.plots.style import COLOURS, GAP, INK, OTHER, bar_label, compose, in_order
 from fastjac.bench.records import Record
 from fastjac.bench.report import number, ratio
@@ -99,7 +100,7 @@ def _step_bars(
             own = plain.get(case)
             under = "" if own is None else f"\nplain {label(own).split('  ')[1]}"
             groups.append((case + under, bars))
-    panels = _panels(groups, {r.case: r.penalty == "dreg" for r in steps})
+    panels = _panels(groups, {r.case: IDIOMS[r.penalty].suite == "layer-wise" for r in steps})
     heights = [_rows(part) for part in panels.values()]
     compose(
         *(figure, steps, names),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from fastjac.bench.contestants import all_contestants
 from fastjac.bench.records import Record
 from fastjac.bench.report import place
 
@@ -12,19 +13,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-COLOURS = {
-    "plain": "#b8bcc2",
-    "eager": "#e8743b",
-    "compiled": "#5b8bd0",
-    "jacobianreg": "#b58bc4",
-    "fastjac": "#13865b",
-    "fastjac-autograd": "#8f9f3a",
-    "fastjac-compiled": "#2f9fb0",
-    "fastjac:cpu": "#6dbb98",
-    "fastjac:cuda": "#6dbb98",
-    "fastjac:triton": "#a5d46a",
-    "fastjac:reference": "#cfdcc9",
-}
+#: by contestant, in the order of tables and plots
+COLOURS = {contestant.name: contestant.colour for contestant in all_contestants()}
 OTHER = "#8a7f6a"
 INK, MUTED, GRID = "#22262b", "#6a7079", "#e4e6e9"
 #: the ground behind what is measured against a ceiling

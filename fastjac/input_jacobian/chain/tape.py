@@ -21,9 +21,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from fastjac.functional import OBSERVERS
 from fastjac.input_jacobian.chain.by_autograd import ByAutograd
 from fastjac.input_jacobian.chain.links import Link, Unsupported
+from fastjac.observers import OBSERVERS, Recorded
 from fastjac.ops.autograd import graph_nodes
 
 
@@ -31,12 +31,15 @@ class KeptTensor(RuntimeError):
     """A value of another run, which has ended."""
 
 
-class Tracked(Tensor):
+class Tracked(Recorded):
     """A value of the chain while it is recorded; ``plain`` has its numbers."""
 
     tape: Tape
     place: int
     plain: Tensor
+
+    def refuse(self, reason: str) -> None:
+        raise Unsupported(reason)
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

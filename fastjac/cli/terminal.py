@@ -1,0 +1,56 @@
+"""What the commands share: the console, the ``--json`` option, files and usage errors."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, NoReturn, TypeVar
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+T = TypeVar("T")
+Names = list[str] | None
+JsonOption = Annotated[
+    str | None,
+    typer.Option("--json", metavar="FILE", help="Write JSON there; - is standard output."),
+]
+
+
+def make_console(json_file: str | None) -> Console:
+    """Standard output, or standard error if the JSON goes to standard output.
+
+    Tables are 140 characters wide where no terminal limits them.
+    """
+    console = Console(stderr=json_file == "-")
+    return console if console.is_terminal else Console(stderr=json_file == "-", width=140)
+
+
+def write_json(value: object, target: str) -> None:
+    """Write a value as JSON to a file, or to standard output if ``target`` is ``-``."""
+    write_text(json.dumps(value, indent=1, default=str), target)
+
+
+def write_text(text: str, target: str) -> None:
+    """Write text to a file, or to standard output if ``target`` is ``-``."""
+    if target == "-":
+        typer.echo(text)
+    else:
+        writing(Path(target), lambda: Path(target).write_text(text + "\n"))
+
+
+def writing(path: Path, write: Callable[[], T]) -> T:
+    """``write()``; where that fails, the command ends with a usage error that names the path."""
+    try:
+        return write()
+    except OSError as error:
+        usage_error(f"cannot write {path}: {error.strerror or error}")
+
+
+def usage_error(error: object) -> NoReturn:
+    """Print the error and exit with 2."""
+    message = Text.assemble(("error: ", "red"), str(error))  # brackets in it are not markup
+    Console(stderr=True).print(message, soft_wrap=True)
+    raise typer.Exit(2)
