@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import functools
 import math
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -128,6 +129,8 @@ def act_stats(
     values = row.param_values(params)
     if not isinstance(scale, (int, float, torch.SymInt, torch.SymFloat, type(None))):
         raise TypeError(f"scale is {type(scale).__name__}; it must be a number, or None")
+    if isinstance(scale, int) and abs(scale) > sys.float_info.max:
+        raise ValueError("scale is an integer too large for a float")
     chosen = _OP.select(impl, z.device, z.dtype)
     per_sample = per == "sample"
     if scale is None:
