@@ -28,8 +28,9 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from fastjac.activations import IDS, get
-from fastjac.ops.autograd import below_autograd, graph_nodes
+from fastjac.ops.autograd import graph_nodes
 from fastjac.ops.registration import raw
+from fastjac.torch_private import below_autograd
 
 
 class Unsupported(RuntimeError):
@@ -249,7 +250,7 @@ class Elementwise(Link):
 
     def __init__(self, z: Tensor, fn: str, params: dict[str, Any], suffix: str) -> None:
         self.z: Any = z
-        self.args = (IDS[fn], *get(fn).param_values(params))
+        self.args = (IDS[fn], get(fn).param_values(params))
         self.curved = get(fn).derivatives[2] != "0"
         self.act, self.act_backward = raw("act" + suffix), raw("act_backward" + suffix)
         self.delta: Any = None
