@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from fastjac.input_jacobian.chain.links import Link, Unsupported, check_leaves, plus
+from fastjac.torch_private import tree_flatten, tree_unflatten
 
 
 class ByAutograd(Link):
