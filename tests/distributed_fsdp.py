@@ -272,7 +272,7 @@ def refusals(here: Here) -> None:
     for part in (branch.body, branch.side, branch.head):
         fully_shard(part, reshard_after_forward=True)
     _output, value = cases.attached(fully_shard(branch), x)
-    raises("no gradient of the model's output", value.backward)
+    raises("no gradient through the output of its module", value.backward)
 
     old = FullyShardedDataParallel(
         net().to(here.device), use_orig_params=True, device_id=here.device

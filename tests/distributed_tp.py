@@ -168,7 +168,7 @@ def refusals(here: Here) -> None:
     fused = nn.Sequential(fastjac.nn.LinearAct(4, 8, "gelu"), nn.Linear(8, 3))
     raises("use an nn.Linear", lambda: called(sharded(fused, {"0": ColwiseParallel()}), x))
     plan = {"0": ColwiseParallel(output_layouts=Shard(0)), "4": ColwiseParallel()}
-    raises("each sample's own numbers", lambda: called(sharded(net(width=8), plan), x))
+    raises("all samples in every process", lambda: called(sharded(net(width=8), plan), x))
 
     model = net(width=8)
     penalty = fastjac.DREG(model)

@@ -160,5 +160,5 @@ def test_other_norms_are_left_out_with_a_reason() -> None:
     assert penalty.layers_found == ["11"]
     reasons = dict(penalty.layers_left_out)
     assert "input of no activation module" in reasons["0"]
-    assert "the output of the norm after it" in reasons["3"]
-    assert "the output of the norm after it" in reasons["7"]
+    assert "the output of the norm was the input of no" in reasons["3"]
+    assert "the output of the norm was the input of no" in reasons["7"]

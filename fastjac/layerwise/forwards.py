@@ -1,11 +1,11 @@
-"""What stands in the ``forward`` of each kind of module while a model is watched.
+"""What replaces the ``forward`` of each kind of module while a model is watched.
 
-A forward does what stood there before, and reports to the `Observer` that it was given. Without an
-observer (in copies of the model) it does what the class says. This file knows neither who watches
-nor why.
+Each forward does what the one before it did, and reports to the `Observer` that it was given.
+Without an observer (in copies of the model) it does what the class says. This file does not know
+who watches the model, nor why.
 
-On a CPU Python is what a watched layer costs, so this is written in few calls: a layer of
-784-4×512-10 takes 0.4 ms, and one more call, its code evicted from the caches, some 2 µs.
+On a CPU the cost of a watched layer is Python, so this code makes few calls: a layer of
+784-4×512-10 takes 0.4 ms, and one more call, whose code is no longer in the caches, some 2 µs.
 """
 
 from __future__ import annotations
@@ -22,67 +22,67 @@ from fastjac.distributed import is_dtensor
 from fastjac.layerwise.layers import (
     BATCH_NORM,
     CONVOLUTION,
+    LAYER_ACTS,
     LINEAR,
     NORM,
     Layer,
     LayerCall,
     Nonlinearity,
-    fused_activation,
     is_activation,
     is_plain,
+    nonlinearity_of,
 )
-from fastjac.nn import Act, ConvAct1d, ConvAct2d, ConvAct3d, LinearAct
-
-LAYER_ACTS = (LinearAct, ConvAct1d, ConvAct2d, ConvAct3d)
+from fastjac.nn import Act
 
 
 class PassObserver(Protocol):
-    """What the forwards report in one pass, that is one run of the model."""
+    """What the forwards report in one pass, which is one run of the model."""
 
     compute: Callable[[Any, Tensor], Tensor | None] | None
-    """Called as ``compute(module, x)`` for the output of a plain layer: None for the module's own.
-    Itself None in an observer that computes no layers."""
+    """``compute(module, x)`` returns the output of a plain layer, or None to have the module
+    compute it. It is None in an observer that computes no layers."""
 
     def layer_ran(self, layer: Layer, x: Tensor, z: Tensor) -> LayerCall:
-        """A layer has computed z of x."""
+        """A layer has computed z from x."""
 
     def output_replaced(self, layer: Layer, z: Tensor) -> None:
         """A forward hook has replaced the output of the layer's last call by z."""
 
     def find(self, z: Any) -> LayerCall | None:
-        """The call of a layer that returned this very tensor, if nobody has written to it since."""
+        """The call that returned this tensor object, if it has not been written to since."""
 
     def norm_ran(self, call: LayerCall, norm: nn.Module, y: Tensor) -> None:
-        """A norm has computed y of the output of the call."""
-
-    def nonlinearity(self, fn: str, impl: str, params: dict[str, Any]) -> Nonlinearity:
-        """A row of the activation table; the same object for the same arguments."""
+        """A norm has computed y from the output of the call."""
 
     def activate(self, call: LayerCall, phi: Nonlinearity, a: Tensor | None) -> Tensor:
-        """Compute ``φ(z)`` of the output z of the call; a: its value, if it is computed already."""
+        """Returns ``φ(z)`` of the output z of the call, which is a if that is not None."""
 
 
 class Observer(Protocol):
-    """Whom the forwards of a model report to."""
+    """The object that the forwards of a model report to."""
 
     def running(self) -> PassObserver | None:
-        """The pass that is on; None if nobody wants to know of it."""
+        """The pass that runs now, or None."""
 
     def model_called(self, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """The model is called: return ``forward(*args, **kwargs)``."""
 
 
 class Forward:
-    """Does what stood there before."""
+    """Calls the forward that it replaces."""
 
     def __init__(
         self, observer: Observer | None, module: Any, previous: Any, name: str = ""
     ) -> None:
         self.observer, self.module, self.previous, self.name = observer, module, previous, name
         self.own = type(module).forward.__get__(module)
+        self.prepare()
+
+    def prepare(self) -> None:
+        """Called once, at the end of ``__init__``."""
 
     @property
-    def __code__(self) -> Any:  # torch.export reads both of any forward
+    def __code__(self) -> Any:  # torch.export reads __code__ and __signature__ of every forward
         return self.own.__func__.__code__
 
     @property
@@ -90,7 +90,7 @@ class Forward:
         return inspect.signature(self.own)
 
     def plain(self, *args: Any, **kwargs: Any) -> Any:
-        """What stood there before."""
+        """The forward that this one replaces."""
         return (self.previous or self.own)(*args, **kwargs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -99,10 +99,10 @@ class Forward:
     def remove(self) -> None:
         self.observer = None
         above, below = None, vars(self.module).get("forward")
-        while below is not self and isinstance(below, Forward):  # a later watch stands before it
+        while below is not self and isinstance(below, Forward):  # a later watch replaced it
             above, below = below, below.previous
         if below is not self:
-            return  # somebody else's forward was put over it: this one passes on
+            return  # a forward that is not ours replaced this one, which now only passes calls on
         if above is not None:
             above.previous = self.previous
         elif self.previous is None:
@@ -119,7 +119,7 @@ def first(args: Any, kwargs: Any) -> Any:
 
 
 def patched(module: nn.Module) -> bool:
-    """Whether the instance has a forward that is neither its class's nor ours."""
+    """Whether the user has set a forward on the instance."""
     forward = vars(module).get("forward")
     while isinstance(forward, Forward):
         forward = forward.previous
@@ -127,25 +127,24 @@ def patched(module: nn.Module) -> bool:
 
 
 class ModelForward(Forward):
-    """Of the whole model. It stands before the other forward that the model itself may have."""
+    """The forward of the whole model, which may itself be a layer with a forward of its own."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         observer = self.observer
-        # An exported program would hold the penalty's detached tensors: it gets the plain model.
+        # An exported program would contain the penalty's detached tensors, so export sees the
+        # plain model.
         if observer is None or torch.compiler.is_exporting():
             return self.plain(*args, **kwargs)
         return observer.model_called(self.plain, args, kwargs)
 
 
 class LayerForward(Forward):
-    """Of a Linear or convolution module."""
+    """The forward of a Linear or convolution module."""
 
-    def __init__(
-        self, observer: Observer | None, module: Any, previous: Any, name: str = ""
-    ) -> None:
-        super().__init__(observer, module, previous, name)
-        # A forward that somebody has put into the instance may do anything.
-        self.layer = Layer(module, name, plain=is_plain(module) and not patched(module))
+    def prepare(self) -> None:
+        # A forward that the user has set on the instance may do anything.
+        plain = is_plain(self.module) and not patched(self.module)
+        self.layer = Layer(self.module, self.name, plain)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         observer = self.observer
@@ -166,14 +165,14 @@ class LayerForward(Forward):
         return z
 
     def hook(self, module: Any, args: Any, z: Any) -> None:
-        """A forward hook, the last: ``z`` is what the model gets of a tensor parallel layer."""
+        """The last forward hook of a tensor parallel layer: z is the output that the model gets."""
         running = None if self.observer is None else self.observer.running()
         if running is not None and isinstance(z, Tensor):
             running.output_replaced(self.layer, z)
 
 
 class LayerActForward(LayerForward):
-    """Of a `LinearAct` or ``ConvAct``, which is a layer and its activation."""
+    """The forward of a `LinearAct` or ``ConvAct``, which is a layer and its activation."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         observer = self.observer
@@ -181,7 +180,7 @@ class LayerActForward(LayerForward):
         if running is None:
             return self.plain(*args, **kwargs)
         x = first(args, kwargs)
-        # Another watch's forward that stands behind this one must see the call too.
+        # A forward of another watch, which this one replaced, must see the call too.
         a = None if self.previous is None else self.previous(*args, **kwargs)
         module = self.module
         if is_dtensor(module._parameters.get("weight")):
@@ -189,48 +188,35 @@ class LayerActForward(LayerForward):
                 f"layer {self.name}: its weight is a DTensor (tensor parallel): use an nn.Linear "
                 f"and an activation in place of {type(module).__name__}"
             )
-        phi = running.nonlinearity(module.act.fn, module.act.impl, module.act.params)
+        phi = Nonlinearity(module.act.fn, module.act.impl, module.act.params)
         call = running.layer_ran(self.layer, x, module.pre_activation(x))
         return running.activate(call, phi, a)
 
 
 class NormForward(Forward):
-    """Of a BatchNorm or LayerNorm module."""
+    """The forward of a BatchNorm or LayerNorm module."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         observer = self.observer
         running = None if observer is None else observer.running()
-        z = first(args, kwargs)
-        call = None if running is None else running.find(z)
+        call = None if running is None else running.find(first(args, kwargs))
         y = self.plain(*args, **kwargs)
         if running is None or call is None or call.norm is not None:
             return y
-        if isinstance(self.module, BATCH_NORM) or call.dim == z.dim() - 1:
+        if isinstance(self.module, BATCH_NORM) or call.layer.linear:
             running.norm_ran(call, self.module, y)
         return y
 
 
 class ActivationForward(Forward):
-    """Of an activation module."""
+    """The forward of an activation module."""
 
-    def __init__(
-        self, observer: Observer | None, module: Any, previous: Any, name: str = ""
-    ) -> None:
-        super().__init__(observer, module, previous, name)
-        self._choose()
-
-    def _choose(self) -> None:
-        module, act = self.module, fused_activation(self.module)
-        # Attributes that decide which activation it is, and that a schedule may change.
-        self.chosen_by: list[tuple[str, Any]] = []
-        if act is None:
-            self.phi = Nonlinearity(self.plain, module)
-            return
-        self.phi = Nonlinearity(self.plain, module, act.fn, act.impl, act.params)
-        if type(module) is not Act:
-            row = get(act.fn)
-            names = (*row.params, *row.torch_kwargs)
-            self.chosen_by = [(name, getattr(module, name)) for name in names]
+    def prepare(self) -> None:
+        self.phi = nonlinearity_of(self.module, self.plain)
+        # The attributes that decide which activation it is; a schedule may change them.
+        row = None if self.phi.fn is None else get(self.phi.fn)
+        names = () if row is None else (*row.params, *row.torch_kwargs)
+        self.chosen_by = [(name, getattr(self.module, name)) for name in names]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         observer = self.observer
@@ -238,20 +224,20 @@ class ActivationForward(Forward):
         call = None if running is None else running.find(first(args, kwargs))
         if running is None or call is None:
             return self.plain(*args, **kwargs)
-        # Another watch's forward that stands behind this one must see z too.
+        # A forward of another watch, which this one replaced, must see z too.
         a = None if self.previous is None else self.previous(*args, **kwargs)
         module = self.module
         if any(getattr(module, name) != value for name, value in self.chosen_by):
-            self._choose()
+            self.prepare()
         return running.activate(call, self.phi, a)
 
 
 class HeldFunction:
-    """In place of a function attribute (``nn.TransformerEncoderLayer.activation``)."""
+    """Replaces a function attribute such as ``nn.TransformerEncoderLayer.activation``."""
 
     def __init__(self, observer: Observer | None, function: Callable[..., Any], fn: str) -> None:
         self.observer, self.function, self.fn = observer, function, fn
-        self.phi = Nonlinearity(function, None, fn)
+        self.phi = Nonlinearity(fn, run=function)
 
     def __call__(self, z: Tensor, *args: Any, **kwargs: Any) -> Any:
         running = None if self.observer is None else self.observer.running()
@@ -265,7 +251,7 @@ class HeldFunction:
 
 
 def forward_of(module: nn.Module) -> type[Forward] | None:
-    """The kind of forward that is put into a module; None for a module that is left as it is."""
+    """The class of the forward that replaces that of a module; None if nothing replaces it."""
     if isinstance(module, LAYER_ACTS):
         return LayerActForward
     if isinstance(module, LINEAR + CONVOLUTION):
@@ -276,5 +262,5 @@ def forward_of(module: nn.Module) -> type[Forward] | None:
         return NormForward
     own = hasattr(module, "fastjac_activation")
     if is_activation(module) and type(module) is not Act and (own or not patched(module)):
-        return ActivationForward  # Act calls the observers itself
+        return ActivationForward  # an Act calls the observers itself
     return None

@@ -1,17 +1,17 @@
-"""``layer_act``: all that a layer-wise penalty does at one layer, in one autograd node.
+"""``layer_act``: everything that a layer-wise penalty computes at a layer, in one autograd node.
 
 For ``z = W x + b`` (a Linear or convolution that torch has computed) it returns
 
     a = φ(z)      v = Σ_c s_c r_c      s_c = scale Σ_{n,p} φ'(z_ncp)²,  r_c = ‖W_c‖²
 
-as functions of ``x, W, b``, or ``a`` and ``s`` where the ``r`` of all layers come from one launch
-(`fastjac.ops.row_sqnorm.tapped`: on a GPU launches count). The backward makes one pass over ``z``
-for ``∂z`` and ``∂b``, leaves the two GEMMs to torch, and has ``2 ∂v s_c W_c`` added to ``∂W`` in
-place, while both are in the cache: through autograd's own accumulation the penalty would allocate a
-second ``∂W`` (784-4×512-10, batch 128, 2 cores: +4.8 MB on 5). `act_stats` and `row_sqnorm` are the
-parts.
+as functions of ``x, W, b``. It returns ``a`` and ``s`` if one launch computes the ``r`` of all
+layers (`fastjac.ops.row_sqnorm.tapped`, on a GPU, where the number of launches matters). The
+backward makes one pass over ``z`` for ``∂z`` and ``∂b``, leaves the two GEMMs to torch, and adds
+``2 ∂v s_c W_c`` to ``∂W`` in place, while both are in the cache. If autograd accumulated them, the
+penalty would allocate a second ``∂W`` (784-4×512-10, batch 128, 2 cores: +4.8 MB on 5). The ops
+`act_stats` and `row_sqnorm` are used for both directions.
 
-A backward that is being recorded computes ``z`` again and is made of differentiable operations.
+A backward that is being recorded computes ``z`` again and consists of differentiable operations.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ ConvOptions = tuple[Any, ...]
 class LayerActOptions(NamedTuple):
     """The options of `layer_act`, the same for all calls of a layer."""
 
-    conv: ConvOptions | None  # None: a Linear
+    conv: ConvOptions | None  # None for a Linear
     scale: float
     fn: int
     params: tuple[float, ...]
     suffix: str
     impl: str
-    rows: bool = True  # v is wanted, not s
+    rows: bool = True  # whether to return v; False for s
 
 
 @torch.compiler.allow_in_graph
@@ -60,17 +60,17 @@ def layer_act(
     z: Tensor,  # linear(x) or convolution(x), [N, ..., C] or [N, C, ...], detached
     layer: tuple[Any, ...],
 ) -> tuple[Tensor, Tensor]:
-    """``(a, v)`` or ``(a, s)``; autograd follows ``x, weight, bias``, and takes z as theirs.
+    """``(a, v)`` or ``(a, s)`` in one node of autograd, whose inputs are ``x, weight, bias``.
 
-    ``layer`` is a `LayerActOptions`. Not for forward mode or ``torch.func``: the Function has no
-    rules for them and raises.
+    ``layer`` is a `LayerActOptions`. Raises under forward mode and ``torch.func``.
     """
     return apply_layer_act(x, weight, bias, z, layer)
 
 
 class _LayerAct(Function):
-    # Gradients come in a list, so that ∂a can be freed before ∂W is made (torch ≥ 2.13; others
-    # pass them one by one). With z freed as well, the peak is that of the plain step.
+    # The gradients come in a list, so that ∂a can be freed before ∂W is allocated (torch ≥ 2.13;
+    # older versions pass them separately). Since z is freed too, the peak memory is that of the
+    # plain step.
     boxed_grads_call = True
 
     @staticmethod
@@ -85,7 +85,7 @@ class _LayerAct(Function):
         ctx.save_for_backward(x, weight, bias, z, s if rows else None, r)
         if r is None:
             return a, s
-        # A dot product under autocast may round to half precision.
+        # Under autocast a dot product may round to half precision.
         return a, (s * r).sum() if torch.is_autocast_enabled(s.device.type) else s.dot(r)
 
     @staticmethod
@@ -106,7 +106,7 @@ class _LayerAct(Function):
             z, g, None, q, dim, statistic, scale, fn, params
         )
         c = s * v if rows and needs[1] else None
-        ctx.maybe_clear_saved_tensors()  # unless the graph is retained
+        ctx.maybe_clear_saved_tensors()  # not if the graph is retained
         boxed.clear()
         del grads, g, z
         if needs[2]:
@@ -117,8 +117,8 @@ class _LayerAct(Function):
         if c is None or conv is not None or weight.dtype != grad_z.dtype:
             grad_x, grad_w, _ = _layer_backward(grad_z, x, weight, bias, conv, needs)
             return grad_x, _add_rows(grad_w, weight, c, suffix), grad_b, None, None
-        # The GEMM adds its product to 2 c W, which it finds in the cache: half the cost of a
-        # pass over ∂W after it (784-4×512-10, batch 128: +0.09 ms a step against +0.21).
+        # The GEMM adds its product to 2 c W while that is in the cache. This costs half of a pass
+        # over ∂W after the GEMM (784-4×512-10, batch 128: +0.09 ms a step against +0.21).
         grad_w = torch.empty_like(weight)
         add_to([grad_w], [weight], c, suffix, add=False)
         grad_w.addmm_(_flat(grad_z).t(), _flat(x))
@@ -127,7 +127,7 @@ class _LayerAct(Function):
 
 
 def _add_rows(grad: Tensor | None, weight: Tensor, c: Tensor | None, suffix: str) -> Tensor | None:
-    """``grad + 2 c W``, in place: nobody else holds a gradient that was made here."""
+    """``grad + 2 c W``, computed in place where the memory layouts agree."""
     if grad is None or c is None:
         return grad
     if not alike(grad, weight):
@@ -136,17 +136,17 @@ def _add_rows(grad: Tensor | None, weight: Tensor, c: Tensor | None, suffix: str
     return grad
 
 
-# `layer_act` without what only torch.compile needs. Straight to the C++ base: forward mode and
-# torch.func never come here.
+# `layer_act` without the wrapper that torch.compile needs. Calls the C++ base directly, since
+# forward mode and torch.func are not supported.
 apply_layer_act = super(torch.autograd.Function, _LayerAct).apply
 
 
 def _recorded_backward(g, v, x, weight, bias, z, needs, layer):
-    """The same gradients in operations that torch differentiates."""
+    """The same gradients, in operations that torch can differentiate."""
     conv, scale, fn, values, _, impl, rows = layer
     dim = z.dim() - 1 if conv is None else 1
     name, params = named(fn, values)
-    dtype = z.dtype  # under autocast that of the GEMM, not of x and the weight
+    dtype = z.dtype  # under autocast the dtype of the GEMM, not of x and the weight
     z = _layer(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype), conv)
     w = s = None
     if v is not None and not rows:
@@ -175,9 +175,9 @@ def _layer_backward(
     conv: ConvOptions | None,
     needs: tuple[bool, ...],
 ) -> tuple[Any, ...]:
-    """Gradients of x, weight and bias from that of z, in operations that torch differentiates.
+    """The gradients of x, weight and bias, in operations that torch can differentiate.
 
-    Under autocast z has the lower precision that the layer was computed in, and so are these.
+    Under autocast they are computed in the dtype of z, the lower precision of the layer.
     """
     dtype = grad_z.dtype
     low_x, low_weight = x.to(dtype), weight.to(dtype)
@@ -200,5 +200,5 @@ def _layer_backward(
 
 
 def _flat(t: Tensor) -> Tensor:
-    """``[N·P, C]``; not by flatten, which has no batching rule."""
+    """``[N·P, C]``, by reshape, since flatten has no batching rule."""
     return t if t.dim() == 2 else t.reshape(-1, t.shape[-1])

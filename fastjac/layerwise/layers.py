@@ -1,4 +1,4 @@
-"""Which modules of a model are layers, norms and activations, and what is noted of each call."""
+"""Which modules of a model are layers, norms and activations, and the record of each call."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ CONVOLUTION = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
 BATCH_NORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 NORM = (*BATCH_NORM, nn.LayerNorm)
 
-# Their forward is exactly one call of torch's linear or convolution with the module's weight.
-PLAIN = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, LinearAct, ConvAct1d, ConvAct2d, ConvAct3d)
+# A layer together with its activation.
+LAYER_ACTS = (LinearAct, ConvAct1d, ConvAct2d, ConvAct3d)
 
 # Elementwise and deterministic. RReLU draws its slopes; softmax and GLU mix elements.
 ACTIVATIONS = (
@@ -58,57 +58,66 @@ class Layer:
     module: Any
     name: str  # of the module in the model
     plain: bool  # whether its forward is one call of torch's linear or convolution, and no more
-    hooked: bool = False  # whether the watch has a forward hook on it (tensor parallel)
-    memo: dict[Any, Any] = field(default_factory=dict)  # the statistic's, by nonlinearity
+    hooked: bool = False  # whether the watch has put a forward hook on it (tensor parallel)
+    memo: Any = None  # what the statistic has decided for the last call, and from what
 
     def __post_init__(self) -> None:
         self.linear = isinstance(self.module, LINEAR)
+        self.dim = -1 if self.linear else 1  # the dimension of z with the units or channels
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Nonlinearity:
     """``φ`` at one place of a model: a row of the activation table, or any activation module.
 
-    ``run`` computes ``φ(z)`` the way the model does. ``fn``, ``impl`` and ``params`` are the
-    arguments of `fastjac.act`; ``fn`` is None if the table does not have the activation, and torch
-    then differentiates the module.
+    ``fn``, ``impl`` and ``params`` are the arguments of `fastjac.act`. ``fn`` is None if the table
+    does not have the activation; torch then differentiates ``module``. ``run`` computes ``φ(z)`` as
+    the model does; None stands for `fastjac.act`.
     """
 
-    run: Callable[[Tensor], Tensor]
-    module: nn.Module | None = None
     fn: str | None = None
     impl: str = "auto"
     params: dict[str, Any] = field(default_factory=dict)
+    module: nn.Module | None = None
+    run: Callable[[Tensor], Tensor] | None = None
+
+    def value(self, z: Tensor) -> Tensor:
+        """``φ(z)``."""
+        return self._act(z, 0) if self.run is None else self.run(z)
 
     def derivative(self, z: Tensor) -> Tensor:
-        """``φ'(z)``."""
+        """``φ'(z)``, which is differentiable with respect to z and the parameters of φ."""
         if self.fn is not None:
-            return act(z, None, 1, self.fn, impl=self.impl, **self.params)
+            return self._act(z, 1)
         assert self.module is not None
-        return activation_derivative(self.module, z)
+        return module_derivative(self.module, z)
+
+    def _act(self, z: Tensor, order: int) -> Tensor:
+        assert self.fn is not None
+        return act(z, None, order, self.fn, impl=self.impl, **self.params)
 
 
 @dataclass(slots=True)
 class LayerCall:
-    """One call of a layer, perhaps with the norm module that followed.
+    """One call of a layer, perhaps together with the norm module that followed.
 
-    ``z`` is what the activation takes: the output of the layer, or of the norm. The versions count
-    the writes in place to a tensor, and show whether it was written to since; they are −1 under
-    torch.compile.
+    ``z`` is the input of the activation: the output of the layer, or of the norm. A version is
+    torch's count of the writes in place to a tensor; if it has changed, the tensor was written to.
+    All versions are −1 under torch.compile.
     """
 
     layer: Layer
     x: Any
-    z: Any  # a tensor until `release`
+    z: Any  # a tensor, or None after `release`
     weight: Tensor  # what the layer computed with: a parametrization makes another each time
-    version: int  # of z, when it was first seen
+    version: int  # of z when it was computed
     weight_version: int
     x_version: int
     norm: Any = None  # the module
     before_norm: Tensor | None = None
     normed: Normed | None = None  # the result of a BatchNorm in training mode
     used: bool = False  # whether an activation or a norm took z
-    ref: Any = None  # a weak reference to z, once it was released
+    ref: Any = None  # a weak reference to z after `release`
     released_shape: Any = None
 
     @property
@@ -121,17 +130,18 @@ class LayerCall:
         return self.released_shape if self.z is None else self.z.shape
 
     @property
-    def dim(self) -> int:
-        """The dimension of z that holds the units or channels."""
-        return len(self.shape) - 1 if self.layer.linear else 1
-
-    @property
     def rows(self) -> Tensor:
         """The weight with one row per unit or output channel in dimension 0."""
-        return weight_rows(self.layer.module, self.weight)
+        module, weight = self.layer.module, self.weight
+        if not isinstance(module, TRANSPOSED):
+            return weight
+        # [C_in, C_out/g, taps…]: output channel (group, j) sees the inputs of its group.
+        groups, (c_in, per_group, *taps) = module.groups, weight.shape
+        by_group = weight.reshape(groups, c_in // groups, per_group, *taps).transpose(1, 2)
+        return by_group.reshape(groups * per_group, c_in // groups, *taps)
 
     def release(self) -> None:
-        """Let go of the tensors: under checkpoint the graph does not hold them either."""
+        """Drop the references to the tensors: under checkpoint the graph does not hold them."""
         self.released_shape, self.ref = self.z.shape, weakref.ref(self.z)
         self.x = self.z = self.before_norm = self.normed = None
 
@@ -141,12 +151,11 @@ class LayerCall:
             return True
         if self.ref is None or self.ref() is not z:
             return False
-        self.z = z  # without x: a second activation of the same z is computed apart
+        self.z = z  # without x: a second activation of the same z is computed separately
         return True
 
     def check_unchanged(self) -> None:
-        """Raise if z was written to in place since it was computed."""
-        # A call that was compiled (version -1) has no in-place writes left.
+        """Raises if z was written to in place since it was computed."""
         if self.version < 0 or torch.compiler.is_compiling():
             return
         z = self.z if self.ref is None else self.ref()
@@ -156,8 +165,8 @@ class LayerCall:
 
 def written_to(name: str) -> RuntimeError:
     return RuntimeError(
-        f"layer {name}: its output or that of its activation was modified in place after it was "
-        "computed; use the out-of-place operation"
+        f"layer {name}: its output, or that of its activation, was modified in place after it was "
+        "computed: use the out-of-place operation"
     )
 
 
@@ -170,56 +179,42 @@ def is_activation(module: nn.Module) -> bool:
     )
 
 
-def fused_activation(module: nn.Module) -> Act | None:
-    """The activation in the table; None if there is none or the module states its own φ."""
-    return None if hasattr(module, "fastjac_activation") else activation_of(module)
+def nonlinearity_of(
+    module: nn.Module, run: Callable[[Tensor], Tensor] | None = None
+) -> Nonlinearity:
+    """The ``φ`` of an activation module. A ``fastjac_activation`` comes before the table."""
+    row = None if hasattr(module, "fastjac_activation") else activation_of(module)
+    if row is None:
+        return Nonlinearity(module=module, run=run)
+    return Nonlinearity(row.fn, row.impl, row.params, module, run)
 
 
-def activation_derivative(module: nn.Module, z: Tensor) -> Tensor:
-    """``φ'(z)`` elementwise, differentiable in ``z`` and in the activation's own parameters.
-
-    The fused op computes it if the activation table has the module and the module does not state
-    its own φ.
-    """
-    fused = fused_activation(module)
-    if fused is not None:
-        return fused.derivative(z)
+def module_derivative(module: nn.Module, z: Tensor) -> Tensor:
+    """``φ'(z)`` of an activation that the table does not have."""
     phi: Callable[[Tensor], Tensor] = getattr(module, "fastjac_activation", None) or (
         lambda t: type(module).forward(module, t)
     )
-    if isinstance(module, nn.Hardsigmoid):
-        phi = hardsigmoid
+    if isinstance(module, nn.Hardsigmoid):  # torch cannot differentiate its own twice
+        phi = lambda t: F.relu6(t + 3) / 6  # noqa: E731
     # The copy is for in-place activations, which may not write to the input of vjp.
     value, pull = torch.func.vjp(lambda t: phi(t.clone()), z)[:2]
     if value.shape != z.shape:
         raise ValueError(
-            f"fastjac_activation of {type(module).__name__} maps {tuple(z.shape)} to "
+            f"fastjac_activation of {type(module).__name__} maps shape {tuple(z.shape)} to "
             f"{tuple(value.shape)}: it must be elementwise"
         )
     (slope,) = pull(torch.ones_like(value))
     return slope
 
 
-def hardsigmoid(z: Tensor) -> Tensor:
-    """The same function in operations that torch can differentiate twice."""
-    return F.relu6(z + 3) / 6
-
-
-def weight_rows(module: Any, weight: Tensor) -> Tensor:
-    """The weight with one row per unit or output channel in dimension 0."""
-    if not isinstance(module, TRANSPOSED):
-        return weight
-    # [C_in, C_out/g, taps…]: output channel (group, j) sees the inputs of its group.
-    groups, (c_in, per_group, *taps) = module.groups, weight.shape
-    by_group = weight.reshape(groups, c_in // groups, per_group, *taps).transpose(1, 2)
-    return by_group.reshape(groups * per_group, c_in // groups, *taps)
-
-
 def is_plain(module: Any) -> bool:
-    """Whether the class's forward is one call of torch's linear or convolution."""
-    return type(module) in PLAIN and (
-        isinstance(module, LINEAR)
-        or (module.padding_mode == "zeros" and not isinstance(module.padding, str))
+    """Whether the class's forward is exactly one call of torch's linear or convolution."""
+    if type(module) in (nn.Linear, LinearAct):
+        return True
+    return (
+        type(module) in (nn.Conv1d, nn.Conv2d, nn.Conv3d, *LAYER_ACTS)
+        and module.padding_mode == "zeros"
+        and not isinstance(module.padding, str)
     )
 
 

@@ -1,4 +1,4 @@
-"""The part that a norm between a layer and its activation has in the layer's Jacobian."""
+"""The factor in the Jacobian of a layer that comes from a norm before its activation."""
 
 from __future__ import annotations
 
@@ -18,21 +18,22 @@ BATCH_NORM_NODES = ("NativeBatchNormBackward0", "CudnnBatchNormBackward0")
 
 
 class Gain(NamedTuple):
-    """``k²`` of a norm ``y = k (z − μ) + β``: what a layer's squared Jacobian is multiplied by.
+    """The factor ``k²`` of a layer's squared Jacobian, for a norm ``y = k (z − μ) + β``.
 
-    In the Jacobian the norm's statistics are held constant. The gain itself is differentiable with
-    respect to them. It is the product of three factors; None stands for 1.
+    The Jacobian treats the statistics of the norm as constants. The gain itself is differentiable
+    with respect to them. It is the product of ``gamma²`` and the other two; None stands for 1.
     """
 
-    gamma: Tensor | None = None  # the norm's weight, [C], not yet squared
-    inverse: Tensor | None = None  # 1 / (σ² + ε), [C]
-    place: Tensor | None = None  # 1 / (σ² + ε) of a LayerNorm: per sample and position, [N, ...]
+    gamma: Tensor | None = None  # the weight of the norm, [C]
+    inverse: Tensor | None = None  # 1 / (σ² + ε) of a BatchNorm, [C]
+    place: Tensor | None = None  # 1 / (σ² + ε) of a LayerNorm, per sample and position, [N, ...]
 
     def channel(self) -> Tensor | None:
         """The factor per channel."""
-        if self.gamma is None or self.inverse is None:
-            return self.inverse if self.gamma is None else self.gamma.square()
-        return self.gamma.square() * self.inverse
+        if self.gamma is None:
+            return self.inverse
+        squared = self.gamma.square()
+        return squared if self.inverse is None else squared * self.inverse
 
 
 def norm_gain(call: LayerCall) -> Gain:
@@ -52,9 +53,9 @@ def norm_gain(call: LayerCall) -> Gain:
 
 
 def batch_normed(y: Tensor, norm: Any) -> Normed | None:
-    """What a BatchNorm in training mode has just computed; None for any other call of it."""
+    """The result of a BatchNorm in training mode, read from the node of y; None without one."""
     node = y.grad_fn
-    # Under a checkpoint, reading what the node saved would run the model again.
+    # Under a checkpoint, reading the tensors that the node saved would run the model again.
     if node is None or node.name() not in BATCH_NORM_NODES or saved_tensor_hooks() is not None:
         return None
     if not node._saved_training:  # type: ignore[attr-defined]
@@ -67,8 +68,8 @@ def batch_normed(y: Tensor, norm: Any) -> Normed | None:
 class InverseVariance(Function):
     """``1 / (σ_c² + ε)`` of a batch, from the statistics that BatchNorm saved.
 
-    ``Tensor.var`` and its backward would read z again; here the forward costs nothing and the
-    backward reads z once.
+    ``Tensor.var`` and its backward would read z again. Here the forward does not read z, and the
+    backward reads it once.
     """
 
     @staticmethod
@@ -80,13 +81,12 @@ class InverseVariance(Function):
     @staticmethod
     def backward(ctx, c):
         z, mean, invstd = ctx.saved_tensors
-        shape = [-1 if d == 1 else 1 for d in range(z.dim())]
-        count = z.numel() // z.shape[1]
         if recorded(c):
-            others = [d for d in range(z.dim()) if d != 1]
-            mean, inverse = z.mean(others), inverse_variance(z, ctx.eps)
-            slope = (-2 / count * c * inverse.square()).view(shape)
-            return (slope * (z - mean.view(shape))).to(z.dtype), None, None, None
-        slope = -2 / count * c * invstd.square().square()
+            with torch.enable_grad():
+                inverse = inverse_variance(z, ctx.eps)
+                (grad,) = torch.autograd.grad(inverse, z, c, create_graph=True)
+            return grad, None, None, None
+        shape = [-1 if d == 1 else 1 for d in range(z.dim())]
+        slope = -2 * z.shape[1] / z.numel() * c * invstd.square().square()
         shift = (-slope * mean).to(z.dtype).view(shape)
         return torch.addcmul(shift, z, slope.to(z.dtype).view(shape)), None, None, None

@@ -1,4 +1,4 @@
-"""Base of the layer-wise penalties: attached to a model, or called with one."""
+"""Base class of the layer-wise penalties: attached to a model, or called with one."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from fastjac import arguments, distributed
-from fastjac.layerwise.passes import LayerStatistic, Pass
+from fastjac.layerwise.passes import LayerStatistic, Pass, Term
 from fastjac.layerwise.watch import Watch
 from fastjac.penalty import ModelPenalty, PenaltyOptions, call_model
 from fastjac.per_sample import attached_zeros
@@ -26,28 +26,28 @@ class LayerOptions(PenaltyOptions, total=False):
 
 @dataclass
 class Sum:
-    """``Σ_n R_n`` of ``count`` samples, where the single values are not wanted."""
+    """``Σ_n R_n`` of ``count`` samples, if the values of the samples are not needed."""
 
     total: Tensor
     count: int
 
 
 class LayerPenalty(LayerStatistic, ModelPenalty):
-    """Base of the penalties that look at the layers of a model while it runs.
+    """Base class of the penalties that observe the layers of a model while it runs.
 
-    Two forms:
+    There are two forms:
 
     * attached: ``penalty = DREG(model, ...)``, then in the training loop ``output = model(x)`` and
-      ``loss + penalty()``. What the model returns and its ``state_dict`` stay as they are.
-      ``penalty()`` covers the forward passes since it was last called, their samples taken
-      together; passes in ``eval()`` mode, without gradients, or whose graph is gone do not count.
-      It ends with ``detach()``, or when the penalty is thrown away. Deep copies and pickles of the
-      model are free of it; shallow ones (``copy.copy``, DataParallel's replicas) run the original.
-    * called: ``output, value = DREG(...)(model, x)`` watches that one run.
+      ``loss + penalty()``. The outputs and the ``state_dict`` of the model do not change.
+      ``penalty()`` covers the forward passes since its last call, and takes their samples together.
+      Passes in ``eval()`` mode, without gradients, or whose graph has been freed do not count.
+      ``detach()`` ends it, and so does deleting the penalty. Deep copies and pickles of the model
+      are not attached; shallow copies (``copy.copy``, DataParallel's replicas) run the original.
+    * called: ``output, value = DREG(...)(model, x)`` observes this one run.
 
-    After either, ``layers_found`` holds the names of the layers in the order they ran in the last
-    pass, ``layers_left_out`` the others as ``(name, reason)``, and ``layer_values`` each layer's
-    share of the value as ``(name, value)``, before ``weight`` and detached.
+    After either, ``layers_found`` holds the names of the layers in the order in which they ran in
+    the last pass, ``layers_left_out`` the others as ``(name, reason)``, and ``layer_values`` each
+    layer's share of the value as ``(name, value)``, before ``weight`` and detached.
 
     A penalty defines the methods of `LayerStatistic`: ``at_layer``, ``at_output`` and ``finish``.
     A sum of the layers' statistics is a `sums.SumOverLayers`, which defines them.
@@ -61,26 +61,27 @@ class LayerPenalty(LayerStatistic, ModelPenalty):
         self.include_output = arguments.flag("include_output", include_output)
         self.layers_found: list[str] = []
         self.layers_left_out: list[tuple[str, str]] = []
-        self._shares: list[list[tuple[str, Tensor, float]]] = []  # of each pass
+        # Of each pass its number of samples, and (name, v, f) of its layers, whose share is f Σ v.
+        self._shares: list[tuple[int, list[tuple[str, Tensor, float]]]] = []
         self._watch: Watch | None = None
 
     @property
     def layer_values(self) -> list[tuple[str, Tensor]]:
         """Each layer's share of the last value, before ``weight``, detached."""
+        samples = sum(batch for batch, _ in self._shares) or 1
         values: dict[tuple[str, int], Tensor] = {}
-        for shares in self._shares:
+        for _, shares in self._shares:
             ran: Counter[str] = Counter()  # a module that ran twice in a pass is listed twice
             for name, v, factor in shares:
                 key = name, ran[name]
                 ran[name] += 1
-                share = factor * v.sum()
+                share = v.sum() * (factor / samples if self.reduction == "mean" else factor)
                 values[key] = values[key] + share if key in values else share
         return [(name, value) for (name, _), value in values.items()]
 
-    def remember(self, shares: Sequence[tuple[str, Tensor, float]]) -> None:
-        """For `layer_values`, of each layer ``(name, v, f)``: its share is ``f Σ v``."""
-        # Past nn.Module's own __setattr__, 2 µs.
-        vars(self)["_shares"] = [[(name, v.detach(), f) for name, v, f in shares]]
+    def remember(self, batch: int, shares: Sequence[tuple[Term, Tensor, float]]) -> None:
+        """Notes each layer's share ``f Σ v`` of the sum over a pass, given ``(term, v, f)``."""
+        self._shares.append((batch, [(t.call.name, v.detach(), f) for t, v, f in shares]))
 
     # ---- called
 
@@ -115,36 +116,33 @@ class LayerPenalty(LayerStatistic, ModelPenalty):
         finally:
             watch.end()
             watch.remove()
+        self._shares = []
         return output, self._finish(seen, output, len(x))
 
     def _finish(self, seen: Pass, output: Any, batch: int | None) -> Tensor | Sum:
         outputs = [output] if isinstance(output, Tensor) else tree_leaves(output)
         left_out = seen.complete(self, outputs)
-        # Past nn.Module's own __setattr__, 2 µs each.
+        # By vars(), since nn.Module's __setattr__ takes 2 µs.
         state = vars(self)
         state["layers_found"] = [term.call.layer.name for term in seen.terms]
         state["layers_left_out"] = left_out
-        if self.include_output or not seen.terms:
-            self._check_found(seen, outputs)
-        return self.finish(seen, seen.check_samples(batch))
-
-    def _check_found(self, seen: Pass, outputs: list[Any]) -> None:
         if self.include_output:
-            ends = [t for term in seen.terms for t in (term.call.z, term.post)]
+            ends = seen.activated + [term.call.z for term in seen.terms]
             if not any(t is o for t in ends for o in outputs):
                 raise RuntimeError(
-                    "include_output=True, and the output of the model is the output of no Linear "
-                    "or convolution module and of no activation module after one"
+                    "include_output is True, but the output of the model is neither the output of "
+                    "a Linear or convolution module nor that of an activation module after one"
                 )
         if not seen.terms:
-            seen_ones = "; ".join(f"{name}: {why}" for name, why in self.layers_left_out)
+            reasons = "; ".join(f"{name}: {why}" for name, why in left_out)
             raise RuntimeError(
-                "model has no layer to penalise: a Linear or convolution module whose output goes "
-                "straight, or through one BatchNorm or LayerNorm, into an activation: a torch.nn "
-                "module, a function of fastjac (fastjac.gelu), or any module with a callable "
-                "attribute fastjac_activation. Linear and convolution modules seen: "
-                f"{seen_ones or 'none at all'}"
+                "model has no layer to penalise, which is a Linear or convolution module whose "
+                "output, unchanged or through one BatchNorm or LayerNorm, is the input of an "
+                "activation: a torch.nn module, a function of fastjac (fastjac.gelu), or any "
+                "module with a callable attribute fastjac_activation. Linear and convolution "
+                f"modules seen: {reasons or 'none at all'}"
             )
+        return self.finish(seen, seen.check_samples(batch))
 
     def _reduce(self, values: Any) -> Tensor:
         if not isinstance(values, Sum):
@@ -159,9 +157,10 @@ class LayerPenalty(LayerStatistic, ModelPenalty):
         model = distributed.unwrapped(model)
         if isinstance(model, nn.Module):
             distributed.check_model(model)
-        self._watch = Watch(model, self)
-        self._watch.install(attach=True)
-        self._watch.finalizer = weakref.finalize(self, self._watch.remove)
+        self._watch = watch = Watch(model, self)
+        watch.install(attach=True)
+        # After a detach() the finalizer would keep the model alive.
+        watch.undo.append(weakref.finalize(self, watch.remove).detach)
 
     @property
     def attached(self) -> bool:
@@ -175,16 +174,14 @@ class LayerPenalty(LayerStatistic, ModelPenalty):
         return "yes" if self.due() else "later"
 
     def detach(self) -> None:
-        """Take the penalty out of the model it was attached to."""
+        """Removes the penalty from the model that it is attached to."""
         if self._watch is not None:
             self._watch.remove()
-            if self._watch.finalizer is not None:  # it would keep the model alive
-                self._watch.finalizer.detach()
             self._watch.passes.clear()
             self._watch = None
 
     def clear(self) -> None:
-        """Forget the forward passes since the last ``penalty()``."""
+        """Forgets the forward passes since the last ``penalty()``."""
         if self._watch is not None:
             self._watch.passes.clear()
 
@@ -209,27 +206,11 @@ class LayerPenalty(LayerStatistic, ModelPenalty):
             output = next((t for t in outputs if t.dim()), outputs[0].reshape(-1))
             zeros = attached_zeros(output)
             return zeros if self.reduction == "none" else zeros.sum()
-        results, shares = [], []
-        for seen, output in due:
-            results.append(self._finish(seen, output, None))
-            shares += self._shares
-        if len(due) > 1:
-            vars(self)["_shares"] = self._weighed(shares, results)
-        value = self._reduce(_together(results))
+        vars(self)["_shares"] = []
+        value = self._reduce(_together([self._finish(*one, None) for one in due]))
         self.count_call()
         value = distributed.attached(value, *[output for _, output in due])
         return distributed.through_sink(value, self._watch.ddp)
-
-    def _weighed(self, shares: list[Any], results: list[Tensor | Sum]) -> list[Any]:
-        """The passes' shares, of the mean over all of their samples."""
-        if self.reduction != "mean":
-            return shares
-        counts = [r.count if isinstance(r, Sum) else len(r) for r in results]
-        total = sum(counts) or 1
-        return [
-            [(name, v, f * n / total) for name, v, f in of_pass]
-            for of_pass, n in zip(shares, counts, strict=True)
-        ]
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
@@ -250,7 +231,7 @@ class LayerPenalty(LayerStatistic, ModelPenalty):
 
 
 def _together(results: Sequence[Tensor | Sum]) -> Tensor | Sum:
-    """The passes as one batch."""
+    """The results of several passes as one batch."""
     if len(results) == 1:
         return results[0]
     sums = [r for r in results if isinstance(r, Sum)]

@@ -1,14 +1,14 @@
-"""Layer-wise penalties of weights that are not whole in this process.
+"""Layer-wise penalties of layers whose weights are sharded over several processes.
 
 FSDP2 gathers a weight when the forward of its module begins, frees it afterwards, and gathers it
 again when the gradient of the output of the module arrives. It does not do so for the graph of a
 penalty. Therefore the terms are computed while the module runs, and are `tied` to the output of the
-activation: their backward waits for the gradient of that output, when the weights are there again.
+activation: their backward waits for the gradient of that output, and the weights are gathered then.
 
 Tensor parallel weights are DTensors. A term is ``Σ_c s_c r_c``. The row norms ``r`` of a weight
 that is sharded over its inputs are sums over the processes. So are the ``s`` of an output that is
-sharded over positions, and the sum over c of an output that is sharded over units. Each is made a
-DTensor with its placement, and torch reduces it in the forward and in the backward.
+sharded over positions, and the sum over c of an output that is sharded over units. Each becomes a
+DTensor with this placement, and torch reduces it in the forward and in the backward.
 """
 
 from __future__ import annotations
@@ -39,18 +39,18 @@ def freed(weight: Tensor) -> bool:
 
 
 def check_gathered(call: LayerCall) -> None:
-    """Raise if FSDP has freed the weight, which the kernels would read."""
+    """Raises if FSDP has freed the weight, since the kernels would read freed memory."""
     if freed(call.weight):
         raise RuntimeError(
             f"layer {call.name}: FSDP has freed its weight before the penalty could use it: apply "
-            "fully_shard to a module that holds the layer and its activation (for an output layer, "
-            "to the whole model alone); attach the penalty, if a checkpoint recomputes the layer; "
-            "or pass reshard_after_forward=False"
+            "fully_shard to a module that contains the layer and its activation (for an output "
+            "layer, to the whole model alone), attach the penalty if a checkpoint recomputes the "
+            "layer, or pass reshard_after_forward=False"
         )
 
 
 def tied(a: Tensor, value: Tensor, call: LayerCall) -> tuple[Tensor, Tensor]:
-    """Both, such that the backward of each waits for the gradients of both."""
+    """Returns both in one node, whose backward waits for the gradients of both."""
     return _Tied.apply(a, value, call.weight, call.name)
 
 
@@ -65,9 +65,9 @@ class _Tied(torch.autograd.Function):
     def backward(ctx, grad_a, grad_value):
         if freed(ctx.weight):
             raise RuntimeError(
-                f"layer {ctx.layer}: its weight is not gathered in the backward of the penalty, as "
-                "no gradient of the model's output leads to it: pass reshard_after_forward=False "
-                "to the fully_shard of its module"
+                f"layer {ctx.layer}: its weight is not gathered in the backward of the penalty, "
+                "because the loss has no gradient through the output of its module: pass "
+                "reshard_after_forward=False to the fully_shard of that module"
             )
         return grad_a, grad_value, None, None
 
@@ -76,7 +76,7 @@ class _Tied(torch.autograd.Function):
 
 
 def layout_of(call: LayerCall) -> Any:
-    """The layout of a layer's output over the processes: of a DTensor, or of what it was."""
+    """The placement of a layer's output over the processes; to_local() keeps it in its node."""
     if call.norm is not None:
         raise refused(call, "a norm follows it: put the norm elsewhere")
     z: Any = call.z
@@ -85,10 +85,9 @@ def layout_of(call: LayerCall) -> Any:
     spec = getattr(z.grad_fn, "dtensor_spec", None)
     if spec is None:
         raise RuntimeError(
-            f"layer {call.name}: its weight is a DTensor, and its output no DTensor and not what "
-            "to_local() has just made of one, so that the penalty cannot tell how it is sharded: "
-            "run the model with gradients on, and let nothing come between to_local() and the "
-            "activation"
+            f"layer {call.name}: its weight is a DTensor, but its output is neither a DTensor nor "
+            "the direct result of to_local(), so the penalty does not know how it is sharded: run "
+            "the model with gradients on, and call the activation directly after to_local()"
         )
     return spec
 
@@ -98,10 +97,7 @@ def refused(call: LayerCall, why: str) -> RuntimeError:
 
 
 def units_squared(call: LayerCall, phi: Nonlinearity) -> tuple[Any, Any]:
-    """``s``, the sum over positions of ``φ'(z)²``: ``[N, C]``, and the shape of the whole z.
-
-    Of the whole layer, as a DTensor.
-    """
+    """``s = Σ_p φ'(z)²``, ``[N, C]``, of the whole layer as a DTensor; the shape of the whole z."""
     from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
     spec = layout_of(call)
@@ -118,9 +114,9 @@ def units_squared(call: LayerCall, phi: Nonlinearity) -> tuple[Any, Any]:
         dim = p.dim % len(spec.shape) if p.is_shard() else None
         if p.is_partial() or dim == 0:
             raise RuntimeError(
-                f"layer {call.name}: its output is {p!r} over the processes: a penalty needs each "
-                "sample's own numbers in every process of the tensor parallel group; set the "
-                "output_layouts of its ParallelStyle to Replicate() or Shard(-1)"
+                f"layer {call.name}: its output is {p!r} over the processes, but a penalty needs "
+                "all samples in every process of the tensor parallel group: set the output_layouts "
+                "of its ParallelStyle to Replicate() or Shard(-1)"
             )
         units = dim == len(spec.shape) - 1
         placements.append(p if dim is None else Shard(1) if units else Partial())
@@ -134,12 +130,12 @@ def units_squared(call: LayerCall, phi: Nonlinearity) -> tuple[Any, Any]:
 
 
 def row_norms(call: LayerCall, impl: str = "auto") -> Any:
-    """``‖W[i, :]‖²`` of the whole rows, ``[C]``, as a DTensor without pending sums."""
+    """``‖W[i, :]‖²`` of the whole rows, ``[C]``, as a DTensor that is not partial."""
     from torch.distributed.tensor import DTensor, Partial, Replicate
 
     weight: Any = call.weight
     if not call.layer.linear:
-        raise refused(call, "only Linear layers can be penalised so: give it whole weights")
+        raise refused(call, "only Linear layers support that: do not parallelize this layer")
     (rows,) = row_sqnorm([weight.to_local()], impl=impl)
     placements = [Partial() if p.is_shard(1) else p for p in weight.placements]
     norms = DTensor.from_local(
@@ -156,7 +152,7 @@ def row_norms(call: LayerCall, impl: str = "auto") -> Any:
 
 
 def whole(t: Any) -> Tensor:
-    """The numbers of a DTensor, the same in every process."""
+    """The values of a DTensor, the same in every process."""
     from torch.distributed.tensor import Replicate
 
     return t.redistribute(placements=[Replicate()] * t.device_mesh.ndim).to_local()

@@ -1,13 +1,13 @@
-"""The statistic of a layer, ``Σ_p Σ_c φ'(z_npc)² ‖W_c‖²``, by the cheapest way that a call allows.
+"""The statistic of a layer, ``Σ_p Σ_c φ'(z_npc)² ‖W_c‖²``, in the cheapest way that a call allows.
 
-From the cheapest to the dearest: the layer and its activation as one autograd node (`layer_act`);
-BatchNorm and activation as one node (`batch_norm_act`); the activation with the statistic in one
-pass (`act_stats`); composed operations, for an activation that the table does not have or a weight
-that is a DTensor.
+The ways, the cheapest first: the layer and its activation as one autograd node (`layer_act`);
+BatchNorm and activation as one node (`batch_norm_act`); the activation and the statistic in one
+pass (`act_stats`); composed operations, if the table does not have the activation or the weight is
+a DTensor.
 
-Where the sum over the samples is all that is wanted, it is taken first: ``s_c = Σ_{n,p} φ'²`` comes
-out of the pass that computes the activation, and ``Σ_c s_c ‖W_c‖²`` is a product of two vectors,
-which `sums` takes for all layers together.
+If only the sum over the samples is needed, it is taken first: the pass that computes the activation
+returns ``s_c = Σ_{n,p} φ'²``, and ``Σ_c s_c ‖W_c‖²`` is a product of two vectors, which `sums`
+takes for all layers together.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from fastjac.distributed import is_dtensor
 from fastjac.layerwise import sharded
 from fastjac.layerwise.batch_norm import batch_norm_act
 from fastjac.layerwise.layer_act import LayerActOptions, apply_layer_act, layer_act
-from fastjac.layerwise.layers import LayerCall, Nonlinearity, conv_options
+from fastjac.layerwise.layers import Layer, LayerCall, Nonlinearity, conv_options
 from fastjac.layerwise.norms import Gain, norm_gain
 from fastjac.layerwise.passes import Pass, Term
 from fastjac.ops import act_stats, row_sqnorm
@@ -36,13 +36,13 @@ from fastjac.torch_private import saved_tensor_hooks
 
 NO_GAIN = Gain()
 TAPPED = {"cuda"}
-"""Types of devices where launches count, so that all row norms come from one."""
+"""The types of devices on which one launch computes the row norms of all layers."""
 
 
 class Wanted(NamedTuple):
-    """What a penalty wants of each layer."""
+    """The form of the statistic that a penalty needs."""
 
-    per_sample: bool  # the statistic of each sample, not its sum over the samples
+    per_sample: bool  # one value per sample; False for the sum over the samples
     use_weight: bool  # False: without ``‖W_c‖²`` and the gain of a norm
 
 
@@ -51,15 +51,14 @@ class Statistic(Term):
     """The term of a layer.
 
     ``result`` is the statistic, per sample ``[N]`` or summed over the samples. If ``by_channel``,
-    it is ``s`` instead, ``[C]``, whose product with the row norms ``r = ‖W_c‖²`` is to be taken.
+    it is ``s`` instead, ``[C]``, which `totals` multiplies by the row norms ``r = ‖W_c‖²``.
     """
 
     by_channel: bool = False
-    r: Tensor | None = None  # the row norms, where they are known
-    gain: Gain = NO_GAIN  # of the norm: the r that is to be computed is multiplied by it
-    impl: str = "auto"  # by which the r is to be computed
-    whole_shape: Any = None  # of the whole z, where the call has a part of it
-    share: Tensor | None = None  # of the value, detached: its sum counts
+    r: Tensor | None = None  # the row norms, if they are computed already
+    gain: Gain = NO_GAIN  # the factor of r that comes from a norm
+    impl: str = "auto"  # the implementation that computes r
+    whole_shape: Any = None  # the shape of the whole z, if this process has a part of it
 
     @property
     def shape(self) -> Any:
@@ -68,12 +67,12 @@ class Statistic(Term):
     @property
     def units(self) -> int:
         """The number of units, or output channels, of the layer."""
-        return self.shape[-1] if self.call.layer.linear else self.shape[1]
+        return self.shape[self.call.layer.dim]
 
     @property
     def positions(self) -> int:
         """The number of output positions of each sample."""
-        return positions(self.call, self.shape)
+        return positions(self.call.layer, self.shape)
 
     @property
     def elements(self) -> int:
@@ -81,14 +80,14 @@ class Statistic(Term):
         return self.call.weight.numel()
 
 
-def positions(call: LayerCall, shape: Sequence[int]) -> int:
-    return math.prod(shape[1:-1] if call.layer.linear else shape[2:])
+def positions(layer: Layer, shape: Sequence[int]) -> int:
+    return math.prod(shape[1:-1] if layer.linear else shape[2:])
 
 
 def at_layer(
     seen: Pass, call: LayerCall, phi: Nonlinearity, a: Tensor | None
 ) -> tuple[Tensor, Statistic]:
-    """``φ(z)`` (a, where that is given), and the statistic of the layer."""
+    """``φ(z)``, which is a if that is given, and the statistic of the layer."""
     wanted, options = seen.wanted, None
     if seen.sharded:
         sharded.check_gathered(call)
@@ -97,7 +96,7 @@ def at_layer(
     if options is not None:
         weight, r = call.weight, None
         tap = seen.taps.get(call.layer) if seen.taps else None
-        # Of this very weight, and not in a checkpoint, which would have to recompute it.
+        # Only for the same weight, and not in a checkpoint, which would have to recompute the tap.
         if tap is not None and tap[0] == identity(weight) and saved_tensor_hooks() is None:
             weight, r = tap[1:]
             options = options._replace(rows=False)
@@ -125,38 +124,37 @@ def at_output(seen: Pass, call: LayerCall) -> Statistic:
         sharded.check_gathered(call)
     if is_dtensor(call.weight):
         return _output_of_shards(call, wanted)
-    n, c = call.shape[0], call.shape[call.dim]
+    n, c = call.shape[0], call.shape[call.layer.dim]
     gain = norm_gain(call) if wanted.use_weight else NO_GAIN
-    if gain.place is None:  # every position counts alike
-        z, factor = call.z, float(positions(call, call.shape))
+    if gain.place is None:  # all positions have the same factor
+        z, factor = call.z, float(positions(call.layer, call.shape))
         places = torch.full((n,), factor, dtype=accumulate_dtype(z.dtype), device=z.device)
     else:
         places = gain.place.flatten(1).sum(1)
     if wanted.per_sample:
         rows = _rows(call, "auto", gain, wanted)
         value = places * (c if rows is None else rows.sum())
-        return Statistic(call, value, post=call.z)
-    return Statistic(call, places.sum().expand(c), post=call.z, by_channel=True, gain=gain)
+        return Statistic(call, value)
+    return Statistic(call, places.sum().expand(c), by_channel=True, gain=gain)
 
 
 # ---- row norms, and sums over channels
 
 
 def identity(weight: Tensor) -> tuple[int, int, int]:
-    """What tells whether two uses of a weight found the same tensor with the same numbers in it:
-    its id, where its memory is, and how often it was written to."""
+    """The id, the address and the version: equal if the tensor and its values are the same."""
     return id(weight), weight.data_ptr(), weight._version
 
 
 def norms_of_rows_at_once(seen: Pass) -> None:
-    """Compute the row norms of several weights in one launch, before the model runs.
+    """Computes the row norms of several weights in one launch, before the model runs.
 
-    These are the weights of the layers that the last pass took whole (`layer_act`). Each layer then
-    computes with a view of its weight, behind which one node adds all the gradients of the norms.
+    These are the weights of the layers that the last pass computed by `layer_act`. Each layer then
+    computes with a view of its weight; one node behind all views adds the gradients of the norms.
     """
     if seen.compiling or not seen.whole_before or not seen.grad or seen.transformed:
         return
-    if seen.sharded:  # the weights are not all there
+    if seen.sharded:  # some weights are freed
         return
     weights = {layer: layer.module.weight for layer in seen.whole_before}
     first = next(iter(weights.values()))
@@ -166,7 +164,7 @@ def norms_of_rows_at_once(seen: Pass) -> None:
     weights = {
         layer: w
         for layer, w in weights.items()
-        # What is not a leaf (pruning, weight norm) is made anew while the model runs.
+        # A weight that is not a leaf (pruning, weight norm) is computed again in each run.
         if w.is_leaf and (w.dtype, w.device) == kind and rows_in_memory(w)
     }
     if not weights:
@@ -180,9 +178,10 @@ def norms_of_rows_at_once(seen: Pass) -> None:
 
 
 def totals(terms: Sequence[Statistic], wanted: Wanted) -> list[Tensor]:
-    """``Σ_l Σ_c s r`` of terms by channel, in as many operations as one layer takes.
+    """``Σ_l Σ_c s r`` of terms by channel, in as many operations as for one layer.
 
-    One number for each dtype of the weights and each implementation. Notes each layer's share.
+    Returns one number for each dtype of the weights and each implementation. The ``result`` of each
+    term becomes the detached product ``s r``, whose sum is the share of the layer.
     """
     found = []
     for kind in {(t.call.weight.dtype, t.impl): None for t in terms}:
@@ -200,13 +199,13 @@ def totals(terms: Sequence[Statistic], wanted: Wanted) -> list[Tensor]:
             product = product if gammas is None else product * gammas.square()
             product = product if inverses is None else product * inverses
         for t, share in zip(group, product.detach().split(sizes), strict=True):
-            t.share = share
+            t.result = share
         found.append(product.sum())
     return found
 
 
 def _flat(parts: list[Tensor | None], sizes: list[int], like: Tensor) -> Tensor | None:
-    """One vector of all parts, ones where there is none; None if there are none at all."""
+    """The concatenated parts, with ones for a part that is None; None if all are."""
     if all(p is None for p in parts):
         return None
     return torch.cat(
@@ -224,33 +223,31 @@ def _rows(call: LayerCall, impl: str, gain: Gain, wanted: Wanted) -> Tensor | No
     return rows if factor is None else rows * factor
 
 
-# ---- the ways to compute it
+# ---- the ways to compute the statistic
 
 
 def _one_node(
     call: LayerCall, phi: Nonlinearity, compiling: bool, wanted: Wanted
 ) -> LayerActOptions | None:
-    """What `layer_act` needs to do this layer whole; None where it cannot."""
+    """The options of `layer_act` if it can compute this call, else None."""
     if compiling:
-        return _plan(call, phi, wanted)
-    # Hooks on z would see no gradient, and x must be what the layer computed with.
+        return _layer_act_options(call, phi, wanted)
+    # Hooks on z would see no gradient, and the weight's gradient needs the x of the forward.
     z, x, layer = call.z, call.x, call.layer
     if x is None or z._backward_hooks or z.retains_grad or x._version != call.x_version:
         return None
-    # All that decides it beside the layer and the activation.
-    state = (
-        wanted, z.dtype, z.device, call.weight.stride(),
-        None if layer.linear else conv_options(layer.module),
-    )  # fmt: skip
-    memo = layer.memo.get(phi)
-    if len(layer.memo) > 16:  # a parameter that is another number in each step
-        layer.memo.clear()
-    if memo is None or memo[0] != state:
-        memo = layer.memo[phi] = state, _plan(call, phi, wanted)
-    return memo[1]
+    # Everything that the options depend on, beside the module.
+    conv = None if layer.linear else conv_options(layer.module)
+    key = (phi.fn, phi.impl, phi.params, wanted, z.dtype, z.device, call.weight.stride(), conv)
+    if layer.memo is None or layer.memo[0] != key:
+        key = (*key[:2], dict(phi.params), *key[3:])  # the module may change its own params
+        layer.memo = key, _layer_act_options(call, phi, wanted)
+    return layer.memo[1]
 
 
-def _plan(call: LayerCall, phi: Nonlinearity, wanted: Wanted) -> LayerActOptions | None:
+def _layer_act_options(
+    call: LayerCall, phi: Nonlinearity, wanted: Wanted
+) -> LayerActOptions | None:
     if wanted.per_sample or not wanted.use_weight or not call.layer.plain or call.layer.hooked:
         return None
     if phi.fn is None or not rows_in_memory(call.weight):
@@ -259,12 +256,12 @@ def _plan(call: LayerCall, phi: Nonlinearity, wanted: Wanted) -> LayerActOptions
     if impl == "reference":
         return None
     params = get(phi.fn).param_values(phi.params)
-    options = conv_options(call.layer.module)
-    return LayerActOptions(options, 1.0, IDS[phi.fn], params, suffix_of(impl), impl)
+    conv = conv_options(call.layer.module)
+    return LayerActOptions(conv, 1.0, IDS[phi.fn], params, suffix_of(impl), impl)
 
 
 def _after_batch_norm(seen: Pass, call: LayerCall, phi: Nonlinearity, wanted: Wanted) -> bool:
-    """Whether `batch_norm_act` can do the activation and the norm before it."""
+    """Whether `batch_norm_act` can compute the activation and the norm before it."""
     if call.normed is None or phi.fn is None or wanted.per_sample or not wanted.use_weight:
         return False
     y = call.z
@@ -280,7 +277,7 @@ def _after_batch_norm(seen: Pass, call: LayerCall, phi: Nonlinearity, wanted: Wa
 def _norm_node(call: LayerCall, phi: Nonlinearity, wanted: Wanted) -> tuple[Tensor, Statistic]:
     assert phi.fn is not None and call.normed is not None
     node, norm, dtype = call.z.grad_fn, call.norm, call.normed.mean.dtype
-    # What the norm computed with: torch raises here if one was written to since.
+    # The tensors that the norm computed with. Torch raises here if one was written to since.
     z, gamma = node._saved_input, node._saved_weight
     gamma, beta = (None if t is None else t.to(dtype) for t in (gamma, norm.bias))
     options = (1.0, IDS[phi.fn], get(phi.fn).param_values(phi.params))
@@ -292,11 +289,11 @@ def _fused(
     call: LayerCall, phi: Nonlinearity, a: Tensor | None, wanted: Wanted
 ) -> tuple[Tensor, Statistic]:
     assert phi.fn is not None
-    z, dim = call.z, call.dim
+    z, dim = call.z, call.layer.dim
     gain = norm_gain(call) if wanted.use_weight else NO_GAIN
     place = gain.place
     options = dict(scale=1.0, impl=phi.impl, **phi.params)
-    if place is not None:  # each position is a sample of its own
+    if place is not None:  # treat each position as a sample
         z, dim, place = z.flatten(0, -2), -1, place.flatten()
     if not wanted.per_sample:
         computed, s = act_stats(z, phi.fn, dim=dim, weights=place, **options)
@@ -305,17 +302,17 @@ def _fused(
     rows = _rows(call, phi.impl, gain, wanted)
     computed, t = act_stats(z, phi.fn, dim=dim, per="sample", weights=rows, **options)
     if place is not None:
-        t = (t * place).view(call.shape[0], positions(call, call.shape)).sum(1)
+        t = (t * place).view(len(call.z), -1).sum(1)
     return computed.view_as(call.z) if a is None else a, Statistic(call, t)
 
 
 def _composed(
     call: LayerCall, phi: Nonlinearity, a: Tensor | None, wanted: Wanted
 ) -> tuple[Tensor, Statistic]:
-    """The same for an activation that the table does not have."""
+    """As `_fused`, for an activation that the table does not have."""
     assert a is not None
     dtype = accumulate_dtype(call.z.dtype)
-    squares = phi.derivative(call.z).to(dtype).square().movedim(call.dim, -1)
+    squares = phi.derivative(call.z).to(dtype).square().movedim(call.layer.dim, -1)
     gain = norm_gain(call) if wanted.use_weight else NO_GAIN
     if gain.place is not None:
         squares = squares * gain.place.unsqueeze(-1)
@@ -329,10 +326,10 @@ def _composed(
 def _of_shards(
     call: LayerCall, phi: Nonlinearity, a: Tensor | None, wanted: Wanted
 ) -> tuple[Tensor, Statistic]:
-    """The same for a weight that is a DTensor."""
+    """As `_fused`, for a weight that is a DTensor."""
     s, shape = sharded.units_squared(call, phi)
     if a is None:
-        a = phi.run(call.z.clone() if getattr(phi.module, "inplace", False) else call.z)
+        a = phi.value(call.z.clone() if getattr(phi.module, "inplace", False) else call.z)
     product = s if wanted.per_sample else s.sum(0)
     product = product * sharded.row_norms(call, phi.impl) if wanted.use_weight else product
     return a, Statistic(call, sharded.whole(product.sum(-1)), whole_shape=shape)
@@ -345,4 +342,4 @@ def _output_of_shards(call: LayerCall, wanted: Wanted) -> Statistic:
         total = sharded.whole(sharded.row_norms(call).sum())
     total = total * math.prod(places)
     value = total.expand(n) if wanted.per_sample else total * n
-    return Statistic(call, value, post=call.z, whole_shape=shape)
+    return Statistic(call, value, whole_shape=shape)

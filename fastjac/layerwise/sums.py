@@ -1,4 +1,4 @@
-"""Base of the penalties that sum the statistic of `statistics` over the layers."""
+"""Base class of the penalties that sum the statistic of `statistics` over the layers."""
 
 from __future__ import annotations
 
@@ -6,46 +6,42 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from typing_extensions import Unpack
 
 from fastjac.layerwise import statistics
 from fastjac.layerwise.passes import Pass
-from fastjac.layerwise.penalty import LayerOptions, LayerPenalty, Sum
+from fastjac.layerwise.penalty import LayerPenalty, Sum
 from fastjac.layerwise.statistics import Statistic, Wanted
 
 
 class SumOverLayers(LayerPenalty):
-    """``R_n = Σ_l f_l t_ln / d_l``, or with the root of each ``t_ln / d_l``.
+    """``R_n = Σ_l f_l t_ln / d_l``, or with the square root of each ``t_ln / d_l``.
 
     ``t_ln = Σ_p Σ_c φ'(z_lnpc)² ‖W_lc‖²`` is the statistic of layer l. A penalty defines the
-    factors ``f`` (`factors`), the divisors ``d`` (`divisor`) and which layers count (`select`).
+    factors ``f`` (`factors`) and the divisors ``d`` (`divisor`), and may `select` layers.
     """
 
     use_weight = True
     """Whether t has the factor ``‖W_lc‖²``."""
 
     squared = True
-    """False for the root of each layer's ``t_ln / d_l``, whose gradient at 0 is taken as 0."""
+    """False for the square root of ``t_ln / d_l``, whose gradient at 0 is defined as 0."""
 
     not_selected = ""
-    """Why `select` leaves layers out."""
-
-    def __init__(self, **options: Unpack[LayerOptions]) -> None:
-        super().__init__(**options)
+    """The reason that ``layers_left_out`` gives for layers that `select` does not return."""
 
     # ---- what a penalty defines
 
     def select(self, terms: list[Statistic]) -> list[Statistic]:
-        """The layers that count, of all that were found, in the order in which they ran."""
+        """Those of the layers found that count, in the order in which they ran."""
         return terms
 
     def divisor(self, term: Statistic) -> float:
         """The ``d`` of a layer, from its units, positions and elements."""
-        return 1.0
+        raise NotImplementedError
 
     def factors(self, count: int) -> Sequence[float]:
-        """The ``f`` of each of the layers."""
-        return [1.0] * count
+        """The ``f`` of each layer that counts."""
+        raise NotImplementedError
 
     # ---- the statistic, and the sum
 
@@ -64,28 +60,26 @@ class SumOverLayers(LayerPenalty):
             self.layers_found = [t.call.name for t in terms]
             self.layers_left_out += [(name, self.not_selected) for name in names]
         factors = self.factors(len(terms))
-        over = batch if self.reduction == "mean" and batch else 1
         if seen.wanted.per_sample:
             values = [t.result / self.divisor(t) for t in terms]
             values = values if self.squared else [_root(v) for v in values]
             values = [v if f == 1 else f * v for f, v in zip(factors, values, strict=True)]
-            self.remember([(t.call.name, v, 1 / over) for t, v in zip(terms, values, strict=True)])
+            self.remember(batch, [(t, v, 1.0) for t, v in zip(terms, values, strict=True)])
             return torch.stack(values).sum(0)
         scales = [f / self.divisor(t) for f, t in zip(factors, terms, strict=True)]
         common = scales[0] if len(set(scales)) == 1 else 1.0
-        if common == 1:  # each term by its own
+        if common == 1:  # the factors differ, or all are 1
             for t, f in zip(terms, scales, strict=True):
                 t.result = t.result if f == 1 else t.result * f
         sums = [t.result for t in terms if not t.by_channel]
         totals = [torch.stack(sums).sum()] if sums else []
         totals += statistics.totals([t for t in terms if t.by_channel], seen.wanted)
-        shares = [(t, t.share if t.by_channel else t.result) for t in terms]
-        self.remember([(t.call.name, s, common / over) for t, s in shares if s is not None])
+        self.remember(batch, [(t, t.result, common) for t in terms])
         total = totals[0] if len(totals) == 1 else torch.stack(totals).sum()
         return Sum(total if common == 1 else total * common, batch)
 
 
 def _root(value: Tensor) -> Tensor:
-    """The square root, with the gradient 0 at 0."""
+    """The square root, whose gradient at 0 is 0."""
     positive = value > 0
     return torch.where(positive, torch.where(positive, value, 1).sqrt(), 0)

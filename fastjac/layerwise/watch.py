@@ -1,14 +1,14 @@
-"""Watches a model while it runs: puts `forwards` into its modules, and takes them out again.
+"""Watches a model while it runs: replaces the ``forward`` of its modules, and restores it.
 
 A layer is a Linear or convolution module, perhaps a norm, and an activation. While a model is
-watched, the ``forward`` of these modules, an attribute of the instance, notes the tensor object
-that it returned. An activation that is called with that very object belongs to it. Since the
-identity of the tensor counts, a layer is found however the ``forward`` of the model is written, and
-a tensor that went through anything else in between (a view, an addition) is not taken for a
-pre-activation. The penalty then computes the activation, and its statistic in the same pass.
+watched, `forwards` replace the ``forward`` of these modules, as attributes of the instances, and
+report the tensor objects that they return. An activation that is called with the same object
+belongs to that layer. Since the tensors are compared by identity, the ``forward`` of the model may
+be written in any way, and a tensor that went through another operation in between (a view, an
+addition) is not taken for a pre-activation. The penalty then computes the activation and its
+statistic in the same pass.
 
-Copies of a watched model (``deepcopy``, pickle) are not watched: their ``forward`` does what the
-class says.
+Copies of a watched model (``deepcopy``, pickle) are not watched.
 """
 
 from __future__ import annotations
@@ -39,42 +39,41 @@ from fastjac.nn import held_functions
 from fastjac.observers import OBSERVERS, Recorded
 
 LOCK = RLock()
-"""Held while forwards are put in or taken out: several threads may call penalties of one model."""
+"""Held while forwards are replaced: several threads may call penalties of one model."""
 
 
 class Watch:
-    """The forwards that watch a model for one penalty, and the passes of an attached model."""
+    """The observer of a model for one penalty, and the passes of an attached model."""
 
     def __init__(self, model: Any, statistic: LayerStatistic) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(
-                f"model is {type(model).__name__}: layer-wise penalties look at submodules, so it "
-                "must be an nn.Module"
+                f"model is {type(model).__name__}: it must be an nn.Module, since layer-wise "
+                "penalties look at its submodules"
             )
         self.model = model
-        # Weak: a penalty that is thrown away must not live on in the model it was attached to.
+        # Weak, so that the model does not keep a deleted penalty alive.
         self.statistic: Callable[[], LayerStatistic | None] = weakref.ref(statistic)
         self.attached = False
-        self.finalizer: Any = None  # removes this when the penalty is thrown away
         self.names = {module: name or "(model)" for name, module in model.named_modules()}
         self.layers: dict[nn.Module, str] = {
             m: name for m, name in self.names.items() if isinstance(m, LINEAR + CONVOLUTION)
         }
-        self.passes: list[tuple[Pass | None, Any]] = []  # with the output of the model
+        # With the output of the model; None for a pass that `every` skips.
+        self.passes: list[tuple[Pass | None, Any]] = []
         self.current: Pass | None = None
-        self.again: Pass | None = None  # of a recomputation by checkpoint
+        self.again: Pass | None = None  # the recomputation of a pass by a checkpoint
+        self.recompute = False  # whether a recomputation counts
         self.whole: list[Layer] = []  # see `Pass`
-        self.ddp: Any = None  # a DistributedDataParallel with a static graph, while it counts
-        self.recompute = False
-        self.called = 0  # call forms that are running
-        self.cache: Any = None
-        self.nonlinearities: dict[Any, Nonlinearity] = {}
-        self.undo: list[Callable[[], None]] = []
+        self.ddp: Any = None  # see `distributed.static_graph`
+        self.called = 0  # the number of call forms that are running
+        self.cache: Any = None  # the context manager `parametrize.cached`
+        self.undo: list[Callable[[], Any]] = []
 
     # ---- the forwards
 
     def install(self, *, attach: bool) -> None:
-        """Put the forwards in. With ``attach``, each call of the model that counts adds a pass."""
+        """Replaces the forwards. With ``attach``, each call of the model that counts is a pass."""
         self.attached = attach
         with LOCK:
             for module in self.names:
@@ -83,7 +82,7 @@ class Watch:
                     forward = self._override(kind, module)
                     sharded = is_dtensor(module._parameters.get("weight"))
                     if sharded and isinstance(forward, LayerForward):
-                        # Tensor parallel: the model goes on with what the hooks make of z.
+                        # Tensor parallel: the model continues with z as changed by the hooks.
                         forward.layer.hooked = True
                         self.undo.append(module.register_forward_hook(forward.hook).remove)
                 for name, value, fn in held_functions(module):
@@ -107,7 +106,6 @@ class Watch:
     # ---- runs of the model
 
     def model_called(self, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """The attached model is called: its run is a pass if the penalty wants one."""
         if self.called:
             return forward(*args, **kwargs)
         for t in args:
@@ -131,48 +129,49 @@ class Watch:
         finally:
             self.end()
         self.passes.append((seen, output))
-        if not seen.compiling:  # what changes from step to step would be compiled again
+        if not seen.compiling:  # a value that changes in each step would be compiled again
             self.whole = seen.whole
         return output
 
     @contextmanager
     def suspended(self) -> Iterator[None]:
-        """In this block the model is run by the call form, and its runs are not passes."""
+        """In this block the call form runs the model, and its runs are not passes."""
         self.called += 1
-        self.recompute = False  # and a checkpoint that recomputes them is not watched
+        self.recompute = False  # nor is their recomputation by a checkpoint
         try:
             yield
         finally:
             self.called -= 1
 
     def forget_stale(self) -> None:
-        """Drop passes that autograd could not go back through any more."""
+        """Drops the passes that autograd can no longer go back through."""
         if self.passes and not torch.compiler.is_compiling():
             self.passes = [p for p in self.passes if p[0] is not None and not p[0].spent()]
 
     def begin(self) -> Pass:
-        """Begin a pass. Run the model after it, then call `end`, also after an error."""
+        """Begins a pass. The caller then runs the model and calls `end`, also after an error."""
         statistic = self.statistic()
         assert statistic is not None
-        seen = self._pass(statistic)
+        seen = Pass(statistic, self.layers, attached=self.attached)
         if not seen.compiling and torch.is_inference_mode_enabled():
             raise RuntimeError(
-                "inference mode is active: its tensors keep no track of in-place changes; use "
-                "torch.no_grad() to get the value alone"
+                "inference mode is active, whose tensors do not count in-place changes: use "
+                "torch.no_grad() to get the value without a gradient"
             )
         if seen.compiling and seen.sharded:
             raise RuntimeError(
-                "torch.compile traces a model with a layer-wise penalty, in a process that has "
-                "models under fully_shard, whose weights come and go: run it without torch.compile"
+                "torch.compile traces a model with a layer-wise penalty in a process that has "
+                "models under fully_shard, which gathers and frees weights: run the model without "
+                "torch.compile"
             )
         if not seen.compiling:
             self._forget_recomputation()
-        # One weight for the model and the penalty where a parametrization computes it: spectral
-        # norm would make a power iteration for each access.
+        # The model and the penalty share a weight that a parametrization computes: spectral norm
+        # would otherwise make a power iteration at each access.
         self.cache = parametrize.cached()
         self.cache.__enter__()
         self.current = seen
-        OBSERVERS.append(self.observe)  # for this pass alone: torch.compile guards on the list
+        OBSERVERS.append(self.observe)  # only for this pass: torch.compile guards on the list
         if self.attached:
             seen.whole_before = self.whole
         statistic.before_pass(seen)
@@ -182,7 +181,7 @@ class Watch:
         if self.current is not None:
             if self.current.compiling:
                 OBSERVERS.pop()
-            else:  # other threads may have put theirs behind it
+            else:  # other threads may have added theirs
                 OBSERVERS.remove(self.observe)
             self.current.statistic = None
             self.current = None
@@ -190,21 +189,17 @@ class Watch:
             self.cache.__exit__(None, None, None)
             self.cache = None
 
-    def _pass(self, statistic: LayerStatistic, *, dry: bool = False) -> Pass:
-        known = self.nonlinearities
-        return Pass(statistic, self.layers, known, attached=self.attached, dry=dry)
-
     def running(self) -> Pass | None:
-        """The pass that runs now, or the one that a checkpoint recomputes; None without either."""
+        """The pass that runs now, or the one that a checkpoint recomputes, or None."""
         current = self.current
         if current is not None:
             if current.compiling or current.thread == get_ident():
                 return current
-            if not self.attached:  # the called form, of another thread
+            if not self.attached:  # the call form in another thread
                 return None
             raise RuntimeError(
-                "the model runs in two threads at once (DataParallel?), and the penalty attached "
-                "to it can follow one: use DistributedDataParallel, or detach() the penalty"
+                "the model runs in two threads at once (DataParallel?), but the penalty attached "
+                "to it can observe one: use DistributedDataParallel, or detach() the penalty"
             )
         if not self.recompute or torch.compiler.is_compiling():
             return None
@@ -216,17 +211,18 @@ class Watch:
             return None
         if self.again is None or self.again.task != task:
             self._forget_recomputation()
-            # By proxy: a backward that raises leaves this pass, which must not keep the penalty.
-            self.again = self._pass(weakref.proxy(statistic), dry=True)
-            self.again.task = task
+            # By proxy, since this pass remains if the backward raises, and must not keep the
+            # penalty alive.
+            proxy = weakref.proxy(statistic)
+            self.again = Pass(proxy, self.layers, attached=self.attached, task=task)
             statistic.before_pass(self.again)
             OBSERVERS.append(self.observe)
-            # Runs when this backward is over, unless it raises.
+            # Not called if this backward raises.
             torch_private.after_backward(self._forget_recomputation)
         return self.again
 
     def _forget_recomputation(self) -> None:
-        """Called after a backward; if that raised, when the next pass begins or the watch ends."""
+        """Called after a backward; if it raised, when the next pass begins or the watch ends."""
         if self.again is not None:
             self.again = None
             while self.observe in OBSERVERS:
@@ -235,12 +231,12 @@ class Watch:
     def observe(
         self, z: Tensor, fn: str, impl: str, params: dict[str, Any], a: Tensor | None
     ) -> Tensor | None:
-        """The observer of functions such as ``fastjac.gelu``: ``φ(z)`` if z is a layer's output."""
+        """Observes functions such as ``fastjac.gelu``: ``φ(z)`` if z is the output of a layer."""
         current = self.current
         if current is not None and not current.compiling and current.thread != get_ident():
-            return a  # of another model, most likely; if it is of this one, its forwards raise
+            return a  # most likely of another model; the forwards of this one raise
         running = self.running()
         call = None if running is None else running.find(z)
         if running is None or call is None:
             return a
-        return running.activate(call, running.nonlinearity(fn, impl, params), a)
+        return running.activate(call, Nonlinearity(fn, impl, params), a)

@@ -131,7 +131,7 @@ class AccumulatedDREG(LayerPenalty):
         return a, Pushed(call, a, version=a._version)
 
     def at_output(self, seen: Pass, call: LayerCall) -> Pushed:
-        return Pushed(call, call.z, call.z, version=call.version)
+        return Pushed(call, call.z, version=call.version)
 
     def finish(self, seen: Pass, batch: int) -> Tensor:
         values = []
@@ -145,8 +145,7 @@ class AccumulatedDREG(LayerPenalty):
                     "detach it"
                 )
             values.append(measure(tangent, "l2_squared", lead=1))
-        over = batch if self.reduction != "sum" and batch else 1
-        self.remember([(t.call.name, v, 1 / over) for t, v in zip(seen.terms, values, strict=True)])
+        self.remember(batch, [(t, v, 1.0) for t, v in zip(seen.terms, values, strict=True)])
         return torch.stack(values).sum(0)
 
     def _draw(self, x: Tensor) -> Tensor:
