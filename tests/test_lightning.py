@@ -196,7 +196,7 @@ def test_fit_after_one_that_raised(tmp_path: Path) -> None:
 def test_what_is_refused(tmp_path: Path) -> None:
     module = Module()
     module.training_step = own = module.training_step  # as torch.compile of the module does
-    with pytest.raises(RuntimeError, match="training_step is wrapped already"):
+    with pytest.raises(RuntimeError, match="training_step is already wrapped"):
         fit(module, tmp_path, callback(module))
     assert vars(module)["training_step"] is own
 

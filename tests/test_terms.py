@@ -209,18 +209,18 @@ def test_what_is_refused() -> None:
         PenaltyTerm(model)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="reduction='none'"):
         PenaltyTerm(FrobReg(reduction="none"))
-    with pytest.raises(ValueError, match=r"attached to no model: pass DREG\(model\)"):
+    with pytest.raises(ValueError, match=r"is not attached to a model: pass DREG\(model\)"):
         PenaltyTerm(DREG())
     with pytest.raises(ValueError, match="module, at, output and targets are for"):
         PenaltyTerm(DREG(model), module="0")
     for penalty in (fastjac.FiniteDifferenceDataGrad(), fastjac.presets.wgan_gp()):
         with pytest.raises(TypeError, match="runs the model itself: call it in the training step"):
             PenaltyTerm(penalty)
-    with pytest.raises(ValueError, match="penalty has at='0': give at to the term"):
+    with pytest.raises(ValueError, match="penalty has at='0': pass at to PenaltyTerm"):
         PenaltyTerm(FrobReg(at="0"))
     with pytest.raises(ValueError, match="measure_every is -1: it must be at least 0"):
         Terms([PenaltyTerm(FrobReg())], -1)
-    with pytest.raises(ValueError, match="no penalty is given"):
+    with pytest.raises(ValueError, match="penalties is empty"):
         Terms([], 0)
     with pytest.raises(ValueError, match="they must differ"):
         Terms([PenaltyTerm(FrobReg()), PenaltyTerm(FrobReg())], 0)
@@ -237,13 +237,15 @@ def test_runs_that_are_refused() -> None:
         idle.value(None)
     with pytest.raises(RuntimeError, match="called with 0 floating-point tensors: .*at="):
         run(PenaltyTerm(FrobReg()), Tokens(), TOKENS)
-    with pytest.raises(ValueError, match="at='emb' is not a submodule"):
+    with pytest.raises(ValueError, match="at='emb' is not the name of a submodule"):
         run(PenaltyTerm(FrobReg(), at="emb"), Tokens(), TOKENS)
-    with pytest.raises(ValueError, match="module='nett' is not a submodule of ModuleDict"):
+    with pytest.raises(
+        ValueError, match="module='nett' is not the name of a submodule of ModuleDict"
+    ):
         run(PenaltyTerm(FrobReg(), module="nett"), model)
     with pytest.raises(TypeError, match="compiled, and torch cannot differentiate"):
         run(PenaltyTerm(FrobReg()), torch.compile(net()), X)
-    with pytest.raises(TypeError, match="returned tuple: say by output="):
+    with pytest.raises(TypeError, match="returned tuple: pass output="):
         run(PenaltyTerm(FrobReg()), Pair(), X)
     assert no_hooks(model)
 

@@ -1,4 +1,4 @@
-"""A penalty in a loop that fastjac does not write: where its input is, its weight, its name."""
+"""A penalty in the training loop of another library: its input, its weight schedule, its name."""
 
 from __future__ import annotations
 
@@ -20,24 +20,26 @@ from fastjac.schedules import WeightSchedule
 
 
 class PenaltyTerm:
-    """A penalty, and how to compute it from a training step that knows nothing of it.
+    """A penalty, and how to compute it in a training step that was not written for it.
 
-    A layer-wise penalty is attached to the model by the caller, ``PenaltyTerm(DREG(net))``, and
-    needs no more. An input-Jacobian penalty is computed in the graph of the step's own forward
-    pass, by autograd: hooks make the input of ``module`` require grad and note its output. One run
-    of ``module`` with gradients on is expected per step.
+    The caller attaches a layer-wise penalty to the model, ``PenaltyTerm(DREG(net))``, and it has no
+    further options. An input-Jacobian penalty is computed by autograd, in the graph of the step's
+    own forward pass: hooks make the input of ``module`` require grad and record its output.
+    ``module`` must run exactly once per step with gradients on.
 
     Arguments:
-        penalty: of fastjac, with ``reduction="mean"`` or ``"sum"``.
-        module: name of the submodule that is penalised; ``""`` is the whole model. Its one
-        floating-point argument is ``x``.
-        at: name of a submodule of the model whose output is ``x`` instead, such as the embedding of
-        token inputs.
-        output: picks the tensor to penalise out of what ``module`` returns. By default that itself,
-        or its ``logits``.
-        targets: of the batch, what the penalty takes after ``x, output``: a tensor or a tuple.
-        schedule: a factor of ``penalty.weight`` by the optimiser's step, as `fastjac.Warmup`.
-        name: in the logs, ``fastjac/<name>``; by default the penalty's class.
+        penalty: a penalty with ``reduction="mean"`` or ``"sum"``.
+        module: the name of the submodule that is penalised, or ``""`` for the whole model. Its only
+            floating-point argument is ``x``.
+        at: the name of a submodule of the model whose output is used as ``x``, such as the
+            embedding of token inputs.
+        output: a function that returns the tensor to penalise, given the output of ``module``. By
+            default it is the output itself, or its ``logits``.
+        targets: a function of the batch that returns the arguments of the penalty after
+            ``x, output``: a tensor or a tuple.
+        schedule: a function of the optimiser's step, such as `fastjac.Warmup`, that returns a
+            factor of ``penalty.weight``.
+        name: the name in the logs, ``fastjac/<name>``; by default the class of the penalty.
     """
 
     def __init__(
@@ -52,14 +54,14 @@ class PenaltyTerm:
         name: str | None = None,
     ) -> None:
         if not isinstance(penalty, Penalty):
-            raise TypeError(f"penalty is {type(penalty).__name__}: it must be one of fastjac's")
+            raise TypeError(f"penalty is {type(penalty).__name__}: it must be a fastjac.Penalty")
         if penalty.reduction == "none":
-            raise ValueError("penalty has reduction='none': a loss needs 'mean' or 'sum'")
+            raise ValueError("penalty has reduction='none': it must be 'mean' or 'sum' in a loss")
         kind = type(penalty).__name__
         self.attached = isinstance(penalty, LayerPenalty)
         if isinstance(penalty, LayerPenalty):
             if not penalty.attached:
-                raise ValueError(f"penalty is attached to no model: pass {kind}(model)")
+                raise ValueError(f"penalty is not attached to a model: pass {kind}(model)")
             if module or at is not None or output is not None or targets is not None:
                 raise ValueError(
                     f"penalty is {kind}, which is attached to its model: module, at, output and "
@@ -71,7 +73,7 @@ class PenaltyTerm:
                 "and add its value to the loss there"
             )
         elif isinstance(penalty, InputPenalty) and penalty.at is not None:
-            raise ValueError(f"penalty has at={penalty.at!r}: give at to the term instead")
+            raise ValueError(f"penalty has at={penalty.at!r}: pass at to PenaltyTerm instead")
         self.penalty, self.module, self.at = penalty, module, at
         self.output, self.targets = output, targets
         self.schedule = None if schedule is None else WeightSchedule(penalty, schedule)
@@ -81,7 +83,7 @@ class PenaltyTerm:
 
     @contextmanager
     def watch(self, model: nn.Module) -> Iterator[None]:
-        """Note input and output of the model's run in this block."""
+        """Records the input and the output of the model's run in this block."""
         self._inputs, self._outputs = [], []
         try:
             with ExitStack() as handles:
@@ -96,7 +98,8 @@ class PenaltyTerm:
         if any(hasattr(part, "_orig_mod") for part in model.modules()):
             raise TypeError(
                 "the model is compiled, and torch cannot differentiate compiled graphs twice: "
-                "train it without torch.compile; layer-wise penalties, attached before, go with it"
+                "train it without torch.compile, or use a layer-wise penalty that is attached "
+                "before compiling"
             )
         module = _submodule(model, "module", self.module) if self.module else model
         if self.at is None:
@@ -109,7 +112,7 @@ class PenaltyTerm:
         handles.callback(handle.remove)
 
     def clear(self) -> None:
-        """Forget the run that was watched, and with it its graph."""
+        """Forgets the recorded run, which frees its graph."""
         self._inputs, self._outputs = [], []
         if isinstance(self.penalty, LayerPenalty):
             self.penalty.clear()
@@ -124,8 +127,8 @@ class PenaltyTerm:
         if len(places) != 1:
             raise RuntimeError(
                 f"module={self.module!r} was called with {len(places)} floating-point tensors: x "
-                "must be the only one; name the submodule whose output is x by at= (for tokens "
-                "the embedding)"
+                "must be the only one; otherwise pass at=, the name of the submodule whose output "
+                "is x (for tokens the embedding)"
             )
         place, k = places[0]
         if not place[k].requires_grad:
@@ -138,7 +141,7 @@ class PenaltyTerm:
             return None
         hidden = arguments.floating(f"the output of at={self.at!r}", hidden)
         self._inputs.append(hidden if hidden.requires_grad else hidden.detach().requires_grad_())
-        return self._inputs[-1].clone()  # what is done to it in place is done to a copy
+        return self._inputs[-1].clone()  # in-place operations then change the copy
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         if torch.is_grad_enabled():
@@ -146,7 +149,7 @@ class PenaltyTerm:
             self._outputs.append((picked, picked._version))
 
     def _pick(self, output: Any) -> Tensor:
-        """What is penalised of what the module returned."""
+        """The tensor to penalise, given the output of the module."""
         picked = output
         if self.output is not None:
             picked = self.output(output)
@@ -156,13 +159,13 @@ class PenaltyTerm:
             picked = getattr(output, "logits", None)
         if not isinstance(picked, Tensor):
             raise TypeError(
-                f"module={self.module!r} returned {type(output).__name__}: say by output= "
-                "which tensor of it is to be penalised"
+                f"module={self.module!r} returned {type(output).__name__}: pass output=, a "
+                "function that returns the tensor to penalise"
             )
         return picked
 
     def value(self, batch: Any) -> Tensor:
-        """The penalty of the run that was watched."""
+        """The penalty of the recorded run."""
         inputs, outputs = self._inputs, self._outputs
         self._inputs, self._outputs = [], []
         if self.attached:
@@ -171,15 +174,15 @@ class PenaltyTerm:
             if len(seen) != 1:
                 raise RuntimeError(
                     f"{place} ran {len(seen)} times with gradients on in this training step: it "
-                    "must run exactly once; name the right submodule, or call the penalty in the "
-                    "training step"
+                    "must run exactly once; pass the name of another submodule, or call the "
+                    "penalty in the training step"
                 )
         output, version = outputs[0]
-        if output._version != version:  # autograd would take the change for a part of the module
+        if output._version != version:  # autograd would differentiate the change too
             raise RuntimeError(
                 f"the output of module={self.module!r} was changed in place after the module had "
-                "returned it: change a copy (out = out * 2 in place of out *= 2), or name a module "
-                "that has the change in it"
+                "returned it: use an out-of-place operation (out = out * 2 instead of out *= 2), "
+                "or pass the name of a module that contains the change"
             )
         targets = () if self.targets is None else self.targets(batch)
         targets = targets if isinstance(targets, tuple) else (targets,)
@@ -191,8 +194,8 @@ def _submodule(model: nn.Module, argument: str, name: str) -> nn.Module:
     if found is None or name == "":
         names = ", ".join(n for n, _ in model.named_modules() if n)
         raise ValueError(
-            f"{argument}={name!r} is not a submodule of {type(model).__name__}: it has "
-            f"{names or 'none'}"
+            f"{argument}={name!r} is not the name of a submodule of {type(model).__name__}: its "
+            f"submodules are {names or 'none'}"
         )
     return found
 
@@ -206,11 +209,14 @@ class Terms:
 
     def __init__(self, terms: Sequence[PenaltyTerm | Penalty], measure_every: int) -> None:
         if not terms:
-            raise ValueError("no penalty is given")
+            raise ValueError("penalties is empty: pass at least one penalty")
         self.terms = [t if isinstance(t, PenaltyTerm) else PenaltyTerm(t) for t in terms]
         names = [t.name for t in self.terms]
         if len(set(names)) < len(names):
-            raise ValueError(f"names are {names}: they must differ; give name= to PenaltyTerm")
+            raise ValueError(
+                f"the names of the penalties are {names}: they must differ; pass name= to "
+                "PenaltyTerm"
+            )
         period = arguments.count("measure_every", measure_every, least=0)
         window = max(t.penalty.every for t in self.terms)
         self.timer = StepTimer(max(period, window) if period else 0, window)
@@ -223,13 +229,13 @@ class Terms:
             yield
 
     def set_step(self, step: int) -> None:
-        """The optimiser's step, for the schedules."""
+        """Sets the step of the optimiser in the schedules."""
         for term in self.terms:
             if term.schedule is not None:
                 term.schedule.set_step(step)
 
     def values(self, batch: Any, loss: Tensor) -> dict[str, Tensor]:
-        """Each penalty of the run that was watched, to be added to ``loss``, by its name."""
+        """The value of each penalty for the recorded run, by name, to be added to ``loss``."""
         values = {}
         try:
             for term in self.terms:
@@ -242,7 +248,7 @@ class Terms:
         return values
 
     def clear(self) -> None:
-        """Forget the run that was watched: its step has no loss."""
+        """Forgets the recorded run, if its step has no loss."""
         for term in self.terms:
             term.clear()
 
@@ -250,7 +256,7 @@ class Terms:
         return {term.name: term.penalty.state_dict() for term in self.terms}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """What the checkpoint does not know, a term that is new or lazy since, counts from 0."""
+        """Restores the counts of `every`; a term that the checkpoint does not have starts at 0."""
         for term in self.terms:
             term.penalty._calls = 0
             term.penalty.load_state_dict(state.get(term.name, {}), strict=False)

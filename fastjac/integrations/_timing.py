@@ -1,4 +1,4 @@
-"""How much of a training step is a penalty's."""
+"""The share of a training step's time that a penalty takes."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from fastjac.ops.autograd import graph_nodes
 
 
 def now(device: torch.device | None) -> float:
-    """Seconds, once the device has done what it was told."""
+    """The time in seconds, after the device has finished its work."""
     if device is not None and device.type == "cuda":
         torch.cuda.synchronize(device)
     return perf_counter()
 
 
 class StepTimer:
-    """Times the last ``window`` of every ``period`` steps; 0 for none.
+    """Times the last ``window`` of every ``period`` steps, or none if ``period`` is 0.
 
-    A penalty's time is that of its call and of those backward nodes that only the penalty has. What
-    it shares with the loss, the backward of the network, is counted as the loss's; so is the
+    The time of a penalty is that of its call and of those backward nodes that only the penalty has.
+    The nodes that it shares with the loss, those of the network, are not included; nor is the
     statistic that a layer-wise penalty computes in one pass with the activation.
     """
 
@@ -32,13 +32,13 @@ class StepTimer:
         self.period, self.window = period, window
         self.steps = 0
         self.measuring = False
-        self.total = 0.0  # of the steps of this window
+        self.total = 0.0  # the time of the steps of this window
         self.spent: dict[str, float] = {}
         self._start: float | None = None
         self._device: torch.device | None = None
 
     def begin(self, device: torch.device | None) -> None:
-        """A step starts."""
+        """Called when a step starts."""
         self._device = device
         self.steps += 1
         if self.period == 0:
@@ -50,7 +50,7 @@ class StepTimer:
         self._start = now(device) if self.measuring else None
 
     def end(self) -> dict[str, float]:
-        """A step ends; at the end of a window each penalty's share of its time."""
+        """Called when a step ends. At the end of a window it returns each penalty's share."""
         if not self.measuring or self._start is None:
             return {}
         self.total += now(self._device) - self._start
@@ -61,7 +61,7 @@ class StepTimer:
 
     @contextmanager
     def call(self, name: str) -> Iterator[None]:
-        """Around the call of a penalty."""
+        """Times the call of a penalty in this block."""
         if not self.measuring:
             yield
             return
@@ -70,7 +70,7 @@ class StepTimer:
         self._add(name, now(self._device) - start)
 
     def backward(self, name: str, value: Tensor, loss: Tensor) -> None:
-        """Time the nodes of ``value`` that ``loss`` does not have, when they run."""
+        """Times the backward nodes of ``value`` that ``loss`` does not have, when they run."""
         if not self.measuring or value.grad_fn is None:
             return
         shared = list(graph_nodes(loss))

@@ -22,7 +22,7 @@ __all__ = ["PenaltyCallback", "PenaltyTerm"]
 
 
 class PenaltyCallback(pl.Callback):
-    """Adds penalties to the loss of a LightningModule that does not know of them.
+    """Adds penalties to the loss of a LightningModule without changing the module's code.
 
     ::
 
@@ -32,22 +32,24 @@ class PenaltyCallback(pl.Callback):
         )
         trainer = Trainer(callbacks=[PenaltyCallback(layer_wise, by_input)])
 
-    While ``fit`` runs, ``training_step`` is wrapped: loss and penalty are one tensor before
-    Lightning divides by ``accumulate_grad_batches``, scales for fp16 and prepares DDP's backward.
-    (``on_before_backward`` comes after all that: what is added there has the wrong scale.) The
-    penalties run under the step's autocast. Validation and test see the loss alone.
+    While ``fit`` runs, ``training_step`` is wrapped. The penalties are added to the loss before
+    Lightning divides it by ``accumulate_grad_batches``, scales it for fp16 and prepares the
+    backward of DDP. (``on_before_backward`` is called after that, so a penalty that is added there
+    has the wrong scale.) The penalties run under the autocast of the step. Validation and test use
+    the loss without penalties.
 
-    Logged: ``fastjac/<name>``, the value that was added, with its weight; and every
-    ``measure_every`` batches ``fastjac/<name>_time_share``, the penalty's call and the backward
-    nodes that only it has, over the time from the batch's start to its end. On a GPU the batches
-    that are timed wait for the device.
+    It logs ``fastjac/<name>``, the value that was added, including the weight. Every
+    ``measure_every`` batches it also logs ``fastjac/<name>_time_share``: the time of the penalty's
+    call and of the backward nodes that only the penalty has, divided by the time from the start of
+    the batch to its end. On a GPU the batches that are timed wait for the device.
 
     Arguments:
-        penalties: `PenaltyTerm`, or attached layer-wise penalties as they are. measure_every:
-        batches between timed ones, 0 for none. With ``every=k`` the last k batches are timed.
+        penalties: each a `PenaltyTerm` or an attached layer-wise penalty.
+        measure_every: the number of batches from one timed batch to the next, or 0 to time none.
+            With ``every=k`` the last k batches are timed.
 
-    Schedules follow ``trainer.global_step``, the optimiser's steps. Checkpoints hold the counts of
-    ``every``. Raises with manual optimization: add the penalty to your loss there.
+    Schedules follow ``trainer.global_step``, the steps of the optimiser. Checkpoints contain the
+    counts of ``every``. Raises with manual optimization, where you add the penalty to your loss.
     """
 
     def __init__(self, *penalties: PenaltyTerm | Penalty, measure_every: int = 50) -> None:
@@ -59,13 +61,13 @@ class PenaltyCallback(pl.Callback):
             return
         if not pl_module.automatic_optimization:
             raise RuntimeError(
-                "automatic_optimization is False, so what training_step returns is not the loss "
-                "that is differentiated: call the penalty in training_step"
+                "automatic_optimization is False, so Lightning does not differentiate the loss "
+                "that training_step returns: call the penalty in training_step"
             )
         if "training_step" in vars(pl_module):
             raise RuntimeError(
-                "training_step is wrapped already, by torch.compile or another PenaltyCallback: "
-                "pass the module uncompiled, and all penalties to one PenaltyCallback"
+                "training_step is already wrapped, by torch.compile or another PenaltyCallback: "
+                "do not compile the module, and pass all penalties to one PenaltyCallback"
             )
         original = pl_module.training_step
 
@@ -81,7 +83,7 @@ class PenaltyCallback(pl.Callback):
 
     def _added(self, pl_module: Any, result: Any, batch: Any) -> Any:
         loss = result.get("loss") if isinstance(result, Mapping) else result
-        if not isinstance(loss, Tensor):  # a skipped step, or Lightning says what is wrong with it
+        if not isinstance(loss, Tensor):  # a skipped step, or an error that Lightning reports
             self.terms.clear()
             return result
         values = self.terms.values(batch, loss)

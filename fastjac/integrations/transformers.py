@@ -26,7 +26,7 @@ STATE_FILE = "fastjac.pt"
 
 
 class _SaveState(transformers.TrainerCallback):
-    """Puts the counts of ``every`` beside the checkpoint."""
+    """Saves the counts of ``every`` in the folder of the checkpoint."""
 
     def __init__(self, terms: Terms) -> None:
         self.terms = terms
@@ -38,7 +38,7 @@ class _SaveState(transformers.TrainerCallback):
 
 
 class PenaltyTrainerMixin:
-    """Before ``Trainer`` or a subclass of it: adds penalties to the loss while training.
+    """A base class, before ``Trainer`` or a subclass of it, that adds penalties to the loss.
 
     ::
 
@@ -52,22 +52,25 @@ class PenaltyTrainerMixin:
         MyTrainer(model, args, train_dataset=data, penalties=[term]).train()
 
     The penalty of each forward pass is added once, averaged over ``gradient_accumulation_steps``,
-    also where the model normalises its own loss by the tokens of all of them. Evaluation sees the
-    loss alone; the ``loss`` in the training log has the penalties in it. Attention needs
-    ``attn_implementation="eager"``: the fused kernels have no second derivative, and torch raises.
+    also if the model divides its own loss by the number of tokens in all of these passes.
+    Evaluation uses the loss without penalties; the ``loss`` in the training log includes them.
+    Attention needs ``attn_implementation="eager"``, since the fused kernels have no second
+    derivative and torch raises.
 
-    Logged with the loss, averaged since the last log: ``fastjac/<name>``, the value with its
-    weight; and every ``measure_every`` batches ``fastjac/<name>_time_share``, the penalty's call
-    and the backward nodes that only it has, over the time of ``training_step``, which has no
-    optimiser in it. On a GPU the batches that are timed wait for the device.
+    With the loss it logs ``fastjac/<name>``, the value including the weight, averaged since the
+    last log. Every ``measure_every`` batches it also logs ``fastjac/<name>_time_share``: the time
+    of the penalty's call and of the backward nodes that only the penalty has, divided by the time
+    of ``training_step``, which does not include the optimiser. On a GPU the batches that are timed
+    wait for the device.
 
     Arguments:
-        penalties: `PenaltyTerm`, or attached layer-wise penalties as they are; ``targets`` get the
-        batch as a dict. measure_every: batches between timed ones, 0 for none. The rest goes to
-        the Trainer.
+        penalties: each a `PenaltyTerm` or an attached layer-wise penalty. ``targets`` are called
+            with the batch, a dict.
+        measure_every: the number of batches from one timed batch to the next, or 0 to time none.
+        The other arguments are those of the Trainer.
 
-    Schedules follow ``state.global_step``. Checkpoints hold the counts of ``every`` in
-    ``fastjac.pt``; one without that file starts them anew. Raises under ``nn.DataParallel``.
+    Schedules follow ``state.global_step``. Checkpoints contain the counts of ``every`` in
+    ``fastjac.pt``; without that file they start at 0. Raises under ``nn.DataParallel``.
     """
 
     def __init__(
@@ -85,7 +88,7 @@ class PenaltyTrainerMixin:
         if trainer.args.n_gpu > 1:
             raise RuntimeError(
                 f"{trainer.args.n_gpu} GPUs in one process are nn.DataParallel, whose replicas the "
-                "penalties do not see: start one process per GPU (torchrun)"
+                "penalties cannot observe: start one process per GPU (torchrun)"
             )
         trainer.add_callback(_SaveState(self._terms))
 
@@ -121,14 +124,14 @@ class PenaltyTrainerMixin:
         for name, value in values.items():
             total, count = self._seen.get(name, (torch.zeros_like(value), 0))
             self._seen[name] = total + value.detach(), count + 1
-        # Where training_step will not divide by the accumulated passes, the penalties still must.
+        # The penalties are divided here if training_step does not divide by the number of passes.
         passes = own.current_gradient_accumulation_steps if self._is_scaled(kwargs) else 1
         for value in values.values():
             loss = loss + value / passes
         return (loss, outputs) if return_outputs else loss
 
     def _is_scaled(self, kwargs: dict[str, Any]) -> bool:
-        """Whether the Trainer takes the loss as normalised over the accumulated passes."""
+        """Whether the Trainer assumes that the loss is averaged over the accumulated passes."""
         own: Any = self
         said = getattr(own, "loss_is_scaled_for_ga", None)
         if said is not None:

@@ -1,8 +1,8 @@
-"""The penalties, each a module and a function of one name, and the registry that lists them.
+"""The penalties, each as a module and as a function, and the registry that lists them.
 
-A penalty is one file here that ends in a `PenaltySpec`, and a function of its name in
-``fastjac/reference.py``. The files are found by themselves; tests, benchmarks and the support table
-of the README iterate over `PENALTIES`.
+A penalty is one file in this folder that ends with a `PenaltySpec`, and a function in
+``fastjac/reference.py``. The registry finds the files; tests, benchmarks and the support table of
+the README iterate over `PENALTIES`.
 """
 
 from importlib import import_module
@@ -16,7 +16,7 @@ from fastjac.penalty import Penalty
 
 
 def _specs() -> list[PenaltySpec]:
-    # By import_module: the attribute `spectreg` of this package is the function.
+    # Not by getattr: the attribute `spectreg` of this package is the function.
     modules = [import_module(f"{__name__}.{module.name}") for module in iter_modules(__path__)]
     found = [s for m in modules for s in vars(m).values() if isinstance(s, PenaltySpec)]
     return sorted(found, key=lambda spec: spec.place)
@@ -27,7 +27,7 @@ PENALTIES: dict[str, PenaltySpec] = {spec.name: spec for spec in _specs()}
 
 _FORMS: dict[str, Any] = {}
 for _spec in PENALTIES.values():
-    _spec.functional.__module__ = __name__  # where pickle finds it
+    _spec.functional.__module__ = __name__  # pickle finds it there
     _FORMS |= {_spec.module.__name__: _spec.module, _spec.name: _spec.functional}
 globals().update(_FORMS)
 

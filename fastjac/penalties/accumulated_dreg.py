@@ -1,4 +1,4 @@
-"""AccumulatedDREG: one tangent pushed forward through the layers."""
+"""AccumulatedDREG: the Jacobians of all layers with respect to the input of the model."""
 
 from __future__ import annotations
 
@@ -31,26 +31,27 @@ class Pushed(Term):
 class AccumulatedDREG(LayerPenalty):
     """``R_n = Σ_l ‖J_ln ⋯ J_1n u_n‖²``, ``u ~ N(0, I)``, ``J_l`` the Jacobian of hidden layer l.
 
-    An unbiased estimate of ``Σ_l ‖∂a_ln/∂x_n‖_F²``, where ``a_l`` is the output of the activation:
-    the accumulated Jacobians, where DREG has those of the single layers. It takes one forward pass
-    with forward-mode autograd; a layer's input and its tangent go through the weight together, as
-    one batch. This is a reading of the word "layer-wise" in the abstract of arXiv 2606.23942, whose
-    author accumulates forwards elsewhere; it is not a formula printed there.
+    An unbiased estimate of ``Σ_l ‖∂a_ln/∂x_n‖_F²``, where ``a_l`` is the output of the activation.
+    These are accumulated Jacobians; DREG has the Jacobians of the single layers. It takes one
+    forward pass with forward-mode autograd, in which the input of a layer and its tangent are
+    multiplied by the weight as one batch. The abstract of arXiv 2606.23942 does not give this
+    formula: it is another reading of the word "layer-wise".
 
-    The layers counted are those that DREG finds. The tangent goes through everything between them
-    as well. ``layers_found`` and ``layers_left_out`` are as in DREG.
+    It counts the layers that DREG finds. The tangent also goes through all operations between
+    them. ``layers_found`` and ``layers_left_out`` are as in DREG.
 
     Arguments:
-        model: an nn.Module of operations that have a forward-mode derivative (torch raises where
-        one has none). x: ``[N, ...]`` floating point. tangent: the ``u``, shape, dtype and device
+        model: an nn.Module, all of whose operations have a forward-mode derivative (otherwise torch
+        raises). x: ``[N, ...]`` floating point. tangent: the ``u``, of the shape, dtype and device
         of ``x``. There is no graph form.
 
     Options:
-        include_output: count ``‖J_g u‖²`` of the output layer too. generator: on the device of
-        ``x``; the draw is ``torch.randn(x.shape)``. weight, reduction, every: as for all penalties.
+        include_output: adds ``‖J_g u‖²`` of the output layer.
+        generator: a generator on the device of ``x``. It draws ``torch.randn(x.shape)``.
+        weight, reduction, every: see ``help(fastjac.Penalty)``.
 
-    Sums of squares of half precision are taken in float32. Differentiable in reverse mode as often
-    as the network; not inside another forward-mode computation.
+    Squares of half precision are summed in float32. The value is differentiable in reverse mode as
+    often as the network, and not inside another forward-mode computation.
 
     Source: a reading of Martnishn 2026, arXiv 2606.23942.
 
@@ -80,26 +81,27 @@ class AccumulatedDREG(LayerPenalty):
             )
         if torch.compiler.is_compiling():
             raise RuntimeError(
-                "AccumulatedDREG pushes a tangent forward while it watches the model, which "
-                "torch.compile cannot trace: call it outside the compiled function"
+                "AccumulatedDREG changes the model while it runs, which torch.compile cannot "
+                "trace: call it outside of the compiled function"
             )
         u = self._draw(arguments.floating("x", x)) if tangent is None else self._given(tangent, x)
-        # The hooks of a checkpoint around this call, which recomputes all of it.
+        # The hooks of a checkpoint around this call, which recomputes the whole call.
         vars(self)["_hooks"] = saved_tensor_hooks()
         with forward_ad.dual_level():
             try:
                 dual, values = super().model_form(model, forward_ad.make_dual(x, u))
             except NotImplementedError as error:
                 raise NotImplementedError(
-                    "an operation of the model has no forward-mode derivative (as none has in a "
-                    "graph of torch.compile: call it outside the compiled function). Torch said: "
-                    f"{error}"
+                    "an operation of the model has no forward-mode derivative (inside a function "
+                    "compiled by torch.compile, no operation has one: call the penalty outside of "
+                    f"it). The error of torch: {error}"
                 ) from error
-            finally:  # the hooks hold the frame of the checkpoint
+            finally:  # the hooks keep the frame of the checkpoint alive
                 vars(self)["_hooks"] = None
             return forward_ad.unpack_dual(dual).primal, values
 
-    needs_weights_afterwards = True  # FSDP's hooks cannot take tangents: run where they pass on
+    # FSDP's hooks do not support tangents, so this runs in the place where they do not act.
+    needs_weights_afterwards = True
 
     def compute(self, module: Any, x: Tensor) -> Tensor | None:
         a, u = forward_ad.unpack_dual(x)
@@ -108,10 +110,10 @@ class AccumulatedDREG(LayerPenalty):
         if saved_tensor_hooks() != self._hooks:
             raise RuntimeError(
                 "a part of the model runs in a checkpoint, which would recompute it without its "
-                "tangent: checkpoint the call of AccumulatedDREG as a whole, or nothing in it"
+                "tangent: checkpoint the whole call of AccumulatedDREG, or no part of the model"
             )
         # Torch would compute the two products separately, and add two ∂W of different memory
-        # order: 30 ms a step instead of 14 (784-4×512-10, batch 128, 2 cores).
+        # layouts: 30 ms a step instead of 14 (784-4×512-10, batch 128, 2 cores).
         both, weight = torch.cat([a, u]), module.weight
         if isinstance(module, torch.nn.Linear):
             z, t = torch.nn.functional.linear(both, weight).split(len(a))
@@ -141,8 +143,8 @@ class AccumulatedDREG(LayerPenalty):
             tangent = forward_ad.unpack_dual(term.result).tangent
             if tangent is None:
                 raise RuntimeError(
-                    f"layer {term.call.name} does not depend on x: see that the model does not "
-                    "detach it"
+                    f"layer {term.call.name} does not depend on x: check that the model does not "
+                    "detach x"
                 )
             values.append(measure(tangent, "l2_squared", lead=1))
         self.remember(batch, [(t, v, 1.0) for t, v in zip(seen.terms, values, strict=True)])
@@ -160,8 +162,8 @@ class AccumulatedDREG(LayerPenalty):
         arguments.like("tangent", tangent, "x", x)
         if tangent.shape != x.shape:
             raise ValueError(
-                f"tangent has shape {tuple(tangent.shape)} and x {tuple(x.shape)}: they must be "
-                "the same"
+                f"tangent has shape {tuple(tangent.shape)}: it must have the shape of x, "
+                f"{tuple(x.shape)}"
             )
         return tangent
 

@@ -15,18 +15,18 @@ from fastjac.per_sample import rows
 class ConfidencePenalty(Penalty):
     """``R_n = Σ_i p_i log p_i``, ``p = softmax(g_n)``: minus the entropy of the prediction.
 
-    A function of the output alone, here because the papers compare with it. ``x`` gives the batch
-    size to check and nothing else: it may be of any dtype. No gradient is taken to get the value,
-    so that it can also be had under ``torch.no_grad()``.
+    It depends on the output alone, and is part of this library because the papers compare with it.
+    Only the batch size of ``x`` is used. The value needs no gradient, so it can also be computed
+    under ``torch.no_grad()``.
 
     Arguments:
-        x: ``[N, ...]``. output: logits ``[N, ...]``, flattened to ``[N, m]``, ``m >= 2``; ``-inf``
-        marks a class that is not there.
+        x: ``[N, ...]`` of any dtype. output: logits ``[N, ...]``, flattened to ``[N, m]``,
+        ``m >= 2``; ``-inf`` for a class that is absent.
 
     Options:
         weight, reduction, every: see ``help(fastjac.Penalty)``.
 
-    Half precision is computed in float32. Differentiable to any order.
+    Half precision is computed in float32. The value is differentiable to any order.
 
     Source: Pereyra et al. 2017, arXiv 1701.06548.
 
@@ -47,7 +47,7 @@ class ConfidencePenalty(Penalty):
         arguments.classes("ConfidencePenalty", logits)
         log_p = logits.log_softmax(1)
         p = log_p.exp()
-        # 0 · log 0 is 0, also for the gradient.
+        # 0 · log 0 is 0, and so is its gradient.
         return (p * torch.where(p > 0, log_p, 0)).sum(1)
 
 

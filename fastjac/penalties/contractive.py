@@ -15,14 +15,14 @@ from fastjac.penalties.registry import PenaltySpec, layered_example
 class Contractive(DREG):
     """Contractive penalty: ``R_n = ‖diag φ'(z_1n) W_1‖_F²`` of the first hidden layer.
 
-    With a sigmoid encoder this is the penalty of the contractive autoencoder. DREG on the layer
-    that runs first; the notes there hold here.
+    With a sigmoid encoder this is the penalty of the contractive autoencoder. It is `DREG` of the
+    layer that runs first, whose notes apply.
 
     Arguments:
         model: an nn.Module. x: ``[N, ...]`` of any dtype. There is no graph form.
 
     Options:
-        weight, reduction, every: as for all penalties.
+        weight, reduction, every: see ``help(fastjac.Penalty)``.
 
     Source: Rifai, Vincent, Muller, Glorot, Bengio 2011.
 
@@ -55,13 +55,15 @@ class Contractive(DREG):
 class GuRigazio(DREG):
     """Deep contractive network: ``R_n = Σ_l λ_l ‖diag φ'(z_ln) W_l‖_F``, with the output layer.
 
-    DREG with unsquared norms and ``φ' = 1`` for the output layer; the notes there hold here.
+    It is `DREG` with norms that are not squared and ``φ' = 1`` for the output layer; its notes
+    apply.
 
     Arguments:
         model: an nn.Module. x: ``[N, ...]`` of any dtype. There is no graph form.
 
     Options:
-        layer_weights: the ``λ_l``, default 1. weight, reduction, every: as for all penalties.
+        layer_weights: the ``λ_l``; the default is 1 for each layer.
+        weight, reduction, every: see ``help(fastjac.Penalty)``.
 
     Source: Gu & Rigazio 2014, arXiv 1412.5068, eq. 6.
 
@@ -96,14 +98,14 @@ class GuRigazio(DREG):
         )
 
 
-CONTRACTIVE_SPEC = PenaltySpec.of(
+CONTRACTIVE = PenaltySpec.of(
     Contractive,
     reference.contractive,
     source="Rifai, Vincent, Muller, Glorot, Bengio 2011",
     kind="layer-wise",
     example=layered_example,
 )
-GU_RIGAZIO_SPEC = PenaltySpec.of(
+GU_RIGAZIO = PenaltySpec.of(
     GuRigazio,
     reference.gu_rigazio,
     source="Gu & Rigazio 2014, arXiv 1412.5068, eq. 6",

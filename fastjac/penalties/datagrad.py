@@ -15,18 +15,18 @@ from fastjac.penalties.registry import PenaltySpec, classifier_example
 class DataGrad(ProjectionPenalty):
     """Double backpropagation: ``R_n = ‖J_nᵀ (softmax(g_n) − y_n)‖²``.
 
-    This is ``‖∂ℓ_n/∂x_n‖²`` for the cross-entropy ``ℓ_n`` of sample n, never of the batch mean,
-    whose gradient carries ``1/N``. ``softmax(g) − y`` depends on the parameters and is
-    differentiated through.
+    This is ``‖∂ℓ_n/∂x_n‖²`` for the cross-entropy ``ℓ_n`` of sample n. It is not that of the batch
+    mean, whose gradient has a factor ``1/N``. The gradient of the penalty goes through
+    ``softmax(g) − y`` too, which depends on the parameters.
 
     Arguments:
         x: ``[N, ...]`` floating point, requires grad. output: logits ``[N, ...]``, flattened to
         ``[N, m]``, ``m >= 2``. target: class indices ``[N]`` int64, or probabilities ``[N, m]``
-        whose rows sum to 1 (the formula needs that; it is not checked).
+        whose rows sum to 1 (which is not checked).
 
     Options:
-        norm: ``"l2_squared"``, ``"l2"`` or ``"l1"``. weight, reduction, every, at, engine: see
-        ``help(fastjac.InputPenalty)``.
+        norm: ``"l2_squared"``, ``"l2"`` or ``"l1"``.
+        weight, reduction, every, at, engine: see ``help(fastjac.InputPenalty)``.
 
     Squares of half precision are summed in float32. The value can be differentiated once; for
     gradients of gradients use ``engine="autograd"``.

@@ -19,53 +19,56 @@ class DREG(SumOverLayers):
 
     That is ``Σ_l ‖diag φ'(z_ln) W_l‖_F²``: the squared norm of the Jacobian of each hidden layer
     ``a_l = φ(W_l a_{l-1} + b_l)``, summed over the layers. Only the abstract of arXiv 2606.23942 is
-    public. It gives the idea: a layer-wise Jacobian penalty, strongest where the derivative of the
-    activation is largest. The formula is a reading of it and is not printed there. It assumes
-    squared Frobenius norms, summed over units, layers and positions, of the hidden layers alone;
-    each of these is an option.
+    public. It describes a layer-wise Jacobian penalty that is strongest where the derivative of the
+    activation is largest, but does not print a formula. This one is a reading of it: squared
+    Frobenius norms, summed over units, layers and positions, of the hidden layers only. Each of
+    these choices is an option.
 
-    Convolutions: each output position is a row, so the sum runs over positions too, and
-    ``‖W_c‖²`` counts all taps of output channel c, also those that fall on padding and, in a
-    strided transposed convolution, those that miss the position. Grouped convolutions likewise. A
-    Linear on ``[N, T, C]`` has T positions.
+    A layer is a Linear or convolution module whose output tensor, unchanged or through one
+    BatchNorm or LayerNorm module, is the input of an activation: a torch.nn module (elementwise and
+    deterministic), a function of fastjac (``fastjac.gelu(z)``), a torch function that is an
+    attribute of a module (``nn.TransformerEncoderLayer``), or any module with a callable attribute
+    ``fastjac_activation``, its elementwise ``φ``. A last layer with an activation is a layer too.
 
-    A layer is a Linear or convolution module whose output tensor, perhaps through one BatchNorm or
-    LayerNorm module, is the input of an activation: a torch.nn module (elementwise and
-    deterministic), a function of fastjac (``fastjac.gelu(z)``), a torch function that a module
-    holds (``nn.TransformerEncoderLayer``), or any module with a callable attribute
-    ``fastjac_activation``, its elementwise ``φ``. A last layer that ends in an activation is a
-    layer like the rest. With a norm ``y = γ (z − μ)/σ + β`` in between, the layer's Jacobian is
-    ``diag φ'(y) diag(γ/σ) W``: exact for BatchNorm in eval mode; elsewhere μ and σ, which depend on
-    the sample or the batch, are held constant in the Jacobian (not in the gradient of the penalty,
-    which goes through them).
+    The rows of a convolution are its output positions, so the sum includes the positions.
+    ``‖W_c‖²`` contains all taps of output channel c, also those that fall on padding or, in a
+    strided transposed convolution, do not reach the position. A Linear on ``[N, T, C]`` has T
+    positions.
 
-    Two forms. Attached, the fast one: ``penalty = DREG(model)``, then in each step
-    ``loss(model(x), y) + penalty()``. The activations of the model are then computed with their
-    statistic in one pass, forward and backward; outputs and ``state_dict`` stay. It covers all
-    forward passes since the last ``penalty()``, their samples taken together; passes in eval mode
-    or without gradients do not count. Checkpointing (``use_reentrant=False``) and compiling the
-    model, or the whole step, afterwards keep the numbers. ``detach()`` undoes it; copies of the
-    model are not attached. Called: ``output, value = DREG()(model, x)``, without torch.compile.
-    After either, ``layers_found`` has the names in the order they ran, ``layers_left_out`` the
-    others with the reason, ``layer_values`` each layer's share of the value.
+    With a norm ``y = γ (z − μ)/σ + β``, the Jacobian of the layer is ``diag φ'(y) diag(γ/σ) W``.
+    This is exact for BatchNorm in eval mode. Otherwise μ and σ depend on the sample or the batch;
+    the Jacobian treats them as constants, but the gradient of the penalty goes through them.
+
+    There are two forms. The attached form is faster: ``penalty = DREG(model)``, then in each step
+    ``loss(model(x), y) + penalty()``. The activations of the model are then computed together with
+    their statistic in one pass, forward and backward; outputs and ``state_dict`` do not change. It
+    covers all forward passes since the last ``penalty()``, and takes their samples together. Passes
+    in eval mode or without gradients do not count. The model may use checkpoints
+    (``use_reentrant=False``), and the model or the whole step may be compiled afterwards.
+    ``detach()`` ends it; copies of the model are not attached. The call form is
+    ``output, value = DREG()(model, x)``, without torch.compile. After either, ``layers_found`` has
+    the names of the layers in the order in which they ran, ``layers_left_out`` the others with the
+    reason, and ``layer_values`` each layer's share of the value.
 
     Arguments:
-        model: an nn.Module. x: ``[N, ...]`` of any dtype. There is no graph form. Dimension 0 must
-        stay the samples all through the model.
+        model: an nn.Module in which dimension 0 of all tensors is the samples. x: ``[N, ...]`` of
+        any dtype. There is no graph form.
 
     Options:
-        over: ``"sum"``, ``"units"`` (a layer's term divided by its units or output channels) or
-        ``"elements"`` (by the numbers in W). positions: ``"sum"`` or ``"mean"`` over output
-        positions. layers: ``"sum"`` or ``"mean"`` over the layers counted. include_output: count
-        the output layer, with ``φ' = 1``. use_weight: False for ``φ'²`` without ``‖W‖²`` (and
-        without a norm's ``γ/σ``). squared: False for the root of each layer's term per sample,
-        after the divisions; its gradient at 0 is taken as 0. layer_weights: a factor per layer, in
-        the order of ``layers_found``. weight, reduction, every: as for all
-        penalties.
+        over: ``"sum"``, ``"units"`` to divide the term of a layer by the number of its units or
+            output channels, or ``"elements"`` to divide it by the number of elements of W.
+        positions: ``"sum"`` or ``"mean"`` over the output positions.
+        layers: ``"sum"`` or ``"mean"`` over the layers.
+        include_output: adds the output layer, with ``φ' = 1``.
+        use_weight: False for ``φ'²`` without ``‖W‖²`` and without the ``γ/σ`` of a norm.
+        squared: False for the square root of each layer's term per sample, after the divisions; its
+            gradient at 0 is defined as 0.
+        layer_weights: a factor for each layer, in the order of ``layers_found``.
+        weight, reduction, every: see ``help(fastjac.Penalty)``.
 
-    Half precision is computed in float32 from ``φ'(z)`` on. Gradients: once by fused kernels; twice
-    through ``create_graph=True``; a derivative past the third of φ raises. The called form gives
-    the value alone under ``torch.no_grad()``.
+    Half precision is computed in float32 from ``φ'(z)`` on. The gradient is computed by fused
+    kernels. The second one needs ``create_graph=True``; one that needs a derivative of φ past the
+    third raises. Under ``torch.no_grad()`` the call form returns the value without a gradient.
 
     Source: Martnishn 2026, arXiv 2606.23942 (abstract); the norm of each layer's Jacobian: Gu &
     Rigazio 2014, arXiv 1412.5068, eq. 6.
@@ -105,10 +108,8 @@ class DREG(SumOverLayers):
         self.use_weight = arguments.flag("use_weight", use_weight)
         self.squared = arguments.flag("squared", squared)
         self.layer_weights = arguments.numbers("layer_weights", layer_weights)
-        if model is not None:  # last: an option that is refused leaves the model as it was
+        if model is not None:  # last, so that an invalid option leaves the model unchanged
             self._attach(model)
-
-    # R_n = Σ_l f_l t_ln / d_l, where t_ln = Σ_p Σ_c φ'² ‖W_c‖² is the statistic of layer l.
 
     def divisor(self, term: Statistic) -> float:
         if self.over == self.positions == "sum":
@@ -120,13 +121,13 @@ class DREG(SumOverLayers):
         weights = [1.0] * count if self.layer_weights is None else self.layer_weights
         if len(weights) != count:
             raise ValueError(
-                f"layer_weights has {len(weights)} numbers and the model {count} layers: "
+                f"layer_weights has {len(weights)} numbers, but the model has {count} layers: "
                 f"{', '.join(self.layers_found)}"
             )
         return [w / (count if self.layers == "mean" else 1) for w in weights]
 
 
-DREG_SPEC = PenaltySpec.of(
+SPEC = PenaltySpec.of(
     DREG,
     reference.dreg,
     source="Martnishn 2026, arXiv 2606.23942 (a reading of the abstract)",

@@ -21,22 +21,22 @@ from fastjac.per_sample import attached_zeros, measure, rows
 class FiniteDifferenceDataGrad(ModelPenalty):
     """``R_n = ((ℓ_n(x_n + ε v_n/‖v_n‖) − ℓ_n(x_n)) / ε)²``, ``v_n = ∂ℓ_n/∂x_n`` held constant.
 
-    ``ℓ_n`` is the cross-entropy of sample n. Tends to DataGrad as ``ε → 0`` and needs no second
-    derivatives, only a second forward pass. A sample with ``v_n = 0`` contributes 0.
-
-    The gradient is that of the formula with ``v`` constant, which is not the derivative of the
-    value as ``v`` moves along with the parameters.
+    ``ℓ_n`` is the cross-entropy of sample n. The value tends to that of DataGrad as ``ε → 0``. It
+    needs no second derivatives, only a second forward pass. A sample with ``v_n = 0`` contributes
+    0. The gradient treats ``v`` as a constant, although it depends on the parameters.
 
     Arguments:
-        model: a callable, run twice, which must do the same both times (no dropout, no BatchNorm
-        in training mode). x: ``[N, ...]`` floating point. target: class indices ``[N]`` int64, or
-        probabilities ``[N, m]``. There is no graph form.
+        model: a callable, which is called twice and must compute the same both times (no dropout,
+        no BatchNorm in training mode). x: ``[N, ...]`` floating point. target: class indices
+        ``[N]`` int64, or probabilities ``[N, m]``. There is no graph form.
 
     Options:
-        eps: ``ε > 0``. The difference of two losses loses digits: keep ``ε`` well above the
-        resolution of the dtype. weight, reduction, every: see ``help(fastjac.Penalty)``.
+        eps: ``ε > 0``, which must be well above the resolution of the dtype, since the value is a
+            difference of two losses.
+        weight, reduction, every: see ``help(fastjac.Penalty)``.
 
-    Half-precision losses are computed in float32. Differentiable as often as the network.
+    Losses of half precision are computed in float32. The value is differentiable as often as the
+    network.
 
     Source: Ororbia, Kifer, Giles 2017, arXiv 1601.07213.
 
@@ -49,13 +49,11 @@ class FiniteDifferenceDataGrad(ModelPenalty):
         True
     """
 
-    needs_grad = True
-
     def __init__(self, eps: float = 1e-2, **options: Unpack[PenaltyOptions]) -> None:
         super().__init__(**options)
         self.eps = arguments.number("eps", eps)
         if self.eps <= 0:
-            raise ValueError(f"eps is {eps}: it must be positive")
+            raise ValueError(f"eps is {eps}: it must be greater than 0")
 
     def model_form(
         self, model: Callable[..., Any], x: Tensor, target: Any
@@ -68,7 +66,9 @@ class FiniteDifferenceDataGrad(ModelPenalty):
             return output, attached_zeros(output)
         (v,) = torch.autograd.grad(loss.sum(), start, retain_graph=True, allow_unused=True)
         if v is None:
-            raise RuntimeError("output does not depend on x: see that the model does not detach it")
+            raise RuntimeError(
+                "output does not depend on x: check that the model does not detach x"
+            )
         length = measure(v, "l2", lead=1)
         moved = length > 0
         step = self.eps / torch.where(moved, length, 1)
@@ -85,7 +85,7 @@ def cross_entropy(output: Tensor, target: Any) -> Tensor:
 
 
 def finite_difference_example(dtype: torch.dtype, generator: torch.Generator) -> Example:
-    """A classifier, called by the reference itself."""
+    """A classifier, which the reference calls itself."""
     return replace(classifier_example(dtype, generator), reference_arguments=model_arguments)
 
 

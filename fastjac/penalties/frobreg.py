@@ -10,18 +10,18 @@ from fastjac.penalties.registry import PenaltySpec, logits_example
 
 
 class FrobReg(ExactPenalty):
-    """Frobenius regularisation: ``R_n = ‖J_n‖_F²``, exact, by m cotangents in one batched VJP.
+    """Frobenius regularisation: ``R_n = ‖J_n‖_F²``, exact, by one batched VJP of m cotangents.
 
-    For a single dense layer this is weight decay.
+    For a single dense layer it equals weight decay.
 
     Arguments:
         x: ``[N, ...]`` floating point, requires grad. output: ``[N, ...]``, flattened to
         ``[N, m]``.
 
     Options:
-        norm: ``"l2_squared"``, or ``"l2"`` / ``"l1"`` for the sum over the rows of ``J_n`` of their
-        norms. chunk_size: rows per batched pass; 1 avoids vmap. weight, reduction, every, at,
-        engine: see ``help(fastjac.InputPenalty)``.
+        norm: ``"l2_squared"``, or ``"l2"`` / ``"l1"`` for the sum of the norms of the rows.
+        chunk_size: the number of rows per batched pass; 1 does not use vmap.
+        weight, reduction, every, at, engine: see ``help(fastjac.InputPenalty)``.
 
     Squares of half precision are summed in float32. The value can be differentiated once; for
     gradients of gradients use ``engine="autograd"``.

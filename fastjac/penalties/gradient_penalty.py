@@ -1,4 +1,4 @@
-"""GradientPenalty and Eikonal: the input gradient of a scalar function at a given length."""
+"""GradientPenalty and Eikonal: the distance of an input gradient's norm from a given length."""
 
 from __future__ import annotations
 
@@ -16,16 +16,17 @@ from fastjac.per_sample import attached_zeros, measure
 class GradientPenalty(InputPenalty):
     """``R_n = (‖∇_x f_n‖ − c)²``, or one-sided ``max(0, ‖∇_x f_n‖ − c)²``, for scalar outputs.
 
-    ``c = 1`` is the penalty of WGAN-GP (there at points between real and generated samples, which
-    the caller makes), ``c = 0`` the zero-centred penalty R1, computed without a square root. Where
-    the gradient is exactly zero, the derivative of the norm is taken as 0.
+    ``c = 1`` is the penalty of WGAN-GP, whose ``x`` are points between real and generated samples
+    (`fastjac.presets.wgan_gp` makes them). ``c = 0`` is the zero-centred penalty R1, computed
+    without a square root. The derivative of the norm at a zero gradient is defined as 0.
 
     Arguments:
         x: ``[N, ...]`` floating point, requires grad. output: ``[N]`` or ``[N, 1]``.
 
     Options:
-        center: ``c >= 0``. one_sided: penalise gradients longer than ``c`` alone. weight,
-        reduction, every, at, engine: see ``help(fastjac.InputPenalty)``.
+        center: ``c >= 0``.
+        one_sided: penalises only gradients longer than ``c``.
+        weight, reduction, every, at, engine: see ``help(fastjac.InputPenalty)``.
 
     Squares of half precision are summed in float32. The value can be differentiated once; for
     gradients of gradients use ``engine="autograd"``.
@@ -47,15 +48,15 @@ class GradientPenalty(InputPenalty):
         super().__init__(**options)
         self.center = arguments.number("center", center)
         if self.center < 0:
-            raise ValueError(f"center is {center}: it must not be negative, for norms are not")
+            raise ValueError(f"center is {center}: it must be at least 0, as norms are")
         self.one_sided = arguments.flag("one_sided", one_sided)
 
     def per_sample(self, pull: Pullback) -> Tensor:
         output = pull.output
         if output.numel() != len(output):
             raise ValueError(
-                f"output has shape {tuple(output.shape)}: {type(self).__name__} is for scalar "
-                "functions, [N] or [N, 1]; for more columns use FrobReg or SpectReg"
+                f"output has shape {tuple(output.shape)}: {type(self).__name__} needs a scalar "
+                "function, [N] or [N, 1]; for more columns use FrobReg or SpectReg"
             )
         if len(output) == 0:
             return attached_zeros(output)
@@ -69,13 +70,13 @@ class GradientPenalty(InputPenalty):
 class Eikonal(GradientPenalty):
     """``R_n = (‖∇_x f_n‖ − 1)²``: the eikonal term of a signed distance function.
 
+    This is `GradientPenalty` with ``center=1``, and its notes apply.
+
     Arguments:
         x: ``[N, ...]`` floating point, requires grad. output: ``[N]`` or ``[N, 1]``.
 
     Options:
         weight, reduction, every, at, engine: see ``help(fastjac.InputPenalty)``.
-
-    GradientPenalty with ``center=1``; the notes there hold here.
 
     Source: Gropp et al. 2020, arXiv 2002.10099.
 

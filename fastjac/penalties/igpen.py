@@ -19,15 +19,15 @@ from fastjac.penalties.registry import PenaltySpec, classifier_example
 class IGPen(ProjectionPenalty):
     """Input-gradient penalty: ``R_n = ‖∂ℓ_n/∂x_n‖²``, ``ℓ = loss_fn(output, *targets)`` ``[N]``.
 
-    The loss must be per sample. The gradient of a batch mean carries ``1/N``, its square ``1/N²``,
-    and the weight would depend on the batch size; a loss of another shape than ``[N]`` is refused.
+    The loss must be per sample, since the gradient of a batch mean has a factor ``1/N``, which
+    would make the penalty depend on the batch size. A loss of another shape than ``[N]`` raises.
 
     Arguments:
-        x: ``[N, ...]`` floating point, requires grad. output: ``[N, ...]``, handed to ``loss_fn``
-        as it is. targets: whatever ``loss_fn`` takes after it.
+        x: ``[N, ...]`` floating point, requires grad. output: ``[N, ...]``, the first argument of
+        ``loss_fn``. targets: the other arguments of ``loss_fn``.
 
     Options:
-        loss_fn: default is the cross-entropy per sample, which makes this DataGrad.
+        loss_fn: the loss; the default is the cross-entropy per sample, as in DataGrad.
         norm: ``"l2_squared"``, ``"l2"`` or ``"l1"``.
         weight, reduction, every, at, engine: see ``help(fastjac.InputPenalty)``.
 
@@ -68,13 +68,12 @@ class IGPen(ProjectionPenalty):
             if not isinstance(loss, Tensor) or loss.shape != (n,):
                 shape = list(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
                 raise ValueError(
-                    f"loss_fn returned {shape}: it must return one loss per sample, [{n}] (for "
-                    "torch's losses reduction='none'). The gradient of a batch mean is 1/N of "
-                    "the sample's own, and its square would be 1/N² of the penalty"
+                    f"loss_fn returned {shape}: it must return one loss per sample, [{n}] (with "
+                    "reduction='none' for the losses of torch)"
                 )
             if not loss.requires_grad:
                 raise RuntimeError(
-                    "loss_fn returned a loss with no grad_fn: it must not detach output"
+                    "loss_fn returned a loss that does not require grad: it must not detach output"
                 )
             return loss
 

@@ -13,18 +13,20 @@ from fastjac.penalties.registry import PenaltySpec, logits_example
 class JacobianReg(RandomPenalty):
     """``R_n = m/(2K) Σ_k ‖J_nᵀ v_kn‖²``, ``v`` uniform on the unit sphere.
 
-    Unbiased for ``½ ‖J_n‖_F²``. With ``reduction="mean"`` it is the value of
-    ``jacobian.JacobianReg(n)(x, y)`` of facebookresearch/jacobian_regularizer, as one batched VJP,
-    for outputs of any rank and dtype, with a generator.
+    An unbiased estimate of ``½ ‖J_n‖_F²``. With ``reduction="mean"`` it equals
+    ``jacobian.JacobianReg(n)(x, y)`` of facebookresearch/jacobian_regularizer, computed by one
+    batched VJP, for outputs of any rank and dtype, with a generator.
 
     Arguments:
         x: ``[N, ...]`` floating point, requires grad. output: ``[N, ...]``, flattened to
-        ``[N, m]``. projection: ``[K, N, m]`` or ``[N, m]``, used as the ``v`` (unit vectors, if the
-        value is to mean the same).
+        ``[N, m]``. projection: the ``v`` themselves, ``[K, N, m]`` or ``[N, m]``, which should be
+        unit vectors.
 
     Options:
-        n_proj: K; -1 for the exact ``½ ‖J_n‖_F²``. generator: on the device of ``output``; the draw
-        is ``v = r/‖r‖``, ``r = torch.randn(K, N, m)``. chunk_size: cotangents per batched pass.
+        n_proj: K, or -1 for the exact ``½ ‖J_n‖_F²``.
+        generator: a generator on the device of ``output``. It draws ``r = torch.randn(K, N, m)``
+            for ``v = r/‖r‖``.
+        chunk_size: the number of cotangents per batched pass; 1 does not use vmap.
         weight, reduction, every, at, engine: see ``help(fastjac.InputPenalty)``.
 
     Squares of half precision are summed in float32. The value can be differentiated once; for

@@ -13,17 +13,17 @@ from fastjac.penalties.registry import PenaltySpec, logits_example
 class JacReg(ExactPenalty):
     """Jacobian regularisation: ``R_n = ‖J_n^softmax‖_F²``, exact.
 
-    The cotangents are the m rows ``p_i (e_i − p)`` of ``diag(p) − ppᵀ``, ``p = softmax(g_n)``,
-    differentiated through; one batched VJP.
+    One batched VJP, whose cotangents are the m rows ``p_i (e_i − p)`` of ``diag(p) − ppᵀ`` with
+    ``p = softmax(g_n)``. They depend on the parameters, and the gradient goes through them.
 
     Arguments:
         x: ``[N, ...]`` floating point, requires grad. output: logits ``[N, ...]``, flattened to
         ``[N, m]``, ``m >= 2``.
 
     Options:
-        norm: ``"l2_squared"``, or ``"l2"`` / ``"l1"`` for the sum over the rows of their norms.
-        chunk_size: rows per batched pass; 1 avoids vmap. weight, reduction, every, at, engine: see
-        ``help(fastjac.InputPenalty)``.
+        norm: ``"l2_squared"``, or ``"l2"`` / ``"l1"`` for the sum of the norms of the rows.
+        chunk_size: the number of rows per batched pass; 1 does not use vmap.
+        weight, reduction, every, at, engine: see ``help(fastjac.InputPenalty)``.
 
     Squares of half precision are summed in float32. The value can be differentiated once; for
     gradients of gradients use ``engine="autograd"``.

@@ -21,8 +21,8 @@ class OneHot(ProjectionPenalty):
         ``[N, m]``. target: class indices ``[N]`` int64, or any weights ``[N, m]``.
 
     Options:
-        norm: ``"l2_squared"``, ``"l2"`` or ``"l1"``. weight, reduction, every, at, engine: see
-        ``help(fastjac.InputPenalty)``.
+        norm: ``"l2_squared"``, ``"l2"`` or ``"l1"``.
+        weight, reduction, every, at, engine: see ``help(fastjac.InputPenalty)``.
 
     Squares of half precision are summed in float32. The value can be differentiated once; for
     gradients of gradients use ``engine="autograd"``.
@@ -46,17 +46,18 @@ class OneHot(ProjectionPenalty):
 class RandomOneHot(RandomPenalty):
     """Random row: ``R_n = 1/K Σ_k ‖J_nᵀ w_kn‖²``, ``w = √m e_i``, ``i`` uniform.
 
-    Unbiased for ``‖J_n‖_F²``.
+    An unbiased estimate of ``‖J_n‖_F²``.
 
     Arguments:
         x: ``[N, ...]`` floating point, requires grad. output: ``[N, ...]``, flattened to
-        ``[N, m]``. projection: ``[K, N, m]`` or ``[N, m]``, used as the ``w`` themselves.
+        ``[N, m]``. projection: the ``w`` themselves, ``[K, N, m]`` or ``[N, m]``.
 
     Options:
-        n_proj: K; -1 for the exact ``‖J_n‖_F²``. norm: ``"l2_squared"``, ``"l2"`` or ``"l1"``.
-        generator: on the device of ``output``; the draw is ``torch.randint(m, (K, N))``.
-        chunk_size: cotangents per batched pass. weight, reduction, every, at, engine: see
-        ``help(fastjac.InputPenalty)``.
+        n_proj: K, or -1 for the exact ``‖J_n‖_F²``.
+        norm: ``"l2_squared"``, ``"l2"`` or ``"l1"``.
+        generator: a generator on the device of ``output``. It draws ``torch.randint(m, (K, N))``.
+        chunk_size: the number of cotangents per batched pass; 1 does not use vmap.
+        weight, reduction, every, at, engine: see ``help(fastjac.InputPenalty)``.
 
     Squares of half precision are summed in float32. The value can be differentiated once; for
     gradients of gradients use ``engine="autograd"``.

@@ -1,4 +1,4 @@
-"""What the registry knows of a penalty, and the small examples that tests and benchmarks run."""
+"""The entries of the registry, and the small examples that tests and benchmarks run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Kind = Literal["layer-wise", "input-jacobian", "output"]
 
 
 def graph_arguments(model: nn.Module, x: Tensor) -> tuple[Any, ...]:
-    """``(x, output)``, what the references of the input-Jacobian penalties take."""
+    """``(x, output)``, the arguments of the references of the input-Jacobian penalties."""
     return x, model(x)
 
 
@@ -29,8 +29,8 @@ def model_arguments(model: nn.Module, x: Tensor) -> tuple[Any, ...]:
 class Example:
     """One small call: ``penalty(model, x, *targets, **options)``.
 
-    ``reference_arguments(model, x)`` makes what the reference takes before ``*targets``; ``x``
-    must require grad where the reference differentiates by it.
+    ``reference_arguments(model, x)`` returns the arguments of the reference before ``*targets``;
+    ``x`` must require grad if the reference differentiates with respect to it.
     """
 
     model: nn.Module
@@ -40,22 +40,22 @@ class Example:
     reference_arguments: Callable[[nn.Module, Tensor], tuple[Any, ...]] = graph_arguments
 
     def to(self, device: torch.device | str) -> Example:
-        """The same on another device; the model is moved in place."""
+        """The same call on another device; the model is moved in place."""
         targets = tuple(t.to(device) for t in self.targets)
         return replace(self, model=self.model.to(device), x=self.x.to(device), targets=targets)
 
 
 @dataclass(frozen=True)
 class PenaltySpec:
-    """A row of the registry.
+    """An entry of the registry.
 
-    * ``name``: of the functional, and of the reference.
+    * ``name``: the name of the functional and of the reference.
     * ``functional``, ``module``, ``reference``: the three forms of the penalty.
-    * ``source``: where the penalty comes from.
+    * ``source``: the publication of the penalty.
     * ``kind``: ``"input-jacobian"`` (has a graph form and a model form), ``"layer-wise"`` (model
       form only) or ``"output"`` (a function of the output alone).
-    * ``example(dtype, generator)``: an :class:`Example`; the generator draws all its numbers.
-    * ``cases``: option sets, all understood by the reference too, which tests run one by one.
+    * ``example(dtype, generator)``: returns an :class:`Example` with numbers from the generator.
+    * ``cases``: sets of options that the reference has too; tests run each of them.
     """
 
     name: str
@@ -69,7 +69,7 @@ class PenaltySpec:
 
     @property
     def place(self) -> tuple[int, str]:
-        """Sorts the registry: by kind, then by name."""
+        """The sort key of the registry: the kind, then the name."""
         return get_args(Kind).index(self.kind), self.name
 
     @classmethod
@@ -83,21 +83,21 @@ class PenaltySpec:
         kind: Kind = "input-jacobian",
         cases: tuple[dict[str, Any], ...] = (),
     ) -> PenaltySpec:
-        """Name and functional follow from the reference and the module."""
+        """Derives the name from the reference, and the functional from the module."""
         name = reference.__name__
         functional = functional_of(module, name)
         return cls(name, functional, module, reference, source, kind, example, ({}, *cases))
 
 
 def randn(shape: Sequence[int], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    """Standard normal numbers, drawn in float64 so that each dtype gets the same ones."""
+    """Standard normal numbers, drawn in float64 so that they are the same for each dtype."""
     return torch.randn(*shape, dtype=torch.float64, generator=generator).to(dtype)
 
 
 def mlp(
     widths: Sequence[int], activation: type[nn.Module], dtype: torch.dtype, gen: torch.Generator
 ) -> nn.Sequential:
-    """Linear layers of these widths with an activation between; leaves the global RNG alone."""
+    """Linear layers of these widths with activations between; does not use the global RNG."""
     layers: list[nn.Module] = []
     for c_in, c_out in pairwise(widths):
         linear = nn.Linear(c_in, c_out, device="meta", dtype=dtype).to_empty(device="cpu")
@@ -126,14 +126,14 @@ def critic_example(dtype: torch.dtype, generator: torch.Generator) -> Example:
 
 
 def layered_example(dtype: torch.dtype, generator: torch.Generator) -> Example:
-    """Two hidden layers of different widths, whose layers the reference gets as a list."""
+    """Two hidden layers of different widths; the reference gets a list of the layers."""
     model = mlp((4, 5, 3, 2), nn.GELU, dtype, generator)
     x = randn((3, 4), dtype, generator)
     return Example(model, x, reference_arguments=lambda model, x: (sequential_layers(model, x),))
 
 
 def pushed_example(dtype: torch.dtype, generator: torch.Generator) -> Example:
-    """The same, with the activations as a function of the input."""
+    """The same; the reference gets the activations as a function of the input."""
 
     def arguments(model: nn.Module, x: Tensor) -> tuple[Any, ...]:
         return lambda inputs: [a for _z, _w, _phi, a in walk(model, inputs)], x
@@ -157,5 +157,5 @@ def walk(model: nn.Module, x: Tensor) -> list[tuple[Tensor, Tensor, nn.Module | 
 
 
 def sequential_layers(model: nn.Module, x: Tensor) -> list[tuple[Tensor, Tensor, nn.Module | None]]:
-    """``(z, W, φ)`` of each linear layer, found by reading the list of modules, not by hooks."""
+    """``(z, W, φ)`` of each linear layer of an :func:`mlp`."""
     return [(z, weight, phi) for z, weight, phi, _a in walk(model, x)]

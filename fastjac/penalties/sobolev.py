@@ -1,4 +1,4 @@
-"""Sobolev: match given input gradients."""
+"""Sobolev: the distance of the input Jacobian from a given one."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class Sobolev(InputPenalty):
         dtype and device of ``x``.
 
     Options:
-        chunk_size: rows of ``J`` per batched pass; 1 avoids vmap. weight, reduction, every, at,
-        engine: see ``help(fastjac.InputPenalty)``.
+        chunk_size: the number of rows per batched pass; 1 does not use vmap.
+        weight, reduction, every, at, engine: see ``help(fastjac.InputPenalty)``.
 
     Squares of half precision are summed in float32. The value can be differentiated once; for
     gradients of gradients use ``engine="autograd"``.

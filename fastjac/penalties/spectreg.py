@@ -1,4 +1,4 @@
-"""SpectReg: a random projection of the input Jacobian."""
+"""SpectReg: random projections of the input Jacobian."""
 
 from __future__ import annotations
 
@@ -19,32 +19,31 @@ DISTRIBUTIONS = ("gaussian", "rademacher", "spherical", "orthogonal")
 class SpectReg(RandomPenalty):
     """Spectral regularisation: ``R_n = 1/K Σ_k ‖J_nᵀ w_kn‖²``, ``w = r/√m``, ``r ~ N(0, I_m)``.
 
-    Unbiased for ``‖J_n‖_F² / m``; one VJP. ``J_n`` is the Jacobian of ``output_n`` by ``x_n``.
+    An unbiased estimate of ``‖J_n‖_F² / m`` by one VJP. ``J_n`` is the Jacobian of ``output_n``
+    with respect to ``x_n``.
 
-    The paper is not of one mind: its section 3 and figure 1 have no ``1/√m``, figure 1 draws one
-    ``r`` for the batch, section 5.1 writes the norm unsquared. The options cover these.
+    The paper gives several variants: section 3 and figure 1 have no ``1/√m``, figure 1 draws one
+    ``r`` for the batch, section 5.1 does not square the norm. The options cover all of them.
 
     Arguments:
         x: ``[N, ...]`` floating point, requires grad. output: ``[N, ...]``, flattened to
-        ``[N, m]``. projection: ``[K, N, m]`` or ``[N, m]`` in the dtype of ``output``, used as the
-        ``w`` themselves (``n_proj``, ``normalize``, ``scale`` and ``shared`` are then not looked
-        at).
+        ``[N, m]``. projection: the ``w`` themselves, ``[K, N, m]`` or ``[N, m]`` in the dtype of
+        ``output``; ``n_proj``, ``normalize``, ``scale`` and ``shared`` are then ignored.
 
     Options:
-        n_proj: K; -1 for the exact expectation over ``r`` (m cotangents, nothing is drawn).
-        normalize: ``w = r/‖r‖``, so that ``‖Jᵀw‖`` is a lower bound of the spectral norm.
-        scale: False for ``w = r``, unbiased for ``‖J_n‖_F²``. Not together with ``normalize``.
-        distribution: of ``r``, always with ``E r rᵀ = I``: ``"gaussian"``; ``"rademacher"``
-            (signs); ``"spherical"`` (uniform on the sphere of radius √m); ``"orthogonal"``
-            (spherical, and orthogonal to each other within groups of up to m projections of a
+        n_proj: K, or -1 for the exact expectation over ``r`` (m cotangents, no random numbers).
+        normalize: uses ``w = r/‖r‖``; then ``‖Jᵀw‖`` is a lower bound of the spectral norm.
+        scale: False for ``w = r``, which estimates ``‖J_n‖_F²``. Excludes ``normalize``.
+        distribution: the distribution of ``r``, with ``E r rᵀ = I``: ``"gaussian"``;
+            ``"rademacher"`` (signs); ``"spherical"`` (uniform on the sphere of radius √m);
+            ``"orthogonal"`` (spherical, and orthogonal within groups of up to m projections of a
             sample, which lowers the variance for K > 1 and removes it for K = m).
-        shared: one ``r`` for the whole batch.
+        shared: uses one ``r`` for the whole batch.
         norm: ``"l2_squared"``, ``"l2"`` or ``"l1"``.
-        generator: on the device of ``output``. What is drawn is ``torch.randn(K, N, m)``
-            (``(K, 1, m)`` if shared), ``torch.randint(2, ...)`` for signs, and
-            ``torch.randn(groups, N, m, k)`` for orthogonal ones, of which the QR decomposition is
-            taken.
-        chunk_size: cotangents per batched pass; 1 avoids vmap.
+        generator: a generator on the device of ``output``. It draws ``torch.randn(K, N, m)``
+            (``(K, 1, m)`` if shared), ``torch.randint(2, ...)`` for signs, or
+            ``torch.randn(groups, N, m, k)`` followed by a QR decomposition for orthogonal ones.
+        chunk_size: the number of cotangents per batched pass; 1 does not use vmap.
         weight, reduction, every, at, engine: see ``help(fastjac.InputPenalty)``.
 
     Squares of half precision are summed in float32. The value can be differentiated once, with
@@ -79,7 +78,8 @@ class SpectReg(RandomPenalty):
         self.distribution = arguments.choice("distribution", distribution, DISTRIBUTIONS)
         if self.normalize and not self.scale:
             raise ValueError(
-                "scale is False and normalize True: w = r/‖r‖ has no 1/√m to leave out"
+                "scale is False and normalize is True: w = r/‖r‖ has no factor 1/√m, so set only "
+                "one of them"
             )
 
     def draw(self, k: int, logits: Tensor, dtype: torch.dtype) -> Tensor:
@@ -95,7 +95,7 @@ class SpectReg(RandomPenalty):
             return torch.randint(2, (k, n, m), **options).mul_(2).sub_(1)
         if self.distribution == "orthogonal":
             group = min(k, m)
-            # The signs of Q's columns are not uniform, which norms do not see.
+            # The signs of Q's columns are not uniform, but norms do not depend on them.
             q = torch.linalg.qr(torch.randn(-(-k // group), n, m, group, **options)).Q
             return q.permute(0, 3, 1, 2).flatten(0, 1)[:k] * math.sqrt(m)
         r = torch.randn((k, n, m), **options)

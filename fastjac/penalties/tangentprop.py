@@ -1,4 +1,4 @@
-"""TangentProp: the directional derivative along given tangents."""
+"""TangentProp: directional derivatives along given tangents."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from fastjac.per_sample import attached_zeros, measure
 
 
 class TangentProp(InputPenalty):
-    """``R_n = 1/K Σ_k ‖J_n t_kn‖²`` for directions ``t`` the output should not change along.
+    """``R_n = 1/K Σ_k ‖J_n t_kn‖²`` for directions ``t`` in which the output should be constant.
 
-    The K tangents are one batched JVP. By autograd it is a VJP of a VJP.
+    The K tangents take one batched JVP, which ``engine="autograd"`` computes as a VJP of a VJP.
 
     Arguments:
         x: ``[N, ...]`` floating point, requires grad. output: ``[N, ...]``. tangents: the shape of
         ``x``, or ``[K, *x.shape]``; dtype and device of ``x``.
 
     Options:
-        chunk_size: tangents per batched pass; 1 avoids vmap. weight, reduction, every, at, engine:
-        see ``help(fastjac.InputPenalty)``.
+        chunk_size: the number of tangents per batched pass; 1 does not use vmap.
+        weight, reduction, every, at, engine: see ``help(fastjac.InputPenalty)``.
 
-    Squares of half precision are summed in float32. The value can be differentiated once; with
-    ``engine="autograd"`` the value is the result of two differentiations already, so that its
-    gradient needs operations that can be differentiated three times.
+    Squares of half precision are summed in float32. The value can be differentiated once. With
+    ``engine="autograd"`` the value is a second derivative, so its gradient needs operations that
+    are differentiable three times.
 
     Source: Simard, Victorri, LeCun, Denker 1991.
 
@@ -56,7 +56,7 @@ class TangentProp(InputPenalty):
         t = tangents.unsqueeze(0) if tangents.shape == x.shape else tangents
         if t.shape[1:] != x.shape or len(t) == 0:
             raise ValueError(
-                f"tangents has shape {tuple(tangents.shape)}: it must be that of x, "
+                f"tangents has shape {tuple(tangents.shape)}: it must have the shape of x, "
                 f"{tuple(x.shape)}, or [K, *x.shape]"
             )
         if len(x) == 0:
