@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastjac.activations import TABLE
 from fastjac.layerwise.batch_norm import Normed
 from fastjac.nn import Act, ConvAct1d, ConvAct2d, ConvAct3d, LinearAct, activation_of
 from fastjac.ops import act
@@ -24,30 +25,12 @@ NORM = (*BATCH_NORM, nn.LayerNorm)
 # A layer together with its activation.
 LAYER_ACTS = (LinearAct, ConvAct1d, ConvAct2d, ConvAct3d)
 
-# Elementwise and deterministic. RReLU draws its slopes; softmax and GLU mix elements.
+# Elementwise and deterministic: the modules of the table, and others that torch differentiates.
+# RReLU draws its slopes; softmax and GLU mix elements.
 ACTIVATIONS = (
-    nn.CELU,
-    nn.ELU,
-    nn.GELU,
-    nn.Hardshrink,
-    nn.Hardsigmoid,
-    nn.Hardswish,
-    nn.Hardtanh,
-    nn.LeakyReLU,
-    nn.LogSigmoid,
-    nn.Mish,
-    nn.PReLU,
-    nn.ReLU,
-    nn.ReLU6,
-    nn.SELU,
-    nn.SiLU,
-    nn.Sigmoid,
-    nn.Softplus,
-    nn.Softshrink,
-    nn.Softsign,
-    nn.Tanh,
-    nn.Tanhshrink,
-    nn.Threshold,
+    *dict.fromkeys(getattr(nn, row.module) for row in TABLE.values() if row.module is not None),
+    *(nn.Hardshrink, nn.Hardsigmoid, nn.Hardtanh, nn.LogSigmoid, nn.PReLU),
+    *(nn.ReLU6, nn.Softshrink, nn.Tanhshrink, nn.Threshold),
 )
 
 
@@ -172,11 +155,8 @@ def written_to(name: str) -> RuntimeError:
 
 def is_activation(module: nn.Module) -> bool:
     """Whether the module is an activation whose derivative can be taken elementwise."""
-    return (
-        activation_of(module) is not None
-        or isinstance(module, (Act, *ACTIVATIONS))
-        or callable(getattr(module, "fastjac_activation", None))
-    )
+    own = callable(getattr(module, "fastjac_activation", None))
+    return own or isinstance(module, (Act, *ACTIVATIONS))
 
 
 def nonlinearity_of(

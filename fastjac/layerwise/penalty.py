@@ -111,10 +111,9 @@ class LayerPenalty(LayerStatistic, ModelPenalty):
         watch = Watch(model, self)
         watch.install(attach=False)
         try:
-            seen = watch.begin()
-            output = call_model(model, x)
+            with watch.one_pass() as seen:
+                output = call_model(model, x)
         finally:
-            watch.end()
             watch.remove()
         self._shares = []
         return output, self._finish(seen, output, len(x))

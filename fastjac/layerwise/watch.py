@@ -67,7 +67,6 @@ class Watch:
         self.whole: list[Layer] = []  # see `Pass`
         self.ddp: Any = None  # see `distributed.static_graph`
         self.called = 0  # the number of call forms that are running
-        self.cache: Any = None  # the context manager `parametrize.cached`
         self.undo: list[Callable[[], Any]] = []
 
     # ---- the forwards
@@ -123,11 +122,8 @@ class Watch:
             return output
         self.forget_stale()
         self.ddp = static_graph()
-        try:
-            seen = self.begin()
+        with self.one_pass() as seen:
             output = forward(*args, **kwargs)
-        finally:
-            self.end()
         self.passes.append((seen, output))
         if not seen.compiling:  # a value that changes in each step would be compiled again
             self.whole = seen.whole
@@ -148,8 +144,9 @@ class Watch:
         if self.passes and not torch.compiler.is_compiling():
             self.passes = [p for p in self.passes if p[0] is not None and not p[0].spent()]
 
-    def begin(self) -> Pass:
-        """Begins a pass. The caller then runs the model and calls `end`, also after an error."""
+    @contextmanager
+    def one_pass(self) -> Iterator[Pass]:
+        """In this block the model runs once, which is a pass."""
         statistic = self.statistic()
         assert statistic is not None
         seen = Pass(statistic, self.layers, attached=self.attached)
@@ -168,26 +165,19 @@ class Watch:
             self._forget_recomputation()
         # The model and the penalty share a weight that a parametrization computes: spectral norm
         # would otherwise make a power iteration at each access.
-        self.cache = parametrize.cached()
-        self.cache.__enter__()
-        self.current = seen
-        OBSERVERS.append(self.observe)  # only for this pass: torch.compile guards on the list
-        if self.attached:
-            seen.whole_before = self.whole
-        statistic.before_pass(seen)
-        return seen
-
-    def end(self) -> None:
-        if self.current is not None:
-            if self.current.compiling:
-                OBSERVERS.pop()
-            else:  # other threads may have added theirs
-                OBSERVERS.remove(self.observe)
-            self.current.statistic = None
-            self.current = None
-        if self.cache is not None:
-            self.cache.__exit__(None, None, None)
-            self.cache = None
+        with parametrize.cached():
+            self.current = seen
+            OBSERVERS.append(self.observe)  # only for this pass: torch.compile guards on the list
+            try:
+                seen.whole_before = self.whole
+                statistic.before_pass(seen)
+                yield seen
+            finally:
+                if seen.compiling:
+                    OBSERVERS.pop()
+                else:  # other threads may have added theirs
+                    OBSERVERS.remove(self.observe)
+                seen.statistic = self.current = None
 
     def running(self) -> Pass | None:
         """The pass that runs now, or the one that a checkpoint recomputes, or None."""
