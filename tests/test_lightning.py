@@ -206,7 +206,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
             return self.terms.terms[0].name
 
     module = Module()
-    with pytest.raises(RuntimeError, match="and all penalties to one PenaltyCallback"):
+    with pytest.raises(RuntimeError, match="pass all penalties to one PenaltyCallback"):
         fit(module, tmp_path, *[Named(t) for t in terms(module, labels)])
     module = Module()
     module.automatic_optimization = False
