@@ -108,26 +108,10 @@ def resized(rng: Random, t: Tensor) -> Tensor:
     return numbers(rng, shape, t.dtype)
 
 
-def _sparse(t: Tensor) -> Tensor:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # CSR is in beta
-        return t.to_sparse_csr() if t.dim() == 2 else t.to_sparse()
-
-
-def _nested(t: Tensor) -> Tensor:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a prototype
-        return torch.nested.nested_tensor([t, t])
-
-
-def _quantized(t: Tensor) -> Tensor:
-    return torch.quantize_per_tensor(t.float(), 0.1, 0, torch.qint8)
-
-
 EXOTIC: dict[str, Callable[[Tensor], Any]] = {
-    "sparse": _sparse,
-    "quantized": _quantized,
-    "nested": _nested,
+    "sparse": lambda t: t.to_sparse_csr() if t.dim() == 2 else t.to_sparse(),
+    "quantized": lambda t: torch.quantize_per_tensor(t.float(), 0.1, 0, torch.qint8),
+    "nested": lambda t: torch.nested.nested_tensor([t, t]),
     "mkldnn": lambda t: t.float().contiguous().to_mkldnn(),
     "conjugate": lambda t: t.to(torch.complex64).conj(),
     "negative view": torch._neg_view,
@@ -139,12 +123,14 @@ EXOTIC: dict[str, Callable[[Tensor], Any]] = {
 }
 
 
-def exotic(rng: Random, t: Tensor) -> Any:
-    """A tensor of another kind, or none at all; `t` where torch cannot make one of it."""
-    try:
-        return EXOTIC[rng.choice(list(EXOTIC))](t)
-    except (RuntimeError, TypeError, NotImplementedError):
-        return t
+def exotic(kind: str, t: Tensor) -> Any:
+    """A tensor of another kind, or no tensor; `t` where torch cannot make one of it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # sparse CSR, quantized and nested tensors warn
+        try:
+            return EXOTIC[kind](t)
+        except (RuntimeError, TypeError, NotImplementedError):
+            return t
 
 
 def mutated(rng: Random, t: Any) -> Any:
@@ -168,7 +154,7 @@ def mutated(rng: Random, t: Any) -> Any:
     if change == 7:
         return t.to("meta")
     if change == 8:
-        return exotic(rng, t)
+        return exotic(rng.choice(list(EXOTIC)), t)
     if change == 9 and t.is_floating_point():
         return t.requires_grad_()
     if change == 10 and t.numel():

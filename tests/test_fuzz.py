@@ -11,7 +11,6 @@ import inspect
 import math
 import os
 import re
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
@@ -31,10 +30,10 @@ from fuzz_cases import (
     shape_of,
     strided,
     tensors_in,
-)
+)  # fmt: skip
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from penalty_cases import SPECS, Call, engines_of, gradients
+from penalty_cases import SPECS, Call, engines_of, gradients, takes
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
@@ -57,21 +56,8 @@ fuzzed_penalty = settings(fuzzed, max_examples=CASES // 2)  # of each of many
 randoms = st.randoms(use_true_random=False)
 
 WRONG = (
-    None,
-    "nope",
-    "",
-    7,
-    -1,
-    1.5,
-    math.nan,
-    10**400,
-    True,
-    [],
-    {},
-    (1, 2),
-    object(),
-    torch.ones(2),
-)
+    None, "nope", "", 7, -1, 1.5, math.nan, 10**400, True, [], {}, (1, 2), object(), torch.ones(2),
+)  # fmt: skip
 
 
 @dataclass
@@ -303,9 +289,7 @@ def break_one(rng: Random, arguments: dict[str, Any]) -> str:
     if rng.random() < 0.3 or not tensors_in([value]):
         arguments[key] = rng.choice(WRONG)
     else:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            arguments[key] = broken(rng, value, others)
+        arguments[key] = broken(rng, value, others)
     for t in tensors_in(list(arguments.values())):  # huge ones are for processes with a limit
         assume(t.is_nested or max(t.shape, default=0) < 2**20)
     return key
@@ -337,9 +321,8 @@ def resized_batch(call: Call, n: int, rng: Random) -> None:
     """Other samples, n of them, in the place of the example's."""
     old = call.x.shape[0]
     index = torch.tensor([rng.randrange(old) for _ in range(n)], dtype=torch.int64)
-    x = call.x.detach()[index] + 0.1 * torch.arange(n, dtype=call.x.dtype).view(
-        -1, *[1] * (call.x.dim() - 1)
-    )
+    steps = torch.arange(n, dtype=call.x.dtype).view(-1, *[1] * (call.x.dim() - 1))
+    x = call.x.detach()[index] + 0.1 * steps
     call.x = (strided(rng, x) if rng.random() < 0.5 else x).detach().requires_grad_()
     call.targets = tuple(t.index_select(0 if t.shape[0] == old else 1, index) for t in call.targets)
 
@@ -358,18 +341,13 @@ def test_penalties_equal_the_reference(spec, rng):
         return
     want = call.reference()
     values = [call.values()]
-    if (
-        spec.kind == "input-jacobian"
-        and "model" not in inspect.signature(spec.functional).parameters
-    ):
+    if spec.kind == "input-jacobian" and not takes(spec, "model"):
         rest = {"reduction": "none", **call.options, **call.random()}
         values.append(spec.functional(call.x, call.model(call.x), *call.targets, **rest))
     for value in values:
         torch.testing.assert_close(value, want, rtol=1e-9, atol=1e-11)
-        for got, wanted in zip(
-            gradients(value, call.inputs), gradients(want, call.inputs), strict=True
-        ):
-            torch.testing.assert_close(got, wanted, rtol=1e-8, atol=1e-10)
+        both = (gradients(v, call.inputs) for v in (value, want))
+        torch.testing.assert_close(*both, rtol=1e-8, atol=1e-10)
 
 
 @pytest.mark.parametrize("spec", SPECS)
@@ -393,9 +371,8 @@ def test_a_broken_argument_of_a_penalty_is_named(spec, rng):
         found = spec.functional(*first.values(), **options)
     except Exception as error:
         if not own_error:
-            assert_clear(
-                error, {*signature, "x", "output", "target", "model", "first argument"}, what
-            )
+            names = {*signature, "x", "output", "target", "model", "first argument"}
+            assert_clear(error, names, what)
         return
     value = found[1] if isinstance(found, tuple) else found
     assert isinstance(value, Tensor) and value.dtype in FLOAT_DTYPES, what

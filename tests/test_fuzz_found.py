@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from fuzz_cases import EXOTIC
+from fuzz_cases import exotic
 from torch import nn
 
 import fastjac
@@ -101,7 +101,7 @@ def test_raw_triton_ops_refuse(call, message):
 
 
 MODEL = nn.Linear(3, 3).double()
-NESTED = EXOTIC["nested"](Z)
+NESTED = exotic("nested", Z)
 
 
 @pytest.mark.parametrize(

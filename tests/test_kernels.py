@@ -27,8 +27,9 @@ def test_act(kernels, name, dtype):
     rest = IDS[name], TABLE[name].param_values({})
     # One element past a 16-byte pack, and an operand that does not start at a 16-byte address.
     for size, offset in ((0, 0), (1, 0), (129, 0), (77, 1)):
-        z, g, v = (3 * randn(kernels, (size,), dtype, seed=i) for i in range(3))
-        z, g, v = (laid_out(t, offset=offset) for t in (z, g, v))
+        generator = torch.Generator().manual_seed(size)
+        drawn = [3 * torch.randn(size, generator=generator) for _ in range(3)]
+        z, g, v = (laid_out(t.to(dtype), offset=offset) for t in drawn)
         wide_z, wide_g, wide_v = z.double(), g.double(), v.double()
         for order in range(4):
             assert_near(kernels.act(z, g, order, *rest), wide_z, wide_g, order)

@@ -243,27 +243,18 @@ def test_empty_batch_and_single_sample(spec: PenaltySpec) -> None:
 
 @pytest.mark.parametrize("spec", SPECS)
 def test_module_is_stateless_and_can_be_copied(spec: PenaltySpec) -> None:
+    """With a generator too, which is copied in its state; test_every.py has the number of calls."""
     call = Call(spec)
     assert spec.module(**call.options).state_dict() == {}
-    penalty = spec.module(**call.options, weight=0.5, reduction="none", every=2)
-    for twin in (copy.deepcopy(penalty), pickle.loads(pickle.dumps(penalty))):
-        assert repr(twin) == repr(penalty)
-        torch.manual_seed(0)
-        expected = penalty(call.model, call.x, *call.targets)[1]
-        torch.manual_seed(0)
-        close(twin(call.model, call.x, *call.targets)[1], expected)
-        penalty = copy.deepcopy(twin)
-        penalty._calls = 0
     assert pickle.loads(pickle.dumps(spec.functional)) is spec.functional
-
-
-def test_module_with_a_generator_can_be_copied() -> None:
-    penalty = SpectReg(generator=seeded(3), reduction="none")
-    call = Call(PENALTIES["spectreg"])
-    twins = [copy.deepcopy(penalty), pickle.loads(pickle.dumps(penalty))]
-    expected = penalty(call.model, call.x)[1]
+    copies = (copy.deepcopy, lambda penalty: pickle.loads(pickle.dumps(penalty)))
+    penalty = spec.module(**call.options, weight=0.5, reduction="none", every=2)
+    assert all(repr(by(penalty)) == repr(penalty) for by in copies)
+    penalty = call.module(weight=0.5, reduction="none")
+    twins = [by(penalty) for by in copies]
+    expected = penalty(call.model, call.x, *call.targets)[1]
     for twin in twins:
-        close(twin(call.model, call.x)[1], expected)
+        close(twin(call.model, call.x, *call.targets)[1], expected)
 
 
 def test_repr_shows_what_is_not_default() -> None:
