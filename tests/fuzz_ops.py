@@ -122,7 +122,7 @@ def main() -> int:
         import host
 
         host.load(Path(options.library))
-    right_calls = recorded_calls()
+    right_calls = recorded_calls() if options.namespace.startswith("fastjac") else {}
     ops = overloads(options.namespace, options.ops)
     outcomes: Counter[str] = Counter()
     faults = 0

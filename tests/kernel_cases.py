@@ -1,4 +1,4 @@
-"""The CUDA and the Triton kernels themselves, below dispatch and autograd, and their operands."""
+"""The CUDA and the Triton kernels, called without dispatch and autograd, and operands for them."""
 
 import shutil
 
@@ -23,7 +23,7 @@ MARKS = {
 
 
 class Kernels:
-    """``Kernels(impl).act(z, ...)``; "cuda" stands for the CUDA sources built for the CPU."""
+    """``Kernels(impl).act(z, ...)``; "cuda" means the CUDA sources built for the CPU."""
 
     def __init__(self, impl):
         self.impl, self.device = impl, "cpu" if impl == "cuda" else DEVICE
@@ -34,7 +34,7 @@ class Kernels:
         return getattr(torch.ops.fastjac, op + "_triton")
 
 
-def by_impl(cuda=(), triton=()):
+def by_impl(cuda, triton):
     """The cases of each implementation as pytest parameters: (kernels, case)."""
     return [
         pytest.param(Kernels(impl), case, marks=MARKS[impl], id=f"{impl}-{case}")
@@ -52,8 +52,10 @@ both, only_cuda, only_triton = _each("cuda", "triton"), _each("cuda"), _each("tr
 
 
 def laid_out(t, memory=None, offset=0):
-    """The same numbers with other strides, in a buffer that is NaN elsewhere: a read or a write
-    outside of the tensor shows. `offset` is the number of elements after a 16-byte address."""
+    """The same numbers in a buffer that is NaN elsewhere, so that a read outside of them is seen.
+
+    `memory` determines the strides, and `offset` is the number of elements after a 16-byte address.
+    """
     like = {
         None: lambda: t,
         "channels_last": lambda: t.to(memory_format=torch.channels_last),

@@ -1,4 +1,4 @@
-"""Every penalty of the registry: values, derivatives of both orders, forms, options."""
+"""Every penalty of the registry: values, first and second derivatives, call forms, options."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_equals_reference(spec: PenaltySpec, options: dict[str, Any], engine: st
     assert value.shape == (3,)
     assert truth.abs().sum() > 0
     close(value, truth)
-    c = torch.tensor([1.0, -0.6, 1.7], dtype=value.dtype)  # else samples might be exchanged
+    c = torch.tensor([1.0, -0.6, 1.7], dtype=value.dtype)  # so that the samples differ
     close_gradients(gradients(c * value, call.inputs), gradients(c * truth, call.inputs))
     if engine == "chain":
         with pytest.raises(RuntimeError, match='differentiable once.*engine="autograd"'):
@@ -146,7 +146,7 @@ def test_every_third_call(spec: PenaltySpec, engine: str | None, reduction: str)
         else:
             assert now.shape == value.shape
             assert torch.equal(now, torch.zeros_like(value))
-            # Attached: every parameter gets a gradient, and it is zero.
+            # The value has a graph: every parameter gets a gradient, which is zero.
             for g in torch.autograd.grad(now.sum(), list(call.model.parameters())):
                 assert torch.equal(g, torch.zeros_like(g))
     penalty.eval()
@@ -159,7 +159,7 @@ def test_every_third_call(spec: PenaltySpec, engine: str | None, reduction: str)
 @pytest.mark.slow
 @pytest.mark.parametrize("spec", specs_with("output"))
 def test_graph_form_in_a_compiled_step(spec: PenaltySpec, no_stale_graphs: None) -> None:
-    """With the model fused: the gradients are those of the plain model, uncompiled."""
+    """With a fused model the gradients are those of the plain model without torch.compile."""
     found = []
     for compiled in (False, True):
         call = Call(spec)
@@ -172,7 +172,7 @@ def test_graph_form_in_a_compiled_step(spec: PenaltySpec, no_stale_graphs: None)
         run = torch.compile(step, backend="aot_eager", fullgraph=True) if compiled else step
         torch.manual_seed(5)
         with torch._dynamo.config.patch(trace_autograd_ops=True):
-            if compiled and spec.name == "tangentprop":  # its JVP makes a leaf in the region
+            if compiled and spec.name == "tangentprop":  # its JVP creates a leaf
                 with pytest.raises(torch._dynamo.exc.Unsupported, match="requires_grad"):
                     run(call.x, *call.targets)
                 return
@@ -224,7 +224,7 @@ def test_empty_batch_and_single_sample(spec: PenaltySpec) -> None:
     call = Call(spec)
 
     def samples(count: int, t: Tensor) -> Tensor:
-        # Tangents [K, N, ...] have the samples in dimension 1.
+        # Tangents have the shape [K, N, ...].
         return t[:, :count] if spec.name == "tangentprop" else t[:count]
 
     for reduction in ("mean", "sum", "none"):
@@ -243,7 +243,7 @@ def test_empty_batch_and_single_sample(spec: PenaltySpec) -> None:
 
 @pytest.mark.parametrize("spec", SPECS)
 def test_module_is_stateless_and_can_be_copied(spec: PenaltySpec) -> None:
-    """With a generator too, which is copied in its state; test_every.py has the number of calls."""
+    """A generator is copied with its state. For the count of calls see test_every.py."""
     call = Call(spec)
     assert spec.module(**call.options).state_dict() == {}
     assert pickle.loads(pickle.dumps(spec.functional)) is spec.functional
@@ -271,7 +271,7 @@ def test_registry_lists_every_penalty_and_option() -> None:
     }
     assert {spec.module for spec in PENALTIES.values()} == classes - {Penalty, package.InputPenalty}
     common = {"weight", "reduction", "every", "at", "chunk_size", "generator"}
-    common |= {"model", "engine"}  # where and how, not what: the reference has neither
+    common |= {"model", "engine"}  # the reference has neither
     for name, spec in PENALTIES.items():
         assert spec.name == name == spec.functional.__name__ == spec.reference.__name__
         assert getattr(package, name) is spec.functional
