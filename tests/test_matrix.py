@@ -39,7 +39,7 @@ FAST_COMPILED = {
     ("traced_step", "fused + func.vjp"),
     *((way, "DREG attached") for way in ("compiled_model", "three_steps")),
     *((way, "SpectReg graph") for way in ("compiled_model", "step", "traced_step")),
-    *((way, "SpectReg compiled") for way in ("eager", "autocast_bf16", "checkpointed", "step")),
+    *((way, "SpectReg compiled") for way in ("eager", "checkpointed", "step")),
 }
 
 
