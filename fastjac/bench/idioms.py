@@ -1,8 +1,8 @@
 """The penalties in plain torch, as its users write them today: eager and under torch.compile.
 
-Nothing here calls fastjac. :data:`IDIOMS` states each input-Jacobian penalty once, as the
-cotangents ``w`` of the network's output and the per-sample value of ``v = J^T w``; the contestants
-differ only in how they obtain ``v``. The layer-wise penalty is in ``layer_idioms``.
+Nothing here calls fastjac. :data:`IDIOMS` states each penalty on the input Jacobian once, as the
+cotangents ``w`` of the network's output and the per-sample value of ``v = J^T w``. The contestants
+differ only in how they compute ``v``. The layer-wise penalty is in ``layer_idioms``.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastjac.bench.layer_idioms import LayerWise
@@ -22,12 +23,12 @@ class InputJacobian:
     """A penalty that is the mean over samples of a function of ``v = J^T w``.
 
     Attributes:
-        ours: name of the public class that computes it.
+        ours: The name of the public class that computes it.
         cotangents: ``(output [N, m], target, projection) -> w [K, N, m]``. It is differentiated
-            through: DataGrad's and JacReg's ``w`` depend on the parameters.
+            through, because ``w`` of DataGrad and JacReg depends on the parameters.
         per_sample: ``v [K, N, D] -> R [N]``.
-        takes: attributes of the problem that the call of ours takes by name.
-        jacobian_reg: what JacobianReg differentiates, a function of the output; None if that
+        takes: The attributes of the problem that the public class takes by name.
+        jacobian_reg: What JacobianReg differentiates, a function of the output; None if that
             algorithm cannot express the penalty.
     """
 
@@ -41,7 +42,7 @@ class InputJacobian:
     op = "act"
 
     def eager(self, problem: StepProblem, model: nn.Module) -> Callable[[], tuple[Tensor, Tensor]]:
-        """``() -> (output, penalty)`` through ``autograd.grad(create_graph=True)``."""
+        """``() -> (output, penalty)`` by ``autograd.grad(create_graph=True)``."""
 
         def forward() -> tuple[Tensor, Tensor]:
             x = problem.x.detach().requires_grad_()
@@ -74,11 +75,11 @@ class InputJacobian:
         return forward
 
     def by_jacobian_reg(self, problem: StepProblem, model: nn.Module) -> tuple[Tensor, Tensor]:
-        """``(output, penalty)`` as facebookresearch's JacobianReg: one pass per projection.
+        """``(output, penalty)`` by facebookresearch's JacobianReg: one pass per projection.
 
-        Their value is ``m/2 * mean ||J^T v||^2`` over projections on the unit sphere; here the
-        given ``w`` takes the place of ``sqrt(m) v``, and the factor two is undone, so that the
-        numbers are those of the other contestants. JacReg is JacobianReg of the probabilities.
+        JacobianReg computes ``m/2 * mean ||J^T v||^2`` over projections on the unit sphere. Here
+        the given ``w`` takes the place of ``sqrt(m) v``, and the result is doubled, so that it is
+        the value of the other contestants. JacReg is JacobianReg of the probabilities.
         """
         assert self.jacobian_reg is not None
         x = problem.x.detach().requires_grad_()
@@ -101,19 +102,15 @@ class InputJacobian:
         return output, 2 * value
 
 
-def _given(output: Tensor, target: Tensor, projection: Tensor) -> Tensor:
-    return projection
-
-
 def _cross_entropy_gradient(output: Tensor, target: Tensor, projection: Tensor) -> Tensor:
-    labels = torch.nn.functional.one_hot(target, output.shape[1]).to(output.dtype)
+    labels = F.one_hot(target, output.shape[1]).to(output.dtype)
     return (output.softmax(dim=1) - labels).unsqueeze(0)
 
 
 def _unit_vectors(output: Tensor, target: Tensor, projection: Tensor) -> Tensor:
-    m = output.shape[1]
+    n, m = output.shape
     eye = torch.eye(m, dtype=output.dtype, device=output.device)
-    return eye.unsqueeze(1).expand(m, output.shape[0], m)
+    return eye.unsqueeze(1).expand(m, n, m)
 
 
 def _softmax_rows(output: Tensor, target: Tensor, projection: Tensor) -> Tensor:
@@ -121,42 +118,34 @@ def _softmax_rows(output: Tensor, target: Tensor, projection: Tensor) -> Tensor:
     return (torch.diag_embed(p) - p.unsqueeze(2) * p.unsqueeze(1)).transpose(0, 1)
 
 
-def _ones(output: Tensor, target: Tensor, projection: Tensor) -> Tensor:
-    return torch.ones_like(output).unsqueeze(0)
-
-
 def _squared_norm(v: Tensor) -> Tensor:
     return v.square().sum(dim=(0, 2))
 
 
-def _mean_squared_norm(v: Tensor) -> Tensor:
-    return v.square().sum(dim=2).mean(dim=0)
-
-
-def _norm_minus_one_squared(v: Tensor) -> Tensor:
-    return (_squared_norm(v).sqrt() - 1).square()
-
-
-def _logits(output: Tensor) -> Tensor:
-    return output
-
-
-def _probabilities(output: Tensor) -> Tensor:
-    return output.softmax(dim=1)
-
-
 Idiom = InputJacobian | LayerWise
 
-#: every penalty of the benchmark by its name; the contestants find what they need here
+#: Every penalty of the benchmark by its name.
 IDIOMS: dict[str, Idiom] = {
     "spectreg": InputJacobian(
-        *("SpectReg", _given, _mean_squared_norm), takes=("projection",), jacobian_reg=_logits
+        "SpectReg",
+        lambda output, target, projection: projection,
+        lambda v: v.square().sum(dim=2).mean(dim=0),
+        takes=("projection",),
+        jacobian_reg=lambda output: output,
     ),
     "datagrad": InputJacobian(
         "DataGrad", _cross_entropy_gradient, _squared_norm, takes=("target",)
     ),
-    "frobreg": InputJacobian("FrobReg", _unit_vectors, _squared_norm, jacobian_reg=_logits),
-    "jacreg": InputJacobian("JacReg", _softmax_rows, _squared_norm, jacobian_reg=_probabilities),
-    "gradient-penalty": InputJacobian("GradientPenalty", _ones, _norm_minus_one_squared),
+    "frobreg": InputJacobian(
+        "FrobReg", _unit_vectors, _squared_norm, jacobian_reg=lambda output: output
+    ),
+    "jacreg": InputJacobian(
+        "JacReg", _softmax_rows, _squared_norm, jacobian_reg=lambda output: output.softmax(dim=1)
+    ),
+    "gradient-penalty": InputJacobian(
+        "GradientPenalty",
+        lambda output, target, projection: torch.ones_like(output).unsqueeze(0),
+        lambda v: (_squared_norm(v).sqrt() - 1).square(),
+    ),
     "dreg": LayerWise("DREG"),
 }

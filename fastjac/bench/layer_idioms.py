@@ -1,10 +1,11 @@
 """The layer-wise penalty in plain torch: eager, and written out for ``torch.compile``.
 
-``R_n = Σ_l Σ_p Σ_c φ'(y_lnpc)² k_lc² ‖W_l[c]‖²`` over the hidden layers and their positions p;
-``y`` is what the activation takes. With a BatchNorm between, ``k_c² = γ_c² / (σ_c² + ε)``, else 1.
+``R_n = Σ_l Σ_p Σ_c φ'(y_lnpc)² k_lc² ‖W_l[c]‖²`` over the hidden layers and their positions p,
+where ``y`` is the input of the activation. With a BatchNorm between layer and activation,
+``k_c² = γ_c² / (σ_c² + ε)``, else 1.
 
-The eager form watches the model by forward hooks; the one to compile is its forward rewritten. So
-they find the layers by different means, and the gate compares them.
+The eager form observes the model by forward hooks, and the form to compile is the model's forward
+rewritten. They find the layers by different means, and the gate compares them.
 """
 
 from __future__ import annotations
@@ -25,10 +26,10 @@ Layer = nn.Linear | nn.Conv2d
 
 
 class LayerWise:
-    """The layer-wise penalty, in the two forms that :data:`fastjac.bench.idioms.IDIOMS` holds.
+    """The layer-wise penalty, in the two forms that :data:`fastjac.bench.idioms.IDIOMS` needs.
 
     Args:
-        ours: name of the public class that computes it.
+        ours: The name of the public class that computes it.
     """
 
     suite = "layer-wise"
@@ -38,7 +39,7 @@ class LayerWise:
         self.ours = ours
 
     def eager(self, problem: StepProblem, model: nn.Module) -> Callable[[], tuple[Tensor, Tensor]]:
-        """``() -> (output, mean_n R_n)``, by forward hooks."""
+        """``() -> (output, mean_n R_n)`` by forward hooks."""
         layers = EagerDreg(model)
         return lambda: layers(problem.x)
 
@@ -55,9 +56,7 @@ class LayerWise:
         return forward
 
 
-def hidden_layers(
-    model: nn.Module,
-) -> Iterator[tuple[Layer, nn.BatchNorm2d | None, nn.Module]]:
+def hidden_layers(model: nn.Module) -> Iterator[tuple[Layer, nn.BatchNorm2d | None, nn.Module]]:
     """(Linear or convolution, BatchNorm or None, GELU module) of the benchmark's networks."""
     for module in model.modules():
         if isinstance(module, nn.Sequential):
@@ -69,10 +68,9 @@ def hidden_layers(
                     yield layer, None, second
                 elif isinstance(second, nn.BatchNorm2d) and isinstance(third, nn.GELU):
                     yield layer, second, third
-        elif isinstance(module, ResidualBlock):  # act2 takes a sum with the shortcut
+        elif isinstance(module, ResidualBlock):  # the input of act2 is a sum with the shortcut
             yield module.conv1, module.bn1, module.act1
         elif isinstance(module, nn.TransformerEncoderLayer):
-            assert isinstance(module.activation, nn.GELU)
             yield module.linear1, None, module.activation
 
 
@@ -85,24 +83,23 @@ def penalty_term(slope: Tensor, layer: Layer, gain: Tensor | None) -> Tensor:
 
 
 class EagerDreg:
-    """``x -> (output, mean_n R_n)``: forward hooks note what each hidden layer computes.
+    """``x -> (output, mean_n R_n)``; forward hooks keep what each hidden layer computes.
 
     ``φ'`` is ``autograd.grad(a, y, 1, create_graph=True)``, which was faster than writing it out
     (784-4x512-10, batch 128, 2 cores: 10.3 against 11.9 ms).
 
     Args:
-        model: gets the hooks; a Transformer's activation functions become modules, to take hooks.
+        model: Gets the hooks. The activation functions of a Transformer are replaced by modules.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         for module in model.modules():
             if isinstance(module, nn.TransformerEncoderLayer):
-                assert module.activation is F.gelu
                 module.activation = nn.GELU()
         self.layers = list(hidden_layers(model))
         if not self.layers:
-            raise ValueError("model: no Linear or convolution is followed by a GELU module")
+            raise ValueError("The model has no Linear or convolution followed by a GELU module.")
         self.before_norm: dict[nn.Module, Tensor] = {}
         self.activations: dict[nn.Module, tuple[Tensor, Tensor]] = {}
         for _, norm, activation in self.layers:
@@ -133,8 +130,8 @@ class EagerDreg:
 class WrittenOutDreg(nn.Module):
     """The model as a module that returns ``(output, mean_n R_n)``, for ``torch.compile``.
 
-    ``φ'`` of GELU is written out, and so is BatchNorm, so that the penalty's variance and the
-    norm's own are one reduction: the form that torch.compile fuses best.
+    ``φ'`` of GELU and BatchNorm are written out, so that the variance of the penalty and that of
+    the norm are one reduction. torch.compile fuses this form best.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -158,14 +155,10 @@ def _run(module: nn.Module, x: Tensor, terms: list[Tensor]) -> Tensor:
             h = block.norm1(x)
             x = x + block.self_attn(h, h, h, need_weights=False)[0]
             z = block.linear1(block.norm2(x))
-            x = x + block.linear2(_gelu(block.activation, z, block.linear1, None, terms))
+            x = x + block.linear2(_gelu(nn.GELU(), z, block.linear1, None, terms))
         return module.head(x.mean(dim=1))
-    if isinstance(module, nn.Sequential):
-        return _run_sequential(module, x, terms)
-    return module(x)
-
-
-def _run_sequential(module: nn.Sequential, x: Tensor, terms: list[Tensor]) -> Tensor:
+    if not isinstance(module, nn.Sequential):
+        return module(x)
     layer: Layer | None = None
     gain: Tensor | None = None
     for child in module:
@@ -189,11 +182,10 @@ def _batch_norm(norm: nn.BatchNorm2d, z: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _gelu(
-    activation: object, z: Tensor, layer: Layer, gain: Tensor | None, terms: list[Tensor]
+    activation: nn.Module, z: Tensor, layer: Layer, gain: Tensor | None, terms: list[Tensor]
 ) -> Tensor:
-    exact = isinstance(activation, nn.GELU) and activation.approximate == "none"
-    if not (exact or activation is F.gelu):
-        raise TypeError(f"model: phi' is written out for exact GELU only, not {activation}")
+    if not isinstance(activation, nn.GELU):
+        raise TypeError(f"Only the derivative of GELU is written out, not that of {activation}.")
     cdf = 0.5 * (1 + torch.erf(z * math.sqrt(0.5)))
     slope = cdf + z * torch.exp(-0.5 * z * z) * (1 / math.sqrt(2 * math.pi))
     terms.append(penalty_term(slope, layer, gain))

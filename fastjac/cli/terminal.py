@@ -15,26 +15,22 @@ T = TypeVar("T")
 Names = list[str] | None
 JsonOption = Annotated[
     str | None,
-    typer.Option("--json", metavar="FILE", help="Write JSON there; - is standard output."),
+    typer.Option("--json", metavar="FILE", help="Write JSON to this file; - is standard output."),
 ]
 
 
 def make_console(json_file: str | None) -> Console:
     """Standard output, or standard error if the JSON goes to standard output.
 
-    Tables are 140 characters wide where no terminal limits them.
+    Tables are 140 characters wide if the output is not a terminal.
     """
     console = Console(stderr=json_file == "-")
     return console if console.is_terminal else Console(stderr=json_file == "-", width=140)
 
 
 def write_json(value: object, target: str) -> None:
-    """Write a value as JSON to a file, or to standard output if ``target`` is ``-``."""
-    write_text(json.dumps(value, indent=1, default=str), target)
-
-
-def write_text(text: str, target: str) -> None:
-    """Write text to a file, or to standard output if ``target`` is ``-``."""
+    """Write a value, or a text that is JSON, to a file, or to standard output if it is ``-``."""
+    text = value if isinstance(value, str) else json.dumps(value, indent=1, default=str)
     if target == "-":
         typer.echo(text)
     else:
@@ -42,7 +38,7 @@ def write_text(text: str, target: str) -> None:
 
 
 def writing(path: Path, write: Callable[[], T]) -> T:
-    """``write()``; where that fails, the command ends with a usage error that names the path."""
+    """``write()``; if it fails, the command ends with a usage error that names the path."""
     try:
         return write()
     except OSError as error:
