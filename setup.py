@@ -62,14 +62,13 @@ def load(name: str):
 
 
 def generate(package: Path) -> str:
-    """Writes the C++ header and the Triton functions of the activation table; returns its hash."""
+    """Writes the C++ headers and the Triton functions of the activation table; returns its hash."""
     activations, codegen = load("activations"), load("codegen")
     table_hash = activations.table_hash()
-    header = BUILD / "generated" / "activations.h"
-    for path, text in (
-        (header, codegen.cpp_header(activations.TABLE, table_hash)),
-        (package / "kernels" / "_phi.py", codegen.triton_module(activations.TABLE)),
-    ):
+    headers = codegen.cpp_headers(activations.TABLE, table_hash)
+    files = {BUILD / "generated" / name: text for name, text in headers.items()}
+    files[package / "kernels" / "_phi.py"] = codegen.triton_module(activations.TABLE)
+    for path, text in files.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         if not path.exists() or path.read_text() != text:  # keep ninja's timestamps
             path.write_text(text)

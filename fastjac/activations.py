@@ -41,9 +41,6 @@ from dataclasses import dataclass, field
 MAX_ORDER = 3
 """Highest derivative of an activation that the kernels evaluate."""
 
-MAX_PARAMS = 2
-"""Every kernel takes this many scalar parameters; a row with fewer ignores the rest."""
-
 
 @dataclass(frozen=True)
 class Activation:
@@ -56,7 +53,7 @@ class Activation:
         module: name of the ``torch.nn`` class that `fastjac.fuse` replaces, if there is one.
         derivatives: (φ, φ', φ'', φ''') as expressions.
         let: intermediate values, in order; an expression may use the ones above it.
-        params: parameter names and their defaults, at most `MAX_PARAMS`.
+        params: parameter names and their defaults.
         torch_kwargs: keyword arguments of `torch` that the row fixes.
         kinks: points where φ, φ' or φ'' is not differentiable. The value there is a convention, and
             the row's is torch's; finite differences step around them.
@@ -70,13 +67,6 @@ class Activation:
     params: Mapping[str, float] = field(default_factory=dict)
     torch_kwargs: Mapping[str, object] = field(default_factory=dict)
     kinks: tuple[float, ...] = ()
-
-    def __post_init__(self) -> None:
-        if len(self.params) > MAX_PARAMS:
-            raise ValueError(
-                f"activation {self.name!r}: {len(self.params)} params, the kernels take at most "
-                f"{MAX_PARAMS}; fold constants into the expressions"
-            )
 
     @property
     def zero_from(self) -> int:
@@ -100,8 +90,8 @@ class Activation:
             re.search(r"(^|[(\s])0 if |else 0\b|^0$", self.derivatives[order])
         )
 
-    def param_values(self, given: Mapping[str, float]) -> tuple[float, float]:
-        """The kernels' scalar arguments: defaults overridden by ``given``, padded with zeros."""
+    def param_values(self, given: Mapping[str, float]) -> tuple[float, ...]:
+        """The parameters in the order of the row: the defaults, overridden by ``given``."""
         unknown = sorted(set(given) - set(self.params))
         if unknown:
             known = ", ".join(self.params) or "none"
@@ -116,9 +106,7 @@ class Activation:
                 )
             if isinstance(value, int) and abs(value) > sys.float_info.max:
                 raise ValueError(f"{name} is an integer too large for a float")
-        values = [float(given.get(name, default)) for name, default in self.params.items()]
-        values += [0.0] * (MAX_PARAMS - len(values))
-        return values[0], values[1]
+        return tuple(float(given.get(name, default)) for name, default in self.params.items())
 
     def torch_function_object(self) -> Callable:
         """The function that `torch` names."""
@@ -373,6 +361,9 @@ ROWS: tuple[Activation, ...] = _ROWS
 """The same by the kernels' ids."""
 
 IDS: dict[str, int] = {name: index for index, name in enumerate(TABLE)}
+
+MAX_PARAMS = max(len(row.params) for row in _ROWS)
+"""The most parameters that a row has."""
 
 
 def get(name: str) -> Activation:

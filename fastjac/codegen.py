@@ -85,28 +85,59 @@ def statements(row: Any, order: int, dialect: Dialect) -> Iterator[tuple[str, st
     yield "", translate(row.derivatives[order], dialect, scope)
 
 
-def cpp_header(table: Mapping[str, Any], table_hash: str) -> str:
-    """The header of functors, ``fastjac::Gelu::d<K>(z, p0, p1)`` for every row, and the switch."""
+def cpp_headers(table: Mapping[str, Any], table_hash: str) -> dict[str, str]:
+    """The headers that the kernels include, by file name."""
+    return {
+        "activations.h": _functors(table, table_hash),
+        "param_counts.h": _param_counts(table),
+    }
+
+
+def _param_counts(table: Mapping[str, Any]) -> str:
+    counts = [len(row.params) for row in table.values()]
+    return "\n".join(
+        (
+            "// Generated from fastjac/activations.py by fastjac/codegen.py. Do not edit.",
+            "#pragma once",
+            "",
+            "namespace fastjac {",
+            "",
+            "// How many parameters each activation has, and the size of an array for any of them.",
+            f"constexpr int param_counts[] = {{{', '.join(map(str, counts))}}};",
+            f"constexpr int max_params = {max(1, *counts)};",
+            "",
+            "}  // namespace fastjac",
+            "",
+        )
+    )
+
+
+def _functors(table: Mapping[str, Any], table_hash: str) -> str:
+    """The functors, ``fastjac::Gelu::d<K>(z, params)`` for every row, and the switch."""
     out = [
         "// Generated from fastjac/activations.py by fastjac/codegen.py. Do not edit.",
         "#pragma once",
         '#include "functions.h"',
+        '#include "params.h"',
         "",
         f'#define FASTJAC_TABLE_HASH "{table_hash}"',
         "",
         "namespace fastjac {",
     ]
     for row in table.values():
-        params = list(row.params) + [""] * (2 - len(row.params))
         zeros = ", ".join(str(row.has_zeros(k)).lower() for k in range(len(row.derivatives)))
-        signature = ", ".join(f"[[maybe_unused]] T {p}" if p else "T" for p in params)
         out += [
             "",
             f"struct {_camel(row.name)} {{",
             f"  static constexpr int zero_from = {row.zero_from};",
             f"  static constexpr bool has_zeros[] = {{{zeros}}};",
             "  template <int K, class T>",
-            f"  FASTJAC_HD static T d([[maybe_unused]] T z, {signature}) {{",
+            "  FASTJAC_HD static T d([[maybe_unused]] T z,"
+            " [[maybe_unused]] const Params<T>& params) {",
+            *(
+                f"    [[maybe_unused]] const T {name} = params.at[{i}];"
+                for i, name in enumerate(row.params)
+            ),
         ]
         for order in range(len(row.derivatives)):
             out.append(f"    {'if' if order == 0 else '} else if'} constexpr (K == {order}) {{")
@@ -118,33 +149,34 @@ def cpp_header(table: Mapping[str, Any], table_hash: str) -> str:
             "  }",
             "  // d<K>(z) * g, zero wherever the derivative is, though g be inf or NaN.",
             "  template <int K, class T>",
-            "  FASTJAC_HD static T times([[maybe_unused]] T z, [[maybe_unused]] T g, T p0, T p1) {",
+            "  FASTJAC_HD static T times([[maybe_unused]] T z, [[maybe_unused]] T g,"
+            " [[maybe_unused]] const Params<T>& params) {",
             "    if constexpr (K >= zero_from) {",
             "      return T(0);",
             "    } else if constexpr (has_zeros[K]) {",
-            "      const T slope = d<K>(z, p0, p1);",
+            "      const T slope = d<K>(z, params);",
             "      return math::where(slope == T(0), T(0), slope * g);",
             "    } else {",
-            "      return d<K>(z, p0, p1) * g;",
+            "      return d<K>(z, params) * g;",
             "    }",
             "  }",
             "};",
         ]
     out += [
         "",
-        "// Calls visitor(Functor{}) for the activation with this id; false if there is none.",
+        "// Calls visitor(Functor{}) for the activation with this id.",
         "template <class Visitor>",
-        "bool visit_activation(int64_t id, Visitor&& visitor) {",
+        "void visit_activation(int64_t id, Visitor&& visitor) {",
         "  switch (id) {",
     ]
     for index, row in enumerate(table.values()):
-        out.append(f"    case {index}: visitor({_camel(row.name)}{{}}); return true;")
-    out += ["    default: return false;", "  }", "}", "", "}  // namespace fastjac", ""]
+        out.append(f"    case {index}: visitor({_camel(row.name)}{{}}); return;")
+    out += ["  }", "}", "", "}  // namespace fastjac", ""]
     return "\n".join(out)
 
 
 def triton_module(table: Mapping[str, Any]) -> str:
-    """The Triton function ``phi(z, p0, p1, FN, K)``: FN the row's index, K the order, constants."""
+    """The Triton function ``phi(z, PARAMS, FN, K)``: FN the row's index, K the order, constants."""
     out = [
         '"""Generated from fastjac/activations.py by fastjac/codegen.py. Do not edit."""',
         "",
@@ -156,12 +188,12 @@ def triton_module(table: Mapping[str, Any]) -> str:
         "",
         "",
         "@triton.jit",
-        "def phi(z, p0: tl.constexpr, p1: tl.constexpr, FN: tl.constexpr, K: tl.constexpr):",
+        "def phi(z, PARAMS: tl.constexpr, FN: tl.constexpr, K: tl.constexpr):",
     ]
     for index, row in enumerate(table.values()):
         out.append(f"    {'if' if index == 0 else 'elif'} FN == {index}:  # {row.name}")
-        for parameter, argument in zip(row.params, ("p0", "p1"), strict=False):
-            out.append(f"        {parameter} = tl.full([], {argument}, z.dtype)")
+        for place, parameter in enumerate(row.params):
+            out.append(f"        {parameter} = tl.full([], PARAMS[{place}], z.dtype)")
         for order in range(len(row.derivatives)):
             out.append(f"        {'if' if order == 0 else 'elif'} K == {order}:")
             for name, expression in statements(row, order, TRITON):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastjac import arguments
-from fastjac.penalties import Penalty
+from fastjac.penalty import Penalty
 
 KINDS = ("linear", "cosine", "constant")
 

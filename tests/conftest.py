@@ -4,7 +4,6 @@ Without a GPU the Triton kernels run in Triton's interpreter, on CPU tensors; th
 Triton is first imported, so it is set here, before anything else is.
 """
 
-import contextlib
 import os
 
 import pytest
@@ -90,52 +89,5 @@ def backend(request, monkeypatch):
 def pytest_collection_modifyitems(items):
     if not torch.cuda.is_available():
         for item in items:
-            if "gpu" in item.keywords:
+            if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a GPU"))
-
-
-@pytest.fixture
-def untuned(monkeypatch, tmp_path):
-    """Nothing is chosen, and what will be goes to a folder of the test."""
-    from tuning_cases import MEASURED
-
-    from fastjac import launch
-
-    monkeypatch.setattr(launch, "_chosen", {})
-    monkeypatch.setenv("FASTJAC_CACHE_DIR", str(tmp_path / "cache"))
-    using = launch.using
-
-    @contextlib.contextmanager
-    def recorded(kernel, device, dtype, config):
-        MEASURED[:] = [kernel, dtype, config]
-        with using(kernel, device, dtype, config):
-            yield
-
-    monkeypatch.setattr(launch, "using", recorded)
-    return tmp_path / "cache"
-
-
-@pytest.fixture
-def launched(monkeypatch):
-    """What Triton's kernels are launched with."""
-    from fastjac.kernels import act, act_stats, row_sqnorm
-
-    records = []
-
-    class Recorded:
-        def __init__(self, kernel):
-            self.kernel = kernel
-
-        def __getitem__(self, grid):
-            def launch(*args, **kwargs):
-                records.append(kwargs | {"grid": grid})
-                return self.kernel[grid](*args, **kwargs)
-
-            return launch
-
-    for module, name in (
-        (act, "act_kernel"), (act, "act_backward_kernel"), (act_stats, "act_stats_kernel"),
-        (row_sqnorm, "row_sqnorm_kernel"),
-    ):  # fmt: skip
-        monkeypatch.setattr(module, name, Recorded(getattr(module, name)))
-    return records

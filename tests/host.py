@@ -11,24 +11,14 @@ from pathlib import Path
 
 import torch
 
+from fastjac.ops import registration
+
 ROOT = Path(__file__).resolve().parent.parent
-SCHEMAS = (
-    "set_launch(int kernel, int device, int dtype, int[] values) -> ()",
-    "act(Tensor z, Tensor? g, int order, int fn, float p0, float p1) -> Tensor",
-    "act_backward(Tensor z, Tensor g, Tensor v, int order, int fn, float p0, float p1)"
-    " -> (Tensor, Tensor)",
-    "act_stats(Tensor z, Tensor? w, int dim, bool per_sample, float scale, bool deterministic,"
-    " int fn, float p0, float p1) -> (Tensor, Tensor)",
-    "act_stats_backward(Tensor z, Tensor? g, Tensor? w_sample, Tensor? w_channel, int dim,"
-    " int statistic, float scale, bool deterministic, int fn, float p0, float p1)"
-    " -> (Tensor, Tensor)",
-    "row_sqnorm(Tensor[] weights) -> Tensor",
-    "row_sqnorm_backward(Tensor(a!)[] grads, Tensor[] weights, Tensor c, bool add) -> ()",
-    "softmax_residual(Tensor logits, Tensor target) -> Tensor",
-    "softmax_residual_backward(Tensor logits, Tensor v) -> Tensor",
-)
+# The ops with CUDA kernels are those that have Triton kernels too.
+SCHEMAS = [schema for name, schema in registration.SCHEMAS.items()
+           if f"{name}_triton" in registration.SCHEMAS]  # fmt: skip
 CUDA = ROOT / "csrc/cuda"
-TABLE = ROOT / "build/native/generated"  # holds activations.h
+TABLE = ROOT / "build/native/generated"  # holds the generated headers
 
 
 def compile_host(
@@ -92,13 +82,6 @@ def host_ops() -> object:
     """``torch.ops.fastjac_host``."""
     library()
     return torch.ops.fastjac_host
-
-
-def last_launch() -> tuple[int, int]:
-    """Blocks, and threads of each, of the last launch."""
-    names = ("fastjac_host_blocks", "fastjac_host_threads")
-    blocks, threads = (ctypes.c_uint.in_dll(library(), name).value for name in names)
-    return blocks, threads
 
 
 def set_capturing(on: bool) -> None:

@@ -9,8 +9,6 @@ import copy
 import pytest
 import torch
 from conftest import DEVICE
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import functional_call, hessian, jacrev, jvp, vjp, vmap
 
@@ -60,30 +58,6 @@ def test_gradcheck_and_gradgradcheck(name, order, impl):
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("name", NAMES)
-def test_third_derivative_through_autograd(name, impl):
-    """Three backward passes with create_graph, each the op's own backward, against torch's."""
-    z = off_kinks(name, 64)
-
-    def derivatives(f):
-        x = z.clone().requires_grad_()
-        out = [f(x)]
-        for _ in range(3):
-            (d,) = torch.autograd.grad(
-                out[-1].sum(), x, create_graph=len(out) < 3, materialize_grads=True
-            )
-            if not d.requires_grad and len(out) < 3:
-                d = d + 0 * x
-            out.append(d)
-        return out
-
-    ours = derivatives(lambda z: fastjac.act(z, fn=name, impl=impl))
-    torchs = derivatives(lambda z: fastjac.act(z, fn=name, impl="reference"))
-    for got, truth in zip(ours, torchs, strict=True):
-        torch.testing.assert_close(got, truth, rtol=1e-11, atol=1e-12)
-
-
-@pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("order", range(4))
 def test_opcheck(name, order, impl):
     suffix = "_triton" if impl == "triton" else ""
@@ -92,13 +66,13 @@ def test_opcheck(name, order, impl):
     z = off_kinks(name, 3, 4).requires_grad_(order < 3)
     g = torch.randn(3, 4, dtype=torch.float64, device=DEVICE).requires_grad_()
     act = getattr(torch.ops.fastjac, "act" + suffix).default
-    torch.library.opcheck(act, (z, g, order, fn, *params))
-    torch.library.opcheck(act, (z, None, order, fn, *params))
+    torch.library.opcheck(act, (z, g, order, fn, params))
+    torch.library.opcheck(act, (z, None, order, fn, params))
     if order < 3:
         backward = getattr(torch.ops.fastjac, "act_backward" + suffix).default
         v = torch.randn_like(g).requires_grad_()
         z = z.detach().requires_grad_(order < 2)
-        torch.library.opcheck(backward, (z, g, v, order, fn, *params))
+        torch.library.opcheck(backward, (z, g, v, order, fn, params))
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -238,7 +212,7 @@ def test_raw_op_is_differentiable_too():
     """torch.ops.fastjac.* called directly, past the Functions: no silently missing gradient."""
     z = torch.randn(4, dtype=torch.float64, requires_grad=True)
     raw = torch.ops.fastjac.act.default
-    assert gradgradcheck(lambda z: raw(z, None, 0, NAMES.index("gelu"), 0.0, 0.0), (z,))
+    assert gradgradcheck(lambda z: raw(z, None, 0, NAMES.index("gelu"), ()), (z,))
 
 
 # ---- values: shapes, layouts, dtypes, special values
@@ -320,22 +294,6 @@ def test_finite_for_every_finite_input(name, order):
     assert fastjac.act(z, order=order, fn=name, impl="auto").isfinite().all()
 
 
-@settings(max_examples=60, deadline=None)
-@given(
-    name=st.sampled_from(NAMES),
-    order=st.integers(0, 2),
-    shape=st.lists(st.integers(0, 5), max_size=4),
-    scale=st.sampled_from([1e-3, 1.0, 8.0]),
-    seed=st.integers(0, 2**31),
-)
-def test_random_calls_agree_with_the_reference(name, order, shape, scale, seed):
-    generator = torch.Generator().manual_seed(seed)
-    z, g = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(2))
-    got = fastjac.act(z * scale, g, order, name, impl="cpu" if DEVICE == "cpu" else "auto")
-    truth = fastjac.act(z * scale, g, order, name, impl="reference")
-    torch.testing.assert_close(got, truth, rtol=1e-10, atol=1e-13)
-
-
 @pytest.mark.parametrize("impl", IMPLS)
 def test_same_bits_twice_and_at_any_thread_count(impl):
     z, found = torch.randn(100_003, device=DEVICE), []
@@ -383,12 +341,14 @@ def test_raw_ops_refuse_what_they_cannot_run():
     z = torch.randn(2, 3)
     act = torch.ops.fastjac.act.default
     for call, message in (
-        (lambda: act(z, z[:1], 0, 0, 0.0, 0.0), "g must have the shape"),
-        (lambda: act(z, z.double(), 0, 0, 0.0, 0.0), "g must have z's dtype"),
-        (lambda: act(z, None, 0, 999, 0.0, 0.0), "no activation with id 999"),
-        (lambda: act(z, None, 7, 0, 0.0, 0.0), "derivative of order 7"),
-        (lambda: act(z, None, -1, 0, 0.0, 0.0), "derivative of order -1"),
-        (lambda: act(z.long(), None, 0, 0, 0.0, 0.0), "z must be float32"),
+        (lambda: act(z, z[:1], 0, 0, ()), "g must have the shape"),
+        (lambda: act(z, z.double(), 0, 0, ()), "g must have z's dtype"),
+        (lambda: act(z, None, 0, 999, ()), "no activation with id 999"),
+        (lambda: act(z, None, 0, NAMES.index("elu"), ()), "has 1 parameters, got 0"),
+        (lambda: act(z, None, 0, 0, (1.0,)), "has 0 parameters, got 1"),
+        (lambda: act(z, None, 7, 0, ()), "derivative of order 7"),
+        (lambda: act(z, None, -1, 0, ()), "derivative of order -1"),
+        (lambda: act(z.long(), None, 0, 0, ()), "z must be float32"),
     ):
         with pytest.raises(RuntimeError, match=message):
             call()

@@ -34,8 +34,8 @@ def fused(z: Tensor, gamma: Tensor | None, beta: Tensor | None, name: str) -> tu
     wide = z.to(accumulate_dtype(z.dtype))  # without γ torch keeps statistics in 16 bit
     _, mean, invstd = torch.native_batch_norm(wide, None, None, None, None, True, 0.1, EPS)
     normed = Normed(y.detach(), 0, mean.detach(), invstd.detach(), EPS)
-    p0, p1 = TABLE[name].param_values({})
-    return batch_norm_act(z, gamma, beta, normed, 0.3, IDS[name], p0, p1, True)
+    params = TABLE[name].param_values({})
+    return batch_norm_act(z, gamma, beta, normed, 0.3, IDS[name], params)
 
 
 def parts(z: Tensor, gamma: Tensor | None, beta: Tensor | None, name: str) -> tuple[Any, Any]:
@@ -126,7 +126,7 @@ def test_same_bits_for_any_number_of_threads() -> None:
             if not results:
                 _, mean, invstd = torch.native_batch_norm(*inputs, None, None, True, 0.1, EPS)
                 s = torch.rand(6)
-            args = (inputs[0], g, mean, invstd, *inputs[1:], s, q, 1.0, IDS["gelu"], 0.0, 0.0)
+            args = (inputs[0], g, mean, invstd, *inputs[1:], s, q, 1.0, IDS["gelu"], ())
             results.append(torch.ops.fastjac.batch_norm_act_backward(*args))
     finally:
         torch.set_num_threads(threads)
@@ -137,7 +137,7 @@ def test_same_bits_for_any_number_of_threads() -> None:
 def test_raw_op() -> None:
     inputs = operands((4, 3, 5))
     vectors = [torch.rand(3, dtype=torch.float64) for _ in range(4)]
-    args = (inputs[0], inputs[0], *vectors[:2], *inputs[1:], *vectors[2:], 1.0, 0, 0.0, 0.0)
+    args = (inputs[0], inputs[0], *vectors[:2], *inputs[1:], *vectors[2:], 1.0, 0, ())
     op = torch.ops.fastjac.batch_norm_act_backward
     torch.library.opcheck(op, args)
     with pytest.raises(RuntimeError, match="mean must have shape"):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import fastjac.input_jacobian.chain.mlp as mlp_module
 from fastjac import Act
 from fastjac.activations import TABLE
-from fastjac.bench.problems import lenet, small_resnet
+from fastjac.bench.networks import lenet, small_resnet
 from fastjac.penalties import DataGrad, FrobReg, PenaltySpec, SpectReg, TangentProp
 
 # Exact in float32: torch's CELU rounds 1 / alpha to it (2.13), whatever the dtype of the tensor.
@@ -333,11 +333,12 @@ def test_explain_engine_lists_the_links_and_leaves_no_trace() -> None:
     before, state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
     text = spectreg("auto").explain_engine(model, x)
     assert text.splitlines()[0] == "engine: chain"
-    for word in ("Linear", "Activation(gelu)", "by autograd: unflatten"):
+    for word in ("linear", "gelu", "unflatten", "batch_norm"):
         assert word in text
     assert torch.equal(torch.get_rng_state(), state)
     for name, t in model.state_dict().items():
         assert torch.equal(t, before[name])
+    assert "by autograd: softmax" in spectreg("auto").explain_engine(nn.Softmax(1), x)
     assert spectreg("autograd").explain_engine(model, x).endswith("engine='autograd' was asked for")
     assert "model is a function" in spectreg("auto").explain_engine(lambda t: model(t), x)
 

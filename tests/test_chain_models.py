@@ -20,18 +20,8 @@ pytestmark = pytest.mark.usefixtures("double")
 # Name: layers of a Sequential, shape of x. A Flatten is put behind.
 LAYERS: dict[str, tuple[Callable[[], list[nn.Module]], tuple[int, ...]]] = {
     "linear of sequences": (lambda: [nn.Linear(4, 5), nn.GELU(), nn.Linear(5, 2)], (3, 2, 4)),
-    "linear without bias": (lambda: [nn.Linear(4, 5, bias=False), nn.SiLU()], (3, 4)),
     "bilinear": (lambda: [Model(lambda m, x: m.b(x, x), b=nn.Bilinear(4, 4, 3))], (3, 4)),
-    "conv1d": (lambda: [nn.Conv1d(2, 3, 3), nn.Tanh(), nn.Conv1d(3, 2, 2)], (3, 2, 6)),
     "conv1d valid": (lambda: [nn.Conv1d(2, 3, 3, padding="valid"), nn.Tanh()], (3, 2, 6)),
-    "conv2d": (
-        lambda: [nn.Conv2d(2, 4, (3, 2), 2, 1), nn.GELU(), nn.Conv2d(4, 2, 2)],
-        (3, 2, 5, 6),
-    ),
-    "conv2d dilated, grouped": (
-        lambda: [nn.Conv2d(4, 6, 2, dilation=2, groups=2), nn.GELU(), nn.Conv2d(6, 6, 1, groups=6)],
-        (3, 4, 5, 5),
-    ),
     "conv2d same": (
         lambda: [nn.Conv2d(2, 3, 2, padding="same", dilation=2), nn.ELU(), nn.Conv2d(3, 2, 1)],
         (3, 2, 4, 4),
@@ -44,45 +34,9 @@ LAYERS: dict[str, tuple[Callable[[], list[nn.Module]], tuple[int, ...]]] = {
         lambda: [nn.Conv2d(2, 3, 3, padding=1, padding_mode="reflect"), nn.Mish()],
         (3, 2, 4, 4),
     ),
-    "conv2d one channel": (lambda: [nn.Conv2d(1, 6, 5, padding=2), nn.Tanh()], (3, 1, 6, 6)),
-    "conv3d": (
-        lambda: [nn.Conv3d(2, 3, (1, 2, 2), (1, 2, 1), (0, 1, 1)), nn.Softplus(2.0, 3.0)],
-        (3, 2, 2, 3, 3),
-    ),
-    "conv transpose": (
-        lambda: [nn.ConvTranspose2d(2, 3, 2, 2), nn.Tanh(), nn.ConvTranspose2d(3, 2, 3, 1, 1)],
-        (3, 2, 2, 3),
-    ),
-    "flatten and unflatten": (
-        lambda: [
-            nn.Flatten(),
-            nn.Linear(4, 6),
-            nn.Unflatten(1, (2, 3)),
-            nn.GELU(),
-            nn.Linear(3, 2),
-        ],
-        (3, 2, 2),
-    ),
-    "max pool": (lambda: [nn.MaxPool2d(2), nn.Conv2d(2, 3, 2), nn.GELU()], (3, 2, 6, 6)),
-    "max pool, odd": (
-        lambda: [
-            nn.MaxPool2d(3, 2, 1, ceil_mode=True),
-            nn.Conv2d(2, 3, 2),
-            nn.MaxPool2d(2, 1, 0, 2),
-        ],
-        (3, 2, 8, 8),
-    ),
     "max pool with indices": (
         lambda: [Model(lambda m, x: m.p(x)[0] * m.p(x)[0], p=nn.MaxPool2d(2, return_indices=True))],
         (3, 2, 4, 4),
-    ),
-    "average pool": (
-        lambda: [nn.AvgPool2d((2, 1), 2, (1, 0), True, False), nn.Conv2d(2, 3, 2), nn.GELU()],
-        (3, 2, 6, 5),
-    ),
-    "average pool, divisor": (
-        lambda: [nn.Conv2d(2, 3, 2), nn.GELU(), nn.AvgPool2d(2, divisor_override=3)],
-        (3, 2, 5, 5),
     ),
     "pools of 1d and 3d": (
         lambda: [nn.AvgPool1d(2), nn.Conv1d(2, 3, 2), nn.GELU(), nn.MaxPool1d(2)],
@@ -121,11 +75,6 @@ LAYERS: dict[str, tuple[Callable[[], list[nn.Module]], tuple[int, ...]]] = {
     ),
     "layer norm first": (lambda: [nn.LayerNorm(4), nn.Linear(4, 3), nn.GELU()], (3, 4)),
     "batch norm first": (lambda: [nn.BatchNorm1d(4), nn.Linear(4, 3), nn.GELU()], (5, 4)),
-    "activation first": (lambda: [nn.Tanh(), nn.Linear(4, 3), nn.GELU()], (3, 4)),
-    "layer norm, plain": (
-        lambda: [nn.Linear(4, 6), nn.LayerNorm(6, elementwise_affine=False), nn.Linear(6, 2)],
-        (3, 4),
-    ),
     "rms norm": (lambda: [nn.Linear(4, 6), nn.RMSNorm(6), nn.GELU(), nn.Linear(6, 2)], (3, 4)),
     "batch norm": (
         lambda: [nn.Linear(4, 6), nn.BatchNorm1d(6), nn.GELU(), nn.Linear(6, 2)],

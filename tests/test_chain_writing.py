@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parametrizations
 
-from fastjac.bench.problems import TransformerClassifier
+from fastjac.bench.networks import TransformerClassifier
 from fastjac.penalties import FrobReg, SpectReg
 
 pytestmark = pytest.mark.usefixtures("double")

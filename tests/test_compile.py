@@ -141,31 +141,30 @@ for fn, (name, row) in enumerate(TABLE.items()):
         z = torch.empty(4096, dtype=dtype)
         for k in range(3):
             compile(act, "act_kernel", f"{name}_{k}_{label}",
-                    lambda: act.act(z, z if k else None, k, fn, *params), ("store",))
+                    lambda: act.act(z, z if k else None, k, fn, params), ("store",))
         compile(act, "act_backward_kernel", f"{name}_{label}",
-                lambda: act.act_backward(z, z, z, 1, fn, *params), ("store",))
+                lambda: act.act_backward(z, z, z, 1, fn, params), ("store",))
 
-# (label, shape, channels, statistic, deterministic); the first three are the common ones.
+# (label, shape, channels, statistic); the first three are the common ones.
 STATS = [
-    ("channel", (512, 256), 1, CHANNEL, True),
-    ("bias", (512, 256), 1, BIAS, True),
-    ("conv", (32, 16, 1024), 1, CHANNEL, True),
-    ("sample", (64, 8192), 1, SAMPLE, True),
-    ("conv_sample", (4, 16, 1024), 1, SAMPLE, True),
-    ("small_conv_sample", (64, 16, 64), 1, SAMPLE, True),
-    ("conv_last_sample", (4, 1024, 16), 2, SAMPLE, True),
-    ("small_conv", (512, 4, 8), 1, CHANNEL, True),
-    ("atomic", (512, 256), 1, CHANNEL, False),
-    ("none", (512, 256), 1, NONE, True),
-    ("odd", (99, 77), 1, CHANNEL, True),
-    ("one", (1, 1), 1, SAMPLE, True),
+    ("channel", (512, 256), 1, CHANNEL),
+    ("bias", (512, 256), 1, BIAS),
+    ("conv", (32, 16, 1024), 1, CHANNEL),
+    ("sample", (64, 8192), 1, SAMPLE),
+    ("conv_sample", (4, 16, 1024), 1, SAMPLE),
+    ("small_conv_sample", (64, 16, 64), 1, SAMPLE),
+    ("conv_last_sample", (4, 1024, 16), 2, SAMPLE),
+    ("small_conv", (512, 4, 8), 1, CHANNEL),
+    ("none", (512, 256), 1, NONE),
+    ("odd", (99, 77), 1, CHANNEL),
+    ("one", (1, 1), 1, SAMPLE),
 ]
 cases = [("relu", "fp32", STATS), ("mish", "bf16", STATS), ("mish", "fp32", STATS[3:8]),
          ("mish", "fp64", STATS[:8]), ("gelu", "fp64", STATS[3:6]), ("sine", "fp32", STATS[:7]),
          ("sine", "fp64", STATS[1:2]), ("gelu", "bf16", STATS[1:2])]
 for name, label, stats in cases:
     fn, params = list(TABLE).index(name), TABLE[name].param_values({})
-    for case, shape, dim, statistic, deterministic in stats:
+    for case, shape, dim, statistic in stats:
         z = torch.empty(shape, dtype=dtypes[label])
         weight = torch.float64 if label == "fp64" else torch.float32
         n, c = (torch.empty(shape[d], dtype=weight) for d in (0, dim))
@@ -173,11 +172,11 @@ for name, label, stats in cases:
         if statistic in (CHANNEL, SAMPLE):
             per_sample = statistic == SAMPLE
             compile(act_stats, "act_stats_kernel", f"{case}_{name}_{label}",
-                    lambda: act_stats.act_stats(z, None, dim, per_sample, 0.5, deterministic, fn,
-                                                *params), wide)
+                    lambda: act_stats.act_stats(z, None, dim, per_sample, 0.5, fn, params),
+                    wide)
         compile(act_stats, "act_stats_kernel", f"{case}_backward_{name}_{label}",
-                lambda: act_stats.act_stats_backward(z, z, n, c, dim, statistic, 0.5,
-                                                     deterministic, fn, *params), wide)
+                lambda: act_stats.act_stats_backward(z, z, n, c, dim, statistic, 0.5, fn,
+                                                     params), wide)
 
 for label, dtype in dtypes.items():
     w = [torch.empty(8, 512, dtype=dtype), torch.empty(3, 27, dtype=dtype)]

@@ -25,7 +25,7 @@ from torch import nn
 
 import fastjac
 from fastjac.activations import TABLE
-from fastjac.bench.problems import lenet, small_resnet
+from fastjac.bench.networks import lenet, small_resnet
 from fastjac.penalties import IGPen, PenaltySpec, SpectReg
 
 pytestmark = MARKS

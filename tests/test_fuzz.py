@@ -128,7 +128,7 @@ def act_stats(rng: Random) -> Case:
     dim, per = rng.choice((1, -1)), rng.choice(("channel", "sample"))
     arguments = {
         "z": operand(rng, shape, dtype), "fn": rng.choice(list(TABLE)), "dim": dim, "per": per,
-        "scale": rng.choice((None, 0.5)), "deterministic": rng.random() < 0.5,
+        "scale": rng.choice((None, 0.5)),
     }  # fmt: skip
     if rng.random() < 0.5:
         size = shape[0] if per == "channel" else shape[dim]
@@ -167,7 +167,7 @@ def layer(rng: Random) -> Case:
 
     def call(x, weight, bias):
         z = z_of(x.detach(), weight.detach(), None if bias is None else bias.detach())
-        rest = LayerActOptions(options, scale, True, IDS[fn], *params, "", "cpu")
+        rest = LayerActOptions(options, scale, IDS[fn], params, "", "cpu")
         return layer_act(x, weight, bias, z, tuple(rest))
 
     def truth(x, weight, bias):
@@ -191,9 +191,7 @@ def batch_norm(rng: Random) -> Case:
         with torch.no_grad():
             y, mean, invstd = torch.native_batch_norm(z, gamma, beta, None, None, True, 0.0, eps)
         normed = Normed(y, 0, mean, invstd, eps)
-        return batch_norm_act(
-            z, gamma, beta, normed, scale, IDS[fn], *get(fn).param_values({}), True
-        )
+        return batch_norm_act(z, gamma, beta, normed, scale, IDS[fn], get(fn).param_values({}))
 
     def truth(z, gamma, beta):
         gamma = None if gamma is None else gamma.contiguous()  # see batch_norm.py

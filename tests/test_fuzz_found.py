@@ -16,7 +16,7 @@ Z = torch.linspace(-2, 2, 6, dtype=torch.float64).view(2, 3)
 META = Z.to("meta")
 NOTHING = torch.empty(2**62, 0)
 PLAN = torch.tensor([[IDS["identity"], 0, 0, 0]], dtype=torch.float64)
-GELU = (IDS["gelu"], 0.0, 0.0)
+GELU = (IDS["gelu"], ())
 
 
 @pytest.mark.parametrize("recorded", (False, True))
@@ -29,7 +29,7 @@ def test_batch_norm_whose_weight_has_strides(recorded):
         return torch.autograd.grad((a * Z[:, :2].cos()).sum() + t.sum(), z, **options)[0]
 
     y, mean, invstd = torch.native_batch_norm(z.detach(), gamma, None, None, None, True, 0.0, eps)
-    got = batch_norm_act(z, gamma, None, Normed(y, 0, mean, invstd, eps), 0.5, *GELU, True)
+    got = batch_norm_act(z, gamma, None, Normed(y, 0, mean, invstd, eps), 0.5, *GELU)
     y = F.batch_norm(z, None, None, gamma.contiguous(), None, training=True, eps=eps)
     a, s = composed(y, None, 1, False, 0.5, "gelu", {}, "reference")
     want = grad(a, s * inverse_variance(z, eps))
@@ -62,8 +62,8 @@ def test_orthogonal_projections_of_no_samples():
         (lambda: OPS.softmax_residual_backward(Z, META), "cpu, meta"),
         (lambda: OPS.row_sqnorm([Z, META]), "cpu, meta"),
         (lambda: OPS.act(META, META[:1], 0, *GELU), "g must have the shape"),
-        (lambda: OPS.act_stats(META, None, 5, False, 1.0, True, *GELU), "dim must be 1 to 1"),
-        (lambda: OPS.act_stats(META, None, -1, False, 1.0, True, *GELU), "dim must be 1 to 1"),
+        (lambda: OPS.act_stats(META, None, 5, False, 1.0, *GELU), "dim must be 1 to 1"),
+        (lambda: OPS.act_stats(META, None, -1, False, 1.0, *GELU), "dim must be 1 to 1"),
         (lambda: OPS.softmax_residual_backward(None, META), "logits of .* is None"),
         # Sums of sizes that overflow, sizes of dimensions that are not there.
         (lambda: OPS.row_sqnorm([NOTHING, NOTHING]), "too many rows"),
@@ -87,8 +87,9 @@ def test_raw_ops_refuse(call, message):
         (lambda: OPS.act_triton(Z.long(), None, 0, *GELU), "not torch.int64"),
         (lambda: OPS.act_triton(Z, None, 4, *GELU), "order must be 0 to 3"),
         (lambda: OPS.act_backward_triton(Z, Z, Z, 3, *GELU), "order must be 0 to 2"),
-        (lambda: OPS.act_triton(Z, None, 0, -1, 0.0, 0.0), "no activation with id -1"),
-        (lambda: OPS.act_stats_triton(Z, None, 1, False, 1.0, True, 99, 0.0, 0.0), "id 99"),
+        (lambda: OPS.act_triton(Z, None, 0, -1, ()), "no activation with id -1"),
+        (lambda: OPS.act_triton(Z, None, 0, 0, (1.0,)), "has 0 parameters, got 1"),
+        (lambda: OPS.act_stats_triton(Z, None, 1, False, 1.0, 99, ()), "id 99"),
         (lambda: OPS.row_sqnorm_triton([Z.long()]), "not torch.int64"),
         (lambda: OPS.softmax_residual_backward_triton(Z.long(), Z.long()), "not torch.int64"),
     ),
@@ -112,6 +113,7 @@ NESTED = EXOTIC["nested"](Z)
         (lambda: fastjac.elu(Z, 10**400), ValueError, "alpha is an integer too large"),
         (lambda: fastjac.act_stats(Z, dim="1"), TypeError, "dim is str"),
         (lambda: fastjac.act_stats(Z, scale=[]), TypeError, "scale is list"),
+        (lambda: fastjac.act_stats(Z, scale=10**400), ValueError, "scale is an integer too large"),
         (lambda: fastjac.row_sqnorm(7), TypeError, "weights is int"),
         (lambda: fastjac.SpectReg(weight=10**400), ValueError, "weight is 10+: it must be finite"),
         (lambda: fastjac.SpectReg(10**400), ValueError, "n_proj is 10+: .* less than 2\\*\\*63"),

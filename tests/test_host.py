@@ -40,12 +40,12 @@ def test_act_kernels(name, dtype):
         wide = [t.double() for t in (z, g, v)]
         for order in range(4):
             for factor in (g, None):
-                got = host_ops().act(z, factor, order, fn, *params)
+                got = host_ops().act(z, factor, order, fn, params)
                 wide_factor = None if factor is None else wide[1]
                 truth = fastjac.act(wide[0], wide_factor, order, name, impl="reference")
                 assert relative_error(got, truth) <= tolerance("cuda", dtype), (size, order)
         for order in range(3):
-            grad_z, grad_g = host_ops().act_backward(z, g, v, order, fn, *params)
+            grad_z, grad_g = host_ops().act_backward(z, g, v, order, fn, params)
             truth_z = fastjac.act(wide[0], wide[1] * wide[2], order + 1, name, impl="reference")
             truth_g = fastjac.act(wide[0], wide[2], order, name, impl="reference")
             assert relative_error(grad_z, truth_z) <= tolerance("cuda", dtype), (size, order)
@@ -55,13 +55,13 @@ def test_act_kernels(name, dtype):
 def test_layouts_and_refusals():
     z = torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)
     g = torch.randn(2, 3, 4, 5)
-    got = host_ops().act(z, g, 1, list(TABLE).index("silu"), 0.0, 0.0)
+    got = host_ops().act(z, g, 1, list(TABLE).index("silu"), ())
     assert got.stride() == z.stride()
     torch.testing.assert_close(got, fastjac.act(z, g, 1, "silu", impl="reference"))
     with pytest.raises(RuntimeError, match="order must be 0 to 3, got 4"):
-        host_ops().act(z, g, 4, 0, 0.0, 0.0)
+        host_ops().act(z, g, 4, 0, ())
     with pytest.raises(RuntimeError, match="no activation with id 99"):
-        host_ops().act(z, g, 0, 99, 0.0, 0.0)
+        host_ops().act(z, g, 0, 99, ())
 
 
 # ---- act_stats
@@ -143,26 +143,21 @@ def test_act_stats_kernels(label, dtype, poison):
             z, None, None if per_sample else w, w if per_sample else None, dim, statistic, 0.3,
             "mish", backward=False,
         )  # fmt: skip
-        for deterministic in (True, False) if w is not None else (True,):
-            got = host_ops().act_stats(
-                z, w, dim, per_sample, 0.3, deterministic, IDS["mish"], 0.0, 0.0
-            )
-            assert got[0].stride() == z.stride()
-            assert_stats(got, expected, dtype, per_sample, deterministic)
-    for name, statistic, operands, deterministic in (
-        ("gelu", NONE, (g, None, wc), True),
-        ("gelu", CHANNEL, (g, ws, wc), True),
-        ("relu", SAMPLE, (g, ws, wc), True),
-        ("sine", SAMPLE, (None, ws, None), False),
-        ("gelu", BIAS, (g, None, wc), True),
-        ("gelu", BIAS, (g, ws, None), False),
+        got = host_ops().act_stats(z, w, dim, per_sample, 0.3, IDS["mish"], ())
+        assert got[0].stride() == z.stride()
+        assert_stats(got, expected, dtype, per_sample)
+    for name, statistic, operands in (
+        ("gelu", NONE, (g, None, wc)),
+        ("gelu", CHANNEL, (g, ws, wc)),
+        ("relu", SAMPLE, (g, ws, wc)),
+        ("sine", SAMPLE, (None, ws, None)),
+        ("gelu", BIAS, (g, None, wc)),
+        ("gelu", BIAS, (g, ws, None)),
     ):
         params = TABLE[name].param_values({})
         expected = truth(z, *operands, dim, statistic, 0.3, name)
-        got = host_ops().act_stats_backward(
-            z, *operands, dim, statistic, 0.3, deterministic, IDS[name], *params
-        )
-        assert_stats(got, expected, dtype, name, statistic, deterministic)
+        got = host_ops().act_stats_backward(z, *operands, dim, statistic, 0.3, IDS[name], params)
+        assert_stats(got, expected, dtype, name, statistic)
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
@@ -175,7 +170,7 @@ def test_act_stats_kernels_of_views(dtype, poison):
             for statistic in (CHANNEL, SAMPLE):
                 expected = truth(z, g, ws, wc, dim, statistic, 0.3, "gelu")
                 got = host_ops().act_stats_backward(
-                    z, g, ws, wc, dim, statistic, 0.3, True, IDS["gelu"], 0.0, 0.0
+                    z, g, ws, wc, dim, statistic, 0.3, IDS["gelu"], ()
                 )
                 assert_stats(got, expected, dtype, shape, offset, statistic)
 
@@ -188,14 +183,14 @@ def test_act_stats_has_the_same_bits_twice(poison):
     for shape in shapes * 2:
         for per_sample in (False, True):
             z = tensor(shape, torch.float32)
-            _, s = host_ops().act_stats(z, None, 1, per_sample, 1.0, True, IDS["mish"], 0.0, 0.0)
+            _, s = host_ops().act_stats(z, None, 1, per_sample, 1.0, IDS["mish"], ())
             assert torch.equal(before.setdefault((shape, per_sample), s), s)
 
 
 def test_counters_of_a_graph_are_its_own():
     def zeroed(z):
         with torch.autograd.profiler.profile() as profile:
-            s = host_ops().act_stats(z, None, 1, False, 1.0, True, IDS["gelu"], 0.0, 0.0)[1]
+            s = host_ops().act_stats(z, None, 1, False, 1.0, IDS["gelu"], ())[1]
         return s, sum(event.name == "aten::zero_" for event in profile.function_events)
 
     z = tensor((301, 12), torch.float32)
@@ -211,20 +206,20 @@ def test_counters_of_a_graph_are_its_own():
 
 
 def test_act_stats_of_nothing_and_refusals(poison):
-    ops, gelu = host_ops(), (IDS["gelu"], 0.0, 0.0)
+    ops, gelu = host_ops(), (IDS["gelu"], ())
     for shape in ((0, 3), (3, 0), (2, 3, 0)):
         for per_sample in (False, True):
-            a, s = ops.act_stats(torch.empty(shape), None, 1, per_sample, 1.0, True, *gelu)
+            a, s = ops.act_stats(torch.empty(shape), None, 1, per_sample, 1.0, *gelu)
             assert a.shape == shape and torch.equal(s, torch.zeros(shape[1 - per_sample]))
     z = torch.randn(4, 3)
     with pytest.raises(RuntimeError, match="no activation with id 99"):
-        ops.act_stats(z, None, 1, False, 1.0, True, 99, 0.0, 0.0)
+        ops.act_stats(z, None, 1, False, 1.0, 99, ())
     with pytest.raises(RuntimeError, match="the weight per sample must have shape"):
-        ops.act_stats(z, torch.ones(3), 1, False, 1.0, True, *gelu)
+        ops.act_stats(z, torch.ones(3), 1, False, 1.0, *gelu)
     with pytest.raises(RuntimeError, match="statistic must be 0 to 3, got 4"):
-        ops.act_stats_backward(z, None, None, None, 1, 4, 1.0, True, *gelu)
+        ops.act_stats_backward(z, None, None, None, 1, 4, 1.0, *gelu)
     with pytest.raises(RuntimeError, match="dim must be 1 or the last dimension"):
-        ops.act_stats(torch.randn(2, 3, 4, 5), None, 2, False, 1.0, True, *gelu)
+        ops.act_stats(torch.randn(2, 3, 4, 5), None, 2, False, 1.0, *gelu)
 
 
 # ---- row_sqnorm

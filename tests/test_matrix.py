@@ -114,7 +114,7 @@ def without_curvature(monkeypatch: pytest.MonkeyPatch, thing: Thing) -> Thing:
     monkeypatch.setattr(layer_act, "raw", planted)
     monkeypatch.setattr(importlib.import_module("fastjac.ops.act_stats"), "raw", planted)
     nothing = property(lambda link: None, lambda link, value: None)
-    monkeypatch.setattr(links.Activation, "extra", nothing, raising=False)
+    monkeypatch.setattr(links.Elementwise, "extra", nothing, raising=False)
     return thing
 
 

@@ -196,7 +196,7 @@ def test_raw_calls_that_do_not_fit_raise() -> None:
     ops = torch.ops.fastjac
     n, weights = 4, [torch.randn(8, 6), torch.randn(3, 8)]
     biases = [torch.randn(8), torch.randn(3)]
-    plan = torch.tensor([[1.0, 0, 0, 1], [0, 0, 0, 1]], dtype=torch.float64)
+    plan = torch.tensor([[1.0, 1, 0, 0], [0, 1, 0, 0]], dtype=torch.float64)
     wanted = torch.ones(5, dtype=torch.float64)
     x, w, g = torch.randn(n, 6), torch.randn(n, 3), torch.randn(n, 3)
     *stacks, _ = ops.mlp_forward(x, weights, biases, 2, plan)

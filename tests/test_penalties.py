@@ -301,11 +301,7 @@ def test_registry_lists_every_penalty_and_option() -> None:
     }
     assert {spec.module for spec in PENALTIES.values()} == classes - {Penalty, package.InputPenalty}
     common = {"weight", "reduction", "every", "at", "chunk_size", "generator"}
-    common |= {
-        "model",
-        "deterministic",
-        "engine",
-    }  # where and how, not what: the reference has neither
+    common |= {"model", "engine"}  # where and how, not what: the reference has neither
     for name, spec in PENALTIES.items():
         assert spec.name == name == spec.functional.__name__ == spec.reference.__name__
         assert getattr(package, name) is spec.functional

@@ -34,8 +34,9 @@ ENVIRONMENT = {
 def call_ops(folder: Path, flags, *ops: str, kernels: Path = CUDA):
     """Builds the kernels of a folder with sanitizers and calls the ops (all, if none is named)."""
     names = ("gelu", "sine")  # each activation is 8 kernels to compile
-    table = codegen.cpp_header({name: TABLE[name] for name in names}, "of a test")
-    (folder / "activations.h").write_text(table)
+    headers = codegen.cpp_headers({name: TABLE[name] for name in names}, "of a test")
+    for name, text in headers.items():
+        (folder / name).write_text(text)
     (folder / "schemas.inc").write_text("".join(f'm.def("{s}");\n' for s in SCHEMAS))
     program = folder / "calls"
     compile_host(

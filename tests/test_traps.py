@@ -163,10 +163,10 @@ def test_raw_op_keeps_forward_mode_and_refuses_torch_func():
     fn = list(TABLE).index("gelu")
     with forward_ad.dual_level():
         dual = forward_ad.make_dual(X, torch.ones_like(X))
-        got = forward_ad.unpack_dual(raw(dual, None, 0, fn, 0.0, 0.0)).tangent
+        got = forward_ad.unpack_dual(raw(dual, None, 0, fn, ())).tangent
     torch.testing.assert_close(got, jvp(F.gelu, (X,), (torch.ones_like(X),))[1])
     with pytest.raises(RuntimeError, match="cannot be transformed by torch.func"):
-        grad(lambda z: raw(z, None, 0, fn, 0.0, 0.0).sum())(X)
+        grad(lambda z: raw(z, None, 0, fn, ()).sum())(X)
 
 
 def test_fuse_keeps_full_backward_hooks_both_ways():

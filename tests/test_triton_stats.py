@@ -11,7 +11,6 @@ import torch
 from conftest import DEVICE
 
 import fastjac
-from fastjac import launch
 from fastjac.activations import IDS
 from fastjac.cli.check import relative_error, tolerance
 from fastjac.ops.act_stats import BIAS, CHANNEL, NONE, SAMPLE, spread
@@ -25,7 +24,6 @@ from fastjac.kernels import row_sqnorm as rows
 
 pytestmark = pytest.mark.triton
 
-TILE, _, PROGRAMS = launch.STATS
 STATISTICS = {"none": NONE, "channel": CHANNEL, "sample": SAMPLE, "bias": BIAS}
 LAYOUTS = {  # (shape, channels, memory)
     "[N, C]": ((37, 19), 1, None),
@@ -129,10 +127,9 @@ def test_forward(layout, dtype, per_sample):
     z, _, *weights = operands(shape, dim, dtype, memory)
     w, statistic = weights[per_sample], SAMPLE if per_sample else CHANNEL
     w_sample, w_channel = (None, w) if per_sample else (w, None)
-    for deterministic in (True, False):
-        got = stats.act_stats(z, w, dim, per_sample, 0.3, deterministic, IDS["gelu"], 0.0, 0.0)
-        want = truth(z, None, w_sample, w_channel, dim, statistic, 0.3, "gelu", False)
-        assert_right(got, want, dtype)
+    got = stats.act_stats(z, w, dim, per_sample, 0.3, IDS["gelu"], ())
+    want = truth(z, None, w_sample, w_channel, dim, statistic, 0.3, "gelu", False)
+    assert_right(got, want, dtype)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -142,7 +139,7 @@ def test_backward(layout, dtype, statistic):
     shape, dim, memory = LAYOUTS[layout]
     args = operands(shape, dim, dtype, memory)
     statistic = STATISTICS[statistic]
-    got = stats.act_stats_backward(*args, dim, statistic, 0.3, True, IDS["mish"], 0.0, 0.0)
+    got = stats.act_stats_backward(*args, dim, statistic, 0.3, IDS["mish"], ())
     assert_right(got, truth(*args, dim, statistic, 0.3, "mish", True), dtype)
 
 
@@ -153,14 +150,14 @@ def test_operands_left_out(shape, statistic, given):
     z, *rest = operands(shape, 1, torch.float64)
     rest = [t if there else None for t, there in zip(rest, given, strict=True)]
     statistic = STATISTICS[statistic]
-    got = stats.act_stats_backward(z, *rest, 1, statistic, 0.3, True, IDS["tanh"], 0.0, 0.0)
+    got = stats.act_stats_backward(z, *rest, 1, statistic, 0.3, IDS["tanh"], ())
     assert_right(got, truth(z, *rest, 1, statistic, 0.3, "tanh", True), torch.float64)
 
 
 def test_g_may_be_z():
     z, _, *weights = operands((4, 6), 1, torch.float64)
     args = (z, z, *weights)
-    got = stats.act_stats_backward(*args, 1, BIAS, 0.3, True, IDS["tanh"], 0.0, 0.0)
+    got = stats.act_stats_backward(*args, 1, BIAS, 0.3, IDS["tanh"], ())
     assert_right(got, truth(*args, 1, BIAS, 0.3, "tanh", True), torch.float64)
 
 
@@ -181,22 +178,16 @@ def test_split_strips(case, monkeypatch):
     args = operands(shape, dim, torch.float32)
     want = truth(*args, dim, statistic, 0.3, "relu", True)
 
-    def call(deterministic=True):
-        return stats.act_stats_backward(
-            *args, dim, statistic, 0.3, deterministic, IDS["relu"], 0.0, 0.0
-        )
+    def call():
+        return stats.act_stats_backward(*args, dim, statistic, 0.3, IDS["relu"], ())
 
     first = call()
     assert_right(first, want, torch.float32)
     assert all(map(torch.equal, first, call()))
-    assert_right(call(deterministic=False), want, torch.float32)
     # Few programs of long strips, in one level; and offsets in int64.
-    few = (1024, 4, 6)
-    monkeypatch.setattr(launch, "STATS", few)
-    monkeypatch.setattr(launch, "_DEFAULTS", dict.fromkeys(launch.KERNELS, few))
+    monkeypatch.setattr(stats, "PROGRAMS", 6)
     monkeypatch.setattr(stats, "MOST_INT32", 0)
     assert_right(call(), want, torch.float32)
-    assert_right(call(deterministic=False), want, torch.float32)
 
 
 def test_what_is_split():
@@ -204,7 +195,7 @@ def test_what_is_split():
     for case, (shape, dim, statistic) in SPLIT.items():
         p = torch.Size(shape[2:]).numel()
         at = stats._strips(
-            shape[0], shape[dim], p, p == 1, statistic == SAMPLE, True, TILE, PROGRAMS
+            shape[0], shape[dim], p, p == 1, statistic == SAMPLE, True, stats.TILE, stats.PROGRAMS
         )
         assert -(-at.steps // at.run) > stats.GROUP.value, case
         assert (at.channels > 0) == (case == "columns of samples")
@@ -214,9 +205,8 @@ def test_sums_are_no_worse_than_pairwise():
     """Of 8192 terms a serial float32 sum is off by 2.5e-5."""
     w = torch.full((8192,), 1.1, device=DEVICE)
     z = torch.ones(8192, 8, device=DEVICE)
-    for deterministic in (True, False):
-        _, s = stats.act_stats(z, w, 1, False, 1.0, deterministic, IDS["relu"], 0.0, 0.0)
-        assert relative_error(s, w.double().sum().expand(8)) < 1e-6
+    _, s = stats.act_stats(z, w, 1, False, 1.0, IDS["relu"], ())
+    assert relative_error(s, w.double().sum().expand(8)) < 1e-6
     r = rows.row_sqnorm([torch.full((1, 150_000), 1.1, device=DEVICE)])
     assert relative_error(r, 150_000 * torch.tensor([1.1]).double() ** 2) < 1e-6
 
@@ -227,10 +217,10 @@ def test_runs_are_short_and_programs_enough(n, p):
     for inner, per_sample in itertools.product([True, False], repeat=2):
         if p == 1 and not inner:
             continue
-        at = stats._strips(n, 64, p, inner, per_sample, n < 10**6, TILE, PROGRAMS)
+        at = stats._strips(n, 64, p, inner, per_sample, n < 10**6, stats.TILE, stats.PROGRAMS)
         assert at.run <= stats.LONGEST_RUN
         programs = at.tiles * -(-at.steps // at.run)
-        assert programs >= min(at.tiles * at.steps // stats.SHORT_RUN, PROGRAMS // 2)
+        assert programs >= min(at.tiles * at.steps // stats.SHORT_RUN, stats.PROGRAMS // 2)
 
 
 def test_captured_tables_hold_the_same():
@@ -305,8 +295,7 @@ BAD = [
 @pytest.mark.parametrize(("change", "message"), BAD)
 def test_bad_operands(change, message):
     given = {"z": torch.ones(2, 4), "g": None, "w_sample": None, "w_channel": None, "dim": 1,
-             "statistic": NONE, "scale": 1.0, "deterministic": True, "fn": 0, "p0": 0.0,
-             "p1": 0.0}  # fmt: skip
+             "statistic": NONE, "scale": 1.0, "fn": 0, "params": ()}  # fmt: skip
     with pytest.raises(RuntimeError, match=message):
         stats.act_stats_backward(**(given | change))
     with pytest.raises(RuntimeError, match="dim must be 1 or the last"):

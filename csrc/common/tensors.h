@@ -4,9 +4,13 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
+#include <iterator>
 #include <optional>
+#include <vector>
 
 #include "dtype.h"
+#include "params.h"
 
 namespace fastjac {
 
@@ -21,6 +25,17 @@ inline DType dtype_of(const Tensor& t) {
     case ScalarType::Half: return DType::f16;
     default: STD_TORCH_CHECK(false, "fastjac: z must be float32, float64, bfloat16 or float16");
   }
+}
+
+// The parameters of a call: as many as the activation has.
+inline Params<double> checked_params(int64_t fn, const std::vector<double>& given) {
+  STD_TORCH_CHECK(fn >= 0 && fn < int64_t(std::size(param_counts)),
+                  "fastjac: no activation with id ", fn, " in the compiled table");
+  STD_TORCH_CHECK(int64_t(given.size()) == param_counts[fn], "fastjac: the activation with id ", fn,
+                  " has ", param_counts[fn], " parameters, got ", given.size());
+  Params<double> params{};
+  std::copy(given.begin(), given.end(), params.at);
+  return params;
 }
 
 inline bool same_sizes(const Tensor& a, const Tensor& b) {

@@ -2,6 +2,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include <tuple>
+#include <vector>
 
 #include "act_kernels.h"
 #include "isa.h"
@@ -14,8 +15,7 @@ namespace {
 constexpr int64_t grain = 16384;
 
 void run(const ActCall& call, ActKernel kernel, int64_t numel) {
-  STD_TORCH_CHECK(kernel(call, 0, 0), "fastjac: no activation with id ", call.fn,
-                  " and derivative of order ", call.order, " in the compiled table");
+  STD_TORCH_CHECK(kernel(call, 0, 0), "fastjac: there is no derivative of order ", call.order);
   torch::stable::parallel_for(0, numel, grain,
                               [&](int64_t begin, int64_t end) { kernel(call, begin, end); });
 }
@@ -25,20 +25,21 @@ const ActKernels& kernels() {
   return best;
 }
 
-Tensor act(const Tensor& z, const std::optional<Tensor>& g, int64_t order, int64_t fn, double p0,
-           double p1) {
+Tensor act(const Tensor& z, const std::optional<Tensor>& g, int64_t order, int64_t fn,
+           const std::vector<double>& params) {
   if (g) check_operand(*g, z, "g");
   Tensor out = torch::stable::empty_like(z);
   const Tensor z_dense = with_strides_of(z, out);
   const Tensor g_dense = g ? with_strides_of(*g, out) : z_dense;
-  run({fn, order, p0, p1, dtype_of(z), z_dense.const_data_ptr(),
+  run({fn, order, checked_params(fn, params), dtype_of(z), z_dense.const_data_ptr(),
        g ? g_dense.const_data_ptr() : nullptr, nullptr, out.mutable_data_ptr(), nullptr},
       kernels().forward, z.numel());
   return out;
 }
 
 std::tuple<Tensor, Tensor> act_backward(const Tensor& z, const Tensor& g, const Tensor& v,
-                                        int64_t order, int64_t fn, double p0, double p1) {
+                                        int64_t order, int64_t fn,
+                                        const std::vector<double>& params) {
   check_operand(g, z, "g");
   check_operand(v, z, "v");
   Tensor grad_z = torch::stable::empty_like(z);
@@ -46,8 +47,9 @@ std::tuple<Tensor, Tensor> act_backward(const Tensor& z, const Tensor& g, const 
   const Tensor z_dense = with_strides_of(z, grad_z);
   const Tensor g_dense = with_strides_of(g, grad_z);
   const Tensor v_dense = with_strides_of(v, grad_z);
-  run({fn, order, p0, p1, dtype_of(z), z_dense.const_data_ptr(), g_dense.const_data_ptr(),
-       v_dense.const_data_ptr(), grad_z.mutable_data_ptr(), grad_g.mutable_data_ptr()},
+  run({fn, order, checked_params(fn, params), dtype_of(z), z_dense.const_data_ptr(),
+       g_dense.const_data_ptr(), v_dense.const_data_ptr(), grad_z.mutable_data_ptr(),
+       grad_g.mutable_data_ptr()},
       kernels().backward, z.numel());
   return {grad_z, grad_g};
 }

@@ -13,29 +13,30 @@ constexpr int64_t run = 1024;
 
 template <class A, int K, class T>
 void forward_loop(const T* __restrict z, const T* __restrict g, const T*, T* __restrict out, T*,
-                  int64_t n, T p0, T p1) {
+                  int64_t n, Params<T> params) {
   if (K >= A::zero_from) {  // with and without g, which is not read
     for (int64_t i = 0; i < n; ++i) out[i] = T(0);
   } else if (g == nullptr) {
-    for (int64_t i = 0; i < n; ++i) out[i] = A::template d<K>(z[i], p0, p1);
+    for (int64_t i = 0; i < n; ++i) out[i] = A::template d<K>(z[i], params);
   } else {
-    for (int64_t i = 0; i < n; ++i) out[i] = A::template times<K>(z[i], g[i], p0, p1);
+    for (int64_t i = 0; i < n; ++i) out[i] = A::template times<K>(z[i], g[i], params);
   }
 }
 
 template <class A, int K, class T>
 void backward_loop(const T* __restrict z, const T* __restrict g, const T* __restrict v,
-                   T* __restrict out, T* __restrict out_g, int64_t n, T p0, T p1) {
+                   T* __restrict out, T* __restrict out_g, int64_t n, Params<T> params) {
   for (int64_t i = 0; i < n; ++i) {
-    out[i] = A::template times<K + 1>(z[i], g[i] * v[i], p0, p1);
-    out_g[i] = A::template times<K>(z[i], v[i], p0, p1);
+    out[i] = A::template times<K + 1>(z[i], g[i] * v[i], params);
+    out_g[i] = A::template times<K>(z[i], v[i], params);
   }
 }
 
 template <class T>
-using Loop = void (*)(const T* z, const T* g, const T* v, T* out, T* out_g, int64_t n, T p0, T p1);
+using Loop = void (*)(const T* z, const T* g, const T* v, T* out, T* out_g, int64_t n,
+                      Params<T> params);
 
-// The loop of (activation, order) for a compute type; null if there is none.
+// The loop of (activation, order) for a compute type; null if there is no such order.
 template <class T>
 Loop<T> find_forward(int64_t fn, int64_t order) {
   Loop<T> loop = nullptr;
@@ -74,7 +75,7 @@ template <class T>
 bool in_place(Loop<T> loop, const ActCall& call, int64_t begin, int64_t end) {
   if (loop == nullptr) return false;
   loop(at<T>(call.z, begin), at<T>(call.g, begin), at<T>(call.v, begin), at<T>(call.out, begin),
-       at<T>(call.out_g, begin), end - begin, T(call.p0), T(call.p1));
+       at<T>(call.out_g, begin), end - begin, call.params.to<T>());
   return true;
 }
 
@@ -87,7 +88,7 @@ bool widened(Loop<float> loop, const ActCall& call, int64_t begin, int64_t end) 
     storage::load(at<S>(call.z, i), z, n);
     if (call.g) storage::load(at<S>(call.g, i), g, n);
     if (call.v) storage::load(at<S>(call.v, i), v, n);
-    loop(z, call.g ? g : nullptr, v, out, out_g, n, float(call.p0), float(call.p1));
+    loop(z, call.g ? g : nullptr, v, out, out_g, n, call.params.to<float>());
     storage::store(out, at<S>(call.out, i), n);
     if (call.out_g) storage::store(out_g, at<S>(call.out_g, i), n);
   }

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "dtype.h"
+#include "params.h"
 
 namespace fastjac {
 
@@ -11,7 +12,7 @@ namespace fastjac {
 struct ActCall {
   int64_t fn;  // row of the activation table
   int64_t order;
-  double p0, p1;
+  Params<double> params;
   DType dtype;
   const void* z;
   const void* g;  // null: 1
@@ -20,7 +21,7 @@ struct ActCall {
   void* out_g;    // backward only: φ^(k)(z) v
 };
 
-// Computes elements [begin, end); false if there is no such activation or order.
+// Computes elements [begin, end); false if there is no derivative of this order.
 using ActKernel = bool (*)(const ActCall& call, int64_t begin, int64_t end);
 
 struct ActKernels {

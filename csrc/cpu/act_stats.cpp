@@ -15,7 +15,7 @@ std::tuple<Tensor, Tensor> run(const Tensor& z, const std::optional<Tensor>& g,
                                const std::optional<Tensor>& w_sample,
                                const std::optional<Tensor>& w_channel, int64_t dim,
                                Statistic statistic, double scale, bool backward, int64_t fn,
-                               double p0, double p1) {
+                               const std::vector<double>& params) {
   const StatsOperands operands(z, g, w_sample, w_channel, dim);
   const Layout& layout = operands.layout;
   const Tasks tasks(layout.rows(), layout.columns());
@@ -23,8 +23,7 @@ std::tuple<Tensor, Tensor> run(const Tensor& z, const std::optional<Tensor>& g,
   std::vector<double> partial(partial_sums(layout, tasks, sum));
   Tensor result = operands.out;
   const StatsCall call{fn,
-                       p0,
-                       p1,
+                       checked_params(fn, params),
                        dtype_of(z),
                        backward,
                        operands.z.const_data_ptr(),
@@ -51,20 +50,19 @@ std::tuple<Tensor, Tensor> run(const Tensor& z, const std::optional<Tensor>& g,
 }
 
 std::tuple<Tensor, Tensor> act_stats(const Tensor& z, const std::optional<Tensor>& w, int64_t dim,
-                                     bool per_sample, double scale, bool /*deterministic*/,
-                                     int64_t fn, double p0, double p1) {
+                                     bool per_sample, double scale, int64_t fn,
+                                     const std::vector<double>& params) {
   return run(z, std::nullopt, per_sample ? std::nullopt : w, per_sample ? w : std::nullopt, dim,
-             per_sample ? Statistic::sample : Statistic::channel, scale, false, fn, p0, p1);
+             per_sample ? Statistic::sample : Statistic::channel, scale, false, fn, params);
 }
 
 std::tuple<Tensor, Tensor> act_stats_backward(const Tensor& z, const std::optional<Tensor>& g,
                                               const std::optional<Tensor>& w_sample,
                                               const std::optional<Tensor>& w_channel, int64_t dim,
-                                              int64_t statistic, double scale,
-                                              bool /*deterministic*/, int64_t fn, double p0,
-                                              double p1) {
-  return run(z, g, w_sample, w_channel, dim, static_cast<Statistic>(statistic), scale, true, fn, p0,
-             p1);
+                                              int64_t statistic, double scale, int64_t fn,
+                                              const std::vector<double>& params) {
+  return run(z, g, w_sample, w_channel, dim, static_cast<Statistic>(statistic), scale, true, fn,
+             params);
 }
 
 }  // namespace

@@ -17,28 +17,29 @@ constexpr int64_t lanes = 16;  // of a row's sum: one 512-bit register of floats
 
 template <class A, class T>
 void forward_loop(const T* __restrict z, const T*, const T*, T* __restrict out,
-                  T* __restrict squares, int64_t n, T, T p0, T p1) {
+                  T* __restrict squares, int64_t n, T, Params<T> params) {
   for (int64_t i = 0; i < n; ++i) {
-    out[i] = A::template d<0>(z[i], p0, p1);
-    const T slope = A::template d<1>(z[i], p0, p1);
+    out[i] = A::template d<0>(z[i], params);
+    const T slope = A::template d<1>(z[i], params);
     squares[i] = slope * slope;
   }
 }
 
 template <class A, bool Squares, class T>
 void backward_loop(const T* __restrict z, const T* __restrict g, const T* __restrict w,
-                   T* __restrict out, T* __restrict squares, int64_t n, T factor, T p0, T p1) {
+                   T* __restrict out, T* __restrict squares, int64_t n, T factor,
+                   Params<T> params) {
   for (int64_t i = 0; i < n; ++i) {
-    const T slope = A::template d<1>(z[i], p0, p1);
-    out[i] = A::template times<1>(z[i], g[i], p0, p1) +
-             A::template times<2>(z[i], factor * w[i] * slope, p0, p1);
+    const T slope = A::template d<1>(z[i], params);
+    out[i] = A::template times<1>(z[i], g[i], params) +
+             A::template times<2>(z[i], factor * w[i] * slope, params);
     if (Squares) squares[i] = slope * slope;
   }
 }
 
 template <class T>
 using Loop = void (*)(const T* z, const T* g, const T* w, T* out, T* squares, int64_t n, T factor,
-                      T p0, T p1);
+                      Params<T> params);
 
 template <class T>
 Loop<T> find_loop(const StatsCall& call) {
@@ -120,7 +121,8 @@ class Pass {
     const S* g = call_.g == nullptr ? nullptr : static_cast<const S*>(call_.g) + at;
     S* out = static_cast<S*>(call_.out) + at;
     const T* weight = call_.backward ? weights(row, n) : nullptr;
-    const T factor = T(call_.factor), p0 = T(call_.p0), p1 = T(call_.p1);
+    const T factor = T(call_.factor);
+    const Params<T> params = call_.params.to<T>();
     if (g == nullptr && call_.backward && !zeros_) {
       for (int64_t i = 0; i < Tasks::tile; ++i) g_[i] = 0;
       zeros_ = true;
@@ -130,15 +132,15 @@ class Pass {
     if constexpr (std::is_same_v<S, T>) {
       values = z;
       if (normed) normalize(values, row, n);
-      loop_(normed ? y_ : values, g == nullptr ? g_ : g, weight, out, squares_, size, factor, p0,
-            p1);
+      loop_(normed ? y_ : values, g == nullptr ? g_ : g, weight, out, squares_, size, factor,
+            params);
       written = out;
     } else {
       storage::load(z, z_, size);
       if (g != nullptr) storage::load(g, g_, size);
       values = z_;
       if (normed) normalize(values, row, n);
-      loop_(normed ? y_ : values, g_, weight, out_, squares_, size, factor, p0, p1);
+      loop_(normed ? y_ : values, g_, weight, out_, squares_, size, factor, params);
       storage::store(out_, out, size);
       written = out_;
     }
@@ -267,22 +269,18 @@ class Pass {
 };
 
 template <class S, class T>
-bool run(const StatsCall& call, const Tasks& tasks, int64_t begin, int64_t end) {
-  const Loop<T> loop = find_loop<T>(call);
-  if (loop == nullptr) return false;
-  Pass<S, T> pass(call, tasks, loop);
+void run(const StatsCall& call, const Tasks& tasks, int64_t begin, int64_t end) {
+  Pass<S, T> pass(call, tasks, find_loop<T>(call));
   for (int64_t task = begin; task < end; ++task) pass.run(task);
-  return true;
 }
 
-bool kernel(const StatsCall& call, const Tasks& tasks, int64_t begin, int64_t end) {
+void kernel(const StatsCall& call, const Tasks& tasks, int64_t begin, int64_t end) {
   switch (call.dtype) {
     case DType::f32: return run<float, float>(call, tasks, begin, end);
     case DType::f64: return run<double, double>(call, tasks, begin, end);
     case DType::bf16: return run<bfloat16, float>(call, tasks, begin, end);
     case DType::f16: return run<float16, float>(call, tasks, begin, end);
   }
-  return false;
 }
 
 }  // namespace

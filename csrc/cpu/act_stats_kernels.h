@@ -5,13 +5,14 @@
 
 #include "dtype.h"
 #include "matrix.h"
+#include "params.h"
 
 namespace fastjac {
 
 // Operands of one call. Elements of z, g and out have `dtype`; weights have the compute type.
 struct StatsCall {
   int64_t fn;  // row of the activation table
-  double p0, p1;
+  Params<double> params;
   DType dtype;
   bool backward;
   const void* z;
@@ -52,8 +53,8 @@ struct Tasks {
   int64_t count() const { return blocks * tiles; }
 };
 
-// Runs tasks [begin, end); false if there is no such activation.
-using StatsKernel = bool (*)(const StatsCall& call, const Tasks& tasks, int64_t begin, int64_t end);
+// Runs tasks [begin, end).
+using StatsKernel = void (*)(const StatsCall& call, const Tasks& tasks, int64_t begin, int64_t end);
 
 namespace baseline {
 extern const StatsKernel act_stats_kernel;

@@ -1,4 +1,4 @@
-// `batch_norm_act_backward` for CPU tensors (schema, meaning: fastjac/ops/batch_norm.py)
+// `batch_norm_act_backward` for CPU tensors (schema, meaning: fastjac/layerwise/batch_norm.py)
 #include "batch_norm_kernels.h"
 
 #include <torch/csrc/stable/library.h>
@@ -41,7 +41,7 @@ Tensor per_channel(const Tensor& t, const Tensor& z, int64_t c, const char* name
 }
 
 template <class T>
-void run(const Operands& in, double scale, int64_t fn, double p0, double p1, T* grad_gamma,
+void run(const Operands& in, double scale, int64_t fn, const Params<double>& params, T* grad_gamma,
          T* grad_beta) {
   const StatsOperands& stats = in.stats;
   const Layout& layout = stats.layout;
@@ -62,8 +62,7 @@ void run(const Operands& in, double scale, int64_t fn, double p0, double p1, T* 
   std::vector<double> partial(partial_sums(layout, tasks, sum)), products(partial.size());
   Tensor out = stats.out;
   StatsCall call{fn,
-                 p0,
-                 p1,
+                 params,
                  dtype_of(stats.z),
                  true,
                  stats.z.const_data_ptr(),
@@ -106,7 +105,8 @@ void run(const Operands& in, double scale, int64_t fn, double p0, double p1, T* 
 std::tuple<Tensor, Tensor, Tensor> batch_norm_act_backward(
     const Tensor& z, const std::optional<Tensor>& g, const Tensor& mean, const Tensor& invstd,
     const std::optional<Tensor>& gamma, const std::optional<Tensor>& beta, const Tensor& s,
-    const Tensor& q, double scale, int64_t fn, double p0, double p1) {
+    const Tensor& q, double scale, int64_t fn, const std::vector<double>& given) {
+  const Params<double> params = checked_params(fn, given);
   const StatsOperands stats(z, g, std::nullopt, std::nullopt, 1);
   const int64_t c = stats.layout.c;
   const auto optional = [&](const std::optional<Tensor>& t, const char* name) {
@@ -127,9 +127,9 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_act_backward(
   }
   void *to_gamma = grad_gamma.mutable_data_ptr(), *to_beta = grad_beta.mutable_data_ptr();
   if (dtype_of(grad_gamma) == DType::f64) {
-    run(in, scale, fn, p0, p1, static_cast<double*>(to_gamma), static_cast<double*>(to_beta));
+    run(in, scale, fn, params, static_cast<double*>(to_gamma), static_cast<double*>(to_beta));
   } else {
-    run(in, scale, fn, p0, p1, static_cast<float*>(to_gamma), static_cast<float*>(to_beta));
+    run(in, scale, fn, params, static_cast<float*>(to_gamma), static_cast<float*>(to_beta));
   }
   return {stats.out, grad_gamma, grad_beta};
 }

@@ -28,7 +28,7 @@ void push_tile(const Net& net, const Tile& tile, int64_t k, char* u, const char*
     char* t = stacks[l].part(tile, 0);
     gemm(net.dtype, {u, rows, layer.d}, layer.matrix().t(), t, false);
     MlpCall call{};
-    call.fn = layer.fn, call.p0 = layer.p0, call.p1 = layer.p1, call.dtype = net.dtype;
+    call.fn = layer.fn, call.params = layer.params, call.dtype = net.dtype;
     call.size = tile.rows * layer.c, call.k = k;
     call.z = stacks[l].last(tile), call.t = t;
     call.delta = deltas[l].part(tile, 0), call.extra = deltas[l].last(tile);
@@ -143,7 +143,7 @@ void down_tile(const Net& net, const Tile& tile, int64_t number, size_t from, co
     const Layer& below = net.layers[l - 1];
     const Stack& stack = stacks[l - 1];
     MlpCall call{};
-    call.fn = below.fn, call.p0 = below.p0, call.p1 = below.p1, call.dtype = net.dtype;
+    call.fn = below.fn, call.params = below.params, call.dtype = net.dtype;
     call.size = tile.rows * layer.d, call.k = 1;
     call.z = stack.last(tile), call.extra = deltas[l - 1].last(tile);
     call.g = into, call.pushed = u != nullptr;

@@ -12,23 +12,24 @@ constexpr int64_t sum_tile = 256;  // columns
 
 template <class A, bool First, class T>
 void push_loop(const T* __restrict z, T* __restrict delta, T* __restrict t, T* __restrict extra,
-               int64_t n, T p0, T p1) {
+               int64_t n, Params<T> params) {
   for (int64_t i = 0; i < n; ++i) {
     const T d = delta[i], u = t[i];
-    const T curved = A::template times<2>(z[i], d * u, p0, p1);
-    delta[i] = A::template times<1>(z[i], d, p0, p1);
-    t[i] = A::template times<1>(z[i], u, p0, p1);
+    const T curved = A::template times<2>(z[i], d * u, params);
+    delta[i] = A::template times<1>(z[i], d, params);
+    t[i] = A::template times<1>(z[i], u, params);
     extra[i] = First ? curved : extra[i] + curved;
   }
 }
 
 template <class A, bool Pushed, class T>
-void down_loop(T* __restrict z, const T* __restrict g, T* __restrict extra, int64_t n, T p0, T p1) {
+void down_loop(T* __restrict z, const T* __restrict g, T* __restrict extra, int64_t n,
+               Params<T> params) {
   for (int64_t i = 0; i < n; ++i) {
     const T x = z[i];
-    const T slope = A::template times<1>(x, g[i], p0, p1);
+    const T slope = A::template times<1>(x, g[i], params);
     extra[i] = Pushed ? slope + extra[i] : slope;
-    z[i] = A::template d<0>(x, p0, p1);
+    z[i] = A::template d<0>(x, params);
   }
 }
 
@@ -40,7 +41,7 @@ void push_range(const MlpCall& call, int64_t begin, int64_t end) {
       const auto loop = k == 0 ? push_loop<A, true, T> : push_loop<A, false, T>;
       loop(static_cast<const T*>(call.z) + i, static_cast<T*>(call.delta) + k * call.size + i,
            static_cast<T*>(call.t) + k * call.size + i, static_cast<T*>(call.extra) + i, n,
-           T(call.p0), T(call.p1));
+           call.params.to<T>());
     }
   }
 }
@@ -49,35 +50,29 @@ template <class A, class T>
 void down_range(const MlpCall& call, int64_t begin, int64_t end) {
   const auto loop = call.pushed ? down_loop<A, true, T> : down_loop<A, false, T>;
   loop(static_cast<T*>(call.z) + begin, static_cast<const T*>(call.g) + begin,
-       static_cast<T*>(call.extra) + begin, end - begin, T(call.p0), T(call.p1));
+       static_cast<T*>(call.extra) + begin, end - begin, call.params.to<T>());
 }
 
-bool push(const MlpCall& call, int64_t begin, int64_t end) {
-  bool found = false;
+void push(const MlpCall& call, int64_t begin, int64_t end) {
   visit_activation(call.fn, [&](auto a) {
     using A = decltype(a);
-    found = true;
     if (call.dtype == DType::f64) {
       push_range<A, double>(call, begin, end);
     } else {
       push_range<A, float>(call, begin, end);
     }
   });
-  return found;
 }
 
-bool down(const MlpCall& call, int64_t begin, int64_t end) {
-  bool found = false;
+void down(const MlpCall& call, int64_t begin, int64_t end) {
   visit_activation(call.fn, [&](auto a) {
     using A = decltype(a);
-    found = true;
     if (call.dtype == DType::f64) {
       down_range<A, double>(call, begin, end);
     } else {
       down_range<A, float>(call, begin, end);
     }
   });
-  return found;
 }
 
 template <class T>

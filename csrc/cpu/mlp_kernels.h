@@ -4,13 +4,14 @@
 #include <cstdint>
 
 #include "dtype.h"
+#include "params.h"
 
 namespace fastjac {
 
 // One layer's operands; float or double. `size` elements of z, K times as many of delta and t.
 struct MlpCall {
   int64_t fn;  // row of the activation table
-  double p0, p1;
+  Params<double> params;
   DType dtype;
   int64_t size, k;
   void* z;      // down: overwritten by φ(z)
@@ -21,7 +22,7 @@ struct MlpCall {
   bool pushed;  // down: whether extra holds anything
 };
 
-using MlpKernel = bool (*)(const MlpCall& call, int64_t begin, int64_t end);
+using MlpKernel = void (*)(const MlpCall& call, int64_t begin, int64_t end);
 
 // out[c] = Σ_r rows[r, c] for columns [begin, end).
 struct ColumnsCall {

@@ -20,7 +20,7 @@ struct Layer {
   const void* weight;  // [c, d]
   int64_t c, d;
   int64_t fn;  // row of the activation table
-  double p0, p1;
+  Params<double> params;
   bool bias;
 
   Matrix matrix() const { return {weight, c, d}; }
@@ -85,31 +85,33 @@ inline Tensor empty(const Tensor& like, int64_t rows, int64_t columns) {
   return torch::stable::new_empty(like, {rows, columns});
 }
 
-// `plan`: float64, 4 numbers a layer, the last whether it has a bias.
+// `plan`: float64, a row a layer: the activation's id, whether there is a bias, the parameters.
 struct Net {
+  static constexpr int64_t plan_columns = 2 + max_params;
+
   Net(const Tensor& like, const Tensors& weights, const Tensor& plan, int64_t n, int64_t tile)
       : dtype(dtype_of(like)), item(dtype == DType::f64 ? 8 : 4), n(n), tile(std::min(tile, n)) {
     STD_TORCH_CHECK(dtype == DType::f32 || dtype == DType::f64,
                     "fastjac: mlp: float32 or float64 only");
     STD_TORCH_CHECK(n > 0 && tile > 0, "fastjac: mlp: n and tile must be positive");
-    STD_TORCH_CHECK(!weights.empty() && plan.dim() == 2 &&
-                        plan.size(0) >= int64_t(weights.size()) && plan.size(1) == 4 &&
-                        dtype_of(plan) == DType::f64 && plan.is_contiguous(),
-                    "fastjac: mlp: plan must be float64 [layers, 4], one layer or more");
+    STD_TORCH_CHECK(
+        !weights.empty() && plan.dim() == 2 && plan.size(0) >= int64_t(weights.size()) &&
+            plan.size(1) == plan_columns && dtype_of(plan) == DType::f64 && plan.is_contiguous(),
+        "fastjac: mlp: plan must be float64 [layers, ", plan_columns, "], one layer or more");
     const auto* entry = static_cast<const double*>(plan.const_data_ptr());
     for (const Tensor& w : weights) {
       STD_TORCH_CHECK(w.dim() == 2 && w.size(0) > 0 && w.size(1) > 0,
                       "fastjac: mlp: a weight must be a matrix that holds numbers");
       const int64_t d = layers.empty() ? w.size(1) : layers.back().c;
       check_matrix(w, like, w.size(0), d, "a weight");
+      STD_TORCH_CHECK(entry[0] >= 0 && entry[0] < double(std::size(param_counts)),
+                      "fastjac: no activation with id ", entry[0]);
+      Params<double> params{};
+      std::copy(entry + 2, entry + plan_columns, params.at);
       layers.push_back(
-          {w.const_data_ptr(), w.size(0), d, int64_t(entry[0]), entry[1], entry[2], entry[3] != 0});
+          {w.const_data_ptr(), w.size(0), d, int64_t(entry[0]), params, entry[1] != 0});
       widest = std::max({widest, w.size(0), d});
-      const ActCall call{layers.back().fn, 0,       entry[1], entry[2], dtype,
-                         nullptr,          nullptr, nullptr,  nullptr,  nullptr};
-      STD_TORCH_CHECK(act_kernels().forward(call, 0, 0), "fastjac: no activation with id ",
-                      entry[0]);
-      entry += 4;
+      entry += plan_columns;
     }
   }
 
@@ -142,7 +144,7 @@ struct Net {
   void activate(size_t l, int64_t size, int64_t order, const void* z, const void* g,
                 void* out) const {
     const Layer& layer = layers[l];
-    const ActCall call{layer.fn, order, layer.p0, layer.p1, dtype, z, g, nullptr, out, nullptr};
+    const ActCall call{layer.fn, order, layer.params, dtype, z, g, nullptr, out, nullptr};
     torch::stable::parallel_for(0, size, grain, [&](int64_t begin, int64_t end) {
       act_kernels().forward(call, begin, end);
     });

@@ -1,17 +1,20 @@
 // `act` and `act_backward` for CUDA tensors (schemas and meaning: fastjac/ops/act.py).
 //
 // Bound by memory, 2 to 5 accesses an element: a thread moves 16 bytes of each operand, and the
-// grid is one pass over the tensor, so there is no loop-carried index arithmetic. Blocks of fewer
-// threads than a kernel is compiled for run the same machine code.
+// grid is one pass over the tensor, so there is no loop-carried index arithmetic.
 #include <tuple>
+#include <vector>
 
 #include "activations.h"
 #include "launch.cuh"
-#include "launch_config.h"
 #include "tensors.h"
 
 namespace fastjac {
 namespace {
+
+// Threads of a block. A processor takes and retires blocks whole: the 48 registers that most
+// activations need leave room for 1365 threads, which are five blocks of 256.
+constexpr int threads = 256;
 
 // Blocks of a processor at least, which leaves 64 registers a thread. Left to itself the compiler
 // took 32 for the double backward of sine on sm_100 and spilled 72 bytes.
@@ -33,11 +36,11 @@ __device__ __forceinline__ void with_order(int order, F&& f) {
 }
 
 template <class A, class S>
-__global__ void __launch_bounds__(most_act_threads, least_blocks)
+__global__ void __launch_bounds__(threads, least_blocks)
     act_kernel(const S* __restrict__ z, const S* __restrict__ g, S* __restrict__ out, int64_t numel,
-               int order, compute_t<S> p0, compute_t<S> p1) {
+               int order, Params<compute_t<S>> params) {
   using T = compute_t<S>;
-  const int64_t first = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) * Pack<S>::size;
+  const int64_t first = (int64_t(blockIdx.x) * threads + threadIdx.x) * Pack<S>::size;
   if (first >= numel) return;
   const Pack<S> z_pack = load_pack(z, first, numel);
   const Pack<S> g_pack = g == nullptr ? Pack<S>{} : load_pack(g, first, numel);
@@ -46,7 +49,7 @@ __global__ void __launch_bounds__(most_act_threads, least_blocks)
 #pragma unroll
     for (int i = 0; i < Pack<S>::size; ++i) {
       const T factor = g == nullptr ? T(1) : T(widen(g_pack.at[i]));
-      const T value = A::template times<k()>(T(widen(z_pack.at[i])), factor, p0, p1);
+      const T value = A::template times<k()>(T(widen(z_pack.at[i])), factor, params);
       out_pack.at[i] = narrow<S>(value);
     }
   });
@@ -54,12 +57,12 @@ __global__ void __launch_bounds__(most_act_threads, least_blocks)
 }
 
 template <class A, class S>
-__global__ void __launch_bounds__(most_act_threads, least_blocks)
+__global__ void __launch_bounds__(threads, least_blocks)
     act_backward_kernel(const S* __restrict__ z, const S* __restrict__ g, const S* __restrict__ v,
                         S* __restrict__ grad_z, S* __restrict__ grad_g, int64_t numel, int order,
-                        compute_t<S> p0, compute_t<S> p1) {
+                        Params<compute_t<S>> params) {
   using T = compute_t<S>;
-  const int64_t first = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) * Pack<S>::size;
+  const int64_t first = (int64_t(blockIdx.x) * threads + threadIdx.x) * Pack<S>::size;
   if (first >= numel) return;
   const Pack<S> z_pack = load_pack(z, first, numel);
   const Pack<S> g_pack = load_pack(g, first, numel);
@@ -69,8 +72,8 @@ __global__ void __launch_bounds__(most_act_threads, least_blocks)
 #pragma unroll
     for (int i = 0; i < Pack<S>::size; ++i) {
       const T zi = widen(z_pack.at[i]), gi = widen(g_pack.at[i]), vi = widen(v_pack.at[i]);
-      grad_z_pack.at[i] = narrow<S>(A::template times<k() + 1>(zi, gi * vi, p0, p1));
-      grad_g_pack.at[i] = narrow<S>(A::template times<k()>(zi, vi, p0, p1));
+      grad_z_pack.at[i] = narrow<S>(A::template times<k() + 1>(zi, gi * vi, params));
+      grad_g_pack.at[i] = narrow<S>(A::template times<k()>(zi, vi, params));
     }
   });
   store_pack(grad_z_pack, grad_z, first, numel);
@@ -80,7 +83,7 @@ __global__ void __launch_bounds__(most_act_threads, least_blocks)
 // Calls body(functor, storage type tag) for the call's activation and dtype.
 template <class Body>
 void visit(int64_t fn, DType dtype, Body&& body) {
-  const bool found = visit_activation(fn, [&](auto a) {
+  visit_activation(fn, [&](auto a) {
     switch (dtype) {
       case DType::f32: return body(a, float{});
       case DType::f64: return body(a, double{});
@@ -88,18 +91,18 @@ void visit(int64_t fn, DType dtype, Body&& body) {
       case DType::f16: return body(a, __half{});
     }
   });
-  STD_TORCH_CHECK(found, "fastjac: no activation with id ", fn, " in the compiled table");
 }
 
 template <class S>
-unsigned blocks(int64_t numel, int threads) {
-  const int64_t per_block = int64_t(threads) * Pack<S>::size;
+unsigned blocks(int64_t numel) {
+  constexpr int64_t per_block = int64_t(threads) * Pack<S>::size;
   return static_cast<unsigned>((numel + per_block - 1) / per_block);
 }
 
-Tensor act(const Tensor& z, const std::optional<Tensor>& g, int64_t order, int64_t fn, double p0,
-           double p1) {
+Tensor act(const Tensor& z, const std::optional<Tensor>& g, int64_t order, int64_t fn,
+           const std::vector<double>& params) {
   STD_TORCH_CHECK(order >= 0 && order < 4, "fastjac: order must be 0 to 3, got ", order);
+  const Params<double> p = checked_params(fn, params);
   if (g) check_operand(*g, z, "g");
   Tensor out = torch::stable::empty_like(z);
   const int64_t numel = z.numel();
@@ -107,23 +110,23 @@ Tensor act(const Tensor& z, const std::optional<Tensor>& g, int64_t order, int64
   const Tensor z_dense = with_strides_of(z, out);
   const Tensor g_dense = g ? with_strides_of(*g, out) : z_dense;
   const Stream stream(z);
-  const int threads =
-      launch_config(g ? Tunable::act_vjp : Tunable::act_forward, z, numel, most_act_threads);
   visit(fn, dtype_of(z), [&](auto a, auto tag) {
     using A = decltype(a);
     using S = decltype(tag);
     using T = compute_t<S>;
-    FASTJAC_LAUNCH((act_kernel<A, S>), blocks<S>(numel, threads), threads, stream,
+    FASTJAC_LAUNCH((act_kernel<A, S>), blocks<S>(numel), threads, stream,
                    static_cast<const S*>(z_dense.const_data_ptr()),
                    g ? static_cast<const S*>(g_dense.const_data_ptr()) : nullptr,
-                   static_cast<S*>(out.mutable_data_ptr()), numel, int(order), T(p0), T(p1));
+                   static_cast<S*>(out.mutable_data_ptr()), numel, int(order), p.to<T>());
   });
   return out;
 }
 
 std::tuple<Tensor, Tensor> act_backward(const Tensor& z, const Tensor& g, const Tensor& v,
-                                        int64_t order, int64_t fn, double p0, double p1) {
+                                        int64_t order, int64_t fn,
+                                        const std::vector<double>& params) {
   STD_TORCH_CHECK(order >= 0 && order < 3, "fastjac: order must be 0 to 2, got ", order);
+  const Params<double> p = checked_params(fn, params);
   check_operand(g, z, "g");
   check_operand(v, z, "v");
   Tensor grad_z = torch::stable::empty_like(z);
@@ -134,17 +137,16 @@ std::tuple<Tensor, Tensor> act_backward(const Tensor& z, const Tensor& g, const 
   const Tensor g_dense = with_strides_of(g, grad_z);
   const Tensor v_dense = with_strides_of(v, grad_z);
   const Stream stream(z);
-  const int threads = launch_config(Tunable::act_backward, z, numel, most_act_threads);
   visit(fn, dtype_of(z), [&](auto a, auto tag) {
     using A = decltype(a);
     using S = decltype(tag);
     using T = compute_t<S>;
-    FASTJAC_LAUNCH((act_backward_kernel<A, S>), blocks<S>(numel, threads), threads, stream,
+    FASTJAC_LAUNCH((act_backward_kernel<A, S>), blocks<S>(numel), threads, stream,
                    static_cast<const S*>(z_dense.const_data_ptr()),
                    static_cast<const S*>(g_dense.const_data_ptr()),
                    static_cast<const S*>(v_dense.const_data_ptr()),
                    static_cast<S*>(grad_z.mutable_data_ptr()),
-                   static_cast<S*>(grad_g.mutable_data_ptr()), numel, int(order), T(p0), T(p1));
+                   static_cast<S*>(grad_g.mutable_data_ptr()), numel, int(order), p.to<T>());
   });
   return {grad_z, grad_g};
 }
@@ -155,7 +157,5 @@ FASTJAC_CUDA_LIBRARY(m) {
   m.impl("act", TORCH_BOX(&act));
   m.impl("act_backward", TORCH_BOX(&act_backward));
 }
-
-FASTJAC_SETTINGS_LIBRARY(m) { m.impl("set_launch", TORCH_BOX(&set_launch)); }
 
 }  // namespace fastjac

@@ -6,10 +6,10 @@
 // the block that finishes last on a tile of outputs adds them, chunk after chunk. Weights of rows
 // and columns are factors of each term, so sums over samples, channels and positions are one level.
 #include <tuple>
+#include <vector>
 
 #include "activations.h"
 #include "launch.cuh"
-#include "launch_config.h"
 #include "reduce.cuh"
 #include "stats.h"
 #include "tiling.h"
@@ -33,10 +33,11 @@ struct StatsCall {
   using T = compute_t<S>;
   const T* w_sample;   // null: 1
   const T* w_channel;  // null: 1
-  T factor, scale, p0, p1;
+  T factor, scale;
+  Params<T> params;
   Statistic statistic;
   T* value;
-  T* partial;          // the sums of chunks; null: they are added to `value` by atomics
+  T* partial;          // the sums of chunks, if there are several
   unsigned* counters;  // one per tile of outputs
   Tiling tiling;
 };
@@ -131,13 +132,13 @@ __global__ void __launch_bounds__(threads, sizeof(S) == 4 ? 3 : 2)
     for (int i = 0; i < V; ++i) {
       const T zi = widen(z_pack.at[i]);
       const T wi = column_weights ? w.at[i] : w_channel;
-      const T slope = A::template d<1>(zi, call.p0, call.p1);
+      const T slope = A::template d<1>(zi, call.params);
       T value;
       if constexpr (Backward) {
-        value = A::template times<1>(zi, T(widen(g_pack.at[i])), call.p0, call.p1) +
-                A::template times<2>(zi, call.factor * (w_sample * wi) * slope, call.p0, call.p1);
+        value = A::template times<1>(zi, T(widen(g_pack.at[i])), call.params) +
+                A::template times<2>(zi, call.factor * (w_sample * wi) * slope, call.params);
       } else {
-        value = A::template d<0>(zi, call.p0, call.p1);
+        value = A::template d<0>(zi, call.params);
       }
       result.at[i] = narrow<S>(value);
       const T weight = call.statistic == Statistic::sample ? wi : w_sample;
@@ -165,7 +166,7 @@ __global__ void __launch_bounds__(threads, sizeof(S) == 4 ? 3 : 2)
   sum_over_threads<threads>(sums, at.summed, values);
   const bool leads = (t & at.summed) == 0 && group < at.groups;
 
-  if (at.chunks > 1 && call.partial != nullptr) {
+  if (at.chunks > 1) {
     // [chunk, tile, i, x] of columns; [group, chunk] of rows: neighbours for neighbouring threads.
     const int64_t columns_at = int64_t(tile) * V * at.x + x,
                   chunk_size = int64_t(at.tiles) * V * at.x;
@@ -199,21 +200,17 @@ __global__ void __launch_bounds__(threads, sizeof(S) == 4 ? 3 : 2)
   for (int i = 0; i < values; ++i) {
     const int64_t output = at.down_columns ? first_column + at.offset(i) : group;
     if (at.down_columns && output >= at.columns) break;
-    const T sum = call.scale * sums[i * threads + t];
-    if (at.chunks > 1 && call.partial == nullptr) {
-      atomicAdd(call.value + output, sum);
-    } else {
-      call.value[output] = sum;
-    }
+    call.value[output] = call.scale * sums[i * threads + t];
   }
 }
 
 std::tuple<Tensor, Tensor> run_pass(const Tensor& z, const std::optional<Tensor>& g,
                                     const std::optional<Tensor>& w_sample,
                                     const std::optional<Tensor>& w_channel, int64_t dim,
-                                    Statistic statistic, double scale, bool deterministic,
-                                    bool backward, int64_t fn, double p0, double p1) {
+                                    Statistic statistic, double scale, bool backward, int64_t fn,
+                                    const std::vector<double>& params) {
   const StatsOperands operands(z, g, w_sample, w_channel, dim);
+  const Params<double> p = checked_params(fn, params);
   operands.sum(statistic);  // refuses what is no statistic
   Tensor result = operands.out;
   Tensor value = torch::stable::new_empty(z, {operands.size(statistic)}, statistic_type(z));
@@ -223,14 +220,7 @@ std::tuple<Tensor, Tensor> run_pass(const Tensor& z, const std::optional<Tensor>
   }
   const Stream stream(z);
   const bool per_sample = statistic == Statistic::sample;
-  int enough_blocks = Tiling::default_blocks;
-  if (statistic == Statistic::none || !deterministic) {
-    const int call = !backward ? 0 : statistic != Statistic::none ? 1 : 2;
-    const int along_rows = Tiling::sums_columns(operands.layout, per_sample) ? 0 : 1;
-    const auto kernel = Tunable(int(Tunable::act_stats) + 2 * call + along_rows);
-    enough_blocks = launch_config(kernel, z, z.numel(), enough_blocks);
-  }
-  const bool found = visit_activation(fn, [&](auto a) {
+  visit_activation(fn, [&](auto a) {
     visit_dtype(dtype_of(z), [&](auto tag) {
       using A = decltype(a);
       using S = decltype(tag);
@@ -239,14 +229,12 @@ std::tuple<Tensor, Tensor> run_pass(const Tensor& z, const std::optional<Tensor>
       const S* g_data = static_cast<const S*>(StatsOperands::pointer(operands.g));
       S* out_data = static_cast<S*>(result.mutable_data_ptr());
       const int unit = unit_of<S>(operands.layout.columns(), {z_data, g_data, out_data});
-      const Tiling tiling(operands.layout, per_sample, Pack<S>::size, unit, enough_blocks);
-      const bool in_chunks = statistic != Statistic::none && tiling.chunks > 1;
+      const Tiling tiling(operands.layout, per_sample, Pack<S>::size, unit);
       StatsCall<S> call{static_cast<const T*>(StatsOperands::pointer(operands.w_sample)),
                         static_cast<const T*>(StatsOperands::pointer(operands.w_channel)),
                         T(2 * scale),
                         T(scale_of(statistic, scale)),
-                        T(p0),
-                        T(p1),
+                        p.to<T>(),
                         statistic,
                         static_cast<T*>(value.mutable_data_ptr()),
                         nullptr,
@@ -254,15 +242,13 @@ std::tuple<Tensor, Tensor> run_pass(const Tensor& z, const std::optional<Tensor>
                         tiling};
       std::optional<Tensor> workspace;
       std::optional<Counters> counters;
-      if (in_chunks && deterministic) {
+      if (statistic != Statistic::none && tiling.chunks > 1) {
         const int64_t outputs = tiling.down_columns ? int64_t(tiling.x) * Pack<S>::size : tiling.o;
         workspace =
             torch::stable::new_empty(z, {int64_t(tiling.blocks()) * outputs}, statistic_type(z));
         counters.emplace(z, stream, Tiling::most_counters);
         call.partial = static_cast<T*>(workspace->mutable_data_ptr());
         call.counters = counters->data();
-      } else if (in_chunks) {
-        torch::stable::zero_(value);
       }
       if (backward) {
         FASTJAC_LAUNCH((act_stats_kernel<A, true, S>), tiling.blocks(), threads, stream, z_data,
@@ -273,25 +259,24 @@ std::tuple<Tensor, Tensor> run_pass(const Tensor& z, const std::optional<Tensor>
       }
     });
   });
-  STD_TORCH_CHECK(found, "fastjac: no activation with id ", fn, " in the compiled table");
   return {result, value};
 }
 
 std::tuple<Tensor, Tensor> act_stats(const Tensor& z, const std::optional<Tensor>& w, int64_t dim,
-                                     bool per_sample, double scale, bool deterministic, int64_t fn,
-                                     double p0, double p1) {
+                                     bool per_sample, double scale, int64_t fn,
+                                     const std::vector<double>& params) {
   return run_pass(z, std::nullopt, per_sample ? std::nullopt : w, per_sample ? w : std::nullopt,
-                  dim, per_sample ? Statistic::sample : Statistic::channel, scale, deterministic,
-                  false, fn, p0, p1);
+                  dim, per_sample ? Statistic::sample : Statistic::channel, scale, false, fn,
+                  params);
 }
 
 std::tuple<Tensor, Tensor> act_stats_backward(const Tensor& z, const std::optional<Tensor>& g,
                                               const std::optional<Tensor>& w_sample,
                                               const std::optional<Tensor>& w_channel, int64_t dim,
-                                              int64_t statistic, double scale, bool deterministic,
-                                              int64_t fn, double p0, double p1) {
-  return run_pass(z, g, w_sample, w_channel, dim, static_cast<Statistic>(statistic), scale,
-                  deterministic, true, fn, p0, p1);
+                                              int64_t statistic, double scale, int64_t fn,
+                                              const std::vector<double>& params) {
+  return run_pass(z, g, w_sample, w_channel, dim, static_cast<Statistic>(statistic), scale, true,
+                  fn, params);
 }
 
 }  // namespace

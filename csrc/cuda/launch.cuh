@@ -31,8 +31,6 @@ struct Stream {
   fastjac::host::launch((grid), (block), [&] { kernel(__VA_ARGS__); })
 
 #define FASTJAC_CUDA_LIBRARY(m) STABLE_TORCH_LIBRARY_IMPL(fastjac_host, CPU, m)
-#define FASTJAC_SETTINGS_LIBRARY(m) \
-  STABLE_TORCH_LIBRARY_IMPL(fastjac_host, CompositeExplicitAutograd, m)
 
 #else
 
@@ -60,8 +58,6 @@ class Stream {
   } while (false)
 
 #define FASTJAC_CUDA_LIBRARY(m) STABLE_TORCH_LIBRARY_IMPL(fastjac, CUDA, m)
-// Of ops without tensors.
-#define FASTJAC_SETTINGS_LIBRARY(m) STABLE_TORCH_LIBRARY_IMPL(fastjac, CompositeExplicitAutograd, m)
 
 #endif
 

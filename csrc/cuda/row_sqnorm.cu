@@ -5,7 +5,6 @@
 #include <vector>
 
 #include "launch.cuh"
-#include "launch_config.h"
 #include "reduce.cuh"
 #include "rows.h"
 
@@ -14,7 +13,8 @@ namespace {
 
 constexpr int threads = 256;
 constexpr int most_weights = 96;  // 4 KB of parameters
-constexpr int run = 16;           // batches of four packs a thread before its sums move on
+constexpr int packs_each = 4;     // of a thread of a norm, read at once, where a row has a warp
+constexpr int run = 16;           // batches of so many packs a thread before its sums move on
 
 template <class S>
 struct RowsCall {
@@ -86,7 +86,7 @@ template <class S>
 __global__ void __launch_bounds__(threads)
     row_sqnorm_kernel(const __grid_constant__ RowsCall<S> call) {
   using T = compute_t<S>;
-  constexpr int V = Pack<S>::size, batch = 4;  // packs on their way at once
+  constexpr int V = Pack<S>::size, batch = packs_each;  // packs on their way at once
   __shared__ T sums[threads];
   const Place<S> at(call);
   const S* w = call.w[at.i] + at.row * at.columns;
@@ -149,11 +149,8 @@ __global__ void __launch_bounds__(threads)
 
 bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
-// Packs of a thread in rows for which a warp has too few. The bits of the norms follow from it.
-constexpr int default_packs = 4;
-
 // Threads of a row: one a pack up to a warp, then `packs_each` a thread.
-int row_bits(int64_t columns, int pack, int packs_each) {
+int row_bits(int64_t columns, int pack) {
   const int64_t packs = (columns + pack - 1) / pack;
   int bits = 0;
   while (bits < 5 && int64_t(1) << bits < packs) ++bits;
@@ -166,12 +163,6 @@ int row_bits(int64_t columns, int pack, int packs_each) {
 void for_all_rows(const std::vector<Tensor>& weights, const std::vector<Tensor>* grads,
                   void* per_row, bool add) {
   const Stream stream(weights[0]);
-  int packs_each = default_packs;
-  if (grads != nullptr) {
-    int64_t size = 0;
-    for (const Tensor& w : weights) size += w.numel();
-    packs_each = launch_config(Tunable::row_sqnorm_backward, weights[0], size, packs_each);
-  }
   visit_dtype(dtype_of(weights[0]), [&](auto tag) {
     using S = decltype(tag);
     RowsCall<S> call{};
@@ -186,7 +177,7 @@ void for_all_rows(const std::vector<Tensor>& weights, const std::vector<Tensor>*
       call.grad[i] =
           grads == nullptr ? nullptr : static_cast<S*>((*grads)[next].mutable_data_ptr());
       call.columns[i] = row_length(w);
-      call.x_bits[i] = uint8_t(row_bits(call.columns[i], Pack<S>::size, packs_each));
+      call.x_bits[i] = uint8_t(row_bits(call.columns[i], Pack<S>::size));
       call.vector[i] =
           call.columns[i] % Pack<S>::size == 0 && aligned(call.w[i]) && aligned(call.grad[i]);
       call.first_row[i] = row;

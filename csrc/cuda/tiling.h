@@ -24,11 +24,12 @@ struct Tiling {
   static constexpr int threads = 256;
 #ifdef FASTJAC_HOST_SHIM
   // Small tensors must get where only large ones do on a GPU: to many packs a thread.
-  static constexpr int default_blocks = 4;
+  static constexpr int enough_blocks = 4;
 #else
-  static constexpr int default_blocks = 1024;
+  // They fill any GPU: 132 processors with 2 to 4 blocks each, and a last wave.
+  static constexpr int enough_blocks = 1024;
 #endif
-  static constexpr int64_t most_counters = 4 * default_blocks;  // chunks > 1: no more tiles
+  static constexpr int64_t most_counters = 4 * enough_blocks;  // chunks > 1: no more tiles
 
   int64_t columns, groups, rows, group_stride, row_stride;
   int64_t positions = 1;  // rows of the matrix that are one sample, where that is not the group
@@ -43,15 +44,10 @@ struct Tiling {
   bool down_columns, channel_inner, group_is_sample;
   int unit, unit_bits;  // elements that move at once, and their logarithm
 
-  static bool sums_columns(const Layout& layout, bool per_sample) {
-    return layout.channel_inner && !per_sample;
-  }
-
-  // `pack` elements are 16 bytes. The bits of sums follow from `enough_blocks`: the default, but
-  // where nothing is summed or atomics sum.
-  Tiling(const Layout& layout, bool per_sample, int pack, int unit, int64_t enough_blocks)
+  // `pack` elements are 16 bytes.
+  Tiling(const Layout& layout, bool per_sample, int pack, int unit)
       : columns(layout.columns()),
-        down_columns(sums_columns(layout, per_sample)),
+        down_columns(layout.channel_inner && !per_sample),
         channel_inner(layout.channel_inner),
         group_is_sample(per_sample),
         unit(unit),
@@ -68,7 +64,7 @@ struct Tiling {
       group_stride = 1, row_stride = layout.c;
     }
     place_threads(pack);
-    cut(enough_blocks);
+    cut();
   }
 
   // Columns from the first element of a thread's pack to the i-th.
@@ -116,10 +112,10 @@ struct Tiling {
     summed = unsigned(j - 1) << j_shift | (down_columns ? 0 : unsigned(x - 1));
   }
 
-  // 1024 blocks fill any GPU (132 processors with 2 to 4 blocks each, and a last wave) before a
-  // block takes a second pack a thread. From 8 packs on, more blocks even out the last wave; past
-  // 4096 the sums of chunks would cost more than that gains.
-  void cut(int64_t enough_blocks) {
+  // A block takes a second pack a thread only once there are `enough_blocks`. From 8 packs on, more
+  // blocks even out the last wave; past four times as many the sums of chunks would cost more than
+  // that gains.
+  void cut() {
     const int64_t steps_down = divide_up(rows, j);
     const int64_t out = down_columns ? column_tiles : divide_up(groups, o);
     const int64_t steps = down_columns ? steps_down : steps_down * column_tiles;

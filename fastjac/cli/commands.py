@@ -1,4 +1,4 @@
-"""The commands of ``fastjac``: ``info``, ``check``, ``tune`` and ``bench``.
+"""The commands of ``fastjac``: ``info``, ``check`` and ``bench``.
 
 Exit codes: 0; 1 if a check missed, or if a benchmark contestant was wrong, failed or became slower;
 2 for bad arguments, or if there was nothing to check or to compare; 130 after Ctrl-C, when what was
@@ -58,28 +58,6 @@ def check(
         usage_error("nothing was checked: no combination that these options leave can run here")
     if not all(verdicts):
         raise typer.Exit(1)
-
-
-@app.command()
-def tune(
-    op: Annotated[Names, typer.Option(metavar="NAME", help="Only this op.")] = None,
-    budget: Annotated[
-        float, typer.Option(metavar="S", help="Begin no measurement after so many seconds.")
-    ] = 120.0,
-) -> None:
-    """Measure the launch configurations on this GPU and keep the fastest for later runs.
-
-    Without it launches take defaults. Nothing else should run on the GPU meanwhile.
-    """
-    from fastjac import tuning
-
-    try:
-        made = tuning.tune(ops=op, budget_s=budget)
-    except (ValueError, RuntimeError) as error:
-        usage_error(error)
-    for choice in made:
-        typer.echo(choice)
-    typer.echo(f"{len(made)} choices are in {tuning.cache_file()}")
 
 
 app.command()(bench)

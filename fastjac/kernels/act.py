@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastjac import launch
 from fastjac.activations import MAX_ORDER, ROWS
 from fastjac.kernels._phi import phi
 from fastjac.ops.dispatch import FLOAT_DTYPES
 from fastjac.ops.registration import check_like
+
+# Bound by memory: 8 elements a thread are one or two 16-byte accesses of each operand (four of
+# float64), and leave registers for enough threads. With 16 elements a thread the double backward of
+# mish in float64 spilled 280 bytes. Triton's num_stages is left alone: with two stages the compiler
+# fuses other multiplications with additions (mish, float32, sm_90: 40 FMAs for 48).
+BLOCK, WARPS = 1024, 4
 
 # Per row and order, once: `has_zeros` reads the expression.
 _ZEROS = [[row.has_zeros(k) for k in range(MAX_ORDER + 1)] for row in ROWS]
@@ -29,13 +36,13 @@ def times(slope, g, ZEROS: tl.constexpr):
 @triton.jit
 def act_kernel(
     z_ptr, g_ptr, out_ptr, numel,
-    p0: tl.constexpr, p1: tl.constexpr, FN: tl.constexpr, K: tl.constexpr,
+    PARAMS: tl.constexpr, FN: tl.constexpr, K: tl.constexpr,
     ZEROS: tl.constexpr, HAS_G: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = offsets < numel
     z = tl.load(z_ptr + offsets, inside, other=0.0).to(COMPUTE)
-    out = tl.zeros([BLOCK], COMPUTE) + phi(z, p0, p1, FN, K)
+    out = tl.zeros([BLOCK], COMPUTE) + phi(z, PARAMS, FN, K)
     if HAS_G:
         g = tl.load(g_ptr + offsets, inside, other=0.0).to(COMPUTE)
         out = times(out, g, ZEROS)
@@ -45,7 +52,7 @@ def act_kernel(
 @triton.jit
 def act_backward_kernel(
     z_ptr, g_ptr, v_ptr, grad_z_ptr, grad_g_ptr, numel,
-    p0: tl.constexpr, p1: tl.constexpr, FN: tl.constexpr, K: tl.constexpr,
+    PARAMS: tl.constexpr, FN: tl.constexpr, K: tl.constexpr,
     ZEROS: tl.constexpr, ZEROS_NEXT: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -53,8 +60,8 @@ def act_backward_kernel(
     z = tl.load(z_ptr + offsets, inside, other=0.0).to(COMPUTE)
     g = tl.load(g_ptr + offsets, inside, other=0.0).to(COMPUTE)
     v = tl.load(v_ptr + offsets, inside, other=0.0).to(COMPUTE)
-    grad_z = times(phi(z, p0, p1, FN, K + 1), g * v, ZEROS_NEXT)
-    grad_g = times(phi(z, p0, p1, FN, K), v, ZEROS)
+    grad_z = times(phi(z, PARAMS, FN, K + 1), g * v, ZEROS_NEXT)
+    grad_g = times(phi(z, PARAMS, FN, K), v, ZEROS)
     tl.store(grad_z_ptr + offsets, grad_z.to(grad_z_ptr.dtype.element_ty), inside)
     tl.store(grad_g_ptr + offsets, grad_g.to(grad_g_ptr.dtype.element_ty), inside)
 
@@ -72,15 +79,20 @@ def _with_strides_of(t: Tensor, like: Tensor) -> Tensor:
     return t if t.stride() == like.stride() else torch.empty_like(like).copy_(t)
 
 
-def check_activation(fn: int, order: int, most: int) -> None:
+def check_activation(fn: int, params: Sequence[float], order: int, most: int) -> None:
     if not 0 <= fn < len(ROWS):
         raise RuntimeError(f"fastjac: no activation with id {fn}")
+    if len(params) != len(ROWS[fn].params):
+        raise RuntimeError(
+            f"fastjac: the activation with id {fn} has {len(ROWS[fn].params)} parameters, got"
+            f" {len(params)}"
+        )
     if not 0 <= order <= most:
         raise RuntimeError(f"fastjac: order must be 0 to {most}, got {order}")
 
 
-def act(z: Tensor, g: Tensor | None, order: int, fn: int, p0: float, p1: float) -> Tensor:
-    check_activation(fn, order, MAX_ORDER)
+def act(z: Tensor, g: Tensor | None, order: int, fn: int, params: list[float]) -> Tensor:
+    check_activation(fn, params, order, MAX_ORDER)
     check_like(g, z, "g")
     out = torch.empty_like(z)
     if out.numel() == 0:
@@ -88,19 +100,18 @@ def act(z: Tensor, g: Tensor | None, order: int, fn: int, p0: float, p1: float) 
     z_dense = _with_strides_of(z, out)
     g_dense = z_dense if g is None else _with_strides_of(g, out)
     numel = z.numel()
-    block, warps = launch.config("triton act forward" if g is None else "triton act vjp", z, numel)
-    act_kernel[(triton.cdiv(numel, block),)](
-        z_dense, g_dense, out, numel, p0, p1, fn, order,
+    act_kernel[(triton.cdiv(numel, BLOCK),)](
+        z_dense, g_dense, out, numel, tuple(params), fn, order,
         ZEROS=_ZEROS[fn][order], HAS_G=g is not None,
-        COMPUTE=compute_dtype(z.dtype), BLOCK=block, num_warps=warps,
+        COMPUTE=compute_dtype(z.dtype), BLOCK=BLOCK, num_warps=WARPS,
     )  # fmt: skip
     return out
 
 
 def act_backward(
-    z: Tensor, g: Tensor, v: Tensor, order: int, fn: int, p0: float, p1: float
+    z: Tensor, g: Tensor, v: Tensor, order: int, fn: int, params: list[float]
 ) -> tuple[Tensor, Tensor]:
-    check_activation(fn, order, MAX_ORDER - 1)
+    check_activation(fn, params, order, MAX_ORDER - 1)
     check_like(g, z, "g")
     check_like(v, z, "v")
     grad_z, grad_g = torch.empty_like(z), torch.empty_like(z)
@@ -108,10 +119,9 @@ def act_backward(
         return grad_z, grad_g
     dense = [_with_strides_of(t, grad_z) for t in (z, g, v)]
     numel = z.numel()
-    block, warps = launch.config("triton act_backward", z, numel)
-    act_backward_kernel[(triton.cdiv(numel, block),)](
-        *dense, grad_z, grad_g, numel, p0, p1, fn, order,
+    act_backward_kernel[(triton.cdiv(numel, BLOCK),)](
+        *dense, grad_z, grad_g, numel, tuple(params), fn, order,
         ZEROS=_ZEROS[fn][order], ZEROS_NEXT=_ZEROS[fn][order + 1],
-        COMPUTE=compute_dtype(z.dtype), BLOCK=block, num_warps=warps,
+        COMPUTE=compute_dtype(z.dtype), BLOCK=BLOCK, num_warps=WARPS,
     )  # fmt: skip
     return grad_z, grad_g

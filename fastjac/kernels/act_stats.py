@@ -22,7 +22,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastjac import launch
 from fastjac.kernels._phi import phi
 from fastjac.kernels.act import (
     _ZEROS,
@@ -35,6 +34,11 @@ from fastjac.ops.act_stats import BIAS, CHANNEL, NONE, SAMPLE, check_channels
 from fastjac.ops.dispatch import accumulate_dtype
 from fastjac.ops.registration import check_like
 
+# Elements of a tile (half of them float64) and warps. 8 elements a thread: with twice as many, some
+# activations take up to 230 registers and spill.
+TILE, WARPS = 1024, 4
+# Programs that strips are split into: two waves of 132 processors that hold 8 each.
+PROGRAMS = 2048
 # Widest tile: along a row that is summed, and across columns that are.
 ROW_TILE, COLUMN_TILE = 512, 128
 # Largest tile [channels, columns] that sums columns by channel: 32 registers a thread.
@@ -51,16 +55,6 @@ LONGEST_RUN = 64
 # Partial sums that one program adds up. More are added in two levels: the 2048 of a tall, narrow
 # matrix would be read by a single program while the GPU idles.
 GROUP = tl.constexpr(64)
-# Names in `fastjac.launch`, by (backward, nothing is summed, columns are).
-_KERNELS = {
-    (backward, none, columns): f"triton {call} {along}"
-    for backward, none, call in (
-        (False, False, "act_stats atomic"),
-        (True, False, "act_stats_backward atomic"),
-        (True, True, "act_stats_backward none"),
-    )
-    for columns, along in enumerate(("rows", "columns"))
-}
 
 
 @triton.jit
@@ -92,13 +86,11 @@ def sum_partials(partial_ptr, first, count, outs, out, inside, OUT: tl.constexpr
 @triton.jit
 def finish(
     sums, out, inside, sums_ptr, partial_ptr, counters_ptr, outs, tile, split, splits, scale,
-    OUT: tl.constexpr, SPLIT: tl.constexpr, ATOMIC: tl.constexpr, INDEX: tl.constexpr,
+    OUT: tl.constexpr, SPLIT: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     scale = tl.full([OUT], scale, sums_ptr.dtype.element_ty)
     if not SPLIT:
         tl.store(sums_ptr + out, sums * scale, inside)
-    elif ATOMIC:
-        tl.atomic_add(sums_ptr + out, sums * scale, inside, sem="relaxed")
     else:
         # Partial sums [splits + groups, outs]; a counter for each group, then one for the groups.
         split = split.to(INDEX)
@@ -126,11 +118,11 @@ def act_stats_kernel(
     z_ptr, g_ptr, out_ptr, kept_ptr, summed_ptr, sums_ptr, partial_ptr, counters_ptr,
     outs, rows, columns, row_stride, plane_stride, period, run, steps, splits,
     factor: tl.float64, scale: tl.float64,
-    p0: tl.constexpr, p1: tl.constexpr, FN: tl.constexpr, BACKWARD: tl.constexpr,
+    PARAMS: tl.constexpr, FN: tl.constexpr, BACKWARD: tl.constexpr,
     ZEROS: tl.constexpr, ZEROS_NEXT: tl.constexpr, HAS_G: tl.constexpr,
     HAS_KEPT: tl.constexpr, HAS_SUMMED: tl.constexpr,
     ALONG: tl.constexpr, TERM: tl.constexpr, WEIGHT: tl.constexpr,
-    SPLIT: tl.constexpr, ATOMIC: tl.constexpr, COMPUTE: tl.constexpr, INDEX: tl.constexpr,
+    SPLIT: tl.constexpr, COMPUTE: tl.constexpr, INDEX: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     OUT: tl.constexpr = COLS if ALONG == "columns" else ROWS
@@ -172,17 +164,17 @@ def act_stats_kernel(
             at = plane * plane_stride + out[:, None] * row_stride + column[None, :]
         inside = inside_summed & tl.expand_dims(inside_out, KEPT_AXIS)
         z = tl.load(z_ptr + at, inside, other=0.0).to(COMPUTE)
-        slope = tl.zeros([ROWS, COLS], COMPUTE) + phi(z, p0, p1, FN, 1)
+        slope = tl.zeros([ROWS, COLS], COMPUTE) + phi(z, PARAMS, FN, 1)
         if HAS_SUMMED:
             summed = tl.load(summed_ptr + summed_at, inside_weight, other=0.0)
         if BACKWARD:
             strength = weight * summed if HAS_SUMMED else weight
-            result = times(phi(z, p0, p1, FN, 2), strength * slope, ZEROS_NEXT)
+            result = times(phi(z, PARAMS, FN, 2), strength * slope, ZEROS_NEXT)
             if HAS_G:
                 g = tl.load(g_ptr + at, inside, other=0.0).to(COMPUTE)
                 result += times(slope, g, ZEROS)
         else:
-            result = tl.zeros([ROWS, COLS], COMPUTE) + phi(z, p0, p1, FN, 0)
+            result = tl.zeros([ROWS, COLS], COMPUTE) + phi(z, PARAMS, FN, 0)
         tl.store(out_ptr + at, result.to(out_ptr.dtype.element_ty), inside)
         if TERM != "none":
             term = result if TERM == "results" else slope * slope
@@ -197,12 +189,12 @@ def act_stats_kernel(
             sums = tl.sum(tl.where(same, sums[None, :], 0.0), 1)
             finish(
                 sums, channel, channel < outs // period, sums_ptr, partial_ptr, counters_ptr,
-                outs // period, tile, split, splits, scale, CHANNELS, SPLIT, ATOMIC, INDEX,
+                outs // period, tile, split, splits, scale, CHANNELS, SPLIT, INDEX,
             )  # fmt: skip
         else:
             finish(
                 sums, out, inside_out, sums_ptr, partial_ptr, counters_ptr,
-                outs, tile, split, splits, scale, OUT, SPLIT, ATOMIC, INDEX,
+                outs, tile, split, splits, scale, OUT, SPLIT, INDEX,
             )  # fmt: skip
 
 
@@ -314,10 +306,10 @@ def _check(w: Tensor | None, size: int, z: Tensor) -> Tensor | None:
     return w.contiguous()
 
 
-def _launch(z, g, w_sample, w_channel, dim, statistic, scale, deterministic, fn, p0, p1, backward):
+def _launch(z, g, w_sample, w_channel, dim, statistic, scale, fn, params, backward):
     if statistic not in (NONE, CHANNEL, SAMPLE, BIAS):
         raise RuntimeError(f"fastjac: statistic must be 0 to 3, got {statistic}")
-    check_activation(fn, 0, 0)
+    check_activation(fn, params, 0, 0)
     check_channels(z, dim)
     check_like(g, z, "g")
     result = torch.empty_like(z)
@@ -337,20 +329,16 @@ def _launch(z, g, w_sample, w_channel, dim, statistic, scale, deterministic, fn,
     g_dense = z if g is None else _with_strides_of(g, result)
 
     per_sample = statistic == SAMPLE
-    tile, warps, programs = launch.STATS
-    if statistic == NONE or not deterministic:
-        kernel = _KERNELS[backward, statistic == NONE, inner and not per_sample]
-        tile, warps, programs = launch.config(kernel, z, z.numel())
-    tile = tile if z.element_size() < 8 else tile // 2
-    at = _strips(n, c, p, inner, per_sample, w_channel is not None, tile, programs)
+    tile = TILE if z.element_size() < 8 else TILE // 2
+    at = _strips(n, c, p, inner, per_sample, w_channel is not None, tile, PROGRAMS)
     run, tiles = at.run, at.tiles
     splits = triton.cdiv(at.steps, run)
     split = statistic != NONE and splits > 1
-    sums = (torch.empty if deterministic or not split else torch.zeros)(size, **options)
+    sums = torch.empty(size, **options)
     partial = counters = sums
     kept, summed = (w_sample, w_channel) if per_sample else (w_channel, w_sample)
     with torch.cuda.device_of(z):
-        if split and deterministic:
+        if split:
             groups = triton.cdiv(splits, GROUP.value)
             partial = torch.empty((splits + groups) * size, **options)
             counters = zeroed_counters(tiles * (groups + 1), z.device)
@@ -358,33 +346,29 @@ def _launch(z, g, w_sample, w_channel, dim, statistic, scale, deterministic, fn,
             z, g_dense, result, sums if kept is None else kept, sums if summed is None else summed,
             sums, partial, counters,
             at.outs, at.rows, at.columns, at.row_stride, at.plane_stride, at.period, run, at.steps,
-            splits, 2 * scale, 1.0 if statistic == BIAS else scale, p0, p1, fn, backward,
+            splits, 2 * scale, 1.0 if statistic == BIAS else scale, tuple(params), fn, backward,
             ZEROS=_ZEROS[fn][1], ZEROS_NEXT=_ZEROS[fn][2], HAS_G=g is not None,
             HAS_KEPT=kept is not None, HAS_SUMMED=summed is not None,
             ALONG=at.along, TERM={NONE: "none", BIAS: "results"}.get(statistic, "squares"),
-            WEIGHT=at.weight, SPLIT=split, ATOMIC=not deterministic,
+            WEIGHT=at.weight, SPLIT=split,
             COMPUTE=compute_dtype(z.dtype),
             INDEX=tl.int32 if z.numel() <= MOST_INT32 else tl.int64,
-            ROWS=at.tile[0], COLS=at.tile[1], CHANNELS=at.channels, num_warps=warps,
+            ROWS=at.tile[0], COLS=at.tile[1], CHANNELS=at.channels, num_warps=WARPS,
         )  # fmt: skip
     return result, sums
 
 
 def act_stats(
-    z: Tensor, w: Tensor | None, dim: int, per_sample: bool, scale: float, deterministic: bool,
-    fn: int, p0: float, p1: float,
+    z: Tensor, w: Tensor | None, dim: int, per_sample: bool, scale: float, fn: int,
+    params: list[float],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     w_sample, w_channel = (None, w) if per_sample else (w, None)
     statistic = SAMPLE if per_sample else CHANNEL
-    return _launch(
-        z, None, w_sample, w_channel, dim, statistic, scale, deterministic, fn, p0, p1, False
-    )
+    return _launch(z, None, w_sample, w_channel, dim, statistic, scale, fn, params, False)
 
 
 def act_stats_backward(
     z: Tensor, g: Tensor | None, w_sample: Tensor | None, w_channel: Tensor | None, dim: int,
-    statistic: int, scale: float, deterministic: bool, fn: int, p0: float, p1: float,
+    statistic: int, scale: float, fn: int, params: list[float],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return _launch(
-        z, g, w_sample, w_channel, dim, statistic, scale, deterministic, fn, p0, p1, True
-    )
+    return _launch(z, g, w_sample, w_channel, dim, statistic, scale, fn, params, True)

@@ -15,10 +15,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastjac import launch
 from fastjac.kernels.act import compute_dtype
 from fastjac.ops.dispatch import accumulate_dtype
 
+# Bytes of a weight that a program moves at once, and warps: two 16-byte accesses a thread. Four
+# accesses took up to 242 of 255 registers.
+TILE_BYTES, WARPS = 4096, 4
 # Widths of the tile for rows of at most 64 elements, of at most 1024, and all longer ones take
 # the whole tile for one row.
 SHORT, MEDIUM, LONGEST_MEDIUM = tl.constexpr(64), tl.constexpr(512), tl.constexpr(1024)
@@ -167,11 +169,7 @@ def _table(values: tuple[int, ...], device: torch.device) -> Tensor:
 def _launch(
     grads: list[Tensor] | None, weights: list[Tensor], per_row: Tensor, add: bool = False
 ) -> None:
-    tile_bytes, warps = launch.ROWS
-    if grads is not None:
-        size = sum(w.numel() for w in weights)
-        tile_bytes, warps = launch.config("triton row_sqnorm_backward", weights[0], size)
-    tile = tile_bytes // weights[0].element_size()
+    tile = TILE_BYTES // weights[0].element_size()
     entries = []
     programs = flat = 0
     for w, grad in zip(weights, weights if grads is None else grads, strict=True):
@@ -190,7 +188,7 @@ def _launch(
         row_sqnorm_kernel[(programs,)](
             _table(values, per_row.device), len(entries), per_row,
             BACKWARD=grads is not None, ADD=add, STORAGE=_STORAGE[weights[0].dtype],
-            COMPUTE=compute_dtype(weights[0].dtype), TILE=tile, num_warps=warps,
+            COMPUTE=compute_dtype(weights[0].dtype), TILE=tile, num_warps=WARPS,
         )  # fmt: skip
 
 

@@ -26,15 +26,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastjac.ops.act_stats import composed, named, recorded
-from fastjac.ops.autograd import Function, below_autograd
+from fastjac.ops.autograd import Function
 from fastjac.ops.dispatch import accumulate_dtype
-from fastjac.ops.registration import define, raw, register_fake, register_not_differentiable
-
-define(
-    "batch_norm_act_backward(Tensor z, Tensor? g, Tensor mean, Tensor invstd, Tensor? gamma,"
-    " Tensor? beta, Tensor s, Tensor q, float scale, int fn, float p0, float p1)"
-    " -> (Tensor, Tensor, Tensor)"
-)
+from fastjac.ops.registration import raw, register
+from fastjac.torch_private import below_autograd
 
 
 class Normed(NamedTuple):
@@ -54,9 +49,7 @@ def batch_norm_act(
     normed: Normed,
     scale: float,
     fn: int,
-    p0: float,
-    p1: float,
-    deterministic: bool,
+    params: tuple[float, ...],
 ) -> tuple[Tensor, Tensor]:
     """``(a, t)``; autograd follows ``z, gamma, beta``, and takes the norm's output as theirs.
 
@@ -65,8 +58,7 @@ def batch_norm_act(
         gamma, beta: None for 1 and 0; float32, or float64 with a float64 z, as the statistics are.
         normed: the norm's result.
         scale: factor of s.
-        fn, p0, p1: the activation's id and parameters, as the raw ops take them.
-        deterministic: as in `fastjac.act_stats`.
+        fn, params: the activation's id and parameters, as the raw ops take them.
 
     Returns:
         ``φ(y)`` of y's shape and dtype, and t, ``[C]``, float32 (float64 for a float64 y),
@@ -79,31 +71,31 @@ def batch_norm_act(
         RuntimeError: no activation with this id; in the backward, a gamma, beta or statistic of
             another shape, dtype or device.
     """
-    return _apply(z, gamma, beta, normed, scale, fn, p0, p1, deterministic)
+    return _apply(z, gamma, beta, normed, scale, fn, params)
 
 
 class _BatchNormAct(Function):
     @staticmethod
-    def forward(ctx, z, gamma, beta, normed, scale, fn, p0, p1, deterministic):
+    def forward(ctx, z, gamma, beta, normed, scale, fn, params):
         y, _, mean, invstd, eps = normed
         with below_autograd():
-            a, s = raw("act_stats")(y, None, 1, False, scale, deterministic, fn, p0, p1)
+            a, s = raw("act_stats")(y, None, 1, False, scale, fn, params)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(z, gamma, beta, mean, invstd, s)
-        ctx.constants = scale, fn, p0, p1, eps
+        ctx.constants = scale, fn, params, eps
         return a, s * invstd.square()
 
     @staticmethod
     def backward(ctx, g, q):
         z, gamma, beta, mean, invstd, s = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
-        nothing = [None] * 6
+        nothing = [None] * 4
         if recorded(g, q):
             return *_recorded_backward(g, q, z, gamma, beta, needs, *ctx.constants), *nothing
-        scale, fn, p0, p1, _ = ctx.constants
+        scale, fn, params, _ = ctx.constants
         q = torch.zeros_like(s) if q is None else q
         grads = raw("batch_norm_act_backward")(
-            z, g, mean, invstd, gamma, beta, s, q, scale, fn, p0, p1
+            z, g, mean, invstd, gamma, beta, s, q, scale, fn, params
         )
         return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), *nothing
 
@@ -112,15 +104,15 @@ class _BatchNormAct(Function):
 _apply = super(torch.autograd.Function, _BatchNormAct).apply
 
 
-def _recorded_backward(g, q, z, gamma, beta, needs, scale, fn, p0, p1, eps):
+def _recorded_backward(g, q, z, gamma, beta, needs, scale, fn, params, eps):
     """The same gradients in operations that torch differentiates."""
-    name, params = named(fn, p0, p1)
+    name, named_params = named(fn, params)
     inputs = [t for t, need in zip((z, gamma, beta), needs, strict=True) if need]
     with torch.enable_grad():
         # Torch's backward for [N, C] reads a γ with strides as if it had none (2.13, no error).
         dense = None if gamma is None else gamma.contiguous()
         y = F.batch_norm(z, None, None, dense, beta, training=True, eps=eps)
-        a, s = composed(y, None, 1, False, scale, name, params, "auto")
+        a, s = composed(y, None, 1, False, scale, name, named_params, "auto")
         pairs = ((a, g), (s * inverse_variance(z, eps), q))
         outputs, cotangents = zip(*(p for p in pairs if p[1] is not None), strict=True)
         found = torch.autograd.grad(
@@ -140,5 +132,10 @@ def _fake(z, g, mean, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(z), torch.empty_like(mean), torch.empty_like(mean)
 
 
-register_fake("batch_norm_act_backward", _fake)
-register_not_differentiable("batch_norm_act_backward", "use BatchNorm and fastjac.act_stats")
+register(
+    "batch_norm_act_backward(Tensor z, Tensor? g, Tensor mean, Tensor invstd, Tensor? gamma,"
+    " Tensor? beta, Tensor s, Tensor q, float scale, int fn, float[] params)"
+    " -> (Tensor, Tensor, Tensor)",
+    derivative="use BatchNorm and fastjac.act_stats",
+    fake=_fake,
+)

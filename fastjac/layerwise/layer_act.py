@@ -31,9 +31,10 @@ from fastjac.ops.act_stats import (
     recorded,
     spread,
 )
-from fastjac.ops.autograd import Function, below_autograd
+from fastjac.ops.autograd import Function
 from fastjac.ops.registration import raw
 from fastjac.ops.row_sqnorm import add_to, alike, composed_rows, plus_rows
+from fastjac.torch_private import below_autograd
 
 # Of a convolution: stride, padding, dilation, transposed, output_padding, groups.
 ConvOptions = tuple[Any, ...]
@@ -44,10 +45,8 @@ class LayerActOptions(NamedTuple):
 
     conv: ConvOptions | None  # None: a Linear
     scale: float
-    deterministic: bool
     fn: int
-    p0: float
-    p1: float
+    params: tuple[float, ...]
     suffix: str
     impl: str
     rows: bool = True  # v is wanted, not s
@@ -76,11 +75,11 @@ class _LayerAct(Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, z, layer):
-        conv, scale, deterministic, fn, p0, p1, suffix, _, rows = layer
+        conv, scale, fn, params, suffix, _, rows = layer
         dim = z.dim() - 1 if conv is None else 1
         with below_autograd():
             r = raw("row_sqnorm" + suffix)([weight]) if rows else None
-            a, s = raw("act_stats" + suffix)(z, None, dim, False, scale, deterministic, fn, p0, p1)
+            a, s = raw("act_stats" + suffix)(z, None, dim, False, scale, fn, params)
         ctx.layer = layer
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, weight, bias, z, s if rows else None, r)
@@ -97,14 +96,14 @@ class _LayerAct(Function):
         needs = ctx.needs_input_grad[:3]
         if recorded(g, v):
             return *_recorded_backward(g, v, x, weight, bias, z, needs, ctx.layer), None, None
-        conv, scale, deterministic, fn, p0, p1, suffix, _, rows = ctx.layer
+        conv, scale, fn, params, suffix, _, rows = ctx.layer
         if v is None:
-            grad_z = raw("act" + suffix)(z, g, 1, fn, p0, p1)
+            grad_z = raw("act" + suffix)(z, g, 1, fn, params)
             return *_layer_backward(grad_z, x, weight, bias, conv, needs), None, None
         dim = z.dim() - 1 if conv is None else 1
         q, statistic = r * v if rows else v, BIAS if needs[2] else NONE
         grad_z, grad_b = raw("act_stats_backward" + suffix)(
-            z, g, None, q, dim, statistic, scale, deterministic, fn, p0, p1
+            z, g, None, q, dim, statistic, scale, fn, params
         )
         c = s * v if rows and needs[1] else None
         ctx.maybe_clear_saved_tensors()  # unless the graph is retained
@@ -144,9 +143,9 @@ apply_layer_act = super(torch.autograd.Function, _LayerAct).apply
 
 def _recorded_backward(g, v, x, weight, bias, z, needs, layer):
     """The same gradients in operations that torch differentiates."""
-    conv, scale, _, fn, p0, p1, _, impl, rows = layer
+    conv, scale, fn, values, _, impl, rows = layer
     dim = z.dim() - 1 if conv is None else 1
-    name, params = named(fn, p0, p1)
+    name, params = named(fn, values)
     dtype = z.dtype  # under autocast that of the GEMM, not of x and the weight
     z = _layer(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype), conv)
     w = s = None

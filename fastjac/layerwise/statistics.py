@@ -44,7 +44,6 @@ class Wanted(NamedTuple):
 
     per_sample: bool  # the statistic of each sample, not its sum over the samples
     use_weight: bool  # False: without ``‖W_c‖²`` and the gain of a norm
-    deterministic: bool
 
 
 @dataclass(slots=True)
@@ -259,9 +258,9 @@ def _plan(call: LayerCall, phi: Nonlinearity, wanted: Wanted) -> LayerActOptions
     impl = OPS["act_stats"].select(phi.impl, call.z.device, call.z.dtype)
     if impl == "reference":
         return None
-    p0, p1 = get(phi.fn).param_values(phi.params)
-    options = (conv_options(call.layer.module), 1.0, wanted.deterministic)
-    return LayerActOptions(*options, IDS[phi.fn], p0, p1, suffix_of(impl), impl)
+    params = get(phi.fn).param_values(phi.params)
+    options = conv_options(call.layer.module)
+    return LayerActOptions(options, 1.0, IDS[phi.fn], params, suffix_of(impl), impl)
 
 
 def _after_batch_norm(seen: Pass, call: LayerCall, phi: Nonlinearity, wanted: Wanted) -> bool:
@@ -284,8 +283,7 @@ def _norm_node(call: LayerCall, phi: Nonlinearity, wanted: Wanted) -> tuple[Tens
     # What the norm computed with: torch raises here if one was written to since.
     z, gamma = node._saved_input, node._saved_weight
     gamma, beta = (None if t is None else t.to(dtype) for t in (gamma, norm.bias))
-    p0, p1 = get(phi.fn).param_values(phi.params)
-    options = (1.0, IDS[phi.fn], p0, p1, wanted.deterministic)
+    options = (1.0, IDS[phi.fn], get(phi.fn).param_values(phi.params))
     a, s = batch_norm_act(z, gamma, beta, call.normed, *options)
     return a, Statistic(call, s, by_channel=True, gain=Gain(gamma), impl=phi.impl)
 
@@ -297,7 +295,7 @@ def _fused(
     z, dim = call.z, call.dim
     gain = norm_gain(call) if wanted.use_weight else NO_GAIN
     place = gain.place
-    options = dict(scale=1.0, deterministic=wanted.deterministic, impl=phi.impl, **phi.params)
+    options = dict(scale=1.0, impl=phi.impl, **phi.params)
     if place is not None:  # each position is a sample of its own
         z, dim, place = z.flatten(0, -2), -1, place.flatten()
     if not wanted.per_sample:

@@ -27,8 +27,6 @@ class SumOverLayers(LayerPenalty):
     squared = True
     """False for the root of each layer's ``t_ln / d_l``, whose gradient at 0 is taken as 0."""
 
-    deterministic = True
-
     not_selected = ""
     """Why `select` leaves layers out."""
 
@@ -53,7 +51,7 @@ class SumOverLayers(LayerPenalty):
 
     def before_pass(self, seen: Pass) -> None:
         per_sample = not self.squared or self.reduction == "none"
-        seen.wanted = Wanted(per_sample, self.use_weight, self.deterministic)
+        seen.wanted = Wanted(per_sample, self.use_weight)
         statistics.norms_of_rows_at_once(seen)
 
     at_layer = staticmethod(statistics.at_layer)

@@ -9,11 +9,10 @@ and ``act_backward`` writes both in one pass over ``z, g, v``. The forward of a 
 ``act(z, None, 0)``, its VJP ``act(z, δ, 1)``, the double backward of a gradient penalty
 ``act_backward(z, δ, v, 1)``: five memory passes; eager torch takes 11 (tanh) to 85 (GELU-tanh).
 
-Wiring (each part is there because leaving it out went wrong silently or loudly on torch 2.13):
-forward and backward are registered torch ops with fake kernels and vmap rules; a pair of
-``autograd.Function``s that call each other carries eager autograd, forward mode and ``torch.func``,
-and enters ``torch.compile`` through ``allow_in_graph``; the raw ops' autograd key leads to the same
-Functions.
+A pair of ``autograd.Function``s that call each other carries eager autograd, forward mode and
+``torch.func``, and enters ``torch.compile`` through ``allow_in_graph``; the raw ops lead to the
+same Functions. Each part is there because leaving it out went wrong, silently or loudly, on torch
+2.13.
 """
 
 from __future__ import annotations
@@ -24,29 +23,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import register_vmap
 
 from fastjac.activations import IDS, MAX_ORDER, ROWS, TABLE, Activation, get
-from fastjac.ops.autograd import Add, Function, Multiply, below_autograd
+from fastjac.ops.autograd import Add, Function, Multiply
 from fastjac.ops.dispatch import Example, Op
-from fastjac.ops.registration import (
-    LIBRARY,
-    SUFFIXES,
-    check_like,
-    define,
-    raw,
-    refuse_transforms,
-    register_fake,
-    register_triton,
-    suffix_of,
-)
-
-for _suffix in SUFFIXES:
-    define(f"act{_suffix}(Tensor z, Tensor? g, int order, int fn, float p0, float p1) -> Tensor")
-    define(
-        f"act_backward{_suffix}(Tensor z, Tensor g, Tensor v, int order, int fn, float p0,"
-        " float p1) -> (Tensor, Tensor)"
-    )
+from fastjac.ops.registration import check_like, raw, register, suffix_of
+from fastjac.torch_private import below_autograd
 
 
 def _examples() -> Iterator[Example]:
@@ -73,7 +55,7 @@ def _examples() -> Iterator[Example]:
         yield Example(fn, {"z": z, "g": g, "v": v}, functools.partial(call, fn=fn))
 
 
-_OP = Op("act", ("cuda", "triton", "cpu", "reference"), _examples)
+_OP = Op("act", _examples)
 
 
 def act(
@@ -121,11 +103,11 @@ def act(
     """
     row = get(fn)
     _check(z, g, order)
-    p0, p1 = row.param_values(params)
+    values = row.param_values(params)
     chosen = _OP.select(impl, z.device, z.dtype)
     if chosen == "reference":
         return _reference(z, g, order, row, params)
-    return _act_in_graph(z, g, order, IDS[fn], p0, p1, suffix_of(chosen))
+    return _act_in_graph(z, g, order, IDS[fn], values, suffix_of(chosen))
 
 
 def check_z(z: Tensor) -> None:
@@ -191,15 +173,18 @@ def _derivative(z, g, order, fn, *rest):
 
 
 class _Act(Function):
-    """act(z, g, k); by its tangents and cotangents it is made of itself and `_ActBackward`."""
+    """act(z, g, k); by its tangents and cotangents it is made of itself and `_ActBackward`.
+
+    The parameters are arguments one by one: a generated vmap rule fails with a tuple that is empty.
+    """
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(z, g, order, *rest):
-        *constants, suffix = rest
+    def forward(z, g, order, fn, *rest):
+        *params, suffix = rest
         with below_autograd():
-            return raw("act" + suffix)(z, g, order, *constants)
+            return raw("act" + suffix)(z, g, order, fn, params)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -241,10 +226,10 @@ class _ActBackward(Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(z, g, v, order, *rest):
-        *constants, suffix = rest
+    def forward(z, g, v, order, fn, *rest):
+        *params, suffix = rest
         with below_autograd():
-            return raw("act_backward" + suffix)(z, g, v, order, *constants)
+            return raw("act_backward" + suffix)(z, g, v, order, fn, params)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -285,44 +270,52 @@ class _ActBackward(Function):
 
 
 @torch.compiler.allow_in_graph
-def _act_in_graph(z, g, order, fn, p0, p1, suffix):
-    return _Act.apply(z, g, order, fn, p0, p1, suffix)
+def _act_in_graph(z, g, order, fn, params, suffix):
+    return _Act.apply(z, g, order, fn, *params, suffix)
 
 
-# ---- the raw ops: fake kernels, vmap rules, and an autograd key that leads to the Functions, so
-# that torch.ops.fastjac.* called directly (an exported program does) loses no derivative
+# ---- the raw ops
 
 
-def _register(name: str, function: type[Function], operands: int, suffix: str) -> None:
-    op = raw(name + suffix)
-
-    def fake(z, *args):
-        for name_of, operand in zip("gv", args[: operands - 1], strict=False):
-            check_like(operand, z, name_of)
-        outs = [torch.empty_like(z) for _ in range(len(op._schema.returns))]
-        return tuple(outs) if len(outs) > 1 else outs[0]
-
-    def through_function(*args):
-        refuse_transforms(name + suffix)
-        return function.apply(*args, suffix)
-
-    def batched(info, in_dims, *args):
-        def moved(x, dim):
-            if x is None:
-                return None
-            if dim is None:
-                return x.unsqueeze(0).expand(info.batch_size, *x.shape)
-            return x.movedim(dim, 0)
-
-        out = op(*map(moved, args[:operands], in_dims[:operands]), *args[operands:])
-        return out, (0, 0) if isinstance(out, tuple) else 0
-
-    register_fake(name + suffix, fake)
-    register_vmap(f"fastjac::{name}{suffix}", batched, lib=LIBRARY)
-    LIBRARY.impl(name + suffix, through_function, "Autograd")
+def _fake(z, g, *rest):
+    check_like(g, z, "g")
+    return torch.empty_like(z)
 
 
-for _suffix in SUFFIXES:
-    _register("act", _Act, 2, _suffix)
-    _register("act_backward", _ActBackward, 3, _suffix)
-register_triton("act", "act", "act_backward")
+def _fake_backward(z, g, v, *rest):
+    check_like(g, z, "g")
+    check_like(v, z, "v")
+    return torch.empty_like(z), torch.empty_like(z)
+
+
+def _batched(op, info, in_dims, *args):
+    """The batch dimension goes first: elementwise ops take any shape."""
+
+    def moved(x, dim):
+        if not isinstance(x, Tensor):
+            return x
+        if dim is None:
+            return x.unsqueeze(0).expand(info.batch_size, *x.shape)
+        return x.movedim(dim, 0)
+
+    out = op(*map(moved, args, in_dims))
+    return out, (0, 0) if isinstance(out, tuple) else 0
+
+
+register(
+    "act(Tensor z, Tensor? g, int order, int fn, float[] params) -> Tensor",
+    derivative=lambda z, g, order, fn, params, suffix: _Act.apply(z, g, order, fn, *params, suffix),
+    fake=_fake,
+    vmap=_batched,
+    triton="act",
+)
+register(
+    "act_backward(Tensor z, Tensor g, Tensor v, int order, int fn, float[] params)"
+    " -> (Tensor, Tensor)",
+    derivative=lambda z, g, v, order, fn, params, suffix: _ActBackward.apply(
+        z, g, v, order, fn, *params, suffix
+    ),
+    fake=_fake_backward,
+    vmap=_batched,
+    triton="act",
+)

@@ -21,45 +21,27 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
-from torch._C._functorch import is_legacy_batchedtensor
 
-from fastjac.activations import IDS, TABLE, get
+from fastjac.activations import IDS, ROWS, TABLE, get
 from fastjac.ops.act import act, check_z
-from fastjac.ops.autograd import Function, below_autograd
+from fastjac.ops.autograd import Function
 from fastjac.ops.dispatch import Example, Op, accumulate_dtype
-from fastjac.ops.registration import (
-    LIBRARY,
-    SUFFIXES,
-    check_like,
-    define,
-    impl_of,
-    raw,
-    refuse_transforms,
-    register_fake,
-    register_not_differentiable,
-    register_triton,
-    suffix_of,
+from fastjac.ops.registration import check_like, impl_of, raw, register, suffix_of
+from fastjac.torch_private import (
+    below_autograd,
+    forward_mode_active,
+    is_legacy_batched,
+    transforms_active,
 )
 
 # What the backward sums beside ∂z (csrc/common/stats.h).
 NONE, CHANNEL, SAMPLE, BIAS = range(4)
-
-for _suffix in SUFFIXES:
-    define(
-        f"act_stats{_suffix}(Tensor z, Tensor? w, int dim, bool per_sample, float scale,"
-        " bool deterministic, int fn, float p0, float p1) -> (Tensor, Tensor)"
-    )
-    define(
-        f"act_stats_backward{_suffix}(Tensor z, Tensor? g, Tensor? w_sample, Tensor? w_channel,"
-        " int dim, int statistic, float scale, bool deterministic, int fn, float p0, float p1)"
-        " -> (Tensor, Tensor)"
-    )
 
 
 def _examples() -> Iterator[Example]:
@@ -92,7 +74,7 @@ def _examples() -> Iterator[Example]:
             )
 
 
-_OP = Op("act_stats", ("cuda", "triton", "cpu", "reference"), _examples)
+_OP = Op("act_stats", _examples)
 
 
 def act_stats(
@@ -103,7 +85,6 @@ def act_stats(
     per: str = "channel",
     weights: Tensor | None = None,  # [N] for per="channel", [C] for per="sample"
     scale: float | None = None,
-    deterministic: bool = True,
     impl: str = "auto",
     **params: float,
 ) -> tuple[Tensor, Tensor]:
@@ -118,15 +99,14 @@ def act_stats(
         weights: factor of each term: per sample for the statistic per channel, per channel for
             the one per sample; None means 1. float32 (float64 for a float64 z).
         scale: factor of the sum; None divides by the number of terms: the mean.
-        deterministic: False lets GPU kernels sum with float atomics, which is faster and gives
-            other rounding in each run. The CPU has one way, the same bits for any number of
-            threads.
         impl: as in `fastjac.act`.
         **params: the activation's parameters.
 
     Returns:
         ``φ(z)`` of z's shape, dtype and memory format, and the statistic, ``[C]`` or ``[N]``,
-        float32 (float64 for a float64 z), accumulated in at least that.
+        float32 (float64 for a float64 z), accumulated in at least that. The result is
+        deterministic: the order of every sum follows from shape, memory layout and alignment alone,
+        so two runs give the same bits, and on a CPU so does any number of threads.
 
     Gradients: in z and weights, reverse and forward mode, ``torch.func``: twice (the statistic
     uses up φ' and each differentiation one order more, to φ'''); then RuntimeError.
@@ -146,9 +126,11 @@ def act_stats(
     """
     row = get(fn)
     dim = _check(z, dim, per, weights)
-    p0, p1 = row.param_values(params)
+    values = row.param_values(params)
     if not isinstance(scale, (int, float, torch.SymInt, torch.SymFloat, type(None))):
         raise TypeError(f"scale is {type(scale).__name__}; it must be a number, or None")
+    if isinstance(scale, int) and abs(scale) > sys.float_info.max:
+        raise ValueError("scale is an integer too large for a float")
     chosen = _OP.select(impl, z.device, z.dtype)
     per_sample = per == "sample"
     if scale is None:
@@ -156,8 +138,8 @@ def act_stats(
         scale = kept / z.numel() if z.numel() else 0.0
     if chosen == "reference":
         return composed(z, weights, dim, per_sample, scale, fn, params, "reference")
-    args = (dim, per_sample, float(scale), deterministic, IDS[fn], p0, p1)
-    return _in_graph(z, weights, *args, suffix_of(chosen), chosen)
+    args = (dim, per_sample, float(scale), IDS[fn], values)
+    return _in_graph(z, weights, *args, suffix_of(chosen))
 
 
 def _check(z: Tensor, dim: int, per: str, weights: Tensor | None) -> int:
@@ -228,28 +210,26 @@ def composed_grad_z(z, g, weight, scale, fn, params, impl):
 def recorded(*cotangents: Tensor | None) -> bool:
     """In a backward: whether it may be differentiated again, or runs under torch's older vmap."""
     return torch.is_grad_enabled() or any(
-        c is not None and is_legacy_batchedtensor(c) for c in cotangents
+        c is not None and is_legacy_batched(c) for c in cotangents
     )
 
 
 def transformed() -> bool:
     """Whether forward mode or a ``torch.func`` transform is active."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    return transforms_active() or forward_mode_active()
 
 
-def named(fn: int, p0: float, p1: float) -> tuple[str, dict[str, float]]:
+def named(fn: int, values: Sequence[float]) -> tuple[str, dict[str, float]]:
     """Name and parameters of an activation from what the raw ops take."""
-    row = TABLE[list(TABLE)[fn]]
-    return row.name, dict(zip(row.params, (p0, p1), strict=False))
+    row = ROWS[fn]
+    return row.name, dict(zip(row.params, values, strict=True))
 
 
 class _ActStats(Function):
     @staticmethod
-    def forward(z, w, dim, per_sample, scale, deterministic, fn, p0, p1, suffix, impl):
+    def forward(z, w, dim, per_sample, scale, fn, values, suffix):
         with below_autograd():
-            return raw("act_stats" + suffix)(
-                z, w, dim, per_sample, scale, deterministic, fn, p0, p1
-            )
+            return raw("act_stats" + suffix)(z, w, dim, per_sample, scale, fn, values)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -260,21 +240,22 @@ class _ActStats(Function):
     @staticmethod
     def backward(ctx, g, q):
         z, w = ctx.saved_tensors
-        dim, per_sample, scale, deterministic, fn, p0, p1, suffix, impl = ctx.constants
+        dim, per_sample, scale, fn, values, suffix = ctx.constants
+        impl = impl_of(suffix, z.device.type)
         needs_z, needs_w = ctx.needs_input_grad[:2]
-        nothing = [None] * 9
+        nothing = [None] * 6
         if q is None:
-            name, params = named(fn, p0, p1)
+            name, params = named(fn, values)
             grad = act(z, g, 1, name, impl=impl, **params) if needs_z and g is not None else None
             return grad, None, *nothing
         w_sample, w_channel = (q, w) if per_sample else (w, q)
         if not recorded(g, q):
             statistic = (CHANNEL if per_sample else SAMPLE) if needs_w else NONE
             grad_z, grad_w = raw("act_stats_backward" + suffix)(
-                z, g, w_sample, w_channel, dim, statistic, scale, deterministic, fn, p0, p1
+                z, g, w_sample, w_channel, dim, statistic, scale, fn, values
             )
             return grad_z if needs_z else None, grad_w if needs_w else None, *nothing
-        name, params = named(fn, p0, p1)
+        name, params = named(fn, values)
         grad_z = grad_w = None
         if needs_z:
             parts = [spread(v, z, d) for v, d in ((w_sample, 0), (w_channel, dim)) if v is not None]
@@ -286,14 +267,15 @@ class _ActStats(Function):
 
 
 @torch.compiler.allow_in_graph
-def _in_graph(z, w, dim, per_sample, scale, deterministic, fn, p0, p1, suffix, impl):
+def _in_graph(z, w, dim, per_sample, scale, fn, values, suffix):
     if transformed():
-        name, params = named(fn, p0, p1)
+        name, params = named(fn, values)
+        impl = impl_of(suffix, z.device.type)
         return composed(z, w, dim, per_sample, scale, name, params, impl)
-    return _ActStats.apply(z, w, dim, per_sample, scale, deterministic, fn, p0, p1, suffix, impl)
+    return _ActStats.apply(z, w, dim, per_sample, scale, fn, values, suffix)
 
 
-# ---- the raw ops: fake kernels, and an autograd key that loses no derivative
+# ---- the raw ops
 
 
 def _result_like(z: Tensor, dim: int) -> Tensor:
@@ -328,17 +310,17 @@ def _fake_backward(z, g, w_sample, w_channel, dim, statistic, *rest):
     return _result_like(z, dim), z.new_empty(size, dtype=accumulate_dtype(z.dtype))
 
 
-def _register(suffix: str) -> None:
-    def through_function(z, *args):
-        refuse_transforms("act_stats" + suffix)
-        return _ActStats.apply(z, *args, suffix, impl_of(suffix, z.device.type))
-
-    register_fake("act_stats" + suffix, _fake)
-    register_fake("act_stats_backward" + suffix, _fake_backward)
-    LIBRARY.impl("act_stats" + suffix, through_function, "Autograd")
-    register_not_differentiable("act_stats_backward" + suffix, "call fastjac.act_stats")
-
-
-for _suffix in SUFFIXES:
-    _register(_suffix)
-register_triton("act_stats", "act_stats", "act_stats_backward")
+register(
+    "act_stats(Tensor z, Tensor? w, int dim, bool per_sample, float scale, int fn,"
+    " float[] params) -> (Tensor, Tensor)",
+    derivative=_ActStats.apply,
+    fake=_fake,
+    triton="act_stats",
+)
+register(
+    "act_stats_backward(Tensor z, Tensor? g, Tensor? w_sample, Tensor? w_channel, int dim,"
+    " int statistic, float scale, int fn, float[] params) -> (Tensor, Tensor)",
+    derivative="call fastjac.act_stats",
+    fake=_fake_backward,
+    triton="act_stats",
+)

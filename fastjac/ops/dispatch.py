@@ -1,7 +1,7 @@
 """Choice of implementation: ``impl="auto" | "reference" | "cpu" | "triton" | "cuda"``.
 
-Every op has a list of implementations, best first. ``auto`` takes the first that can run the call;
-a named one runs or raises its reason, and never falls back. `explain` shows the same list.
+The implementations are tried best first. ``auto`` takes the first that can run the call; a named
+one runs or raises its reason, and never falls back. `explain` shows the same list.
 """
 
 from __future__ import annotations
@@ -56,14 +56,17 @@ class Example:
 
 
 class Op:
-    """An op's name, its implementations, best first, and its examples; listed in `OPS`."""
+    """A fused op's name, its examples, and its implementations, best first; listed in `OPS`."""
 
     def __init__(
-        self, name: str, implementations: Sequence[str], examples: Callable[[], Iterator[Example]]
+        self,
+        name: str,
+        examples: Callable[[], Iterator[Example]],
+        implementations: Sequence[str] = ("cuda", "triton", "cpu", "reference"),
     ) -> None:
         self.name = name
-        self.implementations = tuple(implementations)
         self.examples = examples
+        self.implementations = tuple(implementations)
         OPS[name] = self
 
     def __repr__(self) -> str:

@@ -18,29 +18,23 @@ its cache and it is woken once; the tiles' gradients are summed in order, the sa
 stack holds ``[u; z]`` of the first tile, then of the next. With one tile (``tile >= n``, needed for
 K > 1) the threads share each GEMM. GEMMs are those of torch's BLAS.
 
-``plan``: of each layer (row of the activation table, its two parameters, whether it has a bias).
+``plan``: a row for each layer, float64: the activation's id, whether the layer has a bias, and the
+activation's parameters, with zeros up to `fastjac.activations.MAX_PARAMS` of them.
 Not differentiable; `fastjac.input_jacobian.chain` is what calls them.
 """
 
 from __future__ import annotations
 
-from fastjac.ops.registration import define, register_not_differentiable
+from fastjac.ops.registration import register
 
-define(
-    "mlp_forward(Tensor x, Tensor[] weights, Tensor[] biases, int tile, Tensor plan) -> Tensor[]"
-)
-define(
+for _schema in (
+    "mlp_forward(Tensor x, Tensor[] weights, Tensor[] biases, int tile, Tensor plan) -> Tensor[]",
     "mlp_pull(Tensor w, Tensor[] weights, Tensor[] stacks, int n, int tile, Tensor plan)"
-    " -> Tensor[]"
-)
-define(
+    " -> Tensor[]",
     "mlp_push(Tensor(a!) u, Tensor? factor, Tensor[] weights, Tensor(b!)[] stacks,"
-    " Tensor(c!)[] deltas, int n, int tile, bool wanted, Tensor plan) -> Tensor"
-)
-define(
+    " Tensor(c!)[] deltas, int n, int tile, bool wanted, Tensor plan) -> Tensor",
     "mlp_down(Tensor? g, Tensor(a!)? u, Tensor? factor, Tensor x, Tensor[] weights,"
     " Tensor(b!)[] stacks, Tensor(c!)[] deltas, int n, int tile, int start, bool push,"
-    " Tensor wanted, Tensor plan) -> Tensor[]"
-)
-for _name in ("mlp_forward", "mlp_pull", "mlp_push", "mlp_down"):
-    register_not_differentiable(_name, "use the penalties, engine='chain'")
+    " Tensor wanted, Tensor plan) -> Tensor[]",
+):
+    register(_schema, derivative="use the penalties, engine='chain'")

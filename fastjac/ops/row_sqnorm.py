@@ -12,26 +12,10 @@ import torch
 from torch import Tensor
 
 from fastjac.ops.act_stats import recorded, spread, transformed
-from fastjac.ops.autograd import Function, below_autograd
+from fastjac.ops.autograd import Function
 from fastjac.ops.dispatch import Example, Op, accumulate_dtype
-from fastjac.ops.registration import (
-    LIBRARY,
-    SUFFIXES,
-    define,
-    raw,
-    refuse_transforms,
-    register_fake,
-    register_not_differentiable,
-    register_triton,
-    suffix_of,
-)
-
-for _suffix in SUFFIXES:
-    define(f"row_sqnorm{_suffix}(Tensor[] weights) -> Tensor")
-    define(
-        f"row_sqnorm_backward{_suffix}(Tensor(a!)[] grads, Tensor[] weights, Tensor c, bool add)"
-        " -> ()"
-    )
+from fastjac.ops.registration import raw, register, suffix_of
+from fastjac.torch_private import below_autograd
 
 
 def _examples() -> Iterator[Example]:
@@ -53,7 +37,7 @@ def _examples() -> Iterator[Example]:
     yield Example("four weights", {"w": w}, call)
 
 
-_OP = Op("row_sqnorm", ("cuda", "triton", "cpu", "reference"), _examples)
+_OP = Op("row_sqnorm", _examples)
 
 
 def row_sqnorm(weights: Sequence[Tensor], *, impl: str = "auto") -> list[Tensor]:
@@ -230,7 +214,7 @@ def _in_graph(suffix, tap, *weights):
     return _RowSqnorm.apply(suffix, tap, *weights)
 
 
-# ---- the raw ops: fake kernels, and an autograd key that loses no derivative
+# ---- the raw ops
 
 
 def _fake(weights):
@@ -238,21 +222,15 @@ def _fake(weights):
     return weights[0].new_empty(rows, dtype=accumulate_dtype(weights[0].dtype))
 
 
-def _fake_backward(grads, weights, c, add):
-    return None
-
-
-def _register(suffix: str) -> None:
-    def through_function(weights):
-        refuse_transforms("row_sqnorm" + suffix)
-        return _RowSqnorm.apply(suffix, False, *weights)
-
-    register_fake("row_sqnorm" + suffix, _fake)
-    register_fake("row_sqnorm_backward" + suffix, _fake_backward)
-    LIBRARY.impl("row_sqnorm" + suffix, through_function, "Autograd")
-    register_not_differentiable("row_sqnorm_backward" + suffix, "call fastjac.row_sqnorm")
-
-
-for _suffix in SUFFIXES:
-    _register(_suffix)
-register_triton("row_sqnorm", "row_sqnorm", "row_sqnorm_backward")
+register(
+    "row_sqnorm(Tensor[] weights) -> Tensor",
+    derivative=lambda weights, suffix: _RowSqnorm.apply(suffix, False, *weights),
+    fake=_fake,
+    triton="row_sqnorm",
+)
+register(
+    "row_sqnorm_backward(Tensor(a!)[] grads, Tensor[] weights, Tensor c, bool add) -> ()",
+    derivative="call fastjac.row_sqnorm",
+    fake=lambda grads, weights, c, add: None,
+    triton="row_sqnorm",
+)

@@ -11,23 +11,10 @@ import torch
 from torch import Tensor
 
 from fastjac.ops.act_stats import recorded, transformed
-from fastjac.ops.autograd import Function, below_autograd
+from fastjac.ops.autograd import Function
 from fastjac.ops.dispatch import Example, Op, accumulate_dtype
-from fastjac.ops.registration import (
-    LIBRARY,
-    SUFFIXES,
-    define,
-    raw,
-    refuse_transforms,
-    register_fake,
-    register_not_differentiable,
-    register_triton,
-    suffix_of,
-)
-
-for _suffix in SUFFIXES:
-    define(f"softmax_residual{_suffix}(Tensor logits, Tensor target) -> Tensor")
-    define(f"softmax_residual_backward{_suffix}(Tensor logits, Tensor v) -> Tensor")
+from fastjac.ops.registration import raw, register, suffix_of
+from fastjac.torch_private import below_autograd
 
 
 def _examples() -> Iterator[Example]:
@@ -47,7 +34,7 @@ def _examples() -> Iterator[Example]:
         yield Example(name, {"z": z, "v": z.cos()}, call)
 
 
-_OP = Op("softmax_residual", ("cuda", "triton", "cpu", "reference"), _examples)
+_OP = Op("softmax_residual", _examples)
 
 
 def softmax_residual(logits: Tensor, target: Tensor, *, impl: str = "auto") -> Tensor:
@@ -131,25 +118,22 @@ def _in_graph(logits, target, suffix):
     return _SoftmaxResidual.apply(logits, target, suffix)
 
 
-# ---- the raw ops: fake kernels, and an autograd key that loses no derivative
+# ---- the raw ops
 
 
-def _register(suffix: str) -> None:
-    def through_function(logits, target):
-        refuse_transforms("softmax_residual" + suffix)
-        return _SoftmaxResidual.apply(logits, target, suffix)
-
-    def fake(logits, other):
-        return logits.new_empty(logits.shape)
-
-    register_fake("softmax_residual" + suffix, fake)
-    register_fake("softmax_residual_backward" + suffix, fake)
-    LIBRARY.impl("softmax_residual" + suffix, through_function, "Autograd")
-    register_not_differentiable(
-        "softmax_residual_backward" + suffix, "call fastjac.softmax_residual"
-    )
+def _fake(logits, other):
+    return logits.new_empty(logits.shape)
 
 
-for _suffix in SUFFIXES:
-    _register(_suffix)
-register_triton("softmax_residual", "softmax_residual", "softmax_residual_backward")
+register(
+    "softmax_residual(Tensor logits, Tensor target) -> Tensor",
+    derivative=_SoftmaxResidual.apply,
+    fake=_fake,
+    triton="softmax_residual",
+)
+register(
+    "softmax_residual_backward(Tensor logits, Tensor v) -> Tensor",
+    derivative="call fastjac.softmax_residual",
+    fake=_fake,
+    triton="softmax_residual",
+)

@@ -60,8 +60,8 @@ class DREG(SumOverLayers):
         the output layer, with ``φ' = 1``. use_weight: False for ``φ'²`` without ``‖W‖²`` (and
         without a norm's ``γ/σ``). squared: False for the root of each layer's term per sample,
         after the divisions; its gradient at 0 is taken as 0. layer_weights: a factor per layer, in
-        the order of ``layers_found``. deterministic: as in `fastjac.act_stats`. weight, reduction,
-        every: as for all penalties.
+        the order of ``layers_found``. weight, reduction, every: as for all
+        penalties.
 
     Half precision is computed in float32 from ``φ'(z)`` on. Gradients: once by fused kernels; twice
     through ``create_graph=True``; a derivative past the third of φ raises. The called form gives
@@ -96,7 +96,6 @@ class DREG(SumOverLayers):
         use_weight: bool = True,
         squared: bool = True,
         layer_weights: Sequence[float] | None = None,
-        deterministic: bool = True,
         **options: Unpack[PenaltyOptions],
     ) -> None:
         super().__init__(include_output=include_output, **options)
@@ -105,7 +104,6 @@ class DREG(SumOverLayers):
         self.positions = arguments.choice("positions", positions, ("sum", "mean"))
         self.use_weight = arguments.flag("use_weight", use_weight)
         self.squared = arguments.flag("squared", squared)
-        self.deterministic = arguments.flag("deterministic", deterministic)
         self.layer_weights = arguments.numbers("layer_weights", layer_weights)
         if model is not None:  # last: an option that is refused leaves the model as it was
             self._attach(model)

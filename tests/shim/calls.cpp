@@ -14,7 +14,6 @@
 #include <cstring>
 #include <optional>
 #include <string>
-#include <thread>
 #include <vector>
 
 namespace {
@@ -25,7 +24,9 @@ using torch::stable::detail::from;
 using torch::stable::detail::to;
 using Shape = std::vector<int64_t>;
 
-constexpr int64_t activations = 2;  // in the table of test_sanitizers.py
+// Of the activations in the table of test_sanitizers.py.
+const std::vector<std::vector<double>> params = {{}, {1.0}};
+const int64_t activations = 2;
 
 // Contiguous, or channels_last; as many bytes as it needs and no more, so that an access outside is
 // one outside the allocation.
@@ -78,8 +79,8 @@ void elementwise(ScalarType dtype) {
   for (const int64_t size : {1, 77, 2100}) {
     const Tensor z = numbers({size}, dtype), g = numbers({size}, dtype);
     for (int64_t fn = 0; fn < activations; ++fn) {
-      call<1>("fastjac_host::act", z, std::optional<Tensor>(g), int64_t(1), fn, 1.0, 0.0);
-      call<2>("fastjac_host::act_backward", z, g, g, int64_t(1), fn, 1.0, 0.0);
+      call<1>("fastjac_host::act", z, std::optional<Tensor>(g), int64_t(1), fn, params[fn]);
+      call<2>("fastjac_host::act_backward", z, g, g, int64_t(1), fn, params[fn]);
     }
   }
 }
@@ -104,18 +105,14 @@ void statistics(ScalarType dtype) {
     const std::optional<Tensor> w_sample(numbers({at.shape[0]}));
     const std::optional<Tensor> w_channel(numbers({at.shape[at.dim]})), none;
     fn = (fn + 1) % activations;
-    for (const bool deterministic : {true, false}) {
-      call<2>("fastjac_host::act_stats", z, w_sample, at.dim, false, 0.5, deterministic, fn, 1.0,
-              0.0);
-      call<2>("fastjac_host::act_stats", z, w_channel, at.dim, true, 0.5, deterministic, fn, 1.0,
-              0.0);
-    }
+    call<2>("fastjac_host::act_stats", z, w_sample, at.dim, false, 0.5, fn, params[fn]);
+    call<2>("fastjac_host::act_stats", z, w_channel, at.dim, true, 0.5, fn, params[fn]);
     for (const int64_t statistic : {0, 1, 2, 3}) {
       call<2>("fastjac_host::act_stats_backward", z, g, w_sample, w_channel, at.dim, statistic, 0.5,
-              true, fn, 1.0, 0.0);
+              fn, params[fn]);
     }
     call<2>("fastjac_host::act_stats_backward", z, none, none, w_channel, at.dim, int64_t(3), 0.5,
-            false, fn, 1.0, 0.0);
+            fn, params[fn]);
   }
 }
 
@@ -141,25 +138,6 @@ void residuals(ScalarType dtype) {
   }
 }
 
-// Every kernel with a configuration that is not the default, set by one thread while another calls.
-void configured() {
-  const auto set_all = [](int64_t threads, int64_t blocks, int64_t packs) {
-    for (int64_t kernel = 0; kernel < 10; ++kernel) {  // in the order of csrc/cuda/launch_config.h
-      const int64_t value = kernel < 3 ? threads : kernel < 9 ? blocks : packs;
-      call<0>("fastjac_host::set_launch", kernel, int64_t(0), int64_t(0),
-              std::vector<int64_t>(65, value));
-    }
-  };
-  set_all(64, 2, 8);
-  std::thread setter([&] {
-    for (int i = 0; i < 20; ++i) set_all(i % 2 == 0 ? 128 : 64, 16, 2);
-  });
-  elementwise(ScalarType::Float);
-  rows(ScalarType::Float);
-  setter.join();
-  statistics(ScalarType::Float);
-}
-
 }  // namespace
 
 STABLE_TORCH_LIBRARY(fastjac_host, m) {
@@ -177,6 +155,5 @@ int main(int argc, char** argv) {
     if (wanted("row_sqnorm")) rows(dtype);
     if (wanted("softmax_residual")) residuals(dtype);
   }
-  if (wanted("set_launch")) configured();
   std::puts("all calls done");
 }

@@ -46,10 +46,6 @@ inline cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* 
   return cudaSuccess;
 }
 
-// The last launch, for a test to read.
-extern "C" __attribute__((used)) inline unsigned fastjac_host_blocks = 0;
-extern "C" __attribute__((used)) inline unsigned fastjac_host_threads = 0;
-
 inline thread_local dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 namespace fastjac::host {
@@ -94,7 +90,6 @@ T exchange(T value, unsigned from) {
 // barriers, as on a GPU since Volta.
 template <class Body>
 void launch(dim3 grid, dim3 block, Body&& body) {
-  fastjac_host_blocks = grid.x, fastjac_host_threads = block.x;
   auto state = std::make_unique<Block>(block.x);
   std::barrier next_block(block.x, [&]() noexcept { state = std::make_unique<Block>(block.x); });
   std::vector<std::thread> threads;
@@ -129,10 +124,6 @@ T __shfl_down_sync(unsigned, T value, unsigned delta) {
   return fastjac::host::exchange(value, from < 32 ? from : fastjac::host::lane());
 }
 
-template <class T>
-T atomicAdd(T* address, T value) {
-  return std::atomic_ref<T>(*address).fetch_add(value);
-}
 inline unsigned atomicInc(unsigned* address, unsigned most) {
   std::atomic_ref<unsigned> counter(*address);
   unsigned old = counter.load();

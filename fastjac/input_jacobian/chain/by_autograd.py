@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from fastjac.input_jacobian.chain.links import Link, Unsupported, check_leaves, plus
+from fastjac.torch_private import tree_flatten, tree_unflatten
 
 
 class ByAutograd(Link):
@@ -45,72 +45,57 @@ class ByAutograd(Link):
         self.others = []
         return result
 
-    def vjp(self, delta):
-        self.k = len(delta) // len(self.out)
-        batched = self.k > 1
-        self.delta = delta.view(self.k, *self.out.shape) if batched else delta
-        self.delta = self.delta.detach().requires_grad_()
-        with torch.enable_grad():
-            self.pulled = list(
-                torch.autograd.grad(
-                    self.out,
-                    self.leaves[: self.count],
-                    self.delta,
-                    create_graph=True,
-                    allow_unused=True,
-                    is_grads_batched=batched,
-                )
-            )
-        return tuple(
-            None if p is None else p.detach().reshape(-1, *leaf.shape[1:])
-            for p, leaf in zip(self.pulled, self.leaves, strict=False)
-        )
+    def _cotangent(self, rows: Tensor) -> Tensor:
+        """``[K N, ...]`` as a leaf ``[K, N, ...]``, or ``[N, ...]`` for a pass without vmap."""
+        k = len(rows) // len(self.out)
+        rows = rows.view(k, *self.out.shape) if k > 1 else rows
+        return rows.detach().requires_grad_()
 
-    def push(self, tangents, keep, out):
-        pairs = [
-            (p, u.reshape(p.shape))
-            for p, u in zip(self.pulled, tangents, strict=True)
-            if p is not None and u is not None and p.requires_grad
-        ]
-        if not pairs:
-            return None
-        *extras, tangent = torch.autograd.grad(
-            [p for p, _ in pairs],
-            [*self.leaves, self.delta],
-            [u for _, u in pairs],
-            retain_graph=True,
-            allow_unused=True,
-        )
-        self.extras = [plus(a, b) for a, b in zip(self.extras, extras, strict=True)]
-        if not keep:
-            self.pulled, self.delta = [], None
-        return None if tangent is None else tangent.reshape(-1, *self.out.shape[1:])
-
-    def jvp(self, tangents):
-        k = next(len(t) for t in tangents if t is not None) // len(self.out)
-        batched = k > 1
-        shape = (k, *self.out.shape) if batched else self.out.shape
-        delta = torch.zeros(shape, dtype=self.out.dtype, device=self.out.device, requires_grad=True)
+    def _pull(self, delta: Tensor) -> list[Tensor | None]:
         with torch.enable_grad():
             pulled = torch.autograd.grad(
-                self.out,
-                self.leaves[: self.count],
-                delta,
+                *(self.out, self.leaves[: self.count], delta),
                 create_graph=True,
                 allow_unused=True,
-                is_grads_batched=batched,
+                is_grads_batched=delta.dim() > self.out.dim(),
             )
+        return list(pulled)
+
+    def _push(self, pulled: Any, tangents: Any, ends: list[Tensor]) -> list[Tensor | None]:
+        """The gradients of ``⟨pulled, u⟩``."""
         pairs = [
             (p, u.reshape(p.shape))
             for p, u in zip(pulled, tangents, strict=True)
             if p is not None and u is not None and p.requires_grad
         ]
         if not pairs:
-            return None
-        (tangent,) = torch.autograd.grad(
-            [p for p, _ in pairs], delta, [u for _, u in pairs], allow_unused=True
-        )
+            return [None] * len(ends)
+        products, us = zip(*pairs, strict=True)
+        return list(torch.autograd.grad(products, ends, us, retain_graph=True, allow_unused=True))
+
+    def _rows(self, tangent: Tensor | None) -> Tensor | None:
         return None if tangent is None else tangent.reshape(-1, *self.out.shape[1:])
+
+    def vjp(self, delta):
+        self.delta = self._cotangent(delta)
+        self.pulled = self._pull(self.delta)
+        return tuple(
+            None if p is None else p.detach().reshape(-1, *leaf.shape[1:])
+            for p, leaf in zip(self.pulled, self.leaves, strict=False)
+        )
+
+    def push(self, tangents, keep, out):
+        *extras, tangent = self._push(self.pulled, tangents, [*self.leaves, self.delta])
+        self.extras = [plus(a, b) for a, b in zip(self.extras, extras, strict=True)]
+        if not keep:
+            self.pulled, self.delta = [], None
+        return self._rows(tangent)
+
+    def jvp(self, tangents):
+        n = next(len(t) for t in tangents if t is not None)
+        delta = self._cotangent(self.out.new_zeros(n, *self.out.shape[1:]))
+        (tangent,) = self._push(self._pull(delta), tangents, [delta])
+        return self._rows(tangent)
 
     def backward(self, grad, wanted, keep):
         extras, self.extras = self.extras, [None] * len(self.leaves)

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastjac import torch_private
 from fastjac.input_jacobian.by_autograd import Composed
 from fastjac.input_jacobian.chain.links import Link, Unsupported, check_leaves, plus
 from fastjac.input_jacobian.chain.mlp import Mlp
@@ -274,7 +275,7 @@ class _Chain(torch.autograd.Function):
                 "backward through the penalty a second time: its tensors have been freed; pass "
                 "retain_graph=True the first time"
             )
-        keep = torch._C._autograd._get_current_graph_task_keep_graph()
+        keep = torch_private.backward_retains_graph()
         chain = ctx.chain
         found = chain.backward(grad, grad_values, ctx.values, keep)
         if not keep:

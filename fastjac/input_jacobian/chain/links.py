@@ -1,31 +1,36 @@
-"""The links of a chain: what the double backward asks of one operation.
+"""The links of a chain: what the double backward asks of one operation, by the operation's kind.
 
 For an operation ``out = f(a, θ)`` the four sweeps of a step with an input-Jacobian penalty are
 
     forward     out = f(a, θ)
-    vjp         δ_a = f_aᵀ δ                                          down, for v = Jᵀw
-    push        u_out = f_a u,  and the gradients of ⟨δ, f_a u⟩ by a and θ      up
+    vjp         δ_a = f_aᵀ δ                                                 down, for v = Jᵀw
+    push        u_out = f_a u, and the gradients of ⟨δ, f_a u⟩ with respect to a and θ      up
     backward    g_a = f_aᵀ g + that of a;  g_θ = f_θᵀ g + that of θ     down, loss and penalty
 
-The gradient of ``⟨δ, f_a(a, θ) u⟩`` is what the second derivatives leave: ``φ''(z) δ u`` of an
-activation, ``δᵀ u`` of a weight. A link keeps what its later sweeps need and drops it after use,
-unless ``keep`` says that the backward will come again.
+The gradient of ``⟨δ, f_a(a, θ) u⟩`` is the second-order term. It follows from the kind:
 
-δ and u have ``K`` cotangents a sample, ``[K N, ...]``; a, g and the results for them ``[N, ...]``.
+    `Linear`         linear in all operands together: none
+    `Product`        linear in each of two: the transposes at δ and u
+    `Elementwise`    φ''(z) δ u
+    `norms`          written out
+    `by_autograd`    of any other operation, by autograd
+
+A link keeps what its later sweeps need and drops it after use, unless ``keep`` says that the
+backward will come again. δ and u have K cotangents a sample, ``[K N, ...]``; a, g and the results
+for them are ``[N, ...]``.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from fastjac.activations import IDS, get
-from fastjac.ops.autograd import below_autograd, graph_nodes
+from fastjac.ops.autograd import graph_nodes
 from fastjac.ops.registration import raw
-
-aten = torch.ops.aten
+from fastjac.torch_private import below_autograd
 
 
 class Unsupported(RuntimeError):
@@ -37,11 +42,12 @@ class Unsupported(RuntimeError):
 class Link:
     """One operation of the chain, with its state for one step."""
 
+    name = ""  # of the operation
     inputs: tuple[int, ...] = ()  # indices of values
     output = -1
     idle = False  # no cotangent reaches it
     empty = False  # its output has no numbers
-    parameters: tuple[Tensor, ...] = ()  # what beside the inputs needs a gradient
+    parameters: tuple[Tensor, ...] = ()  # the tensors beside the inputs that require grad
 
     def vjp(self, delta: Tensor) -> tuple[Tensor | None, ...]:
         """δ of each input."""
@@ -53,7 +59,7 @@ class Link:
 
     def push(self, tangents: list[Tensor | None], keep: bool, out: bool) -> Tensor | None:
         """`jvp`, where ``out`` is wanted, after a `vjp` whose second-order terms it keeps."""
-        raise NotImplementedError
+        return self.jvp(tangents)
 
     def backward(
         self, grad: Tensor | None, wanted: tuple[bool, ...], keep: bool
@@ -62,7 +68,7 @@ class Link:
         raise NotImplementedError
 
     def describe(self) -> str:
-        return type(self).__name__
+        return self.name
 
 
 def check_leaves(t: Tensor, known: set[int], what: str) -> None:
@@ -93,144 +99,158 @@ def of_shape(a: Tensor, rows: Tensor) -> Tensor:
     return a if len(a) == len(rows) else a[:1].expand(len(rows), *a.shape[1:])
 
 
-def flat(t: Tensor) -> Tensor:
-    return t if t.dim() == 2 else t.reshape(-1, t.shape[-1])
+class Operands(Link):
+    """An operation of several operands: values of the chain, parameters and constants."""
+
+    def __init__(self, operands: list[Any], inside: list[int], trained: list[int]) -> None:
+        self.operands: Any = operands
+        self.inside, self.trained = inside, trained  # which are values, and which parameters
+        self.extras: list[Any] = [None] * len(operands)  # the second-order term of each
+
+    def into(self, i: int, d: Tensor, total: Tensor | None = None) -> Tensor:
+        """``total`` and the transpose of the operation in operand i at d."""
+        raise NotImplementedError
+
+    def vjp(self, delta):
+        return tuple([self.into(i, delta) for i in self.inside])
+
+    def backward(self, grad, wanted, keep):
+        found, self.extras = self.extras, [None] * len(self.extras)
+        if grad is not None:
+            for i, want in zip(self.inside, wanted, strict=True):
+                if want:
+                    found[i] = self.into(i, grad, found[i])
+            for i in self.trained:
+                found[i] = self.into(i, grad, found[i])
+        if not keep:
+            self.operands = None
+        return tuple([found[i] for i in self.inside]), tuple([found[i] for i in self.trained])
 
 
-class Weighted(Link):
-    """An operation of one input with a weight and a bias, which may be missing or need no grad."""
+class LinearRow(NamedTuple):
+    """What `rules.linear` explains."""
 
-    def __init__(self, a: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
-        self.a: Any = a
-        self.weight: Any = None if weight is None else weight.detach()
-        self.bias = None if bias is None else bias.detach()
-        self.needs = tuple(t is not None and t.requires_grad for t in (weight, bias))
-        self.parameters = self.needed(weight, bias)
+    transpose: Callable[..., Tensor]
+    apply: Callable[..., Tensor] | None
+    when: Callable[..., bool]
+    forward: Callable[..., Any] | None
+    arity: int
+
+
+class Linear(Operands):
+    """``out = Σ_i A_i a_i + c``; of the operands the shapes are kept."""
+
+    call: Any = None  # A of a single input, where the row has none
+
+    def __init__(self, operands, inside, trained, row, args, out):
+        super().__init__([t.shape for t in operands], inside, trained)
+        self.row, self.args, self.after = row, args, out.shape[1:]
+
+    def _more(self, i: int) -> Any:
+        return self.args if self.row.arity == 1 else (i, self.operands, *self.args)
+
+    def into(self, i, d, total=None):
+        shape = self.operands[i]
+        shape = (len(d), *shape[1:]) if i in self.inside else shape
+        return self.row.transpose(d, shape, *self._more(i))
+
+    def jvp(self, tangents):
+        if self.call is not None:
+            return self.call(tangents[0])
+        total = None
+        for i, u in zip(self.inside, tangents, strict=True):
+            if u is not None:
+                total = plus(total, self.row.apply(u, (len(u), *self.after), *self._more(i)))
+        return total
+
+    def backward(self, grad, wanted, keep):
+        found = super().backward(grad, wanted, keep)
+        if not keep:
+            self.args = self.call = None
+        return found
+
+
+class ProductRow(NamedTuple):
+    """A product of a and b, sample by sample; of a layer, b is the weight and there is a bias.
+
+    ``into`` has the transposes in a and b, of (d, the other operand, one of the shape of the
+    result, *arguments), and for a layer that in the bias, of d. None: not linear in that operand.
+    """
+
+    apply: Callable[..., Tensor]  # (a, b, bias or None, *arguments of a layer)
+    into: tuple[Callable[..., Tensor] | None, ...]
+    core: tuple[int, int] = (0, 0)  # how many dimensions of a and b are not the samples'
+    add_into: Callable[..., Tensor] | None = None  # (total, d, a): in b, in the memory of total
+    arrange: Callable[..., Any] | None = None  # the arguments as these functions take them
+
+
+class Product(Operands):
+    """``out = f(a, b)``, linear in a and in b; ``f(a, b) + c`` where there is a bias.
+
+    The gradient of ``⟨δ, f(u, b)⟩`` with respect to b is the transpose of f in b at δ and u.
+    """
+
+    def __init__(self, operands, inside, trained, row, samples, args):
+        super().__init__(operands, inside, trained)
+        self.row, self.args = row, args
+        self.samples = samples  # whether a, b have samples: K cotangents need K copies of them
         self.delta: Any = None
-        self.weight_extra: Any = None  # the gradient of ⟨δ, f_a u⟩ by the weight
 
-    def needed(self, *of_weight_and_bias: Any) -> tuple[Any, ...]:
-        """Those of the two whose tensor requires grad."""
-        return tuple(t for t, need in zip(of_weight_and_bias, self.needs, strict=True) if need)
-
-
-class Linear(Weighted):
-    """``out = a Wᵀ + b``."""
-
-    def forward(self) -> Tensor:
-        return torch.nn.functional.linear(self.a, self.weight, self.bias)
-
-    @staticmethod
-    def _add_product(total: Tensor | None, delta: Tensor, a: Tensor) -> Tensor:
-        """``total + δᵀ a`` over all rows, in place."""
-        left, right = flat(delta).t(), flat(a)
-        return left.mm(right) if total is None else total.addmm_(left, right)
+    def into(self, i, d, total=None, other=None):
+        row = self.row
+        if i == 2:
+            return row.into[2](d)
+        if other is None:
+            other = self.operands[1 - i]
+            if self.samples[1 - i]:
+                other = copies(other, d)
+        if total is not None and i == 1 and row.add_into is not None:
+            return row.add_into(total, d, other)
+        like = self.operands[i]
+        if self.samples[i]:
+            like = of_shape(like, d)
+        found = row.into[i](d, other, like, *self.args)
+        return found if total is None else total.add_(found)
 
     def vjp(self, delta):
         self.delta = delta
-        return (delta.matmul(self.weight),)
+        if len(self.inside) == 1:
+            return (self.into(self.inside[0], delta),)
+        return self.into(0, delta), self.into(1, delta)
 
     def push(self, tangents, keep, out):
-        (u,) = tangents
-        if self.needs[0]:
-            self.weight_extra = self._add_product(self.weight_extra, self.delta, u)
+        for i, u in zip(self.inside, tangents, strict=True):
+            j = 1 - i
+            if u is None or not (j in self.inside or j in self.trained):
+                continue
+            if self.samples[j]:
+                extra = self.into(j, self.delta, None, u).view(-1, *self.operands[j].shape).sum(0)
+                self.extras[j] = plus_(self.extras[j], extra)
+            else:
+                self.extras[j] = self.into(j, self.delta, self.extras[j], u)
         if not keep:
             self.delta = None
         return self.jvp(tangents) if out else None
 
     def jvp(self, tangents):
-        return tangents[0].matmul(self.weight.t())
-
-    def backward(self, grad, wanted, keep):
-        of_weight, self.weight_extra = self.weight_extra, None
-        of_bias = into = None
-        if grad is not None:
-            if self.needs[0]:
-                of_weight = self._add_product(of_weight, grad, self.a)
-            of_bias = flat(grad).sum(0) if self.needs[1] else None
-            into = grad.matmul(self.weight) if wanted[0] else None
-        if not keep:
-            self.a = None
-        return (into,), self.needed(of_weight, of_bias)
+        total, row = None, self.row
+        for i, u in zip(self.inside, tangents, strict=True):
+            if u is None:
+                continue
+            other = self.operands[1 - i]
+            if self.samples[1 - i]:
+                other = copies(other, u)
+            a, b = (other, u) if i else (u, other)
+            total = plus(total, row.apply(a, b, None, *self.args))
+        return total
 
 
-class Convolution(Weighted):
-    """``out = conv(a, W) + b``."""
-
-    def __init__(
-        self, a: Tensor, weight: Tensor, bias: Tensor | None, options: tuple[Any, ...]
-    ) -> None:
-        super().__init__(a, weight, bias)
-        self.options = options
-
-    def forward(self) -> Tensor:
-        return torch.convolution(self.a, self.weight, self.bias, *self.options)
-
-    def _backward(self, grad: Tensor, a: Tensor, mask: list[bool]) -> Any:
-        sizes = [len(self.weight)] if mask[2] else None
-        return aten.convolution_backward(grad, a, self.weight, sizes, *self.options, mask)
-
-    def _flipped(self, delta: Tensor) -> bool:
-        """Whether the gradient by ``a`` is better taken as a convolution with the flipped taps.
-
-        oneDNN's own has slow code for other numbers of output channels than multiples of 16:
-        1 → 6 channels, 5×5 taps, [50, 6, 28, 28], 2 cores: 1.56 against 0.55 ms.
-        """
-        stride, padding, dilation, *_, groups = self.options
-        taps = self.weight.shape[2:]
-        return (
-            delta.device.type == "cpu"
-            and self.weight.shape[0] % 16 != 0
-            and groups == max(stride) == max(dilation) == 1
-            and all(p < k for p, k in zip(padding, taps, strict=True))
-        )
-
-    def _into(self, delta: Tensor) -> Tensor:
-        """The gradient by ``a`` of as many samples as delta has."""
-        if not self._flipped(delta):
-            return self._backward(delta, of_shape(self.a, delta), [True, False, False])[0]
-        taps = self.weight.shape[2:]
-        padding = [k - 1 - p for p, k in zip(self.options[1], taps, strict=True)]
-        flipped = self.weight.flip(list(range(2, 2 + len(taps)))).transpose(0, 1)
-        ones = [1] * len(taps)
-        return torch.convolution(delta, flipped, None, ones, padding, ones, False, ones, 1)
-
-    def vjp(self, delta):
-        self.delta = delta
-        return (self._into(delta),)
-
-    def push(self, tangents, keep, out):
-        (u,) = tangents
-        if self.needs[0]:
-            product = self._backward(self.delta, u, [False, True, False])[1]
-            self.weight_extra = plus_(self.weight_extra, product)
-        if not keep:
-            self.delta = None
-        return self.jvp(tangents) if out else None
-
-    def jvp(self, tangents):
-        return torch.convolution(tangents[0], self.weight, None, *self.options)
-
-    def backward(self, grad, wanted, keep):
-        extra, self.weight_extra = self.weight_extra, None
-        into = of_weight = of_bias = None
-        if grad is not None:
-            flipped = wanted[0] and self._flipped(grad)
-            mask = [wanted[0] and not flipped, *self.needs]
-            into, of_weight, of_bias = self._backward(grad, self.a, mask)
-            into = self._into(grad) if flipped else into
-        if not keep:
-            self.a = None
-        return (into,), self.needed(plus_(of_weight, extra), of_bias)
-
-
-class Activation(Link):
-    """``out = φ(z)`` of the table."""
+class Elementwise(Link):
+    """``out = φ(z)`` of the activation table."""
 
     def __init__(self, z: Tensor, fn: str, params: dict[str, Any], suffix: str) -> None:
         self.z: Any = z
-        self.fn = fn
-        self.args = (IDS[fn], *get(fn).param_values(params))
+        self.args = (IDS[fn], get(fn).param_values(params))
         self.curved = get(fn).derivatives[2] != "0"
         self.act, self.act_backward = raw("act" + suffix), raw("act_backward" + suffix)
         self.delta: Any = None
@@ -272,99 +292,3 @@ class Activation(Link):
             self.z = None
         into = None if grad is None else self.run(self.act, z, grad, 1, *self.args)
         return (plus_(into, extra),), ()
-
-    def describe(self) -> str:
-        return f"Activation({self.fn})"
-
-
-class Shape(Link):
-    """``out``: the same numbers in another shape, sample by sample."""
-
-    def __init__(self, a: Tensor, out: Tensor) -> None:
-        self.before, self.after = a.shape[1:], out.shape[1:]
-
-    def vjp(self, delta):
-        return (delta.reshape(len(delta), *self.before),)
-
-    def push(self, tangents, keep, out):
-        return self.jvp(tangents)
-
-    def jvp(self, tangents):
-        (u,) = tangents
-        return u.reshape(len(u), *self.after)
-
-    def backward(self, grad, wanted, keep):
-        return (None if grad is None else grad.reshape(len(grad), *self.before),), ()
-
-
-class Add(Link):
-    """``out = a + b`` of one shape."""
-
-    def vjp(self, delta):
-        return delta, delta
-
-    def push(self, tangents, keep, out):
-        return self.jvp(tangents)
-
-    def jvp(self, tangents):
-        a, b = tangents
-        if a is None or b is None:
-            return b if a is None else a
-        return a + b
-
-    def backward(self, grad, wanted, keep):
-        return (grad, grad), ()
-
-
-class Pool(Link):
-    """Max and average pooling over two dimensions: linear in ``a`` where no maximum changes."""
-
-    def __init__(self, a: Tensor, kind: str, options: tuple[Any, ...]) -> None:
-        self.a: Any = a
-        self.kind, self.options = kind, options
-        self.index: Any = None  # of the maxima
-
-    def _pool(self, a: Tensor) -> Any:
-        if self.kind == "max":
-            return aten.max_pool2d_with_indices(a, *self.options)
-        return (aten.avg_pool2d if self.kind == "avg" else aten._adaptive_avg_pool2d)(
-            a, *self.options
-        )
-
-    def forward(self) -> Tensor:
-        out = self._pool(self.a)
-        if self.kind != "max":
-            return out
-        out, self.index = out
-        return out
-
-    def _back(self, grad: Tensor) -> Tensor:
-        a = of_shape(self.a, grad)
-        if self.kind == "max":
-            index = copies(self.index, grad)
-            return aten.max_pool2d_with_indices_backward(grad, a, *self.options, index)
-        if self.kind == "avg":
-            return aten.avg_pool2d_backward(grad, a, *self.options)
-        return aten._adaptive_avg_pool2d_backward(grad, a)
-
-    def vjp(self, delta):
-        return (self._back(delta),)
-
-    def push(self, tangents, keep, out):
-        return self.jvp(tangents)
-
-    def jvp(self, tangents):
-        (u,) = tangents
-        if self.kind != "max":
-            return self._pool(u)
-        index = copies(self.index, u)
-        return u.flatten(2).gather(2, index.flatten(2)).view(index.shape)
-
-    def backward(self, grad, wanted, keep):
-        into = None if grad is None or not wanted[0] else self._back(grad)
-        if not keep:
-            self.a = self.index = None
-        return (into,), ()
-
-    def describe(self) -> str:
-        return f"Pool({self.kind})"

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as module_hooks
 
-from fastjac.activations import IDS, TABLE, get
+from fastjac.activations import IDS, MAX_PARAMS, TABLE, get
 from fastjac.input_jacobian.chain.links import copies
 from fastjac.nn import Act, activation_of
 from fastjac.ops import mlp as mlp  # registers the ops
-from fastjac.ops.autograd import below_autograd
 from fastjac.ops.dispatch import OPS
 from fastjac.ops.registration import raw
+from fastjac.torch_private import below_autograd
 
 LARGE = 1 << 15
 """Elements of a layer from which the backward goes layer by layer, each freed before the next.
@@ -40,7 +40,7 @@ _GLOBAL_HOOKS = tuple(
     for name, value in vars(module_hooks).items()
     if name.startswith("_global_") and "hooks" in name and hasattr(value, "__len__")
 )
-_IDENTITY = (IDS["identity"], 0.0, 0.0)
+_IDENTITY: tuple[int, tuple[float, ...]] = (IDS["identity"], ())
 
 _recipes: weakref.WeakKeyDictionary[nn.Module, Recipe] = weakref.WeakKeyDictionary()
 
@@ -107,7 +107,10 @@ class Recipe:
         self.biases = [bias for _, bias, _ in layers if bias is not None]
         self.activations = [activation for _, _, activation in layers]
         self.plan = torch.tensor(
-            [(*activation, bias is not None) for _, bias, activation in layers],
+            [
+                (fn, bias is not None, *params, *[0.0] * (MAX_PARAMS - len(params)))
+                for _, bias, (fn, params) in layers
+            ],
             dtype=torch.float64,
         )
         # The order of the gradients: weight 0, bias 0, weight 1, ...
@@ -138,7 +141,7 @@ class Recipe:
                 act = activation_of(module)
                 if act is None or act.impl not in ("auto", "cpu") or not open_layer:
                     return None
-                found = (IDS[act.fn], *get(act.fn).param_values(act.params))
+                found = (IDS[act.fn], get(act.fn).param_values(act.params))
                 layers[-1] = (*layers[-1][:2], found)
                 open_layer = False
         if len(layers) < 2 or not open_layer:  # ends in an activation
@@ -343,5 +346,5 @@ class Mlp:
         names = list(TABLE)
         found = []
         for w, (fn, *_) in zip(self.weights, self.activations, strict=True):
-            found += [f"Linear({w.shape[1]}, {w.shape[0]})", f"Activation({names[fn]})"]
+            found += [f"Linear({w.shape[1]}, {w.shape[0]})", names[fn]]
         return ["one C++ call a sweep:", *found[:-1]]

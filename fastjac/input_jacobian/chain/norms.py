@@ -7,20 +7,32 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastjac.input_jacobian.chain.links import Weighted, aten, plus_
+from fastjac.input_jacobian.chain.links import Link, plus_
+
+aten = torch.ops.aten
 
 
-class Norm(Weighted):
-    """``out = γ x̂ + β``: the weight is γ, the bias β."""
+class Norm(Link):
+    """``out = γ x̂ + β``; γ and β may be missing or need no gradient."""
 
     def __init__(self, a: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> None:
-        super().__init__(a, weight, bias)
+        self.a: Any = a
+        self.weight: Any = None if weight is None else weight.detach()
+        self.bias = None if bias is None else bias.detach()
+        self.needs = tuple(t is not None and t.requires_grad for t in (weight, bias))
+        self.parameters = self._needed(weight, bias)
         self.eps = eps
+        self.delta: Any = None
         self.pulled: Any = None  # what the VJP computed of δ
-        self.extra: Any = None  # the gradient of ⟨δ, f_a u⟩ by a
+        self.extra: Any = None  # the gradient of ⟨δ, f_a u⟩ with respect to a
+        self.weight_extra: Any = None  # and to γ
+
+    def _needed(self, *of_weight_and_bias: Any) -> tuple[Any, ...]:
+        """Those of the two whose tensor requires grad."""
+        return tuple(t for t, need in zip(of_weight_and_bias, self.needs, strict=True) if need)
 
     def _gradients(self, grad: Tensor, wanted: bool) -> tuple[Tensor | None, ...]:
-        """Gradients of a (where it is wanted), γ and β from that of the output alone."""
+        """The gradients of a (where it is wanted), γ and β without second-order terms."""
         raise NotImplementedError
 
     def backward(self, grad, wanted, keep):
@@ -30,7 +42,7 @@ class Norm(Weighted):
         into, of_weight, of_bias = found
         if not keep:
             self.a = None
-        return (plus_(into, extra),), self.needed(plus_(of_weight, weight_extra), of_bias)
+        return (plus_(into, extra),), self._needed(plus_(of_weight, weight_extra), of_bias)
 
 
 class BatchNorm(Norm):
@@ -42,6 +54,8 @@ class BatchNorm(Norm):
 
         ∂⟨δ, P u⟩/∂a = −ι (p P δ + q P u + γ ι B x̂)       ∂/∂γ = ι M B
     """
+
+    name = "batch_norm"
 
     def __init__(self, a: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> None:
         super().__init__(a, weight, bias, eps)
@@ -104,6 +118,8 @@ class LayerNorm(Norm):
 
         ∂⟨d, P u⟩/∂a = −ι (p P d + q P u + ι B x̂)       ∂/∂γ = Σ δ P u
     """
+
+    name = "layer_norm"
 
     def __init__(
         self, a: Tensor, shape: list[int], weight: Tensor | None, bias: Tensor | None, eps: float

@@ -19,12 +19,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from fastjac import torch_private
 from fastjac.input_jacobian.chain.by_autograd import ByAutograd
 from fastjac.input_jacobian.chain.links import Link, Unsupported
 from fastjac.observers import OBSERVERS, Recorded
 from fastjac.ops.autograd import graph_nodes
+from fastjac.torch_private import tree_flatten, tree_unflatten
 
 
 class KeptTensor(RuntimeError):
@@ -74,7 +75,8 @@ DENIED = {
 }
 """What acts on a tensor's graph or memory: there is no such graph here."""
 
-GRAD_FN = vars(torch._C.TensorBase)["grad_fn"].__get__  # asked for by legacy module hooks
+_grad_fn: Any = Tensor.grad_fn
+GRAD_FN = _grad_fn.__get__  # asked for by legacy module hooks
 
 REBINDING = {"__iadd__": "add", "__isub__": "sub", "__imul__": "mul", "__itruediv__": "div"}
 
@@ -157,7 +159,7 @@ class Tape:
                 f"{name} runs with gradients off: torch.no_grad() in the model, or a "
                 "torch.autograd.Function"
             )
-        if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+        if torch_private.saved_tensor_hooks() is not None:
             raise Unsupported(f"{name} runs in a checkpoint, or under other saved-tensor hooks")
         if torch.is_autocast_enabled(self.x.device.type):
             raise Unsupported(f"{name} runs under autocast")
@@ -291,9 +293,9 @@ def why_not(model: Any, x: Tensor) -> str | None:
         return "torch.compile traces the call: its own fusion takes the engine's place"
     if torch.is_autocast_enabled(x.device.type):
         return "autocast is on"
-    if torch._C._are_functorch_transforms_active():
+    if torch_private.transforms_active():
         return "a torch.func transform is active"
-    if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+    if torch_private.saved_tensor_hooks() is not None:
         return "hooks on saved tensors (a checkpoint) are active"
     if type(x) not in (Tensor, nn.Parameter):
         return f"x is {type(x).__name__}"
