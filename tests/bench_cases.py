@@ -10,12 +10,16 @@ from unittest import mock
 
 import torch
 
-from fastjac.bench import Case, Contestant, Options, Prepared, Record, layer_idioms, steps
-from fastjac.bench import contestants as entrants
+from fastjac.bench import layer_idioms, steps
+from fastjac.bench.cases import Case
+from fastjac.bench.contestants import Contestant, select_contestants
 from fastjac.bench.idioms import IDIOMS
 from fastjac.bench.layer_idioms import EagerDreg
+from fastjac.bench.measure import Options
 from fastjac.bench.networks import TransformerClassifier, mlp, small_resnet
 from fastjac.bench.problems import PHASES, StepProblem, op_problem, squared_error, step_problem
+from fastjac.bench.records import Record
+from fastjac.bench.steps import Prepared
 
 CPU = torch.device("cpu")
 FAST = Options(threads=1, budget_s=0.0, min_rounds=3, max_rounds=3, sample_s=1e-5)
@@ -67,7 +71,7 @@ def tiny_op(fn: str = "gelu", phase: str = "double", op: str = "act") -> Case:
 
 
 def named(*names: str) -> list[Contestant]:
-    return entrants.select_contestants(names)
+    return select_contestants(names)
 
 
 def planted(name: str, gradients) -> Contestant:

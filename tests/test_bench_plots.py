@@ -32,9 +32,8 @@ def test_plots_are_drawn_from_records(tmp_path):
 
 def test_plots_keep_machines_apart_and_take_the_last_record(tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(
-        plots, "PAINTERS", {"p": lambda figure, rows: bool(seen.append(rows)) or True}
-    )
+    monkeypatch.setattr(plots, "PICTURES", {"p": None})
+    monkeypatch.setattr(plots, "paint", lambda f, p, rows: bool(seen.append(rows)) or True)
     old, new = trio("case-a", 1.0), trio("case-a", 2.0)
     other = [replace(r, machine="Other GPU") for r in old]
     bad = replace(record("case-b"), status="wrong")
@@ -48,7 +47,7 @@ def test_plots_keep_machines_apart_and_take_the_last_record(tmp_path, monkeypatc
 
 def test_a_panel_of_the_scaling_holds_one_axis():
     figure = Figure(layout="constrained")
-    assert plots.scaling(figure, scaling_records())
+    assert plots.paint(figure, plots.PICTURES["scaling"], scaling_records())
     panels = {ax.get_title(): ax for ax in figure.axes}
     labels = {
         axis: [int(text.get_text().split()[0]) for text in ax.get_xticklabels()]
@@ -65,16 +64,16 @@ def test_a_panel_of_the_scaling_holds_one_axis():
 
 
 def test_scaling_cases_stay_out_of_the_other_pictures():
-    for painter in (plots.overhead, plots.memory, plots.roofline):
-        assert not painter(Figure(), scaling_records())
+    for kind in ("overhead", "memory", "roofline"):
+        assert not plots.paint(Figure(), plots.PICTURES[kind], scaling_records())
 
 
 def test_parts_of_the_scaling_suite_are_drawn():
     some = [r for r in scaling_records() if r.case in ("scale-base", "scale-width-64")]
     figure = Figure(layout="constrained")
-    assert plots.scaling(figure, some)
+    assert plots.paint(figure, plots.PICTURES["scaling"], some)
     assert [ax.get_title() for ax in figure.axes] == ["width"]
-    assert not plots.scaling(Figure(), some[:3])
+    assert not plots.paint(Figure(), plots.PICTURES["scaling"], some[:3])
 
 
 def test_nothing_to_plot_draws_nothing(tmp_path):

@@ -13,7 +13,8 @@ from bench_cases import FAST, elementwise_records, named, record, tiny_case, tin
 from rich.console import Console
 
 from fastjac.bench import records as storage
-from fastjac.bench import report, run
+from fastjac.bench import report
+from fastjac.bench.runner import run
 
 
 def test_record_schema():

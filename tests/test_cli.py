@@ -14,10 +14,11 @@ from bench_cases import FAST, interrupting, planted, slightly_off, tiny_case, ti
 from typer.testing import CliRunner
 
 import fastjac
-from fastjac.bench import Contestant, contestants
+from fastjac.bench import contestants
 from fastjac.bench import records as storage
+from fastjac.bench.contestants import Contestant
 from fastjac.cli import __main__ as entry
-from fastjac.cli import bench as command
+from fastjac.cli import commands as command
 from fastjac.cli.commands import app
 
 runner = CliRunner()
@@ -123,7 +124,7 @@ def test_two_files_are_compared(tmp_path, kind):
         assert result.exit_code == 0 and said in flat(result)
     other = file_of("other", 1.0, threads=64)
     result = invoke("bench", "--from", old, "--from", other)
-    assert result.exit_code == 2 and "no case of ours can be compared" in flat(result)
+    assert result.exit_code == 2 and "no case of fastjac can be compared" in flat(result)
     result = invoke("bench", "--from", old, "--from", new, "--from", other)
     assert result.exit_code == 2 and "or two to compare" in flat(result)
 
@@ -161,10 +162,13 @@ def test_ctrl_c_exits_130_and_writes_what_is_done(plant, tmp_path):
     [
         (
             ["--case", "spectreg-tin"],
-            "did you mean spectreg-tiny, dreg-tiny? valid names are: spectreg-tiny,",
+            "Did you mean spectreg-tiny, dreg-tiny? Valid names are: spectreg-tiny,",
         ),
-        (["--suite", "fast"], "suite 'fast' does not exist; the suites are quick, layer-wise"),
-        (["--contestant", "egaer"], "did you mean eager? valid names are: plain, eager, compiled"),
+        (
+            ["--suite", "fast"],
+            "The suite 'fast' does not exist. Valid names are: quick, layer-wise",
+        ),
+        (["--contestant", "egaer"], "Did you mean eager? Valid names are: plain, eager, compiled"),
         (
             ["--contestant", "jacobianreg", "--case", "dreg*"],
             "--contestant jacobianreg: no contestant is left",

@@ -63,7 +63,9 @@ def compare(old: Iterable[Record], new: Iterable[Record]) -> tuple[list[Change],
         of the sets has.
     """
     before, after = _by_key(old), _by_key(new)
-    moved = {key: math.log(new / before[key][0]) for key, (new, _) in after.items() if key in before}
+    moved = {
+        key: math.log(new / before[key][0]) for key, (new, _) in after.items() if key in before
+    }
     ours = [key for key in moved if key[-1].startswith("fastjac")]
     z = NormalDist().inv_cdf(1 - FALSE_ALARM / (2 * max(1, len(ours))))
     changes = []
@@ -74,7 +76,7 @@ def compare(old: Iterable[Record], new: Iterable[Record]) -> tuple[list[Change],
         limit = z * max(within, _between([abs(moved[c]) for c in controls]), FLOOR)
         apart = [moved[key], *(moved[key] - moved[c] for c in controls if c[-2] == key[-2])]
         verdict = "slower" if min(apart) > limit else "faster" if max(apart) < -limit else ""
-        changes.append(Change(*key[-2:], was, now, limit, verdict))
+        changes.append(Change(key[-2], key[-1], was, now, limit, verdict))
     return changes, sorted({f"{key[-2]} ({key[-1]})" for key in before.keys() ^ after.keys()})
 
 

@@ -44,7 +44,7 @@ class Expected:
 
 @dataclass(frozen=True)
 class Gate:
-    """What is expected of ``plain`` (the step without penalty; of an op ``φ(z)``), and of others."""
+    """What is expected of ``plain`` (a step without penalty, or ``φ(z)``) and of the others."""
 
     plain: Expected
     full: Expected

@@ -71,6 +71,7 @@ def hidden_layers(model: nn.Module) -> Iterator[tuple[Layer, nn.BatchNorm2d | No
         elif isinstance(module, ResidualBlock):  # the input of act2 is a sum with the shortcut
             yield module.conv1, module.bn1, module.act1
         elif isinstance(module, nn.TransformerEncoderLayer):
+            assert isinstance(module.activation, nn.GELU)
             yield module.linear1, None, module.activation
 
 
@@ -147,8 +148,8 @@ class WrittenOutDreg(nn.Module):
 def _run(module: nn.Module, x: Tensor, terms: list[Tensor]) -> Tensor:
     """``module(x)``; appends the terms of its hidden layers."""
     if isinstance(module, ResidualBlock):
-        z, gain = _batch_norm(module.bn1, module.conv1(x))
-        a = _gelu(module.act1, z, module.conv1, gain, terms)
+        z, k2 = _batch_norm(module.bn1, module.conv1(x))
+        a = _gelu(module.act1, z, module.conv1, k2, terms)
         return module.act2(module.bn2(module.conv2(a)) + module.shortcut(x))
     if isinstance(module, TransformerClassifier):
         for block in module.encoder.layers:

@@ -61,7 +61,7 @@ def small_resnet(channels: tuple[int, int, int] = (16, 32, 64)) -> nn.Sequential
 
 
 class TransformerClassifier(nn.Module):
-    """Pre-norm encoder with GELU and without dropout for ``[N, T, d]``, mean over T, linear head."""
+    """Pre-norm encoder with GELU for ``[N, T, d]``, no dropout, mean over T, linear head."""
 
     def __init__(self, d: int = 256, heads: int = 4, hidden: int = 1024, layers: int = 4) -> None:
         super().__init__()

@@ -104,11 +104,12 @@ def compiled(problem: OpProblem, backend: str = "inductor") -> Prepared:
 
     example = op(problem.z[0])
     g = [_cotangent(problem, k, example) for k in range(len(problem.g))]
-    function, columns = {
+    choices: dict[str, tuple[Callable[..., Any], tuple[list[Any], ...]]] = {
         "forward": (op, (problem.z,)),
         "backward": (backward, (problem.z, g)),
         "double": (double, (problem.z, g, problem.u)),
-    }[problem.phase]
+    }
+    function, columns = choices[problem.phase]
     run = torch.compile(function, fullgraph=True, backend=backend)
     return _in_turn([functools.partial(run, *row) for row in zip(*columns, strict=True)])
 

@@ -45,17 +45,10 @@ class Mark(NamedTuple):
     """One contestant in one row of a picture; ``plain`` is the plain record of the same case."""
 
     row: str
+    contestant: str
     value: float
     record: Record
     plain: Record | None
-
-    @property
-    def colour(self) -> str:
-        return COLOURS.get(self.record.contestant, OTHER_COLOUR)
-
-    @property
-    def ours(self) -> bool:
-        return self.record.contestant == OURS
 
 
 Panels = dict[str, list[Mark]]
@@ -70,11 +63,11 @@ class Picture:
     Attributes:
         kind: The kind of its records: ``"step"``, ``"elementwise"`` or ``"scaling"``.
         title, note, axis: Its texts; ``axis`` is the label of the x-axis.
-        paint: Paints one panel: ``(ax, heading, marks, rows, picture)``.
+        paint: Paints one panel.
         panels: Splits the marks into panels.
         value: ``(record, plain record of the case)`` -> the number shown; None leaves it out.
         shown: The measured quantity behind a ratio, as text.
-        ceiling, ceiling_name: What the value is compared with, and its entry in the legend.
+        ceiling: What the value is compared with: the entry in the legend, and the column.
         without: The contestants that are left out.
         unit: The height in inches of a bar, of a row of dots, or of a panel of lines.
     """
@@ -87,8 +80,7 @@ class Picture:
     panels: Callable[[Sequence[Mark]], Panels]
     value: Callable[[Record, Record | None], float | None]
     shown: Callable[[Record], str] | None = None
-    ceiling: Callable[[Record], float] = lambda record: 0.0
-    ceiling_name: str = ""
+    ceiling: tuple[str, str] = ("", "")
     without: tuple[str, ...] = ("plain",)
     unit: float = 0.185
 
@@ -104,7 +96,7 @@ class Picture:
                 row = record.activation or record.case
                 if own is not None and self.shown is not None:
                     row += f"\nplain {self.shown(own)}"
-                marks.append(Mark(row, value, record, own))
+                marks.append(Mark(row, record.contestant, value, record, own))
         return marks
 
 
@@ -113,12 +105,13 @@ def families(marks: Sequence[Mark]) -> Panels:
 
     A layer-wise penalty costs a few per cent of a step, an exact Jacobian ten steps.
     """
+    headings = {
+        "layer-wise": "layer-wise penalties",
+        "input-jacobian": "penalties on the input Jacobian",
+    }
     panels: Panels = {}
-    for heading, layerwise in (
-        ("layer-wise penalties", True),
-        ("penalties on the input Jacobian", False),
-    ):
-        mine = [m for m in marks if (IDIOMS[m.record.penalty].suite == "layer-wise") == layerwise]
+    for suite, heading in headings.items():
+        mine = [m for m in marks if IDIOMS[m.record.penalty].suite == suite]
         longest: dict[str, float] = {}
         for mark in mine:
             longest[mark.row] = max(mark.value, longest.get(mark.row, 0.0))
@@ -130,12 +123,13 @@ def families(marks: Sequence[Mark]) -> Panels:
 
 def phases(marks: Sequence[Mark]) -> Panels:
     """One panel for each phase, side by side, with the same rows."""
-    panels = {phase: [m for m in marks if m.record.phase == phase] for phase in PHASES}
-    return {
-        "double backward" if phase == "double" else phase: part
-        for phase, part in panels.items()
-        if part
+    panels = {
+        "double backward" if phase == "double" else phase: [
+            m for m in marks if m.record.phase == phase
+        ]
+        for phase in PHASES
     }
+    return {heading: part for heading, part in panels.items() if part}
 
 
 def whole(marks: Sequence[Mark]) -> Panels:
@@ -147,30 +141,30 @@ def axes_of_scaling(marks: Sequence[Mark]) -> Panels:
     """One panel for each axis: the cases that differ from the base point along it alone."""
     panels: Panels = {}
     for axis, base in SCALING_BASE.items():
-        mine = [m for m in marks if {**_point(m.record), axis: base} == SCALING_BASE]
-        if len({_point(m.record)[axis] for m in mine}) > 1:
+        mine = [m for m in marks if {**_point(m), axis: base} == SCALING_BASE]
+        if len({m.row for m in mine}) > 1:
             panels[axis] = mine
     return panels
 
 
-def _point(record: Record) -> dict[str, int]:
+def _point(mark: Mark) -> dict[str, int]:
     """``"width=256 batch=128"`` as a dict; an axis that is not named is at the base point."""
-    pairs = (part.split("=") for part in record.axes.split())
+    pairs = (part.split("=") for part in mark.record.axes.split())
     return SCALING_BASE | {axis: int(value) for axis, value in pairs}
 
 
 def bars(ax: Axes, heading: str, marks: Sequence[Mark], rows: Rows, picture: Picture) -> None:
     """A group of bars for each row, with a line at 1."""
-    found = {(mark.row, mark.record.contestant): mark for mark in marks}
+    found = {(mark.row, mark.contestant): mark for mark in marks}
     position, ticks = 0.0, []
     for row, contestants in rows.items():
         ticks.append(position + (len(contestants) - 1) / 2)
         for contestant in contestants:
             mark = found.get((row, contestant))
             if mark is not None:
-                ax.barh(position, mark.value, height=0.86, color=mark.colour)
+                ax.barh(position, mark.value, height=0.86, color=_colour(contestant))
                 shown = "" if picture.shown is None else f"  {picture.shown(mark.record)}"
-                _write(ax, mark.value, position, ratio(mark.value) + shown, mark.ours)
+                _write(ax, mark.value, position, ratio(mark.value) + shown, contestant == OURS)
             position += 1
         position += GAP
     ax.axvline(1, color=INK, linewidth=1)
@@ -181,42 +175,45 @@ def bars(ax: Axes, heading: str, marks: Sequence[Mark], rows: Rows, picture: Pic
 
 def dots(ax: Axes, heading: str, marks: Sequence[Mark], rows: Rows, picture: Picture) -> None:
     """For each row a bar up to the ceiling and a dot for each contestant, ours in per cent."""
+    longest = 0.0
     for y, row in enumerate(rows):
         mine = [mark for mark in marks if mark.row == row]
         if not mine:
             continue
-        ceiling = picture.ceiling(mine[0].record)
+        ceiling = getattr(mine[0].record, picture.ceiling[1])
         values = [mark.value for mark in mine]
+        longest = max(longest, ceiling, *values)
         ax.barh(y, ceiling, height=0.7, color=CEILING)
         ax.plot([min(values), max(values)], [y, y], color=MUTED, linewidth=1.2, zorder=2)
-        for mark in sorted(mine, key=lambda mark: mark.ours):  # ours is drawn last, on top
-            ax.scatter(mark.value, y, s=46 if mark.ours else 26, color=mark.colour, zorder=3)
-            if mark.ours:
-                share = f"{100 * mark.value / ceiling:.0f}%"
-                _write(ax, max(*values, ceiling), y, share, ours=True)
+        for mark in sorted(mine, key=lambda mark: mark.contestant == OURS):  # ours on top
+            ours = mark.contestant == OURS
+            ax.scatter(
+                mark.value, y, s=46 if ours else 26, color=_colour(mark.contestant), zorder=3
+            )
+            if ours:
+                _write(ax, max(*values, ceiling), y, f"{100 * mark.value / ceiling:.0f}%", ours)
     ax.set_yticks(range(len(rows)), list(rows))
     ax.set_ylim(len(rows) - 0.4, -0.6)
-    ax.set_xlim(0, 1.16 * max(max(m.value, picture.ceiling(m.record)) for m in marks))
+    ax.set_xlim(0, 1.16 * longest)
 
 
 def lines(ax: Axes, heading: str, marks: Sequence[Mark], rows: Rows, picture: Picture) -> None:
     """A line for each contestant along the axis that the heading names."""
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-    values = sorted({_point(mark.record)[heading] for mark in marks})
-    plain = {_point(mark.record)[heading]: mark.plain for mark in marks}
+    cases = sorted({(_point(mark)[heading], mark.row) for mark in marks})
+    place_of = {row: k for k, (_, row) in enumerate(cases)}
     for contestant in _in_order(marks):
-        mine = {_point(m.record)[heading]: m for m in marks if m.record.contestant == contestant}
-        along = [value for value in values if value in mine]
-        ours = contestant == OURS
+        mine = sorted((place_of[m.row], m.value) for m in marks if m.contestant == contestant)
+        width, size = (2.2, 5) if contestant == OURS else (1.4, 4)
+        colour, above = _colour(contestant), 3 if contestant == OURS else 2
         ax.plot(
-            [values.index(value) for value in along],
-            [mine[value].value for value in along],
+            *zip(*mine, strict=True),
             "o-",
-            color=COLOURS.get(contestant, OTHER_COLOUR),
-            linewidth=2.2 if ours else 1.4,
-            markersize=5 if ours else 4,
-            zorder=3 if ours else 2,
+            color=colour,
+            linewidth=width,
+            markersize=size,
+            zorder=above,
         )
     heights = [1.0, *(mark.value for mark in marks)]
     ax.axhline(1, color=INK, linewidth=1)
@@ -226,82 +223,105 @@ def lines(ax: Axes, heading: str, marks: Sequence[Mark], rows: Rows, picture: Pi
     ax.yaxis.set_minor_locator(NullLocator())
     ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}×"))
     ax.grid(axis="y", color=GRID)
-    times = {value: number(own.median_ms) if own else "" for value, own in plain.items()}
-    ax.set_xticks(range(len(values)), [f"{value}\n{times[value]} ms" for value in values])
+    plain = {mark.row: number(mark.plain.median_ms) if mark.plain else "" for mark in marks}
+    ax.set_xticks(range(len(cases)), [f"{value}\n{plain[row]} ms" for value, row in cases])
 
 
 def _write(ax: Axes, x: float, y: float, text: str, ours: bool) -> None:
     """Write at the end of a bar; the white ground keeps the grid out of the text."""
-    ax.annotate(
-        *(text, (x, y)),
-        xytext=(4, 0),
-        textcoords="offset points",
-        va="center",
-        fontsize=8,
-        fontweight="bold" if ours else "normal",
-        color=INK if ours else MUTED,
-        bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8},
-        zorder=4,
-    )
+    weight, colour = ("bold", INK) if ours else ("normal", MUTED)
+    ground = {"facecolor": "white", "edgecolor": "none", "pad": 0.8}
+    where: Any = {"xytext": (4, 0), "textcoords": "offset points", "va": "center", "zorder": 4}
+    ax.annotate(text, (x, y), fontsize=8, fontweight=weight, color=colour, bbox=ground, **where)
+
+
+def _colour(contestant: str) -> str:
+    return COLOURS.get(contestant, OTHER_COLOUR)
 
 
 def _in_order(marks: Iterable[Mark]) -> list[str]:
     """The contestants in the order of the tables."""
-    present = {mark.record.contestant for mark in marks}
+    present = {mark.contestant for mark in marks}
     return [name for name in COLOURS if name in present] + sorted(present - COLOURS.keys())
+
+
+def _overhead(record: Record, plain: Record | None) -> float | None:
+    return record.overhead
+
+
+def _memory(record: Record, plain: Record | None) -> float | None:
+    return record.peak_mb / plain.peak_mb if record.peak_mb and plain and plain.peak_mb else None
+
+
+def _rate(record: Record, plain: Record | None) -> float | None:
+    return (record.pct_gemm or 0.0) * (record.gemm_gflops or 0.0) / 100 or None
 
 
 PICTURES = {
     "overhead": Picture(
-        *("step", "Training step with a Jacobian penalty"),
-        *("time over the same step without penalty (1×); shorter is better", "time / plain step"),
-        *(bars, families, lambda record, plain: record.overhead),
+        "step",
+        "Training step with a Jacobian penalty",
+        "time over the same step without penalty (1×); shorter is better",
+        "time / plain step",
+        bars,
+        families,
+        _overhead,
         shown=lambda record: f"{number(record.median_ms)} ms",
     ),
     "scaling": Picture(
-        *("scaling", "SpectReg on an MLP: how the cost scales"),
+        "scaling",
+        "SpectReg on an MLP: how the cost scales",
         "time over the step without penalty, whose ms stand below; elsewhere "
         + ", ".join(f"{axis} {value}" for axis, value in SCALING_BASE.items()),
-        *("", lines, axes_of_scaling, lambda record, plain: record.overhead),
+        "",
+        lines,
+        axes_of_scaling,
+        _overhead,
         unit=2.1,
     ),
     "roofline": Picture(
-        *("step", "Training steps: rate of the matrix products"),
+        "step",
+        "Training steps: rate of the matrix products",
         "operations that the case needs over the whole step's time; the bar behind, and the "
         "percentage:\nof the rate of a large matrix product in the same rounds",
-        *("GFLOP/s", dots, whole),
-        lambda record, plain: (
-            record.pct_gemm * record.gemm_gflops / 100
-            if record.pct_gemm and record.gemm_gflops
-            else None
-        ),
-        ceiling=lambda record: record.gemm_gflops or 0.0,
-        ceiling_name="GEMM ceiling",
+        "GFLOP/s",
+        dots,
+        whole,
+        _rate,
+        ceiling=("GEMM ceiling", "gemm_gflops"),
         without=(),
         unit=0.27,
     ),
     "memory": Picture(
-        *("step", "Peak memory of a training step"),
+        "step",
+        "Peak memory of a training step",
         "allocated above parameters and inputs, over the same step without penalty (1×)",
-        *("peak memory / plain step", bars, families),
-        lambda record, plain: (
-            record.peak_mb / plain.peak_mb if record.peak_mb and plain and plain.peak_mb else None
-        ),
+        "peak memory / plain step",
+        bars,
+        families,
+        _memory,
         shown=lambda record: f"{number(record.peak_mb)} MB",
     ),
     "speedup": Picture(
-        *("elementwise", "Activations: speed-up over eager torch"),
+        "elementwise",
+        "Activations: speed-up over eager torch",
         "right of the line is faster than torch's own kernels",
-        *("eager time / time", bars, phases, lambda record, plain: record.vs_eager),
+        "eager time / time",
+        bars,
+        phases,
+        lambda record, plain: record.vs_eager,
         without=("plain", "eager"),
     ),
     "bandwidth": Picture(
-        *("elementwise", "Activations: memory bandwidth"),
+        "elementwise",
+        "Activations: memory bandwidth",
         "bytes the op must move over its time; the bar behind, and the percentage:\n"
         "of the bandwidth of Tensor.clone in the same rounds",
-        *("GB/s", dots, phases, lambda record, plain: record.gbps),
-        ceiling=lambda record: record.copy_gbps or 0.0,
-        ceiling_name="copy",
+        "GB/s",
+        dots,
+        phases,
+        lambda record, plain: record.gbps,
+        ceiling=("copy", "copy_gbps"),
         unit=0.27,
     ),
 }
@@ -357,25 +377,23 @@ def paint(figure: Figure, picture: Picture, records: Sequence[Record]) -> bool:
     if not panels:
         return False
     beside = picture.panels is phases
-    rows = {
-        heading: {
-            row: _in_order(m for m in (marks if beside else part) if m.row == row)
-            for row in dict.fromkeys(m.row for m in (marks if beside else part))
-        }
-        for heading, part in panels.items()
-    }
+    rows: dict[str, Rows] = {}
+    for heading, part in panels.items():
+        shown = marks if beside else part
+        names = dict.fromkeys(mark.row for mark in shown)
+        rows[heading] = {row: _in_order(m for m in shown if m.row == row) for row in names}
     columns = len(panels) if beside else min(2, len(panels)) if picture.paint is lines else 1
-    # The heights of the rows of panels, in units.
+    sizes = [1.0 for _ in panels]
     if picture.paint is bars:
-        sizes = [sum(len(names) + GAP for names in rows[h].values()) for h in panels]
-    else:
-        sizes = [1.0 if picture.paint is lines else len(rows[h]) for h in panels]
-    sizes = sizes[::columns]
+        sizes = [sum(len(names) + GAP for names in mine.values()) for mine in rows.values()]
+    elif picture.paint is dots:
+        sizes = [float(len(mine)) for mine in rows.values()]
+    sizes = sizes[::columns]  # of the rows of panels, in units
     width = 1.6 + 3.1 * columns if beside else 8.6
     body = 0.1 + sum(0.65 + picture.unit * size for size in sizes)
-    keys = {name: COLOURS.get(name, OTHER_COLOUR) for name in _in_order(marks)}
-    if picture.ceiling_name:
-        keys[picture.ceiling_name] = CEILING
+    keys = {name: _colour(name) for name in _in_order(marks)}
+    if picture.ceiling[0]:
+        keys[picture.ceiling[0]] = CEILING
     _frame(figure, picture, marks[0].record, keys, width, body)
     grid = figure.subplots(len(sizes), columns, squeeze=False, sharey=beside, height_ratios=sizes)
     for ax in grid.flat[len(panels) :]:
@@ -402,18 +420,10 @@ def _frame(
     """
     from matplotlib.patches import Patch
 
-    legend: list[list[Patch]] = [[]]
-    used = 0.0
-    for label, colour in keys.items():
-        wanted = 0.42 + 0.075 * len(label)
-        if used + wanted > width:
-            legend.append([])
-            used = 0.0
-        legend[-1].append(Patch(color=colour, label=label))
-        used += wanted
+    columns = int(width / 1.6)
     below_note = 0.44 + 0.16 * (picture.note.count("\n") + 1)
     below = 0.26
-    height = below_note + 0.22 * len(legend) + 0.13 + body + below
+    height = below_note + 0.22 * -(-len(keys) // columns) + 0.13 + body + below
     figure.set_size_inches(width, height)
     engine: Any = figure.get_layout_engine()
     engine.set(rect=(0, below / height, 1, body / height), w_pad=0.1, h_pad=0.06)
@@ -422,15 +432,13 @@ def _frame(
     figure.text(left, 1 - 0.43 / height, picture.note, fontsize=9, color=MUTED, va="top")
     where = f"{place(first)}, {first.dtype}; {versions_of(first)}"
     figure.text(left, 0.13 / height, where, fontsize=7.5, color=MUTED, va="center")
-    for k, patches in enumerate(legend):
-        figure.legend(
-            handles=patches,
-            loc="upper left",
-            bbox_to_anchor=(0.09 / width, 1 - (below_note + 0.22 * k) / height),
-            bbox_transform=figure.transFigure,
-            ncols=len(patches),
-            columnspacing=1.4,
-            handlelength=1.0,
-            handleheight=1.0,
-            borderaxespad=0.2,
-        )
+    patches = [Patch(color=colour, label=label) for label, colour in keys.items()]
+    figure.legend(
+        # matplotlib fills the columns of a legend one after the other.
+        handles=[patch for k in range(columns) for patch in patches[k::columns]],
+        ncols=min(columns, len(patches)),
+        loc="upper left",
+        bbox_to_anchor=(0.09 / width, 1 - below_note / height),
+        bbox_transform=figure.transFigure,
+        **{"columnspacing": 1.4, "handlelength": 1.0, "handleheight": 1.0, "borderaxespad": 0.2},
+    )

@@ -57,9 +57,7 @@ def training_step(model: nn.Module, backward: Callable[[], object]) -> Prepared:
 def plain(problem: StepProblem) -> Prepared:
     """Forward, loss, backward."""
     model = copy.deepcopy(problem.model)
-    return training_step(
-        model, lambda: problem.loss(model(problem.x), problem.target).backward()
-    )
+    return training_step(model, lambda: problem.loss(model(problem.x), problem.target).backward())
 
 
 def _penalised(
@@ -68,7 +66,7 @@ def _penalised(
     forward: Callable[[], tuple[Tensor, Tensor]],
     weight: float | None = None,
 ) -> Prepared:
-    """The step with the value of ``forward`` added to the loss, times the weight if one is given."""
+    """The step with the value of ``forward``, times the weight if given, added to the loss."""
 
     def backward() -> None:
         output, value = forward()
@@ -88,9 +86,7 @@ def jacobian_reg(problem: StepProblem) -> Prepared:
     """See :meth:`fastjac.bench.idioms.InputJacobian.by_jacobian_reg`."""
     model, idiom = copy.deepcopy(problem.model), IDIOMS[problem.penalty]
     assert isinstance(idiom, InputJacobian)
-    return _penalised(
-        problem, model, lambda: idiom.by_jacobian_reg(problem, model), problem.weight
-    )
+    return _penalised(problem, model, lambda: idiom.by_jacobian_reg(problem, model), problem.weight)
 
 
 def compiled(problem: StepProblem, backend: str = "inductor") -> Prepared:
