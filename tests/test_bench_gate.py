@@ -21,16 +21,14 @@ from bench_cases import (
     tiny_op,
     tiny_problem,
 )
-from torch import nn
 
 import fastjac
 from fastjac.activations import TABLE
 from fastjac.bench import contestants as entrants
 from fastjac.bench import phases, steps
 from fastjac.bench.gate import open_gate, relative_error
-from fastjac.bench.layer_idioms import EagerDreg, WrittenOutDreg
-from fastjac.bench.networks import mlp
-from fastjac.bench.problems import PHASES, step_problem
+from fastjac.bench.layer_idioms import EagerDreg
+from fastjac.bench.problems import PHASES
 from fastjac.bench.runner import run
 
 
@@ -67,18 +65,6 @@ def test_the_compiled_engine_passes_the_gate(penalty, monkeypatch):
     assert prepared.engine == "compiled"
 
 
-@pytest.mark.usefixtures("no_stale_graphs")
-def test_the_compiled_form_takes_batch_norm():
-    def network():
-        return nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.GELU(), nn.Linear(8, 3))
-
-    problem = step_problem(network, (5, 6), "spectreg", device=CPU, dtype=torch.float32, outputs=3)
-    gate = open_gate(problem, torch.float32)
-    gradients = steps.compiled(problem, backend="aot_eager").gradients()
-    assert gate.full.error(gradients) <= gate.full.limit
-    assert problem.model[1].running_mean is not None  # a copy was changed, not the problem
-
-
 @pytest.mark.parametrize("case", NETWORKS)
 def test_all_forms_find_the_same_layers(case):
     problem = tiny_problem(case)
@@ -106,22 +92,6 @@ def test_a_wrong_layer_wise_penalty_is_caught(case, fault, dtype):
     gate = open_gate(problem, dtype)
     assert gate.full.error(layerwise_gradients(problem)) <= gate.full.limit
     assert gate.full.error(layerwise_gradients(problem, fault)) > gate.full.limit
-
-
-def test_layer_wise_idioms_refuse_what_they_cannot_do():
-    relu = mlp([3, 4, 2], nn.ReLU)
-    with pytest.raises(ValueError, match="followed by a GELU"):
-        EagerDreg(relu)
-    with pytest.raises(TypeError, match="that of ReLU"):
-        WrittenOutDreg(relu)(torch.zeros(2, 3))
-
-
-def test_plain_computes_no_input_gradient():
-    problem = tiny_problem("spectreg")
-    seen = []
-    problem.model.register_forward_pre_hook(lambda module, args: seen.append(args[0].requires_grad))
-    steps.plain(problem).step()
-    assert seen == [False]
 
 
 @pytest.mark.parametrize("phase", PHASES)
@@ -200,6 +170,5 @@ def test_the_gate_counts_the_products():
     # forward, both gradients of each layer but the one of x
     assert gate.plain.gflop * 1e9 == pytest.approx(3 * sum(products) - products[0])
     # VJP and JVP, and the weights' gradient of the VJP, but the output layer's w is a constant
-    assert gate.full.gflop * 1e9 == pytest.approx(
-        6 * sum(products) - products[0] - products[2], rel=0.1
-    )
+    full = 6 * sum(products) - products[0] - products[2]
+    assert gate.full.gflop * 1e9 == pytest.approx(full, rel=0.1)
