@@ -10,11 +10,10 @@ from unittest import mock
 
 import torch
 
-from fastjac.bench import layer_idioms, steps
+from fastjac.bench import idioms, steps
 from fastjac.bench.cases import Case
 from fastjac.bench.contestants import Contestant, select_contestants
-from fastjac.bench.idioms import IDIOMS
-from fastjac.bench.layer_idioms import EagerDreg
+from fastjac.bench.idioms import IDIOMS, EagerDreg
 from fastjac.bench.measure import Options
 from fastjac.bench.networks import TransformerClassifier, mlp, small_resnet
 from fastjac.bench.problems import PHASES, StepProblem, op_problem, squared_error, step_problem
@@ -135,9 +134,9 @@ class SlopeConstant(EagerDreg):
     """The gradient of the weights alone: the second-order term is dropped."""
 
     def __call__(self, x):
-        term = layer_idioms.penalty_term
+        term = idioms.penalty_term
         with mock.patch.object(
-            layer_idioms, "penalty_term", lambda slope, *rest: term(slope.detach(), *rest)
+            idioms, "penalty_term", lambda slope, *rest: term(slope.detach(), *rest)
         ):
             return super().__call__(x)
 

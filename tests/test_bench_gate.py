@@ -22,12 +22,10 @@ from bench_cases import (
     tiny_problem,
 )
 
-import fastjac
 from fastjac.activations import TABLE
 from fastjac.bench import contestants as entrants
 from fastjac.bench import phases, steps
 from fastjac.bench.gate import open_gate, relative_error
-from fastjac.bench.layer_idioms import EagerDreg
 from fastjac.bench.problems import PHASES
 from fastjac.bench.runner import run
 
@@ -63,19 +61,6 @@ def test_the_compiled_engine_passes_the_gate(penalty, monkeypatch):
     prepared = steps.ours(problem, engine="compiled")
     assert gate.full.error(prepared.gradients()) <= gate.full.limit
     assert prepared.engine == "compiled"
-
-
-@pytest.mark.parametrize("case", NETWORKS)
-def test_all_forms_find_the_same_layers(case):
-    problem = tiny_problem(case)
-    names = {module: name for name, module in problem.model.named_modules()}
-    penalty = fastjac.DREG(problem.model)
-    problem.model(problem.x)
-    penalty()
-    penalty.detach()
-    eager = [names[layer] for layer, _, _ in EagerDreg(problem.model).layers]
-    assert penalty.layers_found == eager
-    assert len(eager) == {"dreg-resnet": 4, "dreg-transformer": 2}[case]
 
 
 @pytest.mark.parametrize(

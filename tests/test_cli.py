@@ -56,14 +56,6 @@ def plant(monkeypatch):
     return add
 
 
-def test_json_on_standard_output_is_nothing_but_json():
-    result = invoke("bench", "--case", "spectreg-tiny", "--contestant", "eager", "--json", "-")
-    assert result.exit_code == 0, result.output
-    found = [(r["case"], r["contestant"]) for r in json.loads(result.stdout)]
-    assert found == [("spectreg-tiny", "plain"), ("spectreg-tiny", "eager")]
-    assert "Training step" in result.stderr
-
-
 def test_files_are_written_and_shown_again(tmp_path, monkeypatch):
     args = ("bench", "--contestant", "eager", "--contestant", "fastjac")
     files = ("--json", tmp_path / "r.json", "--csv", tmp_path / "r.csv", "--plot", tmp_path / "p")

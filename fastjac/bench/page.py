@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from fastjac.bench.records import Record, load
@@ -70,53 +70,42 @@ def sections(
     return lines[1:] or ["Nothing was measured yet."]
 
 
-def _columns(cases: Cases) -> list[str]:
-    return [name for name in CONTESTANTS if any(name in found for found in cases.values())]
-
-
-def _headings(columns: Sequence[str]) -> list[str]:
-    return ["JacobianReg" if name == "jacobianreg" else name for name in columns]
+def _grid(cases: Cases, first: str, cell: Callable[[str, dict[str, Record]], str]) -> Rows:
+    """A row for each case and a column for each contestant."""
+    columns = [name for name in CONTESTANTS if any(name in found for found in cases.values())]
+    headings = ["JacobianReg" if name == "jacobianreg" else name for name in columns]
+    rows = [[f"`{case}`", *(cell(c, found) for c in columns)] for case, found in cases.items()]
+    return [[first, *headings], *rows]
 
 
 def _time(cases: Cases) -> Rows:
-    columns = _columns(cases)
-    rows = [["case", *_headings(columns)]]
-    if "plain" in columns:
-        rows[0][1] = "plain, ms"
-    for case, found in cases.items():
-        fastest = min(r.overhead or 0 for name, r in found.items() if name in columns[1:])
-        cells = {
-            name: number(r.median_ms)
-            if name == "plain"
-            else f"**{ratio(r.overhead)}**"
-            if r.overhead == fastest
-            else ratio(r.overhead)
-            for name, r in found.items()
-        }
-        rows.append([f"`{case}`", *(cells.get(name, "–") for name in columns)])
-    return rows
+    def cell(name: str, found: dict[str, Record]) -> str:
+        if name not in found:
+            return "–"
+        if name == "plain":
+            return number(found[name].median_ms)
+        fastest = min(found[c].overhead or 0 for c in CONTESTANTS[1:] if c in found)
+        text = ratio(found[name].overhead)
+        return f"**{text}**" if found[name].overhead == fastest else text
+
+    (first, plain, *rest), *rows = _grid(cases, "case", cell)
+    return [[first, plain.replace("plain", "plain, ms"), *rest], *rows]
 
 
-def _peak(record: Record | None) -> str:
-    return number(record.peak_mb if record else None) or "–"
+def _peak(name: str, found: dict[str, Record]) -> str:
+    return number(found[name].peak_mb if name in found else None) or "–"
 
 
 def _memory(cases: Cases) -> Rows:
-    columns = _columns(cases)
-    rows = [["case, MB", *_headings(columns)]]
-    for case, found in cases.items():
-        rows.append([f"`{case}`", *(_peak(found.get(name)) for name in columns)])
-    return rows
+    return _grid(cases, "case, MB", _peak)
 
 
 def _summary(cases: Cases) -> Rows:
-    head, *rows = _time(cases)
-    peaks = [
-        f"{_peak(found['fastjac'])} ({_peak(found['eager'])})" if "eager" in found else "–"
-        for found in cases.values()
-    ]
-    more = [[*row, peak] for row, peak in zip(rows, peaks, strict=True)]
-    return [[*head, "MB: fastjac (eager)"], *more]
+    peaks = ["MB: fastjac (eager)"]
+    for found in cases.values():
+        both = f"{_peak('fastjac', found)} ({_peak('eager', found)})"
+        peaks.append(both if "eager" in found else "–")
+    return [[*row, peak] for row, peak in zip(_time(cases), peaks, strict=True)]
 
 
 def _elementwise(cases: Cases) -> Rows:

@@ -48,10 +48,6 @@ def versions_of(record: Record) -> str:
     return f"torch {record.torch}, fastjac {record.fastjac} {record.commit}".rstrip()
 
 
-def _format(value: float | None, how: str) -> str:
-    return "" if value is None else how.format(value)
-
-
 def _versus(value: float | None) -> Text:
     """Green if faster than eager, red if slower, without colour within 2%."""
     style = "" if value is None else "green" if value > 1.02 else "red" if value < 0.98 else ""
@@ -63,14 +59,14 @@ COLUMNS: dict[str, Callable[[Record], str | Text]] = {
     "ms": lambda r: Text(number(r.median_ms), style="bold"),
     "p20 - p80": lambda r: f"{number(r.p20_ms)} - {number(r.p80_ms)}" if r.p80_ms else "",
     "× plain": lambda r: ratio(r.overhead) if r.kind == "step" else "",
-    "% GEMM": lambda r: _format(r.pct_gemm, "{:.0f}%"),
+    "% GEMM": lambda r: "" if r.pct_gemm is None else f"{r.pct_gemm:.0f}%",
     "GB/s": lambda r: number(r.gbps),
-    "% copy": lambda r: _format(r.pct_copy, "{:.0f}%"),
+    "% copy": lambda r: "" if r.pct_copy is None else f"{r.pct_copy:.0f}%",
     "vs eager": lambda r: _versus(r.vs_eager),
     "peak MB": lambda r: number(r.peak_mb),
-    "kernels": lambda r: _format(r.kernels, "{}"),
-    "rel err": lambda r: _format(r.rel_err, "{:.1e}"),
-    "compile s": lambda r: _format(r.compile_s, "{:.1f}"),
+    "kernels": lambda r: "" if r.kernels is None else str(r.kernels),
+    "rel err": lambda r: "" if r.rel_err is None else f"{r.rel_err:.1e}",
+    "compile s": lambda r: "" if r.compile_s is None else f"{r.compile_s:.1f}",
 }
 #: The columns that a terminal narrower than WIDE_FROM does not show.
 WIDE = ("p20 - p80", "% GEMM", "rel err", "compile s")

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import fastjac
-from fastjac.bench.idioms import IDIOMS, InputJacobian
-from fastjac.bench.layer_idioms import LayerWise
+from fastjac.bench.idioms import IDIOMS, InputJacobian, LayerWise
 from fastjac.bench.problems import StepProblem
 
 
