@@ -1,7 +1,7 @@
 """PNG pictures of records: :data:`PICTURES` declares six, and :func:`draw` draws them.
 
-A picture has panels, and a panel has rows: a case or an activation each. Bars start at 0 on linear
-axes. A contestant has the same colour in every picture.
+A picture has panels, and a panel has rows, one for each case or activation. ``painters`` paints the
+panels.
 """
 
 from __future__ import annotations
@@ -11,11 +11,24 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from fastjac.bench.cases import SCALING_BASE
-from fastjac.bench.contestants import OTHER_COLOUR, all_contestants
 from fastjac.bench.idioms import IDIOMS
+from fastjac.bench.painters import (
+    CEILING,
+    GAP,
+    MUTED,
+    STYLE,
+    Mark,
+    Rows,
+    bars,
+    colour_of,
+    dots,
+    in_order,
+    lines,
+    point,
+)
 from fastjac.bench.problems import PHASES
 from fastjac.bench.records import Record
 from fastjac.bench.report import number, place, ratio, versions_of
@@ -24,36 +37,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-COLOURS = {contestant.name: contestant.colour for contestant in all_contestants()}
-INK, MUTED, GRID, CEILING = "#22262b", "#6a7079", "#e4e6e9", "#e6e8eb"
-OURS = "fastjac"
-#: The space between two groups of bars, in bars.
-GAP = 0.9
-#: The labels of the logarithmic axis of the scaling picture.
-TICKS = (0.5, 1, 1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32)
-STYLE: Any = {
-    **{"font.size": 9, "text.color": INK, "figure.dpi": 160, "legend.frameon": False},
-    **{"axes.edgecolor": GRID, "axes.labelcolor": MUTED, "axes.axisbelow": True},
-    **{"axes.titlesize": 10, "axes.titleweight": "bold", "axes.titlelocation": "left"},
-    **{"axes.spines.top": False, "axes.spines.right": False, "axes.spines.left": False},
-    **{"axes.grid": True, "axes.grid.axis": "x", "grid.color": GRID},
-    **{"xtick.color": MUTED, "ytick.color": INK, "xtick.bottom": False, "ytick.left": False},
-}
-
-
-class Mark(NamedTuple):
-    """One contestant in one row of a picture; ``plain`` is the plain record of the same case."""
-
-    row: str
-    contestant: str
-    value: float
-    record: Record
-    plain: Record | None
-
-
 Panels = dict[str, list[Mark]]
-#: Row -> its contestants, in the order of the tables.
-Rows = dict[str, list[str]]
 
 
 @dataclass(frozen=True)
@@ -63,7 +47,7 @@ class Picture:
     Attributes:
         kind: The kind of its records: ``"step"``, ``"elementwise"`` or ``"scaling"``.
         title, note, axis: Its texts; ``axis`` is the label of the x-axis.
-        paint: Paints one panel.
+        paint: Paints one panel: ``(ax, heading, marks, rows)``.
         panels: Splits the marks into panels.
         value: ``(record, plain record of the case)`` -> the number shown; None leaves it out.
         shown: The measured quantity behind a ratio, as text.
@@ -76,7 +60,7 @@ class Picture:
     title: str
     note: str
     axis: str
-    paint: Callable[[Axes, str, Sequence[Mark], Rows, Picture], None]
+    paint: Callable[[Axes, str, Sequence[Mark], Rows], None]
     panels: Callable[[Sequence[Mark]], Panels]
     value: Callable[[Record, Record | None], float | None]
     shown: Callable[[Record], str] | None = None
@@ -96,7 +80,11 @@ class Picture:
                 row = record.activation or record.case
                 if own is not None and self.shown is not None:
                     row += f"\nplain {self.shown(own)}"
-                marks.append(Mark(row, record.contestant, value, record, own))
+                text = ratio(value) + ("" if self.shown is None else f"  {self.shown(record)}")
+                ceiling = getattr(record, self.ceiling[1], 0.0)
+                if ceiling:
+                    text = f"{100 * value / ceiling:.0f}%"
+                marks.append(Mark(row, record.contestant, value, text, ceiling, record, own))
         return marks
 
 
@@ -123,138 +111,21 @@ def families(marks: Sequence[Mark]) -> Panels:
 
 def phases(marks: Sequence[Mark]) -> Panels:
     """One panel for each phase, side by side, with the same rows."""
-    panels = {
-        "double backward" if phase == "double" else phase: [
-            m for m in marks if m.record.phase == phase
-        ]
-        for phase in PHASES
-    }
-    return {heading: part for heading, part in panels.items() if part}
-
-
-def whole(marks: Sequence[Mark]) -> Panels:
-    """A single panel."""
-    return {"": list(marks)}
+    panels: Panels = {}
+    for mark in sorted(marks, key=lambda mark: [*PHASES].index(mark.record.phase)):
+        heading = "double backward" if mark.record.phase == "double" else mark.record.phase
+        panels.setdefault(heading, []).append(mark)
+    return panels
 
 
 def axes_of_scaling(marks: Sequence[Mark]) -> Panels:
     """One panel for each axis: the cases that differ from the base point along it alone."""
     panels: Panels = {}
     for axis, base in SCALING_BASE.items():
-        mine = [m for m in marks if {**_point(m), axis: base} == SCALING_BASE]
+        mine = [m for m in marks if {**point(m), axis: base} == SCALING_BASE]
         if len({m.row for m in mine}) > 1:
             panels[axis] = mine
     return panels
-
-
-def _point(mark: Mark) -> dict[str, int]:
-    """``"width=256 batch=128"`` as a dict; an axis that is not named is at the base point."""
-    pairs = (part.split("=") for part in mark.record.axes.split())
-    return SCALING_BASE | {axis: int(value) for axis, value in pairs}
-
-
-def bars(ax: Axes, heading: str, marks: Sequence[Mark], rows: Rows, picture: Picture) -> None:
-    """A group of bars for each row, with a line at 1."""
-    found = {(mark.row, mark.contestant): mark for mark in marks}
-    position, ticks = 0.0, []
-    for row, contestants in rows.items():
-        ticks.append(position + (len(contestants) - 1) / 2)
-        for contestant in contestants:
-            mark = found.get((row, contestant))
-            if mark is not None:
-                ax.barh(position, mark.value, height=0.86, color=_colour(contestant))
-                shown = "" if picture.shown is None else f"  {picture.shown(mark.record)}"
-                _write(ax, mark.value, position, ratio(mark.value) + shown, contestant == OURS)
-            position += 1
-        position += GAP
-    ax.axvline(1, color=INK, linewidth=1)
-    ax.set_yticks(ticks, list(rows))
-    ax.set_ylim(position - GAP - 0.4, -0.6)
-    ax.set_xlim(0, 1.22 * max(1.0, *(mark.value for mark in marks)))
-
-
-def dots(ax: Axes, heading: str, marks: Sequence[Mark], rows: Rows, picture: Picture) -> None:
-    """For each row a bar up to the ceiling and a dot for each contestant, ours in per cent."""
-    longest = 0.0
-    for y, row in enumerate(rows):
-        mine = [mark for mark in marks if mark.row == row]
-        if not mine:
-            continue
-        ceiling = getattr(mine[0].record, picture.ceiling[1])
-        values = [mark.value for mark in mine]
-        longest = max(longest, ceiling, *values)
-        ax.barh(y, ceiling, height=0.7, color=CEILING)
-        ax.plot([min(values), max(values)], [y, y], color=MUTED, linewidth=1.2, zorder=2)
-        for mark in sorted(mine, key=lambda mark: mark.contestant == OURS):  # ours on top
-            ours = mark.contestant == OURS
-            ax.scatter(
-                mark.value, y, s=46 if ours else 26, color=_colour(mark.contestant), zorder=3
-            )
-            if ours:
-                _write(ax, max(*values, ceiling), y, f"{100 * mark.value / ceiling:.0f}%", ours)
-    ax.set_yticks(range(len(rows)), list(rows))
-    ax.set_ylim(len(rows) - 0.4, -0.6)
-    ax.set_xlim(0, 1.16 * longest)
-
-
-def lines(ax: Axes, heading: str, marks: Sequence[Mark], rows: Rows, picture: Picture) -> None:
-    """A line for each contestant along the axis that the heading names."""
-    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
-
-    cases = sorted({(_point(mark)[heading], mark.row) for mark in marks})
-    place_of = {row: k for k, (_, row) in enumerate(cases)}
-    for contestant in _in_order(marks):
-        mine = sorted((place_of[m.row], m.value) for m in marks if m.contestant == contestant)
-        width, size = (2.2, 5) if contestant == OURS else (1.4, 4)
-        colour, above = _colour(contestant), 3 if contestant == OURS else 2
-        ax.plot(
-            *zip(*mine, strict=True),
-            "o-",
-            color=colour,
-            linewidth=width,
-            markersize=size,
-            zorder=above,
-        )
-    heights = [1.0, *(mark.value for mark in marks)]
-    ax.axhline(1, color=INK, linewidth=1)
-    ax.set_yscale("log")
-    ax.set_ylim(0.9 * min(heights), 1.15 * max(heights))
-    ax.yaxis.set_major_locator(FixedLocator(TICKS))
-    ax.yaxis.set_minor_locator(NullLocator())
-    ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}×"))
-    ax.grid(axis="y", color=GRID)
-    plain = {mark.row: number(mark.plain.median_ms) if mark.plain else "" for mark in marks}
-    ax.set_xticks(range(len(cases)), [f"{value}\n{plain[row]} ms" for value, row in cases])
-
-
-def _write(ax: Axes, x: float, y: float, text: str, ours: bool) -> None:
-    """Write at the end of a bar; the white ground keeps the grid out of the text."""
-    weight, colour = ("bold", INK) if ours else ("normal", MUTED)
-    ground = {"facecolor": "white", "edgecolor": "none", "pad": 0.8}
-    where: Any = {"xytext": (4, 0), "textcoords": "offset points", "va": "center", "zorder": 4}
-    ax.annotate(text, (x, y), fontsize=8, fontweight=weight, color=colour, bbox=ground, **where)
-
-
-def _colour(contestant: str) -> str:
-    return COLOURS.get(contestant, OTHER_COLOUR)
-
-
-def _in_order(marks: Iterable[Mark]) -> list[str]:
-    """The contestants in the order of the tables."""
-    present = {mark.contestant for mark in marks}
-    return [name for name in COLOURS if name in present] + sorted(present - COLOURS.keys())
-
-
-def _overhead(record: Record, plain: Record | None) -> float | None:
-    return record.overhead
-
-
-def _memory(record: Record, plain: Record | None) -> float | None:
-    return record.peak_mb / plain.peak_mb if record.peak_mb and plain and plain.peak_mb else None
-
-
-def _rate(record: Record, plain: Record | None) -> float | None:
-    return (record.pct_gemm or 0.0) * (record.gemm_gflops or 0.0) / 100 or None
 
 
 PICTURES = {
@@ -265,7 +136,7 @@ PICTURES = {
         "time / plain step",
         bars,
         families,
-        _overhead,
+        lambda record, plain: record.overhead,
         shown=lambda record: f"{number(record.median_ms)} ms",
     ),
     "scaling": Picture(
@@ -276,7 +147,7 @@ PICTURES = {
         "",
         lines,
         axes_of_scaling,
-        _overhead,
+        lambda record, plain: record.overhead,
         unit=2.1,
     ),
     "roofline": Picture(
@@ -286,8 +157,8 @@ PICTURES = {
         "percentage:\nof the rate of a large matrix product in the same rounds",
         "GFLOP/s",
         dots,
-        whole,
-        _rate,
+        lambda marks: {"": list(marks)},
+        lambda record, plain: (record.pct_gemm or 0) * (record.gemm_gflops or 0) / 100 or None,
         ceiling=("GEMM ceiling", "gemm_gflops"),
         without=(),
         unit=0.27,
@@ -299,7 +170,9 @@ PICTURES = {
         "peak memory / plain step",
         bars,
         families,
-        _memory,
+        lambda record, plain: (
+            record.peak_mb / plain.peak_mb if record.peak_mb and plain and plain.peak_mb else None
+        ),
         shown=lambda record: f"{number(record.peak_mb)} MB",
     ),
     "speedup": Picture(
@@ -327,14 +200,6 @@ PICTURES = {
 }
 
 
-def require_matplotlib() -> None:
-    """Raise RuntimeError with the remedy if matplotlib is not installed."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise RuntimeError('Plots need matplotlib: pip install "fastjac[bench]"') from error
-
-
 def draw(records: Iterable[Record], folder: Path) -> list[Path]:
     """Draw every picture that the records allow, for each machine, device, dtype and thread count.
 
@@ -344,7 +209,6 @@ def draw(records: Iterable[Record], folder: Path) -> list[Path]:
     Returns:
         The paths of the files, ``overhead-cpu-float32-2t.png`` and so on.
     """
-    require_matplotlib()
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -373,7 +237,7 @@ def draw(records: Iterable[Record], folder: Path) -> list[Path]:
 def paint(figure: Figure, picture: Picture, records: Sequence[Record]) -> bool:
     """Draw a picture of the records; False if they have nothing for it."""
     marks = picture.marks(records)
-    panels = picture.panels(marks) if _in_order(marks) not in ([], ["plain"]) else {}
+    panels = picture.panels(marks) if in_order(marks) not in ([], ["plain"]) else {}
     if not panels:
         return False
     beside = picture.panels is phases
@@ -381,7 +245,7 @@ def paint(figure: Figure, picture: Picture, records: Sequence[Record]) -> bool:
     for heading, part in panels.items():
         shown = marks if beside else part
         names = dict.fromkeys(mark.row for mark in shown)
-        rows[heading] = {row: _in_order(m for m in shown if m.row == row) for row in names}
+        rows[heading] = {row: in_order(m for m in shown if m.row == row) for row in names}
     columns = len(panels) if beside else min(2, len(panels)) if picture.paint is lines else 1
     sizes = [1.0 for _ in panels]
     if picture.paint is bars:
@@ -391,7 +255,7 @@ def paint(figure: Figure, picture: Picture, records: Sequence[Record]) -> bool:
     sizes = sizes[::columns]  # of the rows of panels, in units
     width = 1.6 + 3.1 * columns if beside else 8.6
     body = 0.1 + sum(0.65 + picture.unit * size for size in sizes)
-    keys = {name: _colour(name) for name in _in_order(marks)}
+    keys = {name: colour_of(name) for name in in_order(marks)}
     if picture.ceiling[0]:
         keys[picture.ceiling[0]] = CEILING
     _frame(figure, picture, marks[0].record, keys, width, body)
@@ -399,7 +263,7 @@ def paint(figure: Figure, picture: Picture, records: Sequence[Record]) -> bool:
     for ax in grid.flat[len(panels) :]:
         ax.remove()
     for ax, (heading, part) in zip(grid.flat, panels.items(), strict=False):
-        picture.paint(ax, heading, part, rows[heading], picture)
+        picture.paint(ax, heading, part, rows[heading])
         ax.set_title(heading)
         ax.set_xlabel(picture.axis)
     return True

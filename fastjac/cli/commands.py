@@ -9,6 +9,7 @@ The exit code is 0, or
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -184,8 +185,8 @@ def bench(
     """
     console = make_console(json_file)
     try:
-        if plot is not None:
-            plots.require_matplotlib()
+        if plot is not None and importlib.util.find_spec("matplotlib") is None:
+            raise RuntimeError('Plots need matplotlib: pip install "fastjac[bench]"')
         loaded = [records.load(file) for file in from_files or ()]
         if [] in loaded:
             raise ValueError("--from: the file holds no records.")
