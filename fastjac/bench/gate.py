@@ -118,11 +118,7 @@ def _balanced_weight(wide: StepProblem) -> float:
 
 
 def admit(
-    contestant: Contestant,
-    problem: Problem,
-    gate: Gate,
-    record: Record,
-    ends: contextlib.ExitStack,
+    contestant: Contestant, problem: Problem, gate: Gate, record: Record, ends: contextlib.ExitStack
 ) -> Prepared | None:
     """Set a contestant up and compare its gradients; its record says why it is not admitted.
 

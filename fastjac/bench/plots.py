@@ -30,7 +30,7 @@ from fastjac.bench.painters import (
     point,
 )
 from fastjac.bench.problems import PHASES
-from fastjac.bench.records import Record
+from fastjac.bench.records import Record, by_run
 from fastjac.bench.report import number, place, ratio, versions_of
 
 if TYPE_CHECKING:
@@ -213,15 +213,12 @@ def draw(records: Iterable[Record], folder: Path) -> list[Path]:
     from matplotlib.figure import Figure
 
     folder.mkdir(parents=True, exist_ok=True)
-    groups: dict[tuple[str, str, str, int], dict[tuple[str, str], Record]] = {}
-    for record in records:
-        if record.status == "ok" and record.median_ms is not None:
-            key = (record.machine, record.device, record.dtype, record.threads)
-            groups.setdefault(key, {})[record.case, record.contestant] = record
-    machines = list(dict.fromkeys(machine for machine, *_ in groups))
+    runs = by_run(r for r in records if r.status == "ok" and r.median_ms is not None)
+    machines = list(dict.fromkeys(machine for machine, *_ in runs))
     written: list[Path] = []
     with matplotlib.rc_context(STYLE):
-        for (machine, device, dtype, threads), latest in groups.items():
+        for (machine, device, dtype, threads), mine in runs.items():
+            latest = {(record.case, record.contestant): record for record in mine}
             name = f"{device}-{dtype}" + (f"-{threads}t" if device == "cpu" else "")
             if len(machines) > 1:
                 slug = re.sub(r"[^a-z0-9]+", "-", machine.lower()).strip("-")[:32]

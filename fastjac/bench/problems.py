@@ -120,11 +120,6 @@ class OpProblem:
 Problem = StepProblem | OpProblem
 
 
-def binary_cross_entropy(output: Tensor, target: Tensor) -> Tensor:
-    """Mean logistic loss of a network with one output, ``[N, 1]`` against ``[N]``."""
-    return F.binary_cross_entropy_with_logits(output.flatten(), target)
-
-
 def squared_error(output: Tensor, target: Tensor) -> Tensor:
     """Mean squared error of a network with one output, ``[N, 1]`` against ``[N]``."""
     return F.mse_loss(output.flatten(), target)
@@ -154,6 +149,10 @@ def step_problem(
         n_proj: K of a penalty that projects.
         loss: The default is cross entropy, or the logistic loss for one output.
     """
+
+    def logistic(output: Tensor, target: Tensor) -> Tensor:
+        return F.binary_cross_entropy_with_logits(output.flatten(), target)
+
     batch = shape[0]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -167,7 +166,7 @@ def step_problem(
         model.to(device, dtype),
         x.to(device, dtype),
         target.to(device, dtype) if outputs == 1 else target.to(device),
-        loss or (binary_cross_entropy if outputs == 1 else F.cross_entropy),
+        loss or (logistic if outputs == 1 else F.cross_entropy),
         penalty,
         projection.to(device, dtype),
     )

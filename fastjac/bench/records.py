@@ -100,6 +100,14 @@ COLUMNS = tuple(field.name for field in fields(Record))
 _REQUIRED = {field.name for field in fields(Record) if field.default is MISSING}
 
 
+def by_run(records: Iterable[Record]) -> dict[tuple[str, str, str, int], list[Record]]:
+    """The records of each machine, device, dtype and thread count."""
+    runs: dict[tuple[str, str, str, int], list[Record]] = {}
+    for r in records:
+        runs.setdefault((r.machine, r.device, r.dtype, r.threads), []).append(r)
+    return runs
+
+
 def to_json(records: Iterable[Record]) -> str:
     """A list of objects, one for each record. NaN and infinity are not JSON and become null."""
     rows = [

@@ -14,7 +14,7 @@ from rich.text import Text
 from fastjac.bench.cases import SUITES, Case
 from fastjac.bench.contestants import Contestant, contestants_of, why_not
 from fastjac.bench.measure import Options
-from fastjac.bench.records import Record
+from fastjac.bench.records import Record, by_run
 
 TITLES = {
     "step": "Training step",
@@ -77,10 +77,7 @@ def render(records: Sequence[Record], console: Console) -> None:
     """Print a table of the steps and one of the elementwise ops, then what was wrong."""
     if not records:
         console.print("no records")
-    runs: dict[tuple[object, ...], list[Record]] = {}
-    for r in records:
-        runs.setdefault((r.machine, r.device, r.dtype, r.threads), []).append(r)
-    for mine in runs.values():
+    for mine in by_run(records).values():
         where = (place(mine[0]), "bold")
         console.print(Text.assemble("\n", where, f", {mine[0].dtype} ({versions_of(mine[0])})"))
         for kind in TITLES:
