@@ -93,13 +93,18 @@ class InputJacobian:
         x = problem.x.detach().requires_grad_()
         output = model(x)
         y = self.jacobian_reg(output)
-        given = "projection" in self.takes
-        rows = problem.projection if given else _unit_vectors(y, problem.target, y)
+        given = problem.projection if "projection" in self.takes else None
+        passes = y.shape[1] if given is None else len(given)
         value = x.new_zeros(())
-        for v in rows:
-            (jv,) = torch.autograd.grad(y, x, v, create_graph=True)
+        for k in range(passes):
+            if given is None:
+                v = torch.zeros_like(y)
+                v[:, k] = 1
+            else:
+                v = given[k]
+            (jv,) = torch.autograd.grad(y.reshape(-1), x, v.reshape(-1), create_graph=True)
             value = value + 0.5 * jv.norm() ** 2 / len(y)
-        return output, 2 * value / (len(rows) if given else 1)
+        return output, 2 * value / (1 if given is None else passes)
 
 
 def _cross_entropy_gradient(output: Tensor, target: Tensor, projection: Tensor) -> Tensor:

@@ -67,12 +67,13 @@ def _penalised(
 ) -> Prepared:
     """The step with the value of ``forward``, times the weight if given, added to the loss."""
 
-    def backward() -> None:
+    def objective() -> Tensor:
         output, value = forward()
         weighted = value if weight is None else weight * value
-        (problem.loss(output, problem.target) + weighted).backward()
+        return problem.loss(output, problem.target) + weighted
 
-    return training_step(model, backward)
+    # A separate function, so that the output is freed before the backward.
+    return training_step(model, lambda: objective().backward())
 
 
 def eager(problem: StepProblem) -> Prepared:
