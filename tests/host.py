@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import pytest
 import torch
 
 from fastjac.ops import registration
@@ -19,6 +20,7 @@ SCHEMAS = [schema for name, schema in registration.SCHEMAS.items()
            if f"{name}_triton" in registration.SCHEMAS]  # fmt: skip
 CUDA = ROOT / "csrc/cuda"
 TABLE = ROOT / "build/native/generated"  # holds the generated headers
+needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
 
 
 def compile_host(

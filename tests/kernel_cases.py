@@ -1,24 +1,16 @@
 """The CUDA and the Triton kernels, called without dispatch and autograd, and operands for them."""
 
-import shutil
-
 import pytest
 import torch
 from conftest import DEVICE
-from host import host_ops
+from host import host_ops, needs_compiler
 
 from fastjac.ops.dispatch import why_not
 
 REASON = why_not("triton", DEVICE, torch.float32)
 MARKS = {
-    "cuda": [
-        pytest.mark.slow,
-        pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler"),
-    ],
-    "triton": [
-        pytest.mark.triton,
-        pytest.mark.skipif(REASON is not None, reason=str(REASON)),
-    ],
+    "cuda": [pytest.mark.slow, needs_compiler],
+    "triton": [pytest.mark.triton, pytest.mark.skipif(REASON is not None, reason=str(REASON))],
 }
 
 

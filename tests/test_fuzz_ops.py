@@ -12,7 +12,6 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
-import shutil
 import subprocess
 import sys
 from itertools import islice
@@ -23,6 +22,7 @@ import host
 import pytest
 import torch
 from fuzz_cases import draw_call, fault_of, recorded_calls
+from host import needs_compiler
 from test_build import copy_of_the_sources
 
 from fastjac import codegen
@@ -33,7 +33,6 @@ SEED = os.environ.get("FASTJAC_FUZZ_SEED", "0")
 TESTS = Path(__file__).resolve().parent
 NATIVE = "^(?!.*_triton$)"
 SANITIZE = "-fsanitize=address,undefined -fno-sanitize=vptr -fno-sanitize-recover=undefined"
-needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
 
 
 def fuzz(

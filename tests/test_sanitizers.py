@@ -6,20 +6,16 @@ are not seen, because the shim runs one block after the other.
 """
 
 import os
-import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
-from host import CUDA, ROOT, SCHEMAS, compile_host
+from host import CUDA, ROOT, SCHEMAS, compile_host, needs_compiler
 
 from fastjac import codegen
 from fastjac.activations import TABLE
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler"),
-]
+pytestmark = [pytest.mark.slow, needs_compiler]
 
 ADDRESS = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize=vptr",
            "-fno-sanitize-recover=all")  # fmt: skip
