@@ -33,12 +33,13 @@ NO_GRAD = Raises(
     "element 0 of tensors does not require grad", "leave the mode, because a VJP needs a graph"
 )
 A_FUNCTION = Raises(
-    "layer-wise penalties look at submodules, so it must be an nn.Module", "use the attached form"
+    "it must be an nn.Module, since layer-wise penalties look at its submodules",
+    "use the attached form",
 )
 REENTRANT = Raises("you can either set use_reentrant=False")
 AUTOGRAD = Raises("Use engine='autograd'")
 ATTACH = Raises("attach it before compiling")
-ACCUMULATED = Raises("call it outside the compiled function")
+ACCUMULATED = Raises("call it outside of the compiled function")
 DOUBLE = Raises(
     "does not currently support double backward",
     "compile the whole step with `trace_autograd_ops`, or use `engine='compiled'`",
@@ -72,7 +73,7 @@ EXPECTED: dict[str, dict[str, Raises]] = {
     "inference_mode": {
         "fused + autograd.grad": NO_GRAD,
         "* attached": NO_PASS,
-        **each(CALLED, Raises("use torch.no_grad() to get the value alone")),
+        **each(CALLED, Raises("use torch.no_grad() to get the value without a gradient")),
         **each(PROJECTED, Raises("inference mode is active: call model and penalty outside of it")),
     },
     "autocast_bf16": {"* chain": AUTOGRAD},
@@ -82,7 +83,7 @@ EXPECTED: dict[str, dict[str, Raises]] = {
         "fused + func.vjp": Raises(
             "don't yet support saved tensor hooks", "compute the VJP with `autograd.grad`"
         ),
-        "AccumulatedDREG called": Raises("checkpoint the call of AccumulatedDREG as a whole"),
+        "AccumulatedDREG called": Raises("checkpoint the whole call of AccumulatedDREG"),
         **each(("* chain", "* compiled"), AUTOGRAD),
     },
     "reentrant": {
