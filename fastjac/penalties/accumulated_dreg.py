@@ -92,9 +92,9 @@ class AccumulatedDREG(LayerPenalty):
                 dual, values = super().model_form(model, forward_ad.make_dual(x, u))
             except NotImplementedError as error:
                 raise NotImplementedError(
-                    "an operation of the model has no forward-mode derivative (inside a function "
-                    "compiled by torch.compile, no operation has one: call the penalty outside of "
-                    f"it). The error of torch: {error}"
+                    "an operation of the model has no forward-mode derivative. Under torch.compile no "
+                    "operation has one: call it outside of the compiled function. The error of "
+                    f"torch: {error}"
                 ) from error
             finally:  # the hooks keep the frame of the checkpoint alive
                 vars(self)["_hooks"] = None
