@@ -246,7 +246,7 @@ def test_calls_that_are_refused() -> None:
     critic = net(4, 5, 5, 1)
     with pytest.raises(TypeError, match="critic is a Tensor: .* GradientPenalty"):
         presets.wgan_gp()(X, X, FAKE)
-    with pytest.raises(ValueError, match=r"fake has shape \(2, 4\) and real \(3, 4\)"):
+    with pytest.raises(ValueError, match=r"fake has shape \(2, 4\) and real has \(3, 4\)"):
         presets.wgan_gp()(critic, X, FAKE[:2])
     with pytest.raises(TypeError, match="fake has dtype torch.float32"):
         presets.wgan_gp()(critic, X, FAKE.float())
@@ -259,12 +259,12 @@ def test_calls_that_are_refused() -> None:
     with pytest.raises(ValueError, match="target has batch size 2 and output has 3"):
         presets.double_backprop()(net(4, 5, 2), X, TARGET[:2])
     for width, target in ((1, TARGET), (2, TARGET[:, :1]), (2, TARGET[:, 0])):  # would broadcast
-        with pytest.raises(ValueError, match=r"target has shape .* must have that of output"):
+        with pytest.raises(ValueError, match=r"target has shape .* must have the shape of output"):
             presets.double_backprop()(net(4, 5, width), X, target)
     z = X.clone().requires_grad_()
-    with pytest.raises(ValueError, match="dz must have that of z"):
+    with pytest.raises(ValueError, match="dz must have the shape of z"):
         presets.rnode(z, net(4, 5, 2)(z), NOISE[0])
-    with pytest.raises(ValueError, match="noise that or"):
+    with pytest.raises(ValueError, match="and noise that shape or"):
         presets.rnode(z, net(4, 5, 4)(z), NOISE[0, :2])
     with pytest.raises(RuntimeError, match="x does not require grad"):
         presets.rnode(X, net(4, 5, 4)(X), NOISE[0])
