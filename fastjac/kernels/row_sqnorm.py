@@ -213,7 +213,7 @@ def row_sqnorm(weights: list[Tensor]) -> Tensor:
 def row_sqnorm_backward(grads: list[Tensor], weights: list[Tensor], c: Tensor, add: bool) -> None:
     _check(weights)
     if len(grads) != len(weights):
-        raise RuntimeError("fastjac: there must be one gradient for each weight")
+        raise RuntimeError("fastjac: one gradient per weight is needed")
     wanted = (
         (sum(w.shape[0] for w in weights),),
         accumulate_dtype(weights[0].dtype),
