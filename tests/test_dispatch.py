@@ -12,9 +12,9 @@ from fastjac.ops.dispatch import OPS, Op
 
 def test_auto_takes_compiled_code_and_never_the_interpreter():
     assert OPS["act"].select("auto", torch.device("cpu"), torch.float32) == "cpu"
-    choices = {c.impl: c for c in OPS["act"].choices(torch.device("cpu"), torch.float32)}
-    assert choices["cpu"].chosen and not choices["reference"].chosen
-    assert "cuda runs tensors on cuda, and these are on cpu" in choices["cuda"].why_not
+    text = fastjac.explain("act")
+    assert "-> cpu" in text and text.count("->") == 1
+    assert "cuda       cuda runs tensors on cuda, and these are on cpu" in text
 
 
 def test_auto_without_compiled_code_says_so(monkeypatch):

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fastjac.kernels.act import compute_dtype
 from fastjac.ops.dispatch import accumulate_dtype
+from fastjac.ops.row_sqnorm import rows_in_memory
 
 # The bytes of a weight that a program reads at once, and warps: two 16-byte accesses per thread.
 # Four accesses needed up to 242 of 255 registers.
@@ -128,17 +129,6 @@ def rows_of_a_program(columns: int, tile: int) -> int:
     return tile // int(width)
 
 
-def _rows_in_memory(w: Tensor) -> bool:
-    """Whether each row is one block of memory, in any order, and the rows are adjacent."""
-    expected = 1
-    dims = zip(w.stride()[1:], w.shape[1:], strict=True)
-    for stride, size in sorted(d for d in dims if d[1] > 1):
-        if stride != expected:
-            return False
-        expected *= size
-    return w.shape[0] <= 1 or w.stride(0) == expected
-
-
 @functools.lru_cache(maxsize=256)
 def _copied(values: tuple[int, ...], device: torch.device, stream: int) -> Tensor:
     # It is not necessary to wait for the copy, because the launch is on the same stream.
@@ -202,7 +192,7 @@ def _check(weights: list[Tensor]) -> None:
 
 def row_sqnorm(weights: list[Tensor]) -> Tensor:
     _check(weights)
-    dense = [w if _rows_in_memory(w) else w.contiguous() for w in weights]
+    dense = [w if rows_in_memory(w) else w.contiguous() for w in weights]
     rows = sum(w.shape[0] for w in weights)
     dtype = accumulate_dtype(weights[0].dtype)
     out = torch.empty(rows, dtype=dtype, device=weights[0].device)
@@ -228,9 +218,9 @@ def row_sqnorm_backward(grads: list[Tensor], weights: list[Tensor], c: Tensor, a
             size > 1 and a != b
             for size, a, b in zip(w.shape, w.stride(), grad.stride(), strict=True)
         )
-        if w.numel() and (differ or not _rows_in_memory(w)):
+        if w.numel() and (differ or not rows_in_memory(w)):
             raise RuntimeError(
-                f"fastjac: weight {i} and its gradient must have the same strides, and each row"
-                " must be one block of memory"
+                f"fastjac: weight {i} and its gradient must have rows that are blocks of memory,"
+                " and the same strides"
             )
     _launch(grads, weights, c.contiguous(), add)

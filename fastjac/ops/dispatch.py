@@ -25,15 +25,6 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 @dataclass(frozen=True)
-class Choice:
-    """An implementation and why it cannot run a call; `why_not` is None if it can."""
-
-    impl: str
-    why_not: str | None
-    chosen: bool = False
-
-
-@dataclass(frozen=True)
 class Example:
     """A call of an op for ``fastjac check`` and the tests.
 
@@ -74,14 +65,6 @@ class Op:
         Raises ValueError if ``impl`` is unknown and RuntimeError if it cannot run the call.
         """
         return _select(self.name, impl, device.type, dtype)
-
-    def choices(self, device: torch.device, dtype: torch.dtype) -> list[Choice]:
-        """Every implementation, in order of preference, and why it cannot run the call."""
-        chosen = self.select("auto", device, dtype)
-        return [
-            Choice(impl, why_not(impl, device.type, dtype), impl == chosen)
-            for impl in self.implementations
-        ]
 
 
 OPS: dict[str, Op] = {}
@@ -145,7 +128,9 @@ def explain(op: str = "act", z: Tensor | None = None) -> str:
         raise ValueError(f"op={op!r} is not a fused op; choose from {', '.join(OPS)}")
     z = torch.empty(0) if z is None else z
     lines = [f"{op} on {z.device.type}, {str(z.dtype).removeprefix('torch.')}:"]
-    for choice in OPS[op].choices(z.device, z.dtype):
-        mark = "->" if choice.chosen else "  "
-        lines.append(f"  {mark} {choice.impl:<10} {choice.why_not or 'can run'}")
+    chosen = OPS[op].select("auto", z.device, z.dtype)
+    for impl in OPS[op].implementations:
+        mark = "->" if impl == chosen else "  "
+        reason = why_not(impl, z.device.type, z.dtype)
+        lines.append(f"  {mark} {impl:<10} {reason or 'can run'}")
     return "\n".join(lines)
