@@ -20,6 +20,7 @@ from fastjac.activations import TABLE, get
 from fastjac.input_jacobian.chain.binding import Argument, Binding, arguments_of, bind
 from fastjac.input_jacobian.chain.links import (
     Elementwise,
+    Layer,
     Linear,
     LinearRow,
     Operands,
@@ -27,6 +28,7 @@ from fastjac.input_jacobian.chain.links import (
     ProductRow,
     Unsupported,
     copies,
+    of_shape,
 )
 from fastjac.input_jacobian.chain.norms import BatchNorm, LayerNorm
 from fastjac.input_jacobian.chain.tape import RULES, Tape, Tracked
@@ -58,16 +60,14 @@ class Rule:
     def __call__(self, tape: Tape, *args: Any, **kwargs: Any) -> Any:
         given = (*args, *kwargs.values()) if kwargs else args
         types = tuple(map(type, given))
-        pattern: Any = types
-        if kwargs:
-            pattern = (*types, *kwargs)
+        pattern: Any = (*types, *kwargs) if kwargs else types
         found = self.bound.get(pattern)
         if found is None:
             tried = [(r, bind(self.function, r.arguments, types, tuple(kwargs))) for r in self.rows]
             found = self.bound[pattern] = [(r, b) for r, b in tried if b is not None]
         for row, binding in found:
             rest = binding.rest
-            arguments = (*given, *rest) if rest is not None else binding(given)
+            arguments = binding(given) if rest is None else (*given, *rest) if rest else given
             if arguments is None:
                 continue
             out = row.record(tape, (self.function, args, kwargs), *arguments)
@@ -355,7 +355,7 @@ def record_layer(
     out = row.apply(*operands, *args)
     if not out.dim() == a.plain.dim() > row.core[0] or out.dtype != a.plain.dtype:
         return NotImplemented
-    link = Product(operands, [0], trained, row, (True, False), args)
+    link = Layer(operands, [0], trained, row, (True, False), args)
     return append(tape, name, link, (a, weight, bias), out)
 
 
@@ -391,7 +391,8 @@ def convolution_into_input(d: Tensor, weight: Tensor, a: Tensor, *options: Any) 
         and groups == max(stride) == max(dilation) == 1
         and all(p < k for p, k in zip(padding, taps, strict=True))
     ):
-        return aten.convolution_backward(d, a, weight, None, *options, [True, False, False])[0]
+        like = of_shape(a, d)
+        return aten.convolution_backward(d, like, weight, None, *options, [True, False, False])[0]
     padding = [k - 1 - p for p, k in zip(padding, taps, strict=True)]
     flipped = weight.flip(list(range(2, 2 + len(taps)))).transpose(0, 1)
     return torch.convolution(d, flipped, None, stride, padding, dilation, False, padding, 1)
