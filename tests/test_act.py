@@ -8,7 +8,7 @@ import copy
 
 import pytest
 import torch
-from conftest import DEVICE
+from conftest import DEVICE, off_kinks
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import functional_call, hessian, jacrev, jvp, vjp, vmap
 
@@ -22,13 +22,6 @@ IMPLS = [
     if impl != "reference" and why_not(impl, DEVICE, torch.float64) is None
 ]
 NAMES = list(TABLE)
-
-
-def off_kinks(name, rows=1):
-    """A random z on every side of every kink, far enough for finite differences not to reach it."""
-    edges = torch.tensor([-4.0, *(get(name).kinks or [0.0]), 4.0], dtype=torch.float64)
-    low, width = edges[:-1], edges.diff()
-    return (low + width * (0.25 + torch.rand(rows, len(low), dtype=low.dtype) / 2)).to(DEVICE)
 
 
 def test_some_implementation_besides_the_reference_runs():
