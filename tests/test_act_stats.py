@@ -111,7 +111,7 @@ def test_raw_ops_lose_no_derivative():
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_bias_is_the_sum_of_what_is_written(impl):
-    """Whatever the scale of the statistic."""
+    """The scale of the statistic does not apply to it."""
     op = getattr(torch.ops.fastjac, "act_stats_backward" + ("_triton" if impl == "triton" else ""))
     fn = list(TABLE).index("gelu")
     for shape, dim in LAYOUTS.values():
@@ -141,7 +141,7 @@ def test_torch_func_and_batched_cotangents():
 
 
 def eager(z, name, dim):
-    """What a user writes today."""
+    """The same in eager torch."""
     phi = TABLE[name].torch_function()
     a = phi(z)
     (slope,) = torch.autograd.grad(a, z, torch.ones_like(a), create_graph=True)
@@ -187,7 +187,7 @@ def test_errors_are_not_larger_than_eager_torchs(name, dtype, impl):
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("per", ["channel", "sample"])
 def test_layouts(per, impl):
-    """Same values in every memory order, the output in z's own; nothing read outside."""
+    """The values are the same in every memory order, which the output keeps."""
     for shape, dim in (((6, 5), 1), ((4, 3, 5), 2), ((4, 5, 3), 1), ((2, 5, 3, 4), 1)):
         base = torch.randn(shape, dtype=torch.float64, device=DEVICE)
         truth = fastjac.act_stats(base, "silu", dim=dim, per=per, impl="reference")
@@ -225,15 +225,15 @@ def test_empty_and_single(impl):
 
 @pytest.mark.parametrize("name", TABLE)
 def test_infinities_and_nan_as_torch(name):
-    """A column with ±inf or NaN has torch's φ, and a NaN statistic only where torch has one."""
+    """φ is as in torch for a column with ±inf or NaN; the statistic is NaN only if torch's is."""
     values = torch.tensor([float("inf"), float("-inf"), float("nan"), 1.0], device=DEVICE)
     z = torch.stack([values, torch.ones_like(values)])
     a, s = fastjac.act_stats(z, name)
     truth = TABLE[name].torch_function()(z)
     torch.testing.assert_close(a, truth, equal_nan=True)
     torchs = eager(z.clone().requires_grad_(), name, 1)[1]
-    # The others' slopes at ±inf have limits, where torch computes inf - inf for some.
-    # In the column of the NaN, where torch's slope of elu and hardswish is 1, NaN is as good.
+    # The slopes at ±inf are limits, where torch computes inf - inf for some activations. In the
+    # column with NaN, where the slope of elu and hardswish is 1 in torch, NaN is accepted.
     assert torch.isnan(s[2]) or not torch.isnan(torchs[2])
     finite = torch.isfinite(torchs) & ~torch.isnan(values)
     torch.testing.assert_close(s[finite], torchs[finite])

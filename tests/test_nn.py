@@ -1,4 +1,4 @@
-"""Drop-ins, `Act`, `fuse` and `unfuse`."""
+"""The activation functions, `Act`, `fuse` and `unfuse`."""
 
 import copy
 import inspect

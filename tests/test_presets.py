@@ -1,4 +1,4 @@
-"""The presets equal their originals: values and gradients, on the same inputs and draws."""
+"""The presets have the values and gradients of their originals, for the same inputs and draws."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ def randn(*shape: int, seed: int) -> Tensor:
 X, FAKE = randn(3, 4, seed=1), randn(3, 4, seed=2)
 TARGET = randn(3, 2, seed=3)
 NOISE = randn(2, 3, 4, seed=4)
-GAMMA, LAM = 3.7, 1.3  # of no special value
+GAMMA, LAM = 3.7, 1.3
 
 
 @dataclass
 class Preset:
-    """A model, and both sides as functions of ``(model, x)``."""
+    """The widths of a model, and the original and the preset as functions of ``(model, x)``."""
 
     widths: tuple[int, ...]
     theirs: Callable[[Any, Tensor], Tensor]
@@ -133,7 +133,7 @@ def test_value_and_gradients_are_the_originals(name: str) -> None:
         close_gradients(gradients(ours, inputs), gradients(theirs, inputs))
 
 
-# The others are penalties of the registry, whose tests do this.
+# The others are penalties of the registry, for which test_penalties.py does this.
 @pytest.mark.parametrize("name", ["double_backprop", "wgan_gp", "rnode, two vectors", "deq"])
 def test_gradcheck(name: str) -> None:
     preset = PRESETS[name]
@@ -168,7 +168,7 @@ def test_deq_with_several_given_vectors() -> None:
 
 
 def test_image_shaped_samples() -> None:
-    """Means and sums run over all dimensions but the first."""
+    """Means and sums are over all dimensions except the first."""
     z, noise = (randn(2, 3, 2, 2, seed=k) for k in (1, 2))
     conv, z = nn.Conv2d(3, 3, 3, padding=1), z.requires_grad_()
     for ours, theirs in zip(
