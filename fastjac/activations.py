@@ -107,7 +107,7 @@ class Activation:
                     " Python number (a tensor would not get a gradient)"
                 )
             if isinstance(value, int) and abs(value) > sys.float_info.max:
-                raise ValueError(f"{name} is an integer that is too large for a float")
+                raise ValueError(f"{name} is an integer too large for a float")
         return tuple(float(given.get(name, default)) for name, default in self.params.items())
 
     def torch_function_object(self) -> Callable:

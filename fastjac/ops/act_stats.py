@@ -132,7 +132,7 @@ def act_stats(
     if not isinstance(scale, (int, float, torch.SymInt, torch.SymFloat, type(None))):
         raise TypeError(f"scale is {type(scale).__name__}; it must be a number, or None")
     if isinstance(scale, int) and abs(scale) > sys.float_info.max:
-        raise ValueError("scale is an integer that is too large for a float")
+        raise ValueError("scale is an integer too large for a float")
     chosen = _OP.select(impl, z.device, z.dtype)
     per_sample = per == "sample"
     if scale is None:

@@ -87,7 +87,7 @@ def why_not(impl: str, device_type: str, dtype: torch.dtype) -> str | None:
 @torch.compiler.assume_constant_result  # dynamo would trace into the loading of libraries
 def _select(op: str, impl: str, device_type: str, dtype: torch.dtype) -> str:
     if not isinstance(impl, str):
-        raise ValueError(f"impl is {impl!r}: it must be the name of an implementation")
+        raise ValueError(f"impl={impl!r} is not the name of an implementation")
     return _select_cached(op, impl, device_type, dtype)
 
 
