@@ -159,7 +159,7 @@ class _RowSqnorm(Function):
             parts = [None] * n if flat is None else list(flat.split(sizes))
         if recorded(*parts, *grads):
             return None, None, *map(plus_rows, grads, parts, weights)
-        # In place if the backward of a layer has allocated the gradient, else into new memory.
+        # Existing gradients are added to in place, others are written to new memory.
         out = list(grads)
         added: list[int] = []
         written: list[int] = []
