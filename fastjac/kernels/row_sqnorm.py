@@ -210,7 +210,7 @@ def row_sqnorm_backward(grads: list[Tensor], weights: list[Tensor], c: Tensor, a
         weights[0].device,
     )
     if (c.shape, c.dtype, c.device) != wanted:
-        raise RuntimeError(f"fastjac: the shape, dtype and device of c must be {wanted}")
+        raise RuntimeError(f"fastjac: c must have the shape, dtype and device {wanted}")
     for i, (grad, w) in enumerate(zip(grads, weights, strict=True)):
         if (grad.shape, grad.dtype, grad.device) != (w.shape, w.dtype, w.device):
             raise RuntimeError(f"fastjac: gradient {i} must have the shape, dtype and device of w")
