@@ -92,8 +92,8 @@ class AccumulatedDREG(LayerPenalty):
                 dual, values = super().model_form(model, forward_ad.make_dual(x, u))
             except NotImplementedError as error:
                 raise NotImplementedError(
-                    "an operation of the model has no forward-mode derivative. Under torch.compile no "
-                    "operation has one: call it outside of the compiled function. The error of "
+                    "an operation of the model has no forward-mode derivative. Under torch.compile "
+                    "no operation has one: call it outside of the compiled function. The error of "
                     f"torch: {error}"
                 ) from error
             finally:  # the hooks keep the frame of the checkpoint alive
