@@ -49,7 +49,7 @@ def chains(draw: Any) -> tuple[nn.Module, Tensor, dict[str, Any]]:
     n = draw(st.sampled_from([1, 2, 3, 5]))
     shape = draw(st.sampled_from([(width,), (width, 1), (1, width)]))
     layers: list[nn.Module] = [nn.Flatten()] if len(shape) > 1 else []
-    extra = draw(st.booleans())  # without, a plain MLP: one C++ call a sweep
+    extra = draw(st.booleans())  # without them a plain MLP: one C++ call per sweep
     for _ in range(draw(st.integers(1, 4))):
         wide = draw(st.integers(1, 5))
         block: list[nn.Module] = [nn.Linear(width, wide, bias=draw(st.booleans()))]
@@ -339,7 +339,7 @@ def test_explain_engine_lists_the_links_and_leaves_no_trace() -> None:
     for name, t in model.state_dict().items():
         assert torch.equal(t, before[name])
     assert "by autograd: softmax" in spectreg("auto").explain_engine(nn.Softmax(1), x)
-    assert spectreg("autograd").explain_engine(model, x).endswith("engine='autograd' was asked for")
+    assert spectreg("autograd").explain_engine(model, x).endswith("engine='autograd' is set")
     assert "model is a function" in spectreg("auto").explain_engine(lambda t: model(t), x)
 
 

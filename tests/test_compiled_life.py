@@ -191,7 +191,7 @@ def test_too_many_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(engine.CONFIG, "recompile_limit", 1)
     model = nn.Linear(4, 3)
     SpectReg(engine="compiled")(model, torch.randn(6, 4))
-    refuses(model, torch.randn(5, 4), "there are 1 graphs of it")
+    refuses(model, torch.randn(5, 4), "it has 1 graphs already")
 
 
 @pytest.mark.parametrize("n", [0, pytest.param(1, marks=pytest.mark.slow)])
@@ -247,6 +247,6 @@ def test_wrong_code_is_refused(what: str, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(backend, "NAME", wrong)
     model, x = mlp(), torch.randn(6, 4)
     for _ in range(2):
-        refuses(model, x, "what torch compiled for it is wrong, by .* of ")
+        refuses(model, x, "code that torch compiled for it is wrong, by .* of ")
     monkeypatch.setattr(backend, "NAME", lambda graph, inputs: graph)
     SpectReg(engine="compiled")(mlp(), x)

@@ -190,7 +190,7 @@ def test_at_a_hidden_layer(spec: PenaltySpec) -> None:
     assert not call.model["below"]._forward_hooks
     with pytest.raises(ValueError, match="at='below' is for the model form"):
         call.module(at="below")(hidden, hidden, *call.targets)
-    with pytest.raises(RuntimeError, match="engine='chain' cannot run this call: at='below' asks"):
+    with pytest.raises(RuntimeError, match="engine='chain' cannot run this call: at='below' needs"):
         call.values(at="below", engine="chain")
 
 
