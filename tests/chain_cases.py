@@ -140,3 +140,12 @@ def three_layers(forward: Callable[[Any, Tensor], Any], **more: nn.Module) -> Mo
     """Linear layers a, b, c of 4, 5, 5 and 3 units and a forward function of ``(self, x)``."""
     layers = {"a": nn.Linear(4, 5), "b": nn.Linear(5, 5), "c": nn.Linear(5, 3)}
     return Model(forward, **{**layers, **more})
+
+
+def convnet() -> nn.Sequential:
+    """A link of each kind, on ``[N, 4]``."""
+    return nn.Sequential(
+        *(nn.Unflatten(1, (1, 2, 2)), nn.Conv2d(1, 3, 2, padding=1), nn.BatchNorm2d(3), nn.GELU()),
+        *(nn.MaxPool2d(2, 1), nn.Flatten(), nn.Linear(12, 5), nn.LayerNorm(5)),
+        *(nn.Tanh(), nn.Linear(5, 3)),
+    )

@@ -10,7 +10,7 @@ import layer_cases
 import pytest
 import torch
 import torch.nn.functional as F
-from chain_cases import close, run, same, three_layers
+from chain_cases import close, convnet, run, same, three_layers
 from layer_cases import Model
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
@@ -79,14 +79,6 @@ def mlp() -> nn.Sequential:
 
 def normed() -> nn.Sequential:
     return nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.GELU(), nn.Linear(5, 3))
-
-
-def convnet() -> nn.Sequential:
-    return nn.Sequential(
-        *(nn.Unflatten(1, (1, 2, 2)), nn.Conv2d(1, 3, 2, padding=1), nn.BatchNorm2d(3), nn.GELU()),
-        *(nn.MaxPool2d(2, 1), nn.Flatten(), nn.Linear(12, 5), nn.LayerNorm(5)),
-        *(nn.Tanh(), nn.Linear(5, 3)),
-    )
 
 
 def with_buffer(forward: Any, **buffers: Tensor) -> Model:
