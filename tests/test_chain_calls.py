@@ -68,6 +68,8 @@ def test_failed_recording_with_an_expanded_buffer() -> None:
 
 def test_uninitialised_buffers() -> None:
     model = nn.Sequential(nn.LazyLinear(5), nn.LazyBatchNorm1d(), nn.GELU(), nn.LazyLinear(3))
+    with pytest.raises(RuntimeError, match="engine='chain' cannot run this call: a lazy module"):
+        spectreg("chain")(model, torch.randn(6, 4))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         output, value = spectreg("auto")(model, torch.randn(6, 4))
@@ -173,6 +175,8 @@ def test_compiled_models_run_by_autograd(part: bool, no_stale_graphs: None) -> N
         found.append(torch.autograd.grad(value, [net[0].weight, net[2].weight]))
     close(*found)
     assert "engine: autograd" in SpectReg().explain_engine(model, x)
+    with pytest.raises(RuntimeError, match="engine='chain' cannot run this call.* is compiled"):
+        FrobReg(engine="chain")(model, x)
 
 
 @pytest.mark.parametrize("ours", [False, True])

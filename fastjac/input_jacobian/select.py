@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
+from torch.nn.modules.lazy import LazyModuleMixin
 
 from fastjac import distributed
 from fastjac.input_jacobian import by_autograd
@@ -89,23 +89,26 @@ def _refusal(request: Request, model: Any, x: Tensor) -> str | None:
         return reason
     if not isinstance(model, nn.Module):
         return None if request.engine == "chain" else "model is a function, not an nn.Module"
-    return _tried.get(model, {}).get((model.training, request.asker))
+    tried, key = _tried.setdefault(model, {}), (model.training, request.asker)
+    if key not in tried:
+        for part in model.modules():
+            if hasattr(part, "_orig_mod"):
+                tried[key] = "a part of the model is compiled"
+            elif isinstance(part, LazyModuleMixin) and part.has_uninitialized_params():
+                return "a lazy module is not initialized"
+    return tried.get(key)
 
 
 def _by_chain(
     request: Request, model: Callable[..., Any], x: Tensor
 ) -> tuple[Tensor, Tensor] | None:
     """Output and values, or None if the chain engine cannot run the model."""
-    key = isinstance(model, nn.Module) and (model.training, request.asker)
-    first = isinstance(model, nn.Module) and key not in _tried.get(model, {})
-    if first:
-        parts = list(model.modules())  # type: ignore[attr-defined]
-        if any(hasattr(part, "_orig_mod") for part in parts):
-            _remember(model, key, "a part of the model is compiled")
-        if any(hasattr(part, "_orig_mod") or _uninitialized(part) for part in parts):
-            return None
-    # If the first run fails, the next one must start from the same buffers and random numbers.
-    state = _State(model, x) if first else None
+    tried: dict[Any, str | None] = {}
+    state, key = None, None
+    if isinstance(model, nn.Module):
+        tried, key = _tried[model], (model.training, request.asker)
+        if key not in tried:  # if this run fails, the next one starts from the same state
+            state = _State(model, x)
     try:
         result = _values(Chain(model, x), request)
     except Unsupported as error:
@@ -120,31 +123,20 @@ def _by_chain(
                 f"the chain engine ran this model before and cannot run it now: {error}. The "
                 "buffers of the model may have been updated already. Use engine='autograd'"
             ) from error
-        _remember(model, key, str(error))
+        tried[key] = str(error)
         warnings.warn(
             f"{request.asker.__name__}: engine='autograd' runs instead of the chain engine, which "
             f"cannot run this model: {error}. Set engine='autograd' to avoid this warning",
             stacklevel=7,
         )
         return None
-    if first:
-        _remember(model, key, None)
+    tried[key] = None
     return result
-
-
-def _remember(model: Any, key: Any, reason: str | None) -> None:
-    _tried.setdefault(model, {})[key] = reason
 
 
 def _values(chain: Chain, request: Request) -> tuple[Tensor, Tensor]:
     by_autograd.check_output(chain.output, len(chain.x))
     return chain.values(request.per_sample(chain, *request.targets, **request.named))
-
-
-def _uninitialized(module: nn.Module) -> bool:
-    """Whether this is a lazy module that is not initialized."""
-    tensors = (*module._parameters.values(), *module._buffers.values())
-    return any(t is not None and is_lazy(t) for t in tensors)
 
 
 class _State:

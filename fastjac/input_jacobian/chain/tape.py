@@ -53,19 +53,18 @@ class Tracked(Recorded):
         return found.tape.call(func, args, kwargs)
 
 
-def _asking() -> set[Any]:
-    """Functions of a tensor that do not depend on its numbers."""
-    properties = ("shape", "dtype", "device", "ndim", "layout", "is_cuda", "is_sparse", "names")
-    methods = (
-        *("size", "dim", "numel", "nelement", "stride", "is_contiguous", "is_floating_point"),
-        *("is_complex", "__len__", "element_size", "get_device", "ndimension", "is_nested"),
-    )
-    found = {getattr(Tensor, name).__get__ for name in properties if hasattr(Tensor, name)}
-    found |= {getattr(Tensor, name) for name in methods if hasattr(Tensor, name)}
-    return found | {torch.is_floating_point, torch.is_complex, torch.numel}
+_properties = ("shape", "dtype", "device", "ndim", "layout", "is_cuda", "is_sparse")
+_methods = (
+    *("size", "dim", "numel", "nelement", "stride", "is_contiguous", "is_floating_point"),
+    *("is_complex", "__len__", "element_size", "get_device", "ndimension", "is_nested"),
+)
+ASKING: set[Any] = {
+    *[getattr(Tensor, name).__get__ for name in _properties],
+    *[getattr(Tensor, name) for name in _methods],
+    *(torch.is_floating_point, torch.is_complex, torch.numel),
+}
+"""Functions of a tensor that do not depend on its numbers."""
 
-
-ASKING = _asking()
 RULES: dict[Any, Callable[..., Any]] = {}
 """By function: ``rule(tape, *args, **kwargs)`` records a call, or returns NotImplemented."""
 
