@@ -112,6 +112,7 @@ def bind(
         slots.append((i, a.default))
     in_place = extra.pop("inplace", None)
     fixed = [(i, own.parameters[name].default) for name, i in extra.items()]
-    simple = [i for i, _ in slots[:n]] == [*range(n)] and not (lists or fixed or names)
-    rest = tuple([value for _, value in slots[n:]]) if simple and merged is None else None
+    total = len(types)
+    simple = [i for i, _ in slots[:total]] == [*range(total)] and not (lists or fixed)
+    rest = tuple([value for _, value in slots[total:]]) if simple and merged is None else None
     return Binding(slots, lists, merged, fixed, in_place, rest)

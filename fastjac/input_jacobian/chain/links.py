@@ -245,6 +245,43 @@ class Product(Operands):
         return total
 
 
+class Layer(Product):
+    """A `Product` of a value and a weight: the same formulas without the questions.
+
+    Most operations of a network are layers, and a sweep through one costs a few microseconds.
+    """
+
+    def vjp(self, delta):
+        self.delta = delta
+        a, weight, _ = self.operands
+        return (self.row.into[0](delta, weight, a, *self.args),)
+
+    def push(self, tangents, keep, out):
+        (u,) = tangents
+        if 1 in self.trained:
+            self.extras[1] = self.into(1, self.delta, self.extras[1], u)
+        if not keep:
+            self.delta = None
+        return self.row.apply(u, self.operands[1], None, *self.args) if out else None
+
+    def jvp(self, tangents):
+        return self.row.apply(tangents[0], self.operands[1], None, *self.args)
+
+    def backward(self, grad, wanted, keep):
+        (a, weight, _), row, extra = self.operands, self.row, self.extras[1]
+        self.extras[1] = into = of_bias = None
+        if grad is not None:
+            if 1 in self.trained:
+                extra = self.into(1, grad, extra, a)
+            if 2 in self.trained:
+                of_bias = row.into[2](grad)
+            if wanted[0]:
+                into = row.into[0](grad, weight, a, *self.args)
+        if not keep:
+            self.operands = None
+        return (into,), tuple([extra if i == 1 else of_bias for i in self.trained])
+
+
 class Elementwise(Link):
     """``out = φ(z)`` of the activation table."""
 
