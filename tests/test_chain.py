@@ -95,14 +95,14 @@ def test_random_chains(data: st.DataObject) -> None:
 
 @pytest.fixture(params=["links", "one call", "one call, large"])
 def sweeps(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The two ways of the engine, the second with its layers freed one by one or not."""
+    """The two ways of the engine; the second one frees its layers one by one or not."""
     if request.param.endswith("large"):
         monkeypatch.setattr(mlp_module, "LARGE", 0)
     return request.param
 
 
 def by_way(model: nn.Module, x: Tensor, way: str) -> nn.Module:
-    """A model that the engine takes in the wanted way."""
+    """A model that the engine runs in the given way."""
     model = Model(lambda m, x: m.net(x), net=model) if way == "links" else model
     described = spectreg("chain").explain_engine(model, x)
     assert ("one C++ call" in described) == (way != "links")
@@ -240,7 +240,7 @@ def test_two_penalties_of_one_model_and_input(sweeps: str) -> None:
 
 @pytest.mark.usefixtures("double")
 def test_gradients_of_strided_and_expanded_cotangents(sweeps: str) -> None:
-    """What reaches the engine's backward is no contiguous tensor of its own."""
+    """The gradient that the engine receives is not contiguous, or is expanded."""
     x = torch.randn(4, 3, requires_grad=True).t()
     model = by_way(mlp(), x, sweeps)
     for loss in (lambda o: o.sum(), lambda o: (o.t() @ torch.ones(3, 2)).square().sum()):

@@ -1,4 +1,4 @@
-"""What a chain engine could get wrong in silence: it falls back, raises, or is right."""
+"""Models for which a chain engine could be wrong without an error: it falls back or is right."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("double")
 
 
 class Reversed(torch.autograd.Function):
-    """Returns its very input; the gradient changes its sign."""
+    """Returns its input itself; the gradient changes its sign."""
 
     @staticmethod
     def forward(ctx: Any, z: Tensor) -> Tensor:
@@ -259,7 +259,7 @@ def test_hidden_tensor_that_the_model_keeps() -> None:
 
 
 def test_hidden_tensor_of_the_run_before() -> None:
-    """A state that is carried from call to call with its graph."""
+    """A state that the model keeps from call to call with its graph."""
 
     class Memory(nn.Module):
         def __init__(self) -> None:
@@ -283,7 +283,7 @@ def test_hidden_tensor_of_the_run_before() -> None:
 
 @pytest.mark.parametrize("act", [torch.tanh, torch.relu, torch.sigmoid])
 def test_hidden_tensor_written_to_behind_an_activation(act: Any) -> None:
-    """Torch keeps the result of these, the engine what went in: right, or an error."""
+    """Torch saves the result of these activations, the engine their input."""
 
     def forward(m: Any, x: Tensor) -> Tensor:
         z = m.a(x)
@@ -304,7 +304,7 @@ def test_hidden_tensor_written_to_behind_an_activation(act: Any) -> None:
 
 
 def test_hypernetwork_of_one_layer() -> None:
-    """A weight that depends on x but goes into a product, not into a layer, is an operation."""
+    """A weight that depends on x may be the operand of a product."""
 
     def forward(m: Any, x: Tensor) -> Tensor:
         h = F.gelu(m.a(x))

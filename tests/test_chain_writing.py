@@ -199,7 +199,7 @@ def test_parametrized_weights(kind: str) -> None:
 @pytest.mark.parametrize("of_x", [False, True], ids=["leaf", "depends on x"])
 @pytest.mark.parametrize("inside", [False, True])
 def test_weight_that_is_no_parameter(inside: bool, of_x: bool) -> None:
-    """A hypernetwork that puts its output in a layer's place of the weight."""
+    """A hypernetwork, whose output replaces the weight of a layer."""
     found = []
     for engine in ("auto", "autograd"):
         torch.manual_seed(1)

@@ -1,4 +1,4 @@
-"""What the compiled engine refuses, and the errors that are not its own."""
+"""What the compiled engine refuses, and the errors that it passes on."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ def test_calls_that_are_refused() -> None:
     ],
 )
 def test_dependence_on_x_beside_the_argument(way: str) -> None:
-    """Autograd counts it where x requires grad; ``torch.func`` does not see it."""
+    """Autograd counts it if x requires grad; ``torch.func`` does not see it."""
     net = mlp()
     for wanted in (True, False):
         x = torch.randn(6, 4).requires_grad_(wanted)
@@ -229,14 +229,14 @@ PLAIN_ERRORS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     indirect=["backend"],
 )
 def test_errors_that_are_not_the_engines_own_come_as_they_are(name: str, backend: str) -> None:
-    """Also from compiled code, which by itself would make zeros of labels out of range."""
+    """Also from compiled code, which would return zeros for labels out of range by default."""
     call, kind, message = PLAIN_ERRORS[name]
     with pytest.raises(kind, match=message):
         call()
 
 
 def test_together_with_an_attached_layerwise_penalty() -> None:
-    """Refused on the model that it watches, then and later; on another one nothing changes."""
+    """The model that the penalty watches is refused; another model is not."""
     x, watched, other = torch.randn(6, 4), fastjac.fuse(mlp()), fastjac.fuse(mlp())
     compare(watched, x)
     layerwise = DREG(watched)

@@ -78,9 +78,8 @@ def _refusal(request: Request, model: Any, x: Tensor) -> str | None:
     """Why the chain engine cannot run this call, as far as this is known before it; else None."""
     if request.at is not None:
         return _hidden(request.at)
-    if not isinstance(x, Tensor) or not x.is_floating_point() or x.is_nested or x.dim() == 0:
-        return "x is not a batch of floating-point samples"
-    if len(x) == 0:
+    is_batch = isinstance(x, Tensor) and x.is_floating_point() and not x.is_nested and x.dim() > 0
+    if not is_batch or len(x) == 0:
         return "x is not a batch of floating-point samples"
     if x.layout != torch.strided:
         return f"x is a {x.layout} tensor"
