@@ -10,12 +10,15 @@ from unittest import mock
 
 import torch
 
-from fastjac.bench import Case, Contestant, Options, Prepared, Record, layer_idioms, steps
-from fastjac.bench import contestants as entrants
-from fastjac.bench.idioms import IDIOMS
-from fastjac.bench.layer_idioms import EagerDreg
+from fastjac.bench import idioms, steps
+from fastjac.bench.cases import Case
+from fastjac.bench.contestants import Contestant, select_contestants
+from fastjac.bench.idioms import IDIOMS, EagerDreg
+from fastjac.bench.measure import Options
 from fastjac.bench.networks import TransformerClassifier, mlp, small_resnet
 from fastjac.bench.problems import PHASES, StepProblem, op_problem, squared_error, step_problem
+from fastjac.bench.records import Record
+from fastjac.bench.steps import Prepared
 
 CPU = torch.device("cpu")
 FAST = Options(threads=1, budget_s=0.0, min_rounds=3, max_rounds=3, sample_s=1e-5)
@@ -67,7 +70,7 @@ def tiny_op(fn: str = "gelu", phase: str = "double", op: str = "act") -> Case:
 
 
 def named(*names: str) -> list[Contestant]:
-    return entrants.select_contestants(names)
+    return select_contestants(names)
 
 
 def planted(name: str, gradients) -> Contestant:
@@ -131,9 +134,9 @@ class SlopeConstant(EagerDreg):
     """The gradient of the weights alone: the second-order term is dropped."""
 
     def __call__(self, x):
-        term = layer_idioms.penalty_term
+        term = idioms.penalty_term
         with mock.patch.object(
-            layer_idioms, "penalty_term", lambda slope, *rest: term(slope.detach(), *rest)
+            idioms, "penalty_term", lambda slope, *rest: term(slope.detach(), *rest)
         ):
             return super().__call__(x)
 

@@ -11,8 +11,8 @@ import pytest
 from bench_cases import record
 from rich.console import Console
 
-from fastjac.bench import Record
 from fastjac.bench.compare import compare, render
+from fastjac.bench.records import Record
 
 CASES = [f"case-{k}" for k in range(8)]
 SLOWER = {("case-3", "fastjac"): 1.15}
@@ -32,12 +32,12 @@ def run_of(scale: dict[tuple[str, str], float] | None = None, **values) -> list[
 
 
 def verdicts(old: list[Record], new: list[Record]) -> dict[tuple[str, str], str]:
-    return {(c.case, c.contestant): c.verdict for c in compare(old, new).changes if c.verdict}
+    return {(c.case, c.contestant): c.verdict for c in compare(old, new)[0] if c.verdict}
 
 
 def text_of(old: list[Record], new: list[Record]) -> str:
     console = Console(width=140, record=True, file=io.StringIO())
-    render(compare(old, new), console)
+    render(*compare(old, new), console)
     return " ".join(console.export_text().split())
 
 
@@ -98,7 +98,7 @@ def test_the_last_record_counts():
 )
 def test_what_cannot_be_compared_is_named(other):
     foreign = [replace(r, **other) for r in run_of(SLOWER)]
-    assert not compare(foreign, run_of()).changes
+    assert not compare(foreign, run_of())[0]
     text = text_of(foreign, run_of())
     assert "not in both files, 16: case-0 (eager), case-0 (fastjac), case-1 (eager)" in text
     # beside records of this machine, they do not disturb

@@ -10,8 +10,9 @@ import pytest
 import torch
 from bench_cases import CPU, FAST, named
 
-from fastjac.bench import Options, measure
+from fastjac.bench import measure
 from fastjac.bench.measure import (
+    Options,
     Samples,
     error_of_median,
     interleave,
@@ -36,8 +37,8 @@ def test_rounds_are_interleaved_and_rotated():
     order = []
     steps = {name: functools.partial(order.append, name) for name in "abc"}
     samples = Samples()
-    interleave(steps, rounds(4), samples)
-    assert {name: len(s) for name, s in samples.seconds.items()} == {"a": 4, "b": 4, "c": 4}
+    interleave(steps, {}, rounds(4), samples)
+    assert {name: len(s) for name, s in samples.items()} == {"a": 4, "b": 4, "c": 4}
     assert turns(order).endswith("abc" + "bca" + "cab" + "cba")
     assert ["".join(order_of_round("abc", k)) for k in range(7)] == [
         *("abc", "bca", "cab", "cba", "acb", "bac", "abc")
@@ -48,16 +49,16 @@ def test_ceilings_end_each_round():
     order = []
     steps = {name: functools.partial(order.append, name) for name in "ab"}
     samples = Samples()
-    interleave(steps, rounds(3), samples, {"top": functools.partial(order.append, "T")})
+    interleave(steps, {"top": functools.partial(order.append, "T")}, rounds(3), samples)
     assert turns(order).endswith("abT" + "baT" + "baT")
-    assert len(samples.seconds["top"]) == samples.n_rounds == 3
+    assert len(samples["top"]) == samples.n_rounds == 3
 
 
 def test_a_sample_is_long_enough(monkeypatch):
     seen = []
     timed = measure.timed
     monkeypatch.setattr(measure, "timed", lambda *args: seen.append(args[1]) or timed(*args))
-    interleave({"short": lambda: None}, rounds(2, sample_s=5e-3), Samples())
+    interleave({"short": lambda: None}, {}, rounds(2, sample_s=5e-3), Samples())
     first, second = seen[-2:]
     # 5 ms of a call that takes well under 10 us
     assert first == second > 500

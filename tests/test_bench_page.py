@@ -77,5 +77,5 @@ def test_activations():
 def test_markers():
     with pytest.raises(ValueError, match="no table 'tim'; choose from summary, time"):
         page_of(rows(), "tim")
-    with pytest.raises(ValueError, match="the page has no <!-- bench: TABLE -->"):
+    with pytest.raises(ValueError, match="The page has no <!-- bench: TABLE -->"):
         page.update("nothing", rows())

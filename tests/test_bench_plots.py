@@ -19,37 +19,54 @@ def scaling_records():
     ]
 
 
+def painted(kind, records):
+    """The panels of a picture by their titles; empty if there is nothing to draw."""
+    figure = Figure(layout="constrained")
+    drawn = plots.paint(figure, plots.PICTURES[kind], records)
+    assert drawn == bool(figure.axes)
+    return {ax.get_title(): ax for ax in figure.axes}
+
+
 def test_plots_are_drawn_from_records(tmp_path):
     products = {"gflop": 1.0, "gemm_gflops": 100.0, "pct_gemm": 25.0}
     records = [*trio("case-a", 1.25, **products), *elementwise_records(), *scaling_records()]
     written = plots.draw(records, tmp_path / "new" / "folder")
-    assert [p.name for p in written] == [
-        f"{kind}-cpu-float32-2t.png"
-        for kind in ("overhead", "scaling", "roofline", "memory", "speedup", "bandwidth")
-    ]
+    assert [p.name for p in written] == [f"{kind}-cpu-float32-2t.png" for kind in plots.PICTURES]
+    assert len(written) == 6
     assert all(p.read_bytes().startswith(b"\x89PNG") for p in written)
 
 
 def test_plots_keep_machines_apart_and_take_the_last_record(tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(
-        plots, "PAINTERS", {"p": lambda figure, rows: bool(seen.append(rows)) or True}
-    )
+    monkeypatch.setattr(plots, "PICTURES", {"p": None})
+    monkeypatch.setattr(plots, "paint", lambda f, p, rows: bool(seen.append(rows)) or True)
     old, new = trio("case-a", 1.0), trio("case-a", 2.0)
     other = [replace(r, machine="Other GPU") for r in old]
     bad = replace(record("case-b"), status="wrong")
-    written = plots.draw([*old, *other, *new, bad], tmp_path)
-    assert [p.name for p in written] == [
-        "p-cpu-float32-2t-m-1.png",
-        "p-cpu-float32-2t-other-gpu.png",
-    ]
+    names = [path.name for path in plots.draw([*old, *other, *new, bad], tmp_path)]
+    assert names == ["p-cpu-float32-2t-m-1.png", "p-cpu-float32-2t-other-gpu.png"]
     assert seen == [new, other]
 
 
+def test_the_values_of_bars_and_dots():
+    products = {"gemm_gflops": 100.0, "pct_gemm": 25.0}
+    records = trio("case-a", 1.25, **products)
+    for kind, values in (
+        ("overhead", ["2.00×  8.00 ms", "1.60×  6.40 ms"]),
+        ("memory", ["2.00×  6.00 MB", "1.33×  4.00 MB"]),
+        ("roofline", ["25%"]),
+    ):
+        (ax,) = painted(kind, records).values()
+        assert [text.get_text() for text in ax.texts] == values
+    panels = painted("speedup", elementwise_records())
+    assert [*panels] == ["forward", "backward", "double backward"]
+    assert [text.get_text() for text in panels["forward"].texts] == ["4.50×"]
+    (text,) = painted("bandwidth", elementwise_records())["forward"].texts
+    assert text.get_text() == "50%"
+
+
 def test_a_panel_of_the_scaling_holds_one_axis():
-    figure = Figure(layout="constrained")
-    assert plots.scaling(figure, scaling_records())
-    panels = {ax.get_title(): ax for ax in figure.axes}
+    panels = painted("scaling", scaling_records())
     labels = {
         axis: [int(text.get_text().split()[0]) for text in ax.get_xticklabels()]
         for axis, ax in panels.items()
@@ -62,20 +79,10 @@ def test_a_panel_of_the_scaling_holds_one_axis():
     }
     (eager, ours, _one) = panels["width"].lines
     assert list(eager.get_ydata()) == [2.0] * 4 and list(ours.get_ydata()) == [1.6] * 4
-
-
-def test_scaling_cases_stay_out_of_the_other_pictures():
-    for painter in (plots.overhead, plots.memory, plots.roofline):
-        assert not painter(Figure(), scaling_records())
+    assert not any(painted(kind, scaling_records()) for kind in ("overhead", "memory", "roofline"))
 
 
 def test_parts_of_the_scaling_suite_are_drawn():
     some = [r for r in scaling_records() if r.case in ("scale-base", "scale-width-64")]
-    figure = Figure(layout="constrained")
-    assert plots.scaling(figure, some)
-    assert [ax.get_title() for ax in figure.axes] == ["width"]
-    assert not plots.scaling(Figure(), some[:3])
-
-
-def test_nothing_to_plot_draws_nothing(tmp_path):
-    assert plots.draw([replace(record(), status="failed")], tmp_path) == []
+    assert [*painted("scaling", some)] == ["width"]
+    assert not painted("scaling", some[:3])

@@ -13,7 +13,8 @@ from bench_cases import FAST, elementwise_records, named, record, tiny_case, tin
 from rich.console import Console
 
 from fastjac.bench import records as storage
-from fastjac.bench import report, run
+from fastjac.bench import report
+from fastjac.bench.runner import run
 
 
 def test_record_schema():
@@ -97,8 +98,3 @@ def test_tables_show_the_ratio_and_what_is_wrong(width):
     assert ("p20 - p80" in text) == (width == 140)
     assert "kernels" not in text  # no record has that
     assert max(map(len, text.splitlines())) <= width
-
-
-def test_estimate_grows_with_compiling_contestants():
-    few = report.expected_seconds(named("eager"), FAST)
-    assert report.expected_seconds(named("eager", "compiled"), FAST) > few + 5

@@ -17,8 +17,10 @@ from bench_cases import (
     without_second_order,
 )
 
-from fastjac.bench import Contestant, run, steps
-from fastjac.bench.options import busy
+from fastjac.bench import steps
+from fastjac.bench.contestants import Contestant
+from fastjac.bench.measure import busy
+from fastjac.bench.runner import run
 from fastjac.observers import OBSERVERS
 
 
@@ -83,7 +85,7 @@ def test_ctrl_c_keeps_the_current_case_once_it_has_rounds():
 
 
 def test_a_busy_machine_is_warned_about(monkeypatch):
-    monkeypatch.setattr("fastjac.bench.options.available_cores", lambda: 4)
+    monkeypatch.setattr("fastjac.bench.measure.available_cores", lambda: 4)
     monkeypatch.setattr("os.getloadavg", lambda: (2.5, 0, 0))
     assert busy(2) is None
     assert "load 2.5, 4 cores, 3 threads" in (busy(3) or "")

@@ -2,18 +2,18 @@
 
 ``plain``        the training step without penalty (elementwise: torch's forward kernel)
 ``eager``        today's torch idiom, ``autograd.grad(create_graph=True)`` (torch's own kernels)
-``compiled``     ``torch.compile`` of the whole step: ``torch.func.grad`` of loss plus penalty, the
-                 penalty over ``torch.func.vjp`` or, for a layer-wise one, written out. One graph
-                 (``fullgraph=True``: a fallback to eager would go unnoticed) was as fast as or
-                 faster than compiling the objective and calling ``backward`` on it (2 cores:
-                 0.86 against 1.20 ms for SpectReg 16-5x64-10, 61.8 against 75.0 for the ResNet).
+``compiled``     ``torch.compile`` of the whole step: ``torch.func.grad`` of loss plus penalty. One
+                 graph (``fullgraph=True``, because a fallback to eager would go unnoticed) was as
+                 fast as or faster than compiling the objective and calling ``backward`` on it (2
+                 cores: 0.86 against 1.20 ms for SpectReg 16-5x64-10, 61.8 against 75.0 ms for the
+                 ResNet).
 ``jacobianreg``  facebookresearch's JacobianReg algorithm: one pass per projection
-``fastjac``      the public penalty on a model prepared by ``fastjac.fuse``; a layer-wise one is
+``fastjac``      the public penalty on a model prepared by ``fastjac.fuse``; a layer-wise penalty is
                  attached to the model as it is
 ``fastjac-X``    a penalty on the input Jacobian by the engine X (``fastjac`` is ``"auto"``)
-``fastjac:X``    an activation or a layer-wise penalty by the implementation X
+``fastjac:X``    an op or a layer-wise penalty by the implementation X
 
-None of them rounds in TF32, and none draws random numbers while it is timed.
+None of them rounds to TF32, and none draws random numbers while it is timed.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from fastjac.bench import phases, steps
 from fastjac.bench.cases import Case, unknown
 from fastjac.bench.idioms import IDIOMS, InputJacobian
+from fastjac.bench.measure import Options
 from fastjac.bench.problems import Problem, StepProblem
 from fastjac.bench.steps import Prepared
 from fastjac.ops import dispatch
 
-WhyNot = Callable[[Case, torch.device, torch.dtype], str | None]
+#: The colour of a contestant that is not registered.
+OTHER_COLOUR = "#8a7f6a"
 
 
 @dataclass(frozen=True)
@@ -42,29 +42,22 @@ class Contestant:
     """A way of computing a case.
 
     Attributes:
-        name: what ``--contestant`` takes.
-        setup: makes it ready; the first call of the step may still compile.
-        why_not: ``(case, device, dtype)`` -> None if it takes part, else the reason.
-        compiles: its set-up and first call count as compile time.
-        impl: what it asks of the fused ops; empty if it uses none of them.
-        colour: of its bars and lines.
+        name: The argument of ``--contestant``.
+        setup: Makes it ready; the first call of the step may still compile.
+        colour: The colour of its bars and lines.
+        compiles: Its set-up and first call count as compile time.
+        impl: The implementation of the fused ops that it asks for; empty if it uses none.
     """
 
     name: str
     setup: Callable[[Problem], Prepared]
-    why_not: WhyNot = lambda *_: None
+    colour: str = OTHER_COLOUR
     compiles: bool = False
     impl: str = ""
-    colour: str = "#8a7f6a"
-
-
-def runs_ours(contestant: str) -> bool:
-    """Whether the contestant of this name runs code of fastjac."""
-    return contestant.startswith("fastjac")
 
 
 def setup_of(form: str, **how: Any) -> Callable[[Problem], Prepared]:
-    """The set-up function of this name for a training step or for a phase of an op."""
+    """The set-up function of this name, for a training step or for a phase of an op."""
 
     def setup(problem: Problem) -> Prepared:
         module = steps if isinstance(problem, StepProblem) else phases
@@ -73,45 +66,36 @@ def setup_of(form: str, **how: Any) -> Callable[[Problem], Prepared]:
     return setup
 
 
-def _ours(name: str, colour: str, why_not: WhyNot = lambda *_: None, **how: str) -> Contestant:
-    setup, impl = setup_of("ours", **how), how.get("impl", "auto")
-    return Contestant(name, setup, why_not, impl=impl, colour=colour)
-
-
-def _of_impl(impl: str, colour: str) -> Contestant:
-    return _ours(f"fastjac:{impl}", colour, functools.partial(_cannot_run, impl), impl=impl)
+def _ours(name: str, colour: str, impl: str = "auto", **how: str) -> Contestant:
+    return Contestant(name, setup_of("ours", impl=impl, **how), colour, impl=impl)
 
 
 @functools.cache
 def all_contestants() -> tuple[Contestant, ...]:
-    """Every contestant; the order is that of tables and plots."""
+    """Every contestant, in the order of tables and plots."""
     return (
-        Contestant("plain", setup_of("plain"), colour="#b8bcc2"),
-        Contestant("eager", setup_of("eager"), colour="#e8743b"),
-        Contestant(
-            *("compiled", setup_of("compiled"), _cannot_compile), compiles=True, colour="#5b8bd0"
-        ),
-        Contestant("jacobianreg", setup_of("jacobian_reg"), _not_jacobian_reg, colour="#b58bc4"),
+        Contestant("plain", setup_of("plain"), "#b8bcc2"),
+        Contestant("eager", setup_of("eager"), "#e8743b"),
+        Contestant("compiled", setup_of("compiled"), "#5b8bd0", compiles=True),
+        Contestant("jacobianreg", setup_of("jacobian_reg"), "#b58bc4"),
         _ours("fastjac", "#13865b"),
-        _ours("fastjac-autograd", "#8f9f3a", _has_no_engine, engine="autograd"),
-        # it asks nothing of the fused ops: what torch.compile fuses are torch's own activations
+        _ours("fastjac-autograd", "#8f9f3a", engine="autograd"),
+        # torch.compile fuses torch's own activations, so no fused op runs.
         Contestant(
-            *("fastjac-compiled", setup_of("ours", engine="compiled"), _cannot_run_compiled),
-            compiles=True,
-            colour="#2f9fb0",
+            "fastjac-compiled", setup_of("ours", engine="compiled"), "#2f9fb0", compiles=True
         ),
-        _of_impl("reference", "#cfdcc9"),
-        _of_impl("cpu", "#6dbb98"),
-        _of_impl("triton", "#a5d46a"),
-        _of_impl("cuda", "#6dbb98"),
+        _ours("fastjac:reference", "#cfdcc9", "reference"),
+        _ours("fastjac:cpu", "#6dbb98", "cpu"),
+        _ours("fastjac:triton", "#a5d46a", "triton"),
+        _ours("fastjac:cuda", "#6dbb98", "cuda"),
     )
 
 
 def select_contestants(names: Sequence[str] = ()) -> list[Contestant]:
-    """Contestants by name; all without names. ``plain`` is always there: overheads are over it.
+    """The contestants of these names, or all. ``plain`` is always there, because overheads need it.
 
     Raises:
-        ValueError: a name that is not registered.
+        ValueError: A name is not registered.
     """
     known = all_contestants()
     valid = [contestant.name for contestant in known]
@@ -121,33 +105,34 @@ def select_contestants(names: Sequence[str] = ()) -> list[Contestant]:
     return [c for c in known if not names or c.name in names or c.name == "plain"]
 
 
-def _cannot_compile(case: Case, device: torch.device, dtype: torch.dtype) -> str | None:
-    compiler = os.environ.get("CXX") or "g++"
-    if device.type == "cpu" and not (shutil.which(compiler) or shutil.which("clang++")):
-        return f"torch.compile needs a C++ compiler; {compiler!r} was not found"
+def why_not(contestant: Contestant, case: Case, options: Options) -> str | None:
+    """Why a contestant cannot compute a case here; None if it can."""
+    idiom, device = IDIOMS.get(case.penalty), options.device.type
+    if contestant.name == "jacobianreg" and getattr(idiom, "jacobian_reg", None) is None:
+        return f"JacobianReg cannot express {case.penalty}"
+    if contestant.name.startswith("fastjac-") and not isinstance(idiom, InputJacobian):
+        return "only penalties on the input Jacobian have engines"
+    if contestant.compiles and device == "cpu":
+        compiler = os.environ.get("CXX") or "g++"
+        if not (shutil.which(compiler) or shutil.which("clang++")):
+            return f"torch.compile needs a C++ compiler; {compiler!r} was not found"
+    if contestant.name.startswith("fastjac:"):
+        if isinstance(idiom, InputJacobian):
+            return "penalties on the input Jacobian are timed by engine, not by implementation"
+        if contestant.impl == "triton" and device == "cpu":
+            return "on the CPU Triton only interprets its kernels"
+        return dispatch.why_not(contestant.impl, device, options.dtype)
     return None
 
 
-def _not_jacobian_reg(case: Case, device: torch.device, dtype: torch.dtype) -> str | None:
-    idiom = IDIOMS.get(case.penalty)
-    if isinstance(idiom, InputJacobian) and idiom.jacobian_reg is not None:
-        return None
-    return f"JacobianReg cannot express {case.penalty}"
-
-
-def _has_no_engine(case: Case, device: torch.device, dtype: torch.dtype) -> str | None:
-    if isinstance(IDIOMS.get(case.penalty), InputJacobian):
-        return None
-    return "only penalties on the input Jacobian have engines"
-
-
-def _cannot_run_compiled(case: Case, device: torch.device, dtype: torch.dtype) -> str | None:
-    return _has_no_engine(case, device, dtype) or _cannot_compile(case, device, dtype)
-
-
-def _cannot_run(impl: str, case: Case, device: torch.device, dtype: torch.dtype) -> str | None:
-    if isinstance(IDIOMS.get(case.penalty), InputJacobian):
-        return "penalties on the input Jacobian are timed by engine, not by implementation"
-    if impl == "triton" and device.type == "cpu":
-        return "on the CPU Triton only interprets its kernels"
-    return dispatch.why_not(impl, device.type, dtype)
+def contestants_of(
+    case: Case, contestants: Sequence[Contestant], options: Options
+) -> list[Contestant]:
+    """Those of the contestants that take part in a case."""
+    return [
+        contestant
+        for contestant in contestants
+        if (not options.quick or contestant.name in case.quick)
+        and (not case.only or contestant.name in case.only)
+        and why_not(contestant, case, options) is None
+    ]

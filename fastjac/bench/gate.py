@@ -7,85 +7,109 @@ import functools
 import math
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import flop_registry
 
-from fastjac.bench.ceilings import FlopCounter
 from fastjac.bench.contestants import Contestant, setup_of
 from fastjac.bench.problems import Problem, StepProblem
 from fastjac.bench.records import Record
 from fastjac.bench.steps import Prepared
-from fastjac.torch_private import fresh_cache
+from fastjac.torch_private import TorchDispatchMode, fresh_cache
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What gradients must be.
+
+    Attributes:
+        truth: The gradients of plain torch in float64.
+        limit: The largest relative L2 error: twice the error of plain torch in the dtype of the
+            run, and at least the rounding of a float32 (float64) result.
+        gflop: 10^9 operations of the matrix products and convolutions of plain torch.
+    """
+
+    truth: Sequence[Tensor]
+    limit: float
+    gflop: float
+
+    def error(self, gradients: Sequence[Tensor]) -> float:
+        """The relative error of a contestant's gradients."""
+        return relative_error(gradients, self.truth)
 
 
 @dataclass(frozen=True)
 class Gate:
-    """What a case's gradients must be.
+    """What is expected of ``plain`` (a step without penalty, or ``φ(z)``) and of the others."""
 
-    Attributes:
-        truth: the eager idiom's gradients in float64.
-        plain_truth: those of the step without penalty (of an op: ``φ(z)``).
-        limit, plain_limit: largest relative L2 error: twice eager's own in the run's dtype, and
-            not less than rounding of a float32 (float64) result.
-        gflop, plain_gflop: 10^9 operations of the matrix products and convolutions of the eager
-            and of the plain step.
-    """
+    plain: Expected
+    full: Expected
 
-    truth: Sequence[Tensor]
-    plain_truth: Sequence[Tensor]
-    limit: float
-    plain_limit: float
-    gflop: float = 0.0
-    plain_gflop: float = 0.0
-
-    def error(self, contestant: str, gradients: Sequence[Tensor]) -> tuple[float, float]:
-        """Error of a contestant, and its limit."""
-        if contestant == "plain":
-            return relative_error(gradients, self.plain_truth), self.plain_limit
-        return relative_error(gradients, self.truth), self.limit
+    def of(self, contestant: str) -> Expected:
+        return self.plain if contestant == "plain" else self.full
 
 
 def relative_error(values: Sequence[Tensor], truth: Sequence[Tensor]) -> float:
-    """``||values - truth|| / ||truth||`` over all tensors together, in float64; NaN counts as inf.
+    """``||values - truth|| / ||truth||`` over all tensors together in float64; NaN becomes inf.
 
     Raises:
-        ValueError: the number of tensors or a shape differs.
+        ValueError: The number of tensors or a shape differs.
     """
     shapes, wanted = [tuple(v.shape) for v in values], [tuple(t.shape) for t in truth]
     if shapes != wanted:
-        raise ValueError(f"gradients of shapes {shapes}, expected {wanted}")
+        raise ValueError(f"The gradients have the shapes {shapes}; expected {wanted}.")
     missed = sum(float((v.double() - t).square().sum()) for v, t in zip(values, truth, strict=True))
     norm = sum(float(t.square().sum()) for t in truth)
     error = (missed / norm) ** 0.5 if norm else missed**0.5
     return error if error == error else float("inf")
 
 
+class FlopCounter(TorchDispatchMode):
+    """Counts the operations of matrix products and convolutions by torch's own formulas.
+
+    ``torch.utils.flop_counter.FlopCounterMode`` cannot be used: it follows modules by hooks that
+    ``autograd.grad(create_graph=True)`` refuses (torch 2.13).
+    """
+
+    total = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> object:
+        out = func(*args, **(kwargs or {}))
+        formula = flop_registry.get(func.overloadpacket)
+        if formula is not None:
+            self.total += formula(*args, **(kwargs or {}), out_val=out)
+        return out
+
+
 def open_gate(problem: Problem, dtype: torch.dtype) -> Gate:
-    """Compute the truth; sets the weight of a step's penalty first."""
+    """Compute the truth. The weight of a step's penalty is set first, see `StepProblem.weight`."""
     wide = problem.double()
     if isinstance(problem, StepProblem):
         assert isinstance(wide, StepProblem)
         problem.weight = wide.weight = _balanced_weight(wide)
-    # 8 eps of float32: what a sum of rounded terms differs by when its order changes. A 16-bit
-    # contestant has to stay within twice eager's error, with no such floor.
+    # 8 eps of float32: the difference between two sums of the same rounded terms in another order.
+    # A 16-bit contestant must stay within twice eager's error.
     floor = 1e-12 if dtype == torch.float64 else 1e-6
-    found = []
-    for setup in (setup_of("plain"), setup_of("eager")):
-        truth = setup(wide).gradients()
-        mine = setup(problem)
+
+    def expected(form: str) -> Expected:
+        truth = setup_of(form)(wide).gradients()
+        prepared = setup_of(form)(problem)
         with FlopCounter() as counter:
-            gradients = mine.gradients()
+            gradients = prepared.gradients()
         limit = max(2 * relative_error(gradients, truth), floor)
-        found.append((truth, limit, counter.total / 1e9))
-    (plain_truth, plain_limit, plain_gflop), (truth, limit, gflop) = found
-    return Gate(truth, plain_truth, limit, plain_limit, gflop, plain_gflop)
+        return Expected(truth, limit, counter.total / 1e9)
+
+    return Gate(expected("plain"), expected("eager"))
 
 
 def _balanced_weight(wide: StepProblem) -> float:
-    """Power of two that gives loss and penalty gradients of like norm."""
+    """The power of two that gives loss and penalty gradients of similar norm."""
     loss = setup_of("plain")(wide).gradients()
     both = setup_of("eager")(wide).gradients()  # its weight is 1
     penalty = sum(float((b - a).square().sum()) for a, b in zip(loss, both, strict=True)) ** 0.5
@@ -93,51 +117,48 @@ def _balanced_weight(wide: StepProblem) -> float:
     return float(2.0 ** round(math.log2(own / penalty)))
 
 
-def admit(contestant: Contestant, problem: Problem, gate: Gate, record: Record) -> Prepared | None:
-    """Set a contestant up and let it through the gate, or say in its record why not."""
-    device = torch.device(record.device)
-    cache = _fresh_compile_cache(device) if contestant.compiles else contextlib.nullcontext()
-    with contextlib.ExitStack() as refused:
-        try:
-            with cache:
-                began = time.perf_counter()
-                prepared = contestant.setup(problem)
-                refused.callback(prepared.close)
-                gradients = prepared.gradients()
-                took = time.perf_counter() - began
-            if contestant.compiles:
-                record.compile_s = took
-            record.engine = prepared.engine
-            record.rel_err, record.rel_err_limit = gate.error(contestant.name, gradients)
-        except Exception as error:
-            record.status, record.message = "failed", short(error)
-            return None
-        if not record.rel_err <= record.rel_err_limit:
-            record.status = "wrong"
-            record.message = (
-                f"relative error {record.rel_err:.2e} of its gradients, limit "
-                f"{record.rel_err_limit:.2e}"
-            )
-            return None
-        refused.pop_all()
+def admit(
+    contestant: Contestant, problem: Problem, gate: Gate, record: Record, ends: contextlib.ExitStack
+) -> Prepared | None:
+    """Set a contestant up and compare its gradients; its record says why it is not admitted.
+
+    What the contestant holds is released when ``ends`` is closed.
+    """
+    cache = contextlib.nullcontext()
+    try:
+        if contestant.compiles:
+            _start_compiler(record.device)
+            cache = fresh_cache()()  # no code that an earlier run left on disk
+            ends.callback(torch.compiler.reset)  # frees the graphs of this case, and its model
+        with cache:
+            began = time.perf_counter()
+            prepared = contestant.setup(problem)
+            ends.callback(prepared.close)
+            gradients = prepared.gradients()
+            took = time.perf_counter() - began
+        expected = gate.of(contestant.name)
+        record.compile_s = took if contestant.compiles else None
+        record.engine = prepared.engine
+        record.rel_err, record.rel_err_limit = expected.error(gradients), expected.limit
+    except Exception as error:
+        record.status, record.message = "failed", short(error)
+        return None
+    if record.rel_err <= record.rel_err_limit:
         return prepared
+    record.status = "wrong"
+    record.message = (
+        f"the relative error of its gradients is {record.rel_err:.2e}, "
+        f"the limit is {record.rel_err_limit:.2e}"
+    )
+    return None
 
 
 def short(error: Exception) -> str:
-    """The first line of the error as a traceback would show it."""
-    lines = "".join(traceback.format_exception_only(error)).strip().splitlines()
-    return lines[0][:300] if lines else type(error).__name__
-
-
-@contextlib.contextmanager
-def _fresh_compile_cache(device: torch.device) -> Iterator[None]:
-    """Compile time without what an earlier run left on disk, and without torch's own start-up."""
-    _start_compiler(device)
-    with fresh_cache()():
-        yield
+    """The first line of an error as a traceback shows it."""
+    return traceback.format_exception_only(error)[-1].strip().split("\n")[0][:300]
 
 
 @functools.cache
-def _start_compiler(device: torch.device) -> None:
-    """A first, trivial torch.compile: it imports the compiler and probes the processor."""
+def _start_compiler(device: str) -> None:
+    """Compile a function once, so that no contestant's time counts the start of the compiler."""
     torch.compile(torch.sin, fullgraph=True)(torch.ones(8, device=device))

@@ -15,13 +15,53 @@ from typing import Any
 
 import torch
 
-from fastjac.bench.options import Options
-
 Step = Callable[[], object]
 
 
+def available_cores() -> int:
+    """The number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def busy(threads: int) -> str | None:
+    """A warning if other processes use the cores that the run needs, else None."""
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    cores = available_cores()
+    if load + threads <= cores + 0.7:
+        return None
+    return (
+        f"Other work is running on this machine (load {load:.1f}, {cores} cores, {threads} threads "
+        "wanted). The p20 - p80 ranges will be wide; do not quote these times."
+    )
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a run measures.
+
+    Attributes:
+        device, dtype: The device and the dtype of networks and data.
+        threads: The argument of ``torch.set_num_threads``.
+        quick: Each case runs only the contestants of its quick list.
+        budget_s: The sampling time for each contestant and case.
+        min_rounds, max_rounds: The limits of the number of rounds that the budget allows.
+        sample_s: The shortest sample; a shorter step is repeated within it.
+        keep_going: A contestant with wrong gradients does not end the run.
+    """
+
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    dtype: torch.dtype = torch.float32
+    threads: int = field(default_factory=available_cores)
+    quick: bool = False
+    budget_s: float = 2.0
+    min_rounds: int = 7
+    max_rounds: int = 60
+    sample_s: float = 2e-3
+    keep_going: bool = False
+
+
 def timed(step: Step, repeats: int, device: torch.device) -> float:
-    """Seconds of one call, over ``repeats`` calls: wall clock on the CPU, CUDA events on a GPU."""
+    """Seconds per call over ``repeats`` calls: wall clock on the CPU, CUDA events on a GPU."""
     if device.type == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
@@ -36,14 +76,16 @@ def timed(step: Step, repeats: int, device: torch.device) -> float:
     return (time.perf_counter() - began) / repeats
 
 
-def warm_up(step: Step, device: torch.device, sample_s: float) -> tuple[int, float]:
-    """Calls until caches and allocators have settled.
+def warm_up(step: Step, options: Options) -> tuple[int, float]:
+    """Call a step until caches and allocators have settled.
 
     Returns:
-        Repeats that make a sample of at least ``sample_s``, and the expected seconds of a sample.
+        The repeats that make a sample of at least ``options.sample_s``, and the expected seconds
+        of such a sample.
     """
+    sample_s, device = options.sample_s, options.device
     once = min(timed(step, 1, device) for _ in range(3))
-    # a short step is timed again over many calls: one call is mostly the clock's own cost
+    # A short step is timed again over many calls, because one call is mostly the clock's own cost.
     if once < sample_s / 4:
         once = timed(step, max(1, math.ceil(sample_s / 4 / max(once, 1e-7))), device)
     repeats = max(1, math.ceil(1.1 * sample_s / max(once, 1e-7)))
@@ -51,51 +93,26 @@ def warm_up(step: Step, device: torch.device, sample_s: float) -> tuple[int, flo
 
 
 def order_of_round(names: Sequence[str], round_number: int) -> list[str]:
-    """The contestants in turn, each round starting with the next one, every other cycle backwards.
+    """The contestants of a round: each round starts with the next, every other cycle is reversed.
 
-    Whoever runs after a big step finds a cold cache; so nobody always follows the same one.
+    A step that runs after a large one finds a cold cache, so no contestant may always follow the
+    same one.
     """
     cycle, first = divmod(round_number, len(names))
     turned = [*names[first:], *names[:first]]
     return turned[::-1] if cycle % 2 else turned
 
 
-#: of a normal distribution: the range p20 to p80 in standard deviations
+#: The range from p20 to p80 of a normal distribution, in standard deviations.
 FIFTHS = 2 * statistics.NormalDist().inv_cdf(0.8)
 
 
 def error_of_median(p20: float, p80: float, n: int) -> float:
-    """Standard error of the median of ``n`` values, from the range of their middle three fifths.
+    """Standard error of the median of ``n`` values: ``sqrt(pi / 2) sigma / sqrt(n)``.
 
-    ``sqrt(pi / 2) sigma / sqrt(n)``, with sigma taken from that range, which outliers do not move.
+    sigma is taken from the range of the middle three fifths, which outliers do not change.
     """
     return math.sqrt(math.pi / 2 / n) * (p80 - p20) / FIFTHS
-
-
-@dataclass
-class Samples:
-    """Seconds per call of each contestant, one entry a completed round."""
-
-    seconds: dict[str, list[float]] = field(default_factory=dict)
-
-    @property
-    def n_rounds(self) -> int:
-        """Rounds in which every contestant was sampled."""
-        return min(map(len, self.seconds.values()), default=0)
-
-    def quantiles_ms(self, name: str) -> tuple[float, float, float]:
-        """p20, median and p80 in ms."""
-        return quantiles([1e3 * s for s in self.seconds[name][: self.n_rounds]])
-
-    def ratio(self, name: str, base: str) -> tuple[float, float]:
-        """Median over the rounds of a contestant's time over another's, and the error of its log.
-
-        Taken round by round, it is not moved by what slows both.
-        """
-        n = self.n_rounds
-        pairs = zip(self.seconds[name][:n], self.seconds[base][:n], strict=True)
-        p20, median, p80 = quantiles([math.log(mine / other) for mine, other in pairs])
-        return math.exp(median), error_of_median(p20, p80, n)
 
 
 def quantiles(values: Sequence[float]) -> tuple[float, float, float]:
@@ -106,45 +123,55 @@ def quantiles(values: Sequence[float]) -> tuple[float, float, float]:
     return fifths[0], statistics.median(values), fifths[3]
 
 
+class Samples(dict[str, list[float]]):
+    """Seconds per call of each contestant, one entry for each round."""
+
+    @property
+    def n_rounds(self) -> int:
+        """The number of rounds in which every contestant was sampled."""
+        return min(map(len, self.values()), default=0)
+
+    def quantiles_ms(self, name: str) -> tuple[float, float, float]:
+        """p20, median and p80 in ms."""
+        return quantiles([1e3 * s for s in self[name][: self.n_rounds]])
+
+    def ratio(self, name: str, base: str) -> tuple[float, float]:
+        """Median over the rounds of the ratio of two times, and the standard error of its log.
+
+        The ratio is taken round by round, so what slows both does not change it.
+        """
+        n = self.n_rounds
+        pairs = zip(self[name][:n], self[base][:n], strict=True)
+        p20, median, p80 = quantiles([math.log(mine / other) for mine, other in pairs])
+        return math.exp(median), error_of_median(p20, p80, n)
+
+
 def interleave(
-    steps: Mapping[str, Step],
-    options: Options,
-    samples: Samples,
-    ceilings: Mapping[str, Step] | None = None,
+    steps: Mapping[str, Step], ceilings: Mapping[str, Step], options: Options, samples: Samples
 ) -> None:
     """Sample the steps in turn, round after round, into ``samples``.
 
-    The number of rounds is what fits the budget of the options, between their limits. What was
-    sampled stays in ``samples`` if the caller is interrupted.
-
-    Args:
-        steps: the contestants.
-        options: device, budget, limits of the rounds and length of a sample.
-        samples: filled.
-        ceilings: sampled once at the end of each round, so that what they leave in the cache meets
-            each contestant in turn.
+    The number of rounds is what the budget of the options allows, between their limits. If the run
+    is interrupted, ``samples`` has what was sampled until then. The ceilings are sampled once at
+    the end of each round, so each contestant in turn meets what they leave in the cache.
     """
-    ceilings = ceilings or {}
-    names = [*steps, *ceilings]
     everything = {**steps, **ceilings}
-    device = options.device
-    samples.seconds.update({name: [] for name in names})
-    plans = {name: warm_up(step, device, options.sample_s) for name, step in everything.items()}
+    samples.update({name: [] for name in everything})
+    plans = {name: warm_up(step, options) for name, step in everything.items()}
     round_s = sum(expected for _, expected in plans.values())
-    affordable = int(options.budget_s * len(names) / round_s)
+    affordable = int(options.budget_s * len(everything) / round_s)
     gc.collect()
     for k in range(min(max(affordable, options.min_rounds), options.max_rounds)):
         for name in (*order_of_round([*steps], k), *ceilings):
-            samples.seconds[name].append(timed(everything[name], plans[name][0], device))
+            samples[name].append(timed(everything[name], plans[name][0], options.device))
 
 
 def peak_bytes(step: Step, device: torch.device) -> int:
     """Bytes allocated at the peak of one call, above the level before it.
 
-    On the CPU every allocation and free that passes through torch's allocator is recorded by
-    torch's profiler, C++ backward included; on a GPU it is the caching allocator's own counter.
-    Blocks that exist before the call and are freed in it are not subtracted on the CPU, so callers
-    release gradients first.
+    On a GPU this is the counter of the caching allocator. On the CPU torch's profiler records every
+    allocation and free of torch's allocator, the C++ backward included. Blocks that exist before
+    the call and are freed in it are not subtracted on the CPU, so callers release gradients first.
     """
     if device.type == "cuda":
         gc.collect()
@@ -154,40 +181,32 @@ def peak_bytes(step: Step, device: torch.device) -> int:
         step()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    with (
-        _muted_stderr(),
-        torch.profiler.profile(
-            activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-        ) as profile,
-    ):
+    with _muted_stderr(), torch.profiler.profile(profile_memory=True) as profile:
         result = step()
     del result
     assert profile.profiler is not None and profile.profiler.kineto_results is not None
-    events = sorted(
-        _allocations(profile.profiler.kineto_results.experimental_event_tree()),
-        key=lambda event: event.start_time_ns,
-    )
+    tree = profile.profiler.kineto_results.experimental_event_tree()
     live: dict[int, int] = {}
     level = peak = 0
-    for event in events:
+    for event in sorted(_allocations(tree), key=lambda event: event.start_time_ns):
         block = event.extra_fields
         if block.alloc_size > 0:
             live[block.ptr] = block.alloc_size
             level += block.alloc_size
         else:
-            # Not its own size: the profiler remembers, from an earlier profile, blocks that were
-            # freed since, and gives their size to a block of today at the same address.
+            # The size of a freed block cannot be taken from the event. The profiler remembers
+            # blocks of an earlier profile that were freed since, and reports their size for a
+            # block of today at the same address.
             level -= live.pop(block.ptr, 0)
         peak = max(peak, level)
     return peak
 
 
 def kernels(step: Step, device: torch.device) -> int | None:
-    """How many kernels one call launches on a GPU; None on the CPU."""
+    """The number of kernels that one call launches on a GPU; None on the CPU."""
     if device.type != "cuda":
         return None
-    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    with _muted_stderr(), torch.profiler.profile(activities=activities) as profile:
+    with _muted_stderr(), torch.profiler.profile() as profile:
         step()
         torch.cuda.synchronize(device)
     on_gpu = torch.autograd.DeviceType.CUDA
@@ -203,18 +222,13 @@ def _allocations(events: Sequence[Any]) -> Iterator[Any]:
 
 @contextlib.contextmanager
 def _muted_stderr() -> Iterator[None]:
-    """Silence the profiler's C++ log lines, which would tear the progress bar."""
+    """Hide the log lines that the profiler writes from C++; they would tear the progress bar."""
     sys.stderr.flush()
-    try:
-        kept = os.dup(2)
-    except OSError:
-        yield
-        return
-    null = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, 2)
+    kept = os.dup(2)
+    with open(os.devnull, "w") as null:
+        os.dup2(null.fileno(), 2)
     try:
         yield
     finally:
         os.dup2(kept, 2)
         os.close(kept)
-        os.close(null)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 def mlp(sizes: Sequence[int], activation: type[nn.Module] = nn.GELU) -> nn.Sequential:
-    """Linear layers of the given sizes, an activation between each two."""
+    """Linear layers of the given sizes, with an activation between each two."""
     layers: list[nn.Module] = []
     for fan_in, fan_out in pairwise(sizes):
         layers += [nn.Linear(fan_in, fan_out), activation()]
@@ -19,8 +19,7 @@ def mlp(sizes: Sequence[int], activation: type[nn.Module] = nn.GELU) -> nn.Seque
 def lenet() -> nn.Sequential:
     """LeNet-5 of the 2017 gradient-regularization paper for ``[N, 1, 28, 28]``: 61706 parameters.
 
-    Max pooling and ReLU. Its dropout is left out: the gate compares gradients, so the network must
-    be deterministic.
+    The paper's dropout is left out, because the gate compares gradients.
     """
     return nn.Sequential(
         *(nn.Conv2d(1, 6, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2)),
@@ -52,7 +51,7 @@ class ResidualBlock(nn.Module):
 
 
 def small_resnet(channels: tuple[int, int, int] = (16, 32, 64)) -> nn.Sequential:
-    """Eight-layer CIFAR ResNet for ``[N, 3, 32, 32]``, BatchNorm and GELU."""
+    """CIFAR ResNet with eight layers, BatchNorm and GELU for ``[N, 3, 32, 32]``."""
     a, b, c = channels
     return nn.Sequential(
         *(nn.Conv2d(3, a, 3, padding=1, bias=False), nn.BatchNorm2d(a), nn.GELU()),
@@ -62,10 +61,7 @@ def small_resnet(channels: tuple[int, int, int] = (16, 32, 64)) -> nn.Sequential
 
 
 class TransformerClassifier(nn.Module):
-    """Pre-norm encoder with GELU for ``[N, T, d]``, mean over the sequence, linear head.
-
-    No dropout: the gate compares gradients, so the network must be deterministic.
-    """
+    """Pre-norm encoder with GELU for ``[N, T, d]``, no dropout, mean over T, linear head."""
 
     def __init__(self, d: int = 256, heads: int = 4, hidden: int = 1024, layers: int = 4) -> None:
         super().__init__()

@@ -1,13 +1,14 @@
 """What a benchmark case computes on: a network and a batch, or the buffers of an op.
 
-A problem is built in the dtype of the run; its truth is computed from the same numbers widened to
-float64, so that rounding of the inputs is never counted as an error of a contestant.
+A problem is built in the dtype of the run. Its truth is computed from the same numbers in float64,
+so that the rounding of the inputs is not counted as an error of a contestant.
 """
 
 from __future__ import annotations
 
 import copy
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -25,16 +26,16 @@ class StepProblem:
     """One training step: network, batch, task loss and the penalty that is added to it.
 
     Attributes:
-        model: network in training mode, parameters of the run's dtype.
-        x: input, ``[N, ...]``.
-        target: class indices ``[N]``, or float labels ``[N]`` for a network with one output.
-        loss: mean task loss of ``(output, target)``.
-        penalty: key of :data:`fastjac.bench.idioms.IDIOMS`.
-        projection: explicit cotangents ``w``, ``[K, N, m]``, so that every contestant of a penalty
+        model: The network in training mode, with parameters of the run's dtype.
+        x: The input, ``[N, ...]``.
+        target: Class indices ``[N]``, or float labels ``[N]`` for a network with one output.
+        loss: The mean task loss of ``(output, target)``.
+        penalty: A key of :data:`fastjac.bench.idioms.IDIOMS`.
+        projection: The cotangents ``w``, ``[K, N, m]``, given so that every contestant of a penalty
             that draws them projects on the same numbers.
-        weight: factor of the penalty. The runner sets it so that penalty and loss have gradients
-            of like norm: with a small weight a wrong second-order term would hide under the
-            tolerance of the gate.
+        weight: The factor of the penalty. The gate sets it so that the gradients of penalty and
+            loss have similar norm. With a small weight, a wrong second-order term would be smaller
+            than the tolerance of the gate.
     """
 
     model: nn.Module
@@ -46,21 +47,28 @@ class StepProblem:
     weight: float = 1.0
 
     def double(self) -> StepProblem:
-        """The same problem in float64 (class indices stay integers)."""
-
-        def widen(tensor: Tensor) -> Tensor:
-            return tensor.double() if tensor.is_floating_point() else tensor
-
+        """The same problem in float64; class indices stay integers."""
         return replace(
             self,
             model=copy.deepcopy(self.model).double(),
-            x=widen(self.x),
-            target=widen(self.target),
+            x=self.x.double(),
+            target=self.target.double() if self.target.is_floating_point() else self.target,
             projection=self.projection.double(),
         )
 
+    @property
+    def gemm_size(self) -> int:
+        """n of the n×n product: large enough for the full rate, small enough for every round."""
+        return 8192 if self.x.is_cuda else 1024
 
-#: phase of an op -> tensors that it must read or write, whatever the implementation
+    def ceiling(self) -> Callable[[], object]:
+        """A large square product in the dtype of the step, into memory that exists."""
+        shape, generator = (self.gemm_size, self.gemm_size), torch.Generator().manual_seed(0)
+        a, b = (torch.randn(shape, generator=generator).to(self.x) for _ in range(2))
+        return functools.partial(torch.mm, a, b, out=torch.empty_like(a))
+
+
+#: Phase of an op -> the number of tensors that any implementation must read or write.
 PHASES = {"forward": 2, "backward": 3, "double": 5}
 
 
@@ -68,16 +76,16 @@ PHASES = {"forward": 2, "backward": 3, "double": 5}
 class OpProblem:
     """A fused op on one activation in one phase, on buffers that are used in turn.
 
-    ``forward`` computes the outputs from ``z``; ``backward`` the gradient with respect to ``z``
-    from the cotangents of the outputs; ``double`` maps a cotangent ``u`` of ``φ'(z) g`` to
+    ``forward`` computes the outputs from ``z``. ``backward`` computes the gradient with respect to
+    ``z`` from the cotangents of the outputs. ``double`` maps a cotangent ``u`` of ``φ'(z) g`` to
     ``(φ''(z) g u, φ'(z) u)``.
 
     Attributes:
-        op: key of :data:`fastjac.bench.phases.OPS`.
-        fn: name in ``fastjac.activations.TABLE``.
-        phase: key of :data:`PHASES`.
-        z, g, u: one tensor per buffer. With one buffer only the cache would be measured.
-        q: cotangent of the statistic, for an op that has one.
+        op: A key of :data:`fastjac.bench.phases.OPS`.
+        fn: A name in ``fastjac.activations.TABLE``.
+        phase: A key of :data:`PHASES`.
+        z, g, u: One tensor for each buffer. With one buffer only the cache would be measured.
+        q: The cotangent of the statistic, for an op that has one.
     """
 
     op: str
@@ -95,21 +103,21 @@ class OpProblem:
 
     @property
     def bytes_moved(self) -> int:
-        """Bytes that one call must read and write."""
-        return PHASES[self.phase] * self.z[0].numel() * self.z[0].element_size()
+        """The bytes that one call must read and write."""
+        return PHASES[self.phase] * self.z[0].nbytes
 
     def double(self) -> OpProblem:
-        """The first buffer in float64: the gate looks at one call."""
+        """The first buffer in float64, because the gate compares one call."""
         z, g, u = ([column[0].double()] for column in (self.z, self.g, self.u))
         return replace(self, z=z, g=g, u=u, q=self.q.double())
 
+    def ceiling(self) -> Callable[[], object]:
+        """A copy of the buffers in turn, into memory that is allocated as the op's results are."""
+        turn = itertools.cycle(self.z)
+        return lambda: next(turn).clone()
+
 
 Problem = StepProblem | OpProblem
-
-
-def binary_cross_entropy(output: Tensor, target: Tensor) -> Tensor:
-    """Mean logistic loss of a network with one output, ``[N, 1]`` against ``[N]``."""
-    return F.binary_cross_entropy_with_logits(output.flatten(), target)
 
 
 def squared_error(output: Tensor, target: Tensor) -> Tensor:
@@ -132,20 +140,24 @@ def step_problem(
     """A seeded network on a seeded Gaussian batch.
 
     Args:
-        network: constructor of the model.
-        shape: shape of the input, batch first.
-        penalty: see :class:`StepProblem`.
-        device, dtype: where and in what the step runs.
-        outputs: ``m``; with 1 the labels are floats, 0 or 1.
-        kinks: the network is only piecewise smooth; see :func:`away_from_kinks`.
+        network: The constructor of the model.
+        shape: The shape of the input, batch first.
+        penalty: See :class:`StepProblem`.
+        device, dtype: The device and the dtype of the step.
+        outputs: m; with 1 the labels are floats, 0 or 1.
+        kinks: The network is only piecewise smooth; see :func:`away_from_kinks`.
         n_proj: K of a penalty that projects.
-        loss: None is cross entropy, logistic for one output.
+        loss: The default is cross entropy, or the logistic loss for one output.
     """
+
+    def logistic(output: Tensor, target: Tensor) -> Tensor:
+        return F.binary_cross_entropy_with_logits(output.flatten(), target)
+
+    batch = shape[0]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = network().train()
-        batch = shape[0]
-        x = torch.randn(4 * batch, *shape[1:]) if kinks else torch.randn(*shape)
+        x = torch.randn(4 * batch if kinks else batch, *shape[1:])
         if kinks:
             x = away_from_kinks(model, x, batch)
         target = torch.randint(max(outputs, 2), (batch,))
@@ -154,20 +166,19 @@ def step_problem(
         model.to(device, dtype),
         x.to(device, dtype),
         target.to(device, dtype) if outputs == 1 else target.to(device),
-        loss or (binary_cross_entropy if outputs == 1 else F.cross_entropy),
+        loss or (logistic if outputs == 1 else F.cross_entropy),
         penalty,
         projection.to(device, dtype),
     )
 
 
 def away_from_kinks(model: nn.Module, candidates: Tensor, n: int) -> Tensor:
-    """The ``n`` candidates whose input gradient moves least when the input moves by 1e-5.
+    """The ``n`` candidates whose input gradient changes least when the input changes by 1e-5.
 
-    A ReLU within rounding of 0, or two equal maxima of a pool, may fall either way in two correct
-    implementations, and the gradient jumps there. Such samples would make the gate a lottery.
+    If the input of a ReLU is within rounding of 0, or a pool has two equal maxima, then two correct
+    implementations may take different branches, and their gradients differ.
     """
-    wide = copy.deepcopy(model).double()
-    candidates64 = candidates.double()
+    wide, candidates64 = copy.deepcopy(model).double(), candidates.double()
 
     def gradient(x: Tensor) -> Tensor:
         x = x.detach().requires_grad_()
@@ -196,25 +207,25 @@ def op_problem(
     shape: tuple[int, int] = (4096, 1024),
     buffers: int = 256 << 20,
 ) -> OpProblem:
-    """Gaussian data (standard deviation 2, so that the tails of ``φ`` take part).
+    """Gaussian data with standard deviation 2, so that the tails of ``φ`` take part.
 
-    The buffers together have ``buffers`` bytes, more than a cache holds, but there are at least
-    three. ``q`` is such that the two terms of the gradient with respect to ``z`` are of like size.
+    The buffers together have ``buffers`` bytes, more than a cache holds; there are at least three.
+    ``q`` is such that the two terms of the gradient with respect to ``z`` have similar size.
     """
     z, g, u = _buffers([*PHASES].index(phase) + 1, device, dtype, shape, buffers)
     q = torch.randn(shape[1], generator=torch.Generator().manual_seed(1)) * shape[0] ** 0.5
     return OpProblem(op, fn, phase, z, g, u, q.to(device))
 
 
-@functools.lru_cache(maxsize=1)  # consecutive cases share their inputs; nobody writes to them
+@functools.lru_cache(maxsize=1)  # consecutive cases share their inputs, and none writes to them
 def _buffers(
     inputs: int, device: torch.device, dtype: torch.dtype, shape: tuple[int, ...], buffers: int
 ) -> tuple[list[Tensor], ...]:
     generator = torch.Generator().manual_seed(0)
     first = [(2 * torch.randn(*shape, generator=generator)).to(device, dtype) for _ in range(3)]
-    n = max(3, -(-buffers // (inputs * first[0].numel() * dtype.itemsize)))
+    n = max(3, -(-buffers // (inputs * first[0].nbytes)))
     return tuple(
-        # a phase that does not read g or u still carries one of each, for a uniform interface
+        # A phase that does not read g or u has one tensor of each.
         [values, *(values.clone() for _ in range(n - 1 if k < inputs else 0))]
         for k, values in enumerate(first)
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import functools
+import importlib.metadata
 import json
 import math
 import subprocess
@@ -22,35 +23,36 @@ class Record:
     """One contestant on one case. Times are medians over rounds; None means not measured.
 
     Attributes:
-        case, penalty, kind, suite: of the case; several suites are separated by spaces.
-        activation, phase: of an elementwise case, else empty.
-        contestant: its registered name.
-        status: ``"ok"``, ``"wrong"`` (the gate refused it, it was not timed) or ``"failed"``.
-        device, dtype, threads: what it ran on.
-        n_rounds: samples behind the median; each sample is at least 2 ms of repeated calls.
-        median_ms, p20_ms, p80_ms: time of one call.
-        overhead: median over the plain step's median in the same run.
-        ratio, ratio_se: what two runs are compared by: median over the rounds of its time over
-            plain's in the same round, and the standard error of its logarithm.
-        vs_eager: eager's median over this one's; above 1 is faster than eager.
-        peak_mb: 10^6 bytes allocated at the peak of one call, above what was there before it
-            (parameters and inputs are not counted; activations, gradients and temporaries are).
-        rel_err, rel_err_limit: relative L2 error of the gradients against float64, and the gate.
-        compile_s: set-up and first call of a contestant that compiles.
-        gbps, copy_gbps, pct_copy: elementwise only. Bytes the op must move over its time; the same
-            of ``Tensor.clone`` on buffers of that size in the same rounds; their ratio in percent.
-            An op that reads more than it writes can pass 100: a CPU reads a line to write it.
-        gflop, gemm_gflops, pct_gemm: steps only. 10^9 floating-point operations of the matrix
-            products and convolutions that the case takes (of the eager idiom, whoever is timed;
-            of the plain step for plain); operations per second of a large matrix product in the
-            same rounds; how much of that the contestant reaches, in percent.
-        impl: the implementation of the fused ops that a fastjac contestant ran; ``fastjac`` alone
-            takes what ``impl="auto"`` chooses.
-        engine: what ran a fastjac penalty on the input Jacobian.
-        kernels: how many kernels one step launches; on a GPU only.
-        axes: of a scaling case, see `Case`.
-        message: what went wrong.
-        torch, triton, fastjac, machine, commit: versions and processor or GPU name.
+        case, penalty, kind, suite: Of the case; several suites are separated by spaces.
+        activation, phase: Of an elementwise case, else empty.
+        contestant: Its registered name.
+        status: ``"ok"``, ``"wrong"`` (it missed the gate and was not timed) or ``"failed"``.
+        device, dtype, threads: Where and in what it ran.
+        n_rounds: The number of samples; each has at least 2 ms of repeated calls.
+        median_ms, p20_ms, p80_ms: The time of one call.
+        overhead: Its median over the median of the plain step in the same run.
+        ratio, ratio_se: The median over the rounds of its time over plain's in the same round, and
+            the standard error of the logarithm. Two runs are compared by these.
+        vs_eager: Eager's median over its median; above 1 is faster than eager.
+        peak_mb: 10^6 bytes allocated at the peak of one call, above the level before it.
+            Activations, gradients and temporaries count; parameters and inputs do not.
+        rel_err, rel_err_limit: The relative L2 error of the gradients against float64, and the
+            limit of the gate.
+        compile_s: The set-up and the first call of a contestant that compiles.
+        gbps, copy_gbps, pct_copy: Of elementwise cases. The bytes that the op must move over its
+            time; the same of ``Tensor.clone`` on buffers of that size in the same rounds; their
+            ratio in per cent. An op that reads more than it writes can exceed 100, because a CPU
+            reads a cache line before it writes to it.
+        gflop, gemm_gflops, pct_gemm: Of steps. 10^9 operations of the matrix products and
+            convolutions of the eager idiom (for plain: of the plain step); operations per second
+            of a large matrix product in the same rounds, over 10^9; the share of that rate which
+            the contestant reaches, in per cent.
+        impl: The implementation of the fused ops that a fastjac contestant ran.
+        engine: The engine of a fastjac penalty on the input Jacobian.
+        kernels: The number of kernels that one step launches, on a GPU only.
+        axes: Of a scaling case, see `Case`.
+        message: What went wrong.
+        torch, triton, fastjac, machine, commit: Versions, and the name of the processor or GPU.
     """
 
     case: str
@@ -98,71 +100,75 @@ COLUMNS = tuple(field.name for field in fields(Record))
 _REQUIRED = {field.name for field in fields(Record) if field.default is MISSING}
 
 
+def by_run(records: Iterable[Record]) -> dict[tuple[str, str, str, int], list[Record]]:
+    """The records of each machine, device, dtype and thread count."""
+    runs: dict[tuple[str, str, str, int], list[Record]] = {}
+    for r in records:
+        runs.setdefault((r.machine, r.device, r.dtype, r.threads), []).append(r)
+    return runs
+
+
 def to_json(records: Iterable[Record]) -> str:
-    """A list of objects, one per record; NaN and infinity (not JSON) become null."""
-
-    def plain(value: Any) -> Any:
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-
-    rows = [{key: plain(value) for key, value in asdict(r).items()} for r in records]
+    """A list of objects, one for each record. NaN and infinity are not JSON and become null."""
+    rows = [
+        {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in asdict(record).items()
+        }
+        for record in records
+    ]
     return json.dumps(rows, indent=1)
 
 
-def check_csv(path: Path) -> bool:
-    """Whether records may be added to the file; True if it needs a header line first.
+def check_csv(path: Path) -> tuple[str, ...]:
+    """The columns of a CSV file to which records may be added; empty if it is new.
 
     Raises:
-        ValueError: the file has other columns.
+        ValueError: The file has other columns.
     """
-    header = _header(path)
-    if header and not _REQUIRED <= {*header} <= {*COLUMNS}:
-        raise ValueError(f"{path} has other columns than this version writes; name a new file")
-    return not header
+    if not path.exists() or path.stat().st_size == 0:
+        return ()
+    with path.open(newline="") as file:
+        header = tuple(next(csv.reader(file)))
+    if not _REQUIRED <= {*header} <= {*COLUMNS}:
+        raise ValueError(f"{path} has other columns than a file of records; name a new file.")
+    return header
 
 
 def append_csv(records: Sequence[Record], path: Path) -> None:
-    """Add the records to a CSV file, which is made with a header line if it is not there.
+    """Add records to a CSV file, which is created with a header line if it does not exist.
 
-    A file that lacks columns of this version is rewritten with all of them, its rows as they were.
+    A file that lacks columns of this version is rewritten with all of them.
     """
-    new = check_csv(path)
-    if not new and _header(path) != COLUMNS:
+    header = check_csv(path)
+    if header and header != COLUMNS:
         aside = path.with_name(path.name + ".new")
         append_csv(load(path), aside)
-        aside.replace(path)  # in one step: the records of months are in there
+        aside.replace(path)  # in one step, so that no record can be lost
     with path.open("a", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)
-        if new:
+        if not header:
             writer.writeheader()
         writer.writerows(asdict(record) for record in records)
 
 
-def _header(path: Path) -> tuple[str, ...]:
-    if not path.exists() or path.stat().st_size == 0:
-        return ()
-    with path.open(newline="") as file:
-        return tuple(next(csv.reader(file)))
-
-
 def load(path: Path) -> list[Record]:
-    """Records of a ``.json`` or ``.csv`` file that this module wrote.
+    """The records of a ``.json`` or ``.csv`` file that this module wrote.
 
     Raises:
-        ValueError: the file holds something else.
+        ValueError: The file holds something else.
     """
     try:
         if path.suffix == ".csv":
             with path.open(newline="") as file:
-                rows: list[dict[str, Any]] = list(csv.DictReader(file))
-        else:
-            rows = json.loads(path.read_text())
-        return [_parse(row) for row in rows]
+                return [_parse(row) for row in csv.DictReader(file)]
+        return [_parse(row) for row in json.loads(path.read_text())]
     except (TypeError, KeyError, AttributeError, ValueError) as error:
         raise ValueError(f"{path} is not a list of benchmark records: {error}") from error
 
 
 def _parse(row: dict[str, Any]) -> Record:
-    """A row whose values may be text. Columns that it lacks are as in a record by default."""
+    """The record of a row, whose values may be text. A column that is missing has its default."""
     values: dict[str, Any] = {}
     for field in fields(Record):
         value = row[field.name] if field.name in _REQUIRED else row.get(field.name)
@@ -176,35 +182,31 @@ def _parse(row: dict[str, Any]) -> Record:
 
 @functools.cache
 def versions(device_type: str) -> dict[str, Any]:
-    """The columns of a record that say where and with what it was measured."""
-    try:
-        import triton
-    except ImportError:
-        triton_version = ""
-    else:
-        triton_version = triton.__version__
+    """The columns of a record that say where, and with what, it was measured."""
     processor = fastjac.info.collect()["machine"]["processor"]
     return {
         "torch": torch.__version__,
-        "triton": triton_version,
+        "triton": _version_of("triton"),
         "fastjac": fastjac.__version__,
         "machine": torch.cuda.get_device_name() if device_type == "cuda" else processor,
         "commit": commit(),
     }
 
 
-def commit() -> str:
-    """Short hash of the checkout fastjac runs from, with ``-dirty`` if it is modified, or empty."""
-    root = Path(fastjac.__file__).resolve().parents[1]
-    if not (root / ".git").exists():  # installed: a repository around it is someone else's
-        return ""
+def _version_of(package: str) -> str:
     try:
-        described = subprocess.run(
-            ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*"],
-            capture_output=True,
-            text=True,
-            timeout=10,
-        )
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def commit() -> str:
+    """Short hash of the checkout that fastjac runs from, ``-dirty`` if it is modified, or empty."""
+    root = Path(fastjac.__file__).resolve().parents[1]
+    if not (root / ".git").exists():  # an installed package: a repository around it is another
+        return ""
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.strip()
     except (OSError, subprocess.TimeoutExpired):
         return ""
-    return described.stdout.strip() if described.returncode == 0 else ""

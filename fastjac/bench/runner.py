@@ -10,31 +10,31 @@ from dataclasses import dataclass
 import torch
 
 from fastjac.bench.cases import Case
-from fastjac.bench.ceilings import CEILING, ceiling_step, gemm_size
-from fastjac.bench.contestants import Contestant
+from fastjac.bench.contestants import Contestant, contestants_of
 from fastjac.bench.gate import Gate, admit, open_gate, short
 from fastjac.bench.idioms import IDIOMS
-from fastjac.bench.measure import Samples, Step, interleave, kernels, peak_bytes
-from fastjac.bench.options import Options, contestants_of
+from fastjac.bench.measure import Options, Samples, interleave, kernels, peak_bytes
 from fastjac.bench.problems import OpProblem, Problem
 from fastjac.bench.records import Record, versions
 from fastjac.bench.steps import Prepared
 from fastjac.ops import dispatch
 
-#: told how far a run has come: the case and what is being done, "" when the case is finished
+#: Called with a case and what is being done; an empty text says that the case is finished.
 Watch = Callable[[Case, str], object]
-#: rounds below which an interrupted case is dropped
+#: An interrupted case with fewer rounds is dropped.
 ENOUGH_ROUNDS = 3
+#: The name under which the ceiling is sampled.
+CEILING = "ceiling"
 
 
 @dataclass
 class Outcome:
-    """Records of a run, and what ended it early.
+    """The records of a run, and what ended it early.
 
     Attributes:
-        records: one per contestant and case.
-        interrupted: by Ctrl-C.
-        stopped: after the case in which a contestant had wrong gradients.
+        records: One for each contestant and case.
+        interrupted: Ctrl-C ended the run.
+        stopped: A contestant with wrong gradients ended the run after its case.
     """
 
     records: list[Record]
@@ -43,7 +43,7 @@ class Outcome:
 
     @property
     def bad(self) -> list[Record]:
-        """Records of contestants that were wrong or failed."""
+        """The records of contestants that were wrong or failed."""
         return [record for record in self.records if record.status != "ok"]
 
 
@@ -55,16 +55,9 @@ def run(
 ) -> Outcome:
     """Measure the contestants on the cases.
 
-    A contestant whose gradients miss the gate gets a ``"wrong"`` record, is not timed, and ends the
-    run with its case, unless ``options.keep_going``; one that raises gets a ``"failed"`` record.
-    Ctrl-C ends the run and keeps what is done: finished cases, and the current one from three
-    rounds on.
-
-    Args:
-        cases: see :func:`fastjac.bench.cases.select_cases`.
-        contestants: see :func:`fastjac.bench.contestants.select_contestants`.
-        options: how to measure.
-        watch: progress.
+    A contestant whose gradients miss the gate gets a ``"wrong"`` record and is not timed. The run
+    ends after its case, unless ``options.keep_going``. One that raises gets a ``"failed"`` record.
+    Ctrl-C ends the run and keeps the finished cases, and the current one if it has three rounds.
     """
     outcome = Outcome([])
     with settings(options):
@@ -83,7 +76,7 @@ def run(
 
 @contextlib.contextmanager
 def settings(options: Options) -> Iterator[None]:
-    """Threads, and float32 that means float32 (cuDNN would round convolutions to TF32)."""
+    """The number of threads, and no TF32, to which cuDNN would round float32 convolutions."""
     threads = torch.get_num_threads()
     tf32 = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
     torch.set_num_threads(options.threads)
@@ -102,7 +95,7 @@ def _run_case(
     watch: Callable[[str], object],
     records: list[Record],
 ) -> None:
-    """Add the records of a case: none if it is interrupted before it has enough rounds."""
+    """Add the records of a case; none if it is interrupted before it has enough rounds."""
     watch("reference in float64")
     mine = {c.name: new_record(case, c, options) for c in contestants}
     try:
@@ -112,31 +105,27 @@ def _run_case(
         _fail(mine.values(), f"float64 reference: {short(error)}")
         records.extend(mine.values())
         return
-    prepared: dict[str, Prepared] = {}
     samples = Samples()
     with contextlib.ExitStack() as ends:
+        prepared: dict[str, Prepared] = {}
         for contestant in contestants:
             watch(f"{contestant.name}: {'compiling' if contestant.compiles else 'checking'}")
-            if contestant.compiles:
-                ends.callback(torch.compiler.reset)  # graphs of this case, and its model with them
-            ready = admit(contestant, problem, gate, mine[contestant.name])
+            ready = admit(contestant, problem, gate, mine[contestant.name], ends)
             if ready is not None:
-                ends.callback(ready.close)
                 prepared[contestant.name] = ready
         timed = {name: mine[name] for name in prepared}
         try:
             if prepared:
                 watch("timing " + ", ".join(prepared))
                 _measure(prepared, timed, problem, options, samples)
+                _fill_in(timed, samples, problem, gate)
         except KeyboardInterrupt:
             if samples.n_rounds >= min(ENOUGH_ROUNDS, options.min_rounds):
                 _fill_in(timed, samples, problem, gate)
                 records.extend(mine.values())
             raise
-        except Exception as error:  # out of memory, say: the other cases still count
+        except Exception as error:  # for example out of memory; the other cases still count
             _fail(timed.values(), f"while timed: {short(error)}")
-        else:
-            _fill_in(timed, samples, problem, gate)
         records.extend(mine.values())
 
 
@@ -158,7 +147,7 @@ def new_record(case: Case, contestant: Contestant, options: Options) -> Record:
         contestant=contestant.name,
         status="ok",
         device=options.device.type,
-        dtype=options.dtype_name,
+        dtype=str(options.dtype).removeprefix("torch."),
         threads=options.threads,
         axes=case.axes,
         impl=op.select(contestant.impl, options.device, options.dtype) if contestant.impl else "",
@@ -173,9 +162,9 @@ def _measure(
     options: Options,
     samples: Samples,
 ) -> None:
-    """Time the contestants that passed, beside the ceiling, and count their memory and kernels."""
-    steps: dict[str, Step] = {name: ready.step for name, ready in prepared.items()}
-    interleave(steps, options, samples, {CEILING: ceiling_step(problem)})
+    """Time the admitted contestants beside the ceiling, then count their memory and kernels."""
+    steps = {name: ready.step for name, ready in prepared.items()}
+    interleave(steps, {CEILING: problem.ceiling()}, options, samples)
     for name, ready in prepared.items():
         ready.release()
         records[name].peak_mb = peak_bytes(ready.step, options.device) / 1e6
@@ -184,28 +173,25 @@ def _measure(
 
 
 def _fill_in(records: Mapping[str, Record], samples: Samples, problem: Problem, gate: Gate) -> None:
-    """What the samples say: times, and how much of the ceiling each contestant reaches."""
-    if not records:
-        return
-    medians = {name: samples.quantiles_ms(name)[1] for name in (*records, CEILING)}
-    plain, eager = medians.get("plain"), medians.get("eager")
+    """Fill in the times, and how much of the ceiling each contestant reaches."""
+    medians = {name: samples.quantiles_ms(name)[1] for name in samples}
+    plain, eager, ceiling = medians.get("plain"), medians.get("eager"), medians[CEILING]
     for name, record in records.items():
         record.n_rounds = samples.n_rounds
         record.p20_ms, record.median_ms, record.p80_ms = samples.quantiles_ms(name)
         if plain:
             record.overhead = medians[name] / plain
             record.ratio, record.ratio_se = samples.ratio(name, "plain")
-        # the plain step computes no penalty: it is not a faster eager
+        # The plain step computes no penalty, so it is not a faster eager.
         record.vs_eager = eager / medians[name] if eager and name != "plain" else None
         if isinstance(problem, OpProblem):
-            copied = 2 * problem.z[0].numel() * problem.z[0].element_size()
-            # a plain contestant is the forward kernel, whatever the phase
+            copied = 2 * problem.z[0].nbytes
+            # plain is the forward kernel in every phase.
             moved = copied if name == "plain" else problem.bytes_moved
-            record.copy_gbps = copied / medians[CEILING] / 1e6
+            record.copy_gbps = copied / ceiling / 1e6
             record.gbps = moved / medians[name] / 1e6
             record.pct_copy = 100 * record.gbps / record.copy_gbps
         else:
-            n = gemm_size(problem.x.device)
-            record.gflop = gate.plain_gflop if name == "plain" else gate.gflop
-            record.gemm_gflops = 2e-6 * n**3 / medians[CEILING]
+            record.gflop = gate.of(name).gflop
+            record.gemm_gflops = 2e-6 * problem.gemm_size**3 / ceiling
             record.pct_gemm = 1e5 * record.gflop / medians[name] / record.gemm_gflops

@@ -19,12 +19,12 @@ class Prepared:
     """A contestant set up on a problem.
 
     Attributes:
-        step: what is timed; takes and returns nothing of interest.
-        gradients: runs the step once and returns what the gate compares: the gradients of all
-            parameters, or the outputs of the elementwise op on its first buffer.
-        release: drops what the last step left behind (gradients), so that memory starts level.
-        close: ends it; an attached penalty would watch, and keep its model, until the process ends.
-        engine: of a fastjac penalty on the input Jacobian: what runs it.
+        step: What is timed.
+        gradients: Runs the step once and returns what the gate compares: the gradients of all
+            parameters, or the outputs of an op on its first buffer.
+        release: Frees the gradients of the last step, so that memory is at the same level.
+        close: Ends it. A penalty that is attached would observe, and keep, its model.
+        engine: Of a fastjac penalty on the input Jacobian, the engine that runs it.
     """
 
     step: Callable[[], object]
@@ -34,8 +34,8 @@ class Prepared:
     engine: str = ""
 
 
-def training_step(model: nn.Module, objective: Callable[[], Tensor]) -> Prepared:
-    """Gradients to None, objective, backward; no optimiser."""
+def training_step(model: nn.Module, backward: Callable[[], object]) -> Prepared:
+    """Gradients to None, then ``backward``, which sets them; no optimiser."""
     parameters = list(model.parameters())
 
     def release() -> None:
@@ -44,7 +44,7 @@ def training_step(model: nn.Module, objective: Callable[[], Tensor]) -> Prepared
 
     def step() -> None:
         release()
-        objective().backward()
+        backward()
 
     def gradients() -> list[Tensor]:
         step()
@@ -56,38 +56,44 @@ def training_step(model: nn.Module, objective: Callable[[], Tensor]) -> Prepared
 def plain(problem: StepProblem) -> Prepared:
     """Forward, loss, backward."""
     model = copy.deepcopy(problem.model)
-    return training_step(model, lambda: problem.loss(model(problem.x), problem.target))
+    return training_step(model, lambda: problem.loss(model(problem.x), problem.target).backward())
+
+
+def _penalised(
+    problem: StepProblem,
+    model: nn.Module,
+    forward: Callable[[], tuple[Tensor, Tensor]],
+    weight: float | None = None,
+) -> Prepared:
+    """The step with the value of ``forward``, times the weight if given, added to the loss."""
+
+    def objective() -> Tensor:
+        output, value = forward()
+        weighted = value if weight is None else weight * value
+        return problem.loss(output, problem.target) + weighted
+
+    # A separate function, so that the output is freed before the backward.
+    return training_step(model, lambda: objective().backward())
 
 
 def eager(problem: StepProblem) -> Prepared:
     """Today's torch idiom: ``autograd.grad(create_graph=True)``, or hooks on the layers."""
     model = copy.deepcopy(problem.model)
-    return _penalised(problem, model, IDIOMS[problem.penalty].eager(problem, model))
+    return _penalised(problem, model, IDIOMS[problem.penalty].eager(problem, model), problem.weight)
 
 
 def jacobian_reg(problem: StepProblem) -> Prepared:
     """See :meth:`fastjac.bench.idioms.InputJacobian.by_jacobian_reg`."""
-    model = copy.deepcopy(problem.model)
-    idiom = IDIOMS[problem.penalty]
+    model, idiom = copy.deepcopy(problem.model), IDIOMS[problem.penalty]
     assert isinstance(idiom, InputJacobian)
-    return _penalised(problem, model, lambda: idiom.by_jacobian_reg(problem, model))
-
-
-def _penalised(
-    problem: StepProblem, model: nn.Module, forward: Callable[[], tuple[Tensor, Tensor]]
-) -> Prepared:
-    def objective() -> Tensor:
-        output, value = forward()
-        return problem.loss(output, problem.target) + problem.weight * value
-
-    return training_step(model, objective)
+    return _penalised(problem, model, lambda: idiom.by_jacobian_reg(problem, model), problem.weight)
 
 
 def compiled(problem: StepProblem, backend: str = "inductor") -> Prepared:
-    """``torch.compile(torch.func.grad(objective))``, its results stored as ``.grad``.
+    """``torch.compile(torch.func.grad(objective))``, whose results are stored as ``.grad``.
 
-    BatchNorm's running statistics are taken out of the model: torch.func refuses to update them
-    inside a transform. The outputs in training mode do not depend on them.
+    The running statistics of BatchNorm are removed from the model, because torch.func refuses to
+    update them in a transform. In training mode the outputs do not depend on them.
     """
     model = copy.deepcopy(problem.model)
     for module in model.modules():
@@ -106,29 +112,20 @@ def compiled(problem: StepProblem, backend: str = "inductor") -> Prepared:
     parameters = dict(model.named_parameters())
     values = {name: parameter.detach() for name, parameter in parameters.items()}
 
-    def release() -> None:
-        for parameter in parameters.values():
-            parameter.grad = None
-
-    def step() -> None:
-        release()
+    def backward() -> None:
         grads = grad(values, problem.x, problem.target, problem.projection)
         for name, parameter in parameters.items():
             parameter.grad = grads[name]
 
-    def gradients() -> list[Tensor]:
-        step()
-        return [p.grad.clone() for p in parameters.values() if p.grad is not None]
-
-    return Prepared(step, gradients, release)
+    return training_step(model, backward)
 
 
 def ours(problem: StepProblem, impl: str = "auto", engine: str = "auto") -> Prepared:
-    """The public penalty, as its documentation calls it, then loss plus value, backward.
+    """The public penalty, called as its documentation says.
 
-    A penalty on the input Jacobian gets a fused model, but for the compiled engine: torch.compile
-    fuses activations itself. A layer-wise penalty computes the activations of the layers that it
-    counts, so only a named ``impl`` needs ``fuse``, which hands it on.
+    A penalty on the input Jacobian gets a fused model, except with the compiled engine, because
+    torch.compile fuses activations itself. A layer-wise penalty computes the activations of its
+    layers itself, so it needs ``fuse`` only to pass on a named ``impl``.
     """
     idiom = IDIOMS[problem.penalty]
     made = getattr(fastjac, idiom.ours)
@@ -136,21 +133,14 @@ def ours(problem: StepProblem, impl: str = "auto", engine: str = "auto") -> Prep
     if isinstance(idiom, LayerWise):
         if impl != "auto":
             model = fastjac.fuse(model, impl=impl)
-        penalty = made(model, weight=problem.weight)
-
-        def attached() -> Tensor:
-            return problem.loss(model(problem.x), problem.target) + penalty()
-
-        return replace(training_step(model, attached), close=penalty.detach)
+        attached = made(model, weight=problem.weight)
+        layerwise = _penalised(problem, model, lambda: (model(problem.x), attached()))
+        return replace(layerwise, close=attached.detach)
     if engine != "compiled":
         model = fastjac.fuse(model, impl=impl)
     penalty = made(weight=problem.weight)
     penalty.engine = engine
     named = {name: getattr(problem, name) for name in idiom.takes}
-
-    def objective() -> Tensor:
-        output, value = penalty(model, problem.x, **named)
-        return problem.loss(output, problem.target) + value
-
     ran = penalty.explain_engine(model, problem.x).splitlines()[0].removeprefix("engine: ")
-    return replace(training_step(model, objective), engine=ran)
+    prepared = _penalised(problem, model, lambda: penalty(model, problem.x, **named))
+    return replace(prepared, engine=ran)

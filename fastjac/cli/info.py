@@ -1,4 +1,4 @@
-"""``fastjac info``: what was built, what can run here, and why anything can't."""
+"""``fastjac info``: what was built, what can run here, and the reasons for what cannot."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from fastjac.activations import TABLE
 from fastjac.ops.dispatch import FLOAT_DTYPES, OPS
 from fastjac.ops.native import backend
 
-BACKENDS = ("cpu", "cuda", "triton")
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOAT_DTYPES}
 
 
 def cpu_name() -> str:
-    """The processor's model name."""
+    """The model name of the processor."""
     try:
         with open("/proc/cpuinfo") as lines:
             return next(line.split(":", 1)[1].strip() for line in lines if "model name" in line)
@@ -27,30 +27,25 @@ def cpu_name() -> str:
 
 
 def collect() -> dict[str, Any]:
-    """Everything ``fastjac info`` prints, as plain data (JSON-ready).
+    """Everything that ``fastjac info`` prints, as plain data (JSON-ready).
 
     Returns:
         ``fastjac``, ``python``, ``torch``, ``cuda`` (torch's, or None): versions; ``machine``:
-        processor, cores, threads, GPUs; ``backends``: per backend whether it was built, whether it
-        runs here, the reason if not, and the build's details; ``ops``: per op, device and dtype,
-        the implementation that ``auto`` takes; ``activations``: their names.
+        processor, cores, threads, GPUs; ``backends``: for each backend whether it was built,
+        whether it runs here, the reason if not, and the details of the build; ``ops``: for each op,
+        device and dtype, the implementation that ``auto`` takes; ``activations``: their names.
     """
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     backends = {}
-    for name in BACKENDS:
+    for name in ("cpu", "cuda", "triton"):
         b = backend(name)
         backends[name] = {"built": b.built, "runs": b.runs, "why_not": b.why_not, **b.details}
-    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     ops = {
-        op: {
-            device: {
-                str(dtype).removeprefix("torch."): OPS[op].select(
-                    "auto", torch.device(device), dtype
-                )
-                for dtype in FLOAT_DTYPES
-            }
-            for device in devices
+        name: {
+            device: {d: op.select("auto", torch.device(device), DTYPES[d]) for d in DTYPES}
+            for device in (("cpu", "cuda") if gpus else ("cpu",))
         }
-        for op in OPS
+        for name, op in OPS.items()
     }
     return {
         "fastjac": __version__,
@@ -61,10 +56,7 @@ def collect() -> dict[str, Any]:
             "processor": cpu_name(),
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
-            "gpus": [
-                torch.cuda.get_device_name(i)
-                for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
-            ],
+            "gpus": [torch.cuda.get_device_name(i) for i in range(gpus)],
         },
         "backends": backends,
         "ops": ops,
@@ -73,7 +65,7 @@ def collect() -> dict[str, Any]:
 
 
 def render(console: Any = None) -> None:
-    """Prints `collect` as tables on a ``rich.console.Console`` (default: standard output)."""
+    """Print `collect` as tables on a ``rich.console.Console``; the default is standard output."""
     from rich.console import Console
     from rich.table import Table
 
@@ -86,24 +78,18 @@ def render(console: Any = None) -> None:
         f"  ·  GPU: {', '.join(machine['gpus']) or 'none'}",
         highlight=False,
     )
-    table = Table(
-        "backend", "built", "runs here", "details", title="Backends", title_justify="left"
-    )
+    headings = ("backend", "built", "runs here", "details")
+    table = Table(*headings, title="Backends", title_justify="left")
     for name, b in info["backends"].items():
-        extra = {k: v for k, v in b.items() if k not in ("built", "runs", "why_not")}
-        details = [f"{k}: {', '.join(v) if isinstance(v, list) else v}" for k, v in extra.items()]
-        text = "\n".join([*([b["why_not"]] if b["why_not"] else []), *details])
-        table.add_row(name, "yes" if b["built"] else "no", "yes" if b["runs"] else "no", text)
+        yes = ["yes" if b.pop(key) else "no" for key in ("built", "runs")]
+        reason = b.pop("why_not")
+        details = [f"{k}: {', '.join(v) if isinstance(v, list) else v}" for k, v in b.items()]
+        table.add_row(name, *yes, "\n".join([*([reason] if reason else []), *details]))
     table.add_row("reference", "yes", "yes", "plain torch, every device and dtype")
     console.print(table)
-    table = Table("op", "device", *map(_short, FLOAT_DTYPES), title="What impl='auto' takes",
-                  title_justify="left")  # fmt: skip
+    table = Table("op", "device", *DTYPES, title="What impl='auto' takes", title_justify="left")
     for op, devices in info["ops"].items():
         for device, chosen in devices.items():
             table.add_row(op, device, *chosen.values())
     console.print(table)
     console.print(f"activations: {', '.join(info['activations'])}", highlight=False)
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

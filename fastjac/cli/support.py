@@ -1,37 +1,27 @@
-"""What is written from the registries: ``python -m fastjac.cli.support`` in the project's folder.
+"""Writes what follows from the registries: ``python -m fastjac.cli.support`` in the project folder.
 
-The support table of ``README.md``, and ``fastjac/penalties/__init__.pyi``, from which type checkers
-and editors know the names that the package finds when it is imported.
+These are the support table of ``README.md``, and ``fastjac/penalties/__init__.pyi``, which tells
+type checkers and editors the names that the package finds when it is imported.
 """
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import fastjac.penalties
 from fastjac.activations import TABLE
 from fastjac.ops.dispatch import FLOAT_DTYPES, OPS
-from fastjac.penalties import (
-    PENALTIES,
-    Example,
-    InputPenalty,
-    Penalty,
-    PenaltySpec,
-    Pullback,
-)
+from fastjac.penalties import PENALTIES, Example, InputPenalty, Penalty, PenaltySpec, Pullback
 from fastjac.penalty import ModelPenalty
 
 BEGIN, END = "<!-- support table: begin -->", "<!-- support table: end -->"
 
 
-def _row(*cells: str) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
-
-
 def _table(*rows: tuple[str, ...]) -> list[str]:
-    head, *body = rows
-    return [_row(*head), "|" + " --- |" * len(head), *(_row(*cells) for cells in body)]
+    head, *body = [
+        "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |" for cells in rows
+    ]
+    return [head, "|" + " --- |" * len(rows[0]), *body, ""]
 
 
 def _calls(cls: type[Penalty]) -> str:
@@ -62,40 +52,26 @@ def markdown() -> str:
     dtypes = ", ".join(str(d).removeprefix("torch.") for d in FLOAT_DTYPES)
     for name, op in OPS.items():
         ops.append((f"`{name}`", ", ".join(f"`{i}`" for i in op.implementations), dtypes))
-    return "\n".join([*_table(*penalties), "", *_table(*activations), "", *_table(*ops)])
+    return "\n".join([*_table(*penalties), *_table(*activations), *_table(*ops)]).rstrip()
 
 
 def update(text: str) -> str:
-    """A README's text with what stands between the markers renewed."""
-    pattern = re.compile(f"{re.escape(BEGIN)}.*?{re.escape(END)}", re.DOTALL)
-    if not pattern.search(text):
-        raise ValueError(f"the file has no {BEGIN} … {END}")
-    return pattern.sub(lambda _: f"{BEGIN}\n{markdown()}\n{END}", text)
+    """The text of a README with the tables between the markers renewed."""
+    begin, end = text.index(BEGIN), text.index(END)
+    return f"{text[:begin]}{BEGIN}\n{markdown()}\n{text[end:]}"
 
 
 def stub() -> str:
     """The text of ``fastjac/penalties/__init__.pyi``."""
-    imports, functions = [], []
-    for cls in (Example, InputPenalty, Penalty, PenaltySpec, Pullback):
-        imports.append(f"from {cls.__module__} import {cls.__name__} as {cls.__name__}")
-    for name, spec in PENALTIES.items():
-        cls = spec.module
-        imports.append(f"from {cls.__module__} import {cls.__name__} as {cls.__name__}")
-        functions.append(f"{name}: Callable[..., Any]")
-    return "\n".join(
-        [
-            "# Written by python -m fastjac.cli.support.",
-            "from collections.abc import Callable",
-            "from typing import Any",
-            "",
-            *sorted(imports),
-            "",
-            "__all__: list[str]",
-            "PENALTIES: dict[str, PenaltySpec]",
-            *functions,
-            "",
-        ]
-    )
+    classes = [Example, InputPenalty, Penalty, PenaltySpec, Pullback]
+    classes += [spec.module for spec in PENALTIES.values()]
+    imports = [f"from {c.__module__} import {c.__name__} as {c.__name__}" for c in classes]
+    lines = [
+        *("# Written by python -m fastjac.cli.support.", "from collections.abc import Callable"),
+        *("from typing import Any", "", *sorted(imports), "", "__all__: list[str]"),
+        *("PENALTIES: dict[str, PenaltySpec]", *(f"{n}: Callable[..., Any]" for n in PENALTIES)),
+    ]
+    return "\n".join([*lines, ""])
 
 
 if __name__ == "__main__":
