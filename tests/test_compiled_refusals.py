@@ -92,6 +92,14 @@ class OfALoss(InputPenalty):
         return loss.squared_norms(torch.ones_like(loss.output).unsqueeze(0))
 
 
+class OfX(InputPenalty):
+    """A penalty of a user that uses x itself."""
+
+    def per_sample(self, pull: Pullback) -> Tensor:
+        v = pull.vjp(torch.ones_like(pull.output).unsqueeze(0))
+        return (v[0] * pull.x.exp()).sum(1)
+
+
 def test_a_generator_that_draws_outside_of_the_graph() -> None:
     critic = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 1))
     real, fake = torch.randn(3, 4), torch.randn(3, 4)
@@ -114,6 +122,9 @@ def test_calls_that_are_refused() -> None:
     with pytest.raises(RuntimeError, match=r"compiled' cannot run.*at='0'"):
         SpectReg(engine="compiled", at="0")(model, x)
     close(*(OfALoss(engine=engine)(model, x)[1] for engine in ("compiled", "autograd")))
+    leaf = x.clone().requires_grad_()
+    values = [OfX(engine=engine)(model, leaf)[1] for engine in ("compiled", "autograd")]
+    close(*(torch.autograd.grad(value, leaf) for value in values))
     with torch.no_grad(), pytest.raises(RuntimeError, match=r"torch.no_grad\(\) is active"):
         SpectReg(engine="compiled")(model, x)
     with pytest.raises(RuntimeError, match="torch.func transform"):

@@ -181,7 +181,7 @@ def _step(
 
     vjp: Any = torch.func.vjp  # its annotation does not cover has_aux
     output, pull, (before, after) = vjp(run, x, has_aux=True)
-    pullback = CompiledPullback(x.detach(), output, lambda w: pull(w)[0])
+    pullback = CompiledPullback(x, output, lambda w: pull(w)[0])
     values = per_sample(pullback, *targets, **named)
     changes = [buffers.change_of(b, now) for b, now in zip(before, after, strict=True)]
     left = [None if b is None else b.detach() for b in after]
