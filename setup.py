@@ -1,21 +1,21 @@
 """Builds the native libraries of fastjac.
 
-Two plain shared libraries, loaded with ``torch.ops.load_library``: ``_cpu.so`` (C++) and
-``_cuda.so`` (nvcc). Both speak torch's stable ABI, so one binary serves every torch from 2.10 on
-and every Python. A ninja file states every command; ``build/native/build.ninja`` can be read and
-rerun by hand.
+There are two shared libraries, which are loaded with ``torch.ops.load_library``: ``_cpu.so`` (C++)
+and ``_cuda.so`` (nvcc). They use the stable ABI of torch, so a binary works with every torch from
+2.10 on and with every Python. All commands are in ``build/native/build.ninja``, which can also be
+run by hand.
 
-Nothing is fatal that need not be: without torch, a compiler or nvcc the package installs as Python
-only, and ``_build.json`` keeps the reason, which ``fastjac info`` prints. A compiler that is there
-but fails is an error.
+If torch, a compiler or nvcc is missing, the package is installed without the library that needs it.
+``_build.json`` keeps the reason, which ``fastjac info`` prints. It is an error if a compiler exists
+but fails.
 
 Environment:
-    FASTJAC_CPU=auto|0            0 leaves the C++ library out
-    FASTJAC_CUDA=auto|0|1         auto builds it if torch has CUDA and nvcc is found; 1 builds it
-                                  wherever nvcc is (a compile check on a machine with CPU torch)
+    FASTJAC_CPU=auto|0            0 does not build the C++ library
+    FASTJAC_CUDA=auto|0|1         auto builds the CUDA library if torch has CUDA and nvcc is found;
+                                  1 builds it if nvcc is found (to check that it compiles)
     TORCH_CUDA_ARCH_LIST          default 8.0;9.0;10.0+PTX
     CUDA_HOME, CXX, MAX_JOBS      as usual
-    CXXFLAGS, LDFLAGS             added for the C++ library (-fsanitize=address)
+    CXXFLAGS, LDFLAGS             added for the C++ library (for example -fsanitize=address)
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ ISA_FLAGS = {
     "avx2": "-mavx2 -mfma -mf16c",
     "avx512": "-mavx512f -mavx512dq -mavx512bw -mavx512vl -mfma -mf16c -mprefer-vector-width=512",
 }
-# No -ffast-math: these three change no result (no errno, no FP traps; a*b+c may fuse).
+# -ffast-math is not used. These three flags keep NaN and infinities correct: no errno, no
+# floating-point traps, and a*b+c may be fused.
 CXX_FLAGS = (
     "-std=c++17 -O3 -g1 -fPIC -Wall -Wextra -fvisibility=hidden"
     " -fno-math-errno -fno-trapping-math -ffp-contract=fast"
@@ -53,7 +54,7 @@ NVCC_FLAGS = (
 
 
 def load(name: str):
-    """A module of the package by path: importing the package would import torch."""
+    """Load a module of the package by its path, because importing the package imports torch."""
     spec = importlib.util.spec_from_file_location(f"_{name}", ROOT / "fastjac" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
@@ -62,7 +63,7 @@ def load(name: str):
 
 
 def generate(package: Path) -> str:
-    """Writes the C++ headers and the Triton functions of the activation table; returns its hash."""
+    """Write the C++ headers and the Triton functions of the activation table; return its hash."""
     activations, codegen = load("activations"), load("codegen")
     table_hash = activations.table_hash()
     headers = codegen.cpp_headers(activations.TABLE, table_hash)
@@ -76,10 +77,10 @@ def generate(package: Path) -> str:
 
 
 def torch_include() -> tuple[Path | None, str]:
-    """(torch's include directory, reason if it can't be used)."""
+    """The include directory of torch, or None and the reason."""
     spec = importlib.util.find_spec("torch")
     if spec is None or not spec.submodule_search_locations:
-        return None, "torch was not importable at build time: pip install --no-build-isolation"
+        return None, "torch is not found at build time: use pip install --no-build-isolation"
     include = Path(next(iter(spec.submodule_search_locations))) / "include"
     if not (include / "torch/csrc/stable/library.h").exists():
         return None, "torch is older than 2.10 (no stable ABI headers)"
@@ -106,7 +107,7 @@ def gencode(arch_list: str) -> str:
 
 
 class Ninja:
-    """A ninja file in the making: compile() returns the object, link() the library."""
+    """The contents of a ninja file."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []
@@ -130,7 +131,7 @@ class Ninja:
         (BUILD / "build.ninja").write_text("\n".join(self.lines) + "\n")
         ninja = shutil.which("ninja")
         if ninja is None:
-            import ninja as package  # the wheel; its script may be off PATH
+            import ninja as package  # the wheel; its script may not be on PATH
 
             ninja = str(Path(package.BIN_DIR) / "ninja")
         jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
@@ -143,7 +144,7 @@ def version_line(compiler: str) -> str:
 
 
 class NativeBuild(build_ext):
-    """Generates, then runs ninja; the list of Extensions only marks the wheel as platform's."""
+    """Generates the sources and runs ninja; the Extension only makes wheels platform-specific."""
 
     def run(self) -> None:
         inplace = self.inplace or getattr(self, "editable_mode", False)
@@ -161,7 +162,7 @@ class NativeBuild(build_ext):
     def add_cpu(self, ninja: Ninja, package: Path, include: Path | None, why: str) -> dict:
         cxx = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
         if os.environ.get("FASTJAC_CPU", "auto") == "0":
-            return {"built": False, "why": "left out by FASTJAC_CPU=0"}
+            return {"built": False, "why": "FASTJAC_CPU=0 was set"}
         if include is None:
             return {"built": False, "why": why}
         if not cxx or not shutil.which(cxx):
@@ -170,7 +171,7 @@ class NativeBuild(build_ext):
         more, link = (os.environ.get(name, "") for name in ("CXXFLAGS", "LDFLAGS"))
         command = f"{cxx} -MMD -MF $out.d {CXX_FLAGS} {more} {includes} $flags -c $in -o $out"
         ninja.rule("cxx", command)
-        # DT_NEEDED only: torch is in the process before the library is loaded, so no rpath.
+        # No rpath is needed, because torch is imported before the library is loaded.
         torch_libs = f"-L{include.parent}/lib -Wl,--no-as-needed -ltorch_cpu -lc10"
         ninja.rule("link", f"{cxx} -shared {link} -o $out $in {torch_libs}", depfile=False)
         isas = list(ISA_FLAGS) if platform.machine() in ("x86_64", "AMD64") else ["baseline"]
@@ -190,27 +191,25 @@ class NativeBuild(build_ext):
         wish = os.environ.get("FASTJAC_CUDA", "auto")
         home = cuda_home()
         if wish not in ("auto", "0", "1"):
-            raise SystemExit(f"FASTJAC_CUDA={wish!r}: use auto, 0 or 1")
+            raise SystemExit(f"FASTJAC_CUDA is {wish!r}: it must be auto, 0 or 1")
         if wish == "0":
-            return {"built": False, "why": "left out by FASTJAC_CUDA=0"}
+            return {"built": False, "why": "FASTJAC_CUDA=0 was set"}
         if include is None or home is None:
-            why = why or "nvcc not found (set CUDA_HOME)"
+            why = why or "nvcc is not found (set CUDA_HOME)"
             if wish == "1":
-                raise SystemExit(f"FASTJAC_CUDA=1, but {why}")
+                raise SystemExit(f"FASTJAC_CUDA is 1, but {why}")
             return {"built": False, "why": why}
         torch_cuda = (include.parent / "lib" / "libtorch_cuda.so").exists()
         if wish == "auto" and not torch_cuda:
-            return {
-                "built": False,
-                "why": "this torch has no CUDA (FASTJAC_CUDA=1 compiles all the same, as a check)",
-            }
+            why = "this torch has no CUDA (FASTJAC_CUDA=1 compiles the library nevertheless)"
+            return {"built": False, "why": why}
         archs = os.environ.get("TORCH_CUDA_ARCH_LIST") or ARCHITECTURES
         flags = (
             f"{NVCC_FLAGS} {gencode(archs)} -I{ROOT}/csrc/common -I{BUILD}/generated"
             f" -isystem {include} -DTORCH_TARGET_VERSION={TORCH_TARGET} -DUSE_CUDA"
         )
         ninja.rule("nvcc", f"{home}/bin/nvcc -MMD -MF $out.d {flags} $flags -c $in -o $out")
-        # cudart goes in statically: torch's own may be of another minor version.
+        # cudart is linked statically, because that of torch may be of another minor version.
         torch_libs = f"-L{include.parent}/lib -Xlinker --no-as-needed -ltorch_cpu -lc10" + (
             " -ltorch_cuda -lc10_cuda" if torch_cuda else ""
         )
@@ -235,7 +234,7 @@ class NativeBuild(build_ext):
 
 
 class PythonBuild(build_py):
-    """Keeps what an editable install left in the source tree out of a wheel built later."""
+    """Excludes the files that an editable install wrote to the source tree from a wheel."""
 
     def build_package_data(self) -> None:
         generated = {"_build.json", "_cpu.so", "_cuda.so"}

@@ -1,16 +1,17 @@
-"""The table of activations: the one place where an activation is defined.
+"""The table of activations: the only place where an activation is defined.
 
-A row states φ and its first three derivatives as expressions of the pre-activation ``z``. From the
-rows `fastjac.codegen` writes the C++ header that the CPU and CUDA kernels include and the Triton
-functions; nothing else in the project lists activations. The truth that a row is tested against is
-never the row: it is ``Activation.torch``, which users call today, differentiated by autograd.
+A row contains φ and its first three derivatives as expressions of the pre-activation ``z``.
+`fastjac.codegen` generates the C++ header of the CPU and CUDA kernels and the Triton functions from
+the rows; nothing else in the project lists activations. A row is tested against the torch function
+``Activation.torch``, differentiated by autograd.
 
 To add an activation, add one row and reinstall (``pip install --no-build-isolation -e .``).
 
 Expressions
 -----------
-Python arithmetic over ``z``, the row's parameters, earlier ``let`` names, numeric constants,
-comparisons inside ``a if condition else b`` (both sides are evaluated, so neither may trap), and
+An expression is Python arithmetic on ``z``, the parameters of the row, earlier ``let`` names and
+numeric constants. It may contain ``a if condition else b``, where the condition is a comparison and
+both ``a`` and ``b`` are always evaluated, and these functions:
 
 ======================= ==================================================================
 ``exp expm1``           as in libm
@@ -21,11 +22,11 @@ comparisons inside ``a if condition else b`` (both sides are evaluated, so neith
 ``normcdf(z, e)``       Φ(z) of the standard normal, given ``e = exp(-z²/2)``
 ======================= ==================================================================
 
-The given exponential may save a backend from computing it again; it need not be used.
+A backend may use the argument ``e`` instead of computing the exponential again.
 
-The expressions are chosen for the tails: ``1 - σ(z)`` is formed as its own quotient and never as a
-difference, and every exponential has a non-positive argument, so that nothing overflows.
-At ±inf and NaN a result is what torch's kernels give, or the limit where torch's formula gives NaN.
+The expressions are accurate in the tails: ``1 - σ(z)`` is a quotient, not a difference, and every
+exponential has a non-positive argument, so nothing overflows. At ±inf and NaN a result is that of
+torch's kernels, or the limit if torch's formula gives NaN.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 MAX_ORDER = 3
-"""Highest derivative of an activation that the kernels evaluate."""
+"""The highest order of a derivative that the kernels compute."""
 
 
 @dataclass(frozen=True)
@@ -47,16 +48,16 @@ class Activation:
     """One row of the table.
 
     Attributes:
-        name: key in `TABLE`, also the name of the drop-in ``fastjac.<name>(z)``.
-        torch: dotted path of the function users call today, ``"torch.nn.functional.silu"``, with
-            `torch_kwargs` fixed; the row's parameters are passed by name.
-        module: name of the ``torch.nn`` class that `fastjac.fuse` replaces, if there is one.
+        name: the key in `TABLE`, and the name of the function ``fastjac.<name>(z)``.
+        torch: the dotted path of the torch function, for example ``"torch.nn.functional.silu"``.
+            It is called with `torch_kwargs` and with the parameters of the row by name.
         derivatives: (φ, φ', φ'', φ''') as expressions.
+        module: the name of the ``torch.nn`` class that `fastjac.fuse` replaces, if there is one.
         let: intermediate values, in order; an expression may use the ones above it.
-        params: parameter names and their defaults.
-        torch_kwargs: keyword arguments of `torch` that the row fixes.
-        kinks: points where φ, φ' or φ'' is not differentiable. The value there is a convention, and
-            the row's is torch's; finite differences step around them.
+        params: the names of the parameters and their defaults.
+        torch_kwargs: fixed keyword arguments of `torch`.
+        kinks: points where φ, φ' or φ'' is not differentiable. The values there are those of torch.
+            Tests with finite differences avoid these points.
     """
 
     name: str
@@ -70,39 +71,40 @@ class Activation:
 
     @property
     def zero_from(self) -> int:
-        """Lowest order whose derivative is identically zero (`MAX_ORDER` + 1 if none is)."""
+        """The lowest order whose derivative is zero everywhere (`MAX_ORDER` + 1 if none is)."""
         order = MAX_ORDER + 1
         while order > 0 and self.derivatives[order - 1] == "0":
             order -= 1
         return order
 
     def is_zero(self, order: int) -> bool:
-        """Whether φ^(order) is identically zero, as known from the row; also past `MAX_ORDER`."""
+        """Whether φ^(order) is zero everywhere; the order may be greater than `MAX_ORDER`."""
         return self.zero_from <= min(order, MAX_ORDER)
 
     def has_zeros(self, order: int) -> bool:
-        """Whether φ^(order) is exactly zero on a piece of the line (ReLU' for z ≤ 0).
+        """Whether φ^(order) is exactly zero on an interval (ReLU' for z ≤ 0).
 
-        There the product with a cotangent is zero too, whatever the cotangent, as torch has it:
-        ``relu(z).sqrt()`` has an infinite one at z ≤ 0.
+        The product with a cotangent is then zero on the interval for any cotangent, as in torch.
+        For example, the cotangent is infinite for ``relu(z).sqrt()`` at z ≤ 0.
         """
         return order <= MAX_ORDER and bool(
             re.search(r"(^|[(\s])0 if |else 0\b|^0$", self.derivatives[order])
         )
 
     def param_values(self, given: Mapping[str, float]) -> tuple[float, ...]:
-        """The parameters in the order of the row: the defaults, overridden by ``given``."""
+        """The values of the parameters in the order of the row, ``given`` or default."""
         unknown = sorted(set(given) - set(self.params))
         if unknown:
             known = ", ".join(self.params) or "none"
             raise TypeError(
-                f"activation {self.name!r} has no parameter {unknown[0]!r}; its parameters: {known}"
+                f"activation {self.name!r} has no parameter {unknown[0]!r}; its parameters are:"
+                f" {known}"
             )
         for name, value in given.items():
             if not isinstance(value, (int, float)):
                 raise TypeError(
-                    f"{name} is {type(value).__name__}: activation parameters are numbers, and a"
-                    " tensor would get no gradient; pass a float (or scale z to learn one)"
+                    f"{name} is {type(value).__name__}: a parameter of an activation must be a"
+                    " Python number (a tensor would not get a gradient)"
                 )
             if isinstance(value, int) and abs(value) > sys.float_info.max:
                 raise ValueError(f"{name} is an integer too large for a float")
@@ -114,20 +116,20 @@ class Activation:
         return getattr(importlib.import_module(path), attribute)
 
     def torch_function(self, **given: float) -> Callable:
-        """The plain-torch φ with parameters bound: the truth of every test, and ``reference``."""
-        self.param_values(given)  # names checked
+        """φ as a torch function of z, with the parameters bound."""
+        self.param_values(given)  # raises if a name or value is wrong
         function = self.torch_function_object()
         kwargs = {**self.torch_kwargs, **self.params, **given}
         return lambda z: function(z, **kwargs)
 
 
 def sine(z, omega: float = 1.0):
-    """sin(ω z), the activation of SIREN (arXiv 2006.09661, ω = 30); torch has no name for it."""
+    """sin(ω z), the activation of SIREN (arXiv 2006.09661, ω = 30), for which torch has no name."""
     return (omega * z).sin()
 
 
 def _logistic(argument: str) -> dict[str, str]:
-    """σ (``s``), 1 - σ (``r``) of an argument; both relatively accurate in both tails."""
+    """σ (``s``) and 1 - σ (``r``) of an argument, both of high relative accuracy in both tails."""
     return {
         "e": f"exp_neg(-abs({argument}))",
         "i": "1 / (1 + e)",
@@ -141,10 +143,10 @@ _SELU_SCALE = 1.0507009873554804934193349852946
 _GELU_TANH_C = 2 * math.sqrt(2 / math.pi)  # 1 + tanh(u) = 2 σ(2u), so the factor 2 is folded in
 _GELU_TANH_A = 0.044715
 
-_ROWS = (
+ROWS = (
     Activation(
         name="identity",
-        torch="torch.positive",  # not nn.Identity: models use that as "nothing here"
+        torch="torch.positive",  # nn.Identity is not replaced: in a model it is a placeholder
         derivatives=("z", "1", "0", "0"),
     ),
     Activation(
@@ -306,7 +308,7 @@ _ROWS = (
         torch="torch.nn.functional.softplus",
         module="Softplus",
         params={"beta": 1.0, "threshold": 20.0},
-        # 1 / beta is the same for all elements: compilers take it out of the loop.
+        # 1 / beta is the same for all elements, so compilers move it out of the loop.
         let={"x": "beta * z", **_logistic("x"), "sr": "s * r", "b": "1 / beta"},
         derivatives=(
             "z if x > threshold else ((x if x > 0 else 0) + log1p(e)) * b",
@@ -354,28 +356,26 @@ _ROWS = (
     ),
 )
 
-TABLE: dict[str, Activation] = {row.name: row for row in _ROWS}
-"""Every activation by name, in the order of the kernels' ids."""
 
-ROWS: tuple[Activation, ...] = _ROWS
-"""The same by the kernels' ids."""
+TABLE: dict[str, Activation] = {row.name: row for row in ROWS}
+"""Every activation by name. The index of a row in `ROWS` is the id that the kernels use."""
 
 IDS: dict[str, int] = {name: index for index, name in enumerate(TABLE)}
 
-MAX_PARAMS = max(len(row.params) for row in _ROWS)
-"""The most parameters that a row has."""
+MAX_PARAMS = max(len(row.params) for row in ROWS)
+"""The largest number of parameters of a row."""
 
 
 def get(name: str) -> Activation:
-    """The row of an activation; an unknown name raises ValueError listing the known ones."""
+    """The row of an activation; raises ValueError if there is none of this name."""
     try:
         return TABLE[name]
     except (KeyError, TypeError):
         raise ValueError(
-            f"fn={name!r} is not an activation of the table; known: {', '.join(TABLE)}"
+            f"fn={name!r} is not an activation; choose from {', '.join(TABLE)}"
         ) from None
 
 
 def table_hash() -> str:
-    """Identifies the rows. A compiled library made from other rows is refused when loaded."""
-    return hashlib.sha256(repr(_ROWS).encode()).hexdigest()[:16]
+    """A hash of the rows. A library that was compiled with other rows is not loaded."""
+    return hashlib.sha256(repr(ROWS).encode()).hexdigest()[:16]

@@ -1,4 +1,7 @@
-"""Checks of options and arguments: the message names the argument, the fault and the remedy."""
+"""Checks of options and arguments.
+
+An error message names the argument and its value, and says what the value must be.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from fastjac.torch_private import assert_async
 
 
 def choice(argument: str, value: Any, allowed: Sequence[str]) -> str:
-    """One of a few names."""
+    """Check that a value is one of a few names."""
     if value not in allowed:
         options = ", ".join(repr(a) for a in allowed)
         raise ValueError(f"{argument} is {value!r}: it must be one of {options}")
@@ -21,23 +24,23 @@ def choice(argument: str, value: Any, allowed: Sequence[str]) -> str:
 
 
 def flag(argument: str, value: Any) -> bool:
-    """True or False and nothing that is merely truthy."""
+    """Check that a value is True or False; other values with a truth value are refused."""
     if not isinstance(value, bool):
         raise TypeError(f"{argument} is {value!r}: it must be True or False")
     return value
 
 
 def number(argument: str, value: Any) -> float:
-    """A finite real number."""
+    """Check that a value is a finite real number."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{argument} is {value!r}: it must be a Python number")
-    if not abs(value) <= sys.float_info.max:  # NaN, or an integer that is no float
+    if not abs(value) <= sys.float_info.max:  # NaN, infinity or an integer too large for a float
         raise ValueError(f"{argument} is {value!r}: it must be finite")
     return float(value)
 
 
 def numbers(argument: str, values: Any) -> tuple[float, ...] | None:
-    """Finite real numbers in a sequence, or None."""
+    """Check that a value is a sequence of finite real numbers, or None."""
     if values is None:
         return None
     if isinstance(values, str) or not isinstance(values, Iterable):
@@ -46,7 +49,7 @@ def numbers(argument: str, values: Any) -> tuple[float, ...] | None:
 
 
 def count(argument: str, value: Any, *, least: int = 1, exact: bool = False) -> int:
-    """An integer >= ``least``; with ``exact`` also -1."""
+    """Check that a value is an integer of at least ``least``; with ``exact``, -1 is accepted."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{argument} is {value!r}: it must be an integer")
     if value < least and not (exact and value == -1):
@@ -58,19 +61,21 @@ def count(argument: str, value: Any, *, least: int = 1, exact: bool = False) -> 
 
 
 def chunk_size(value: Any) -> int | None:
-    """An integer >= 1, or None for one batch of all cotangents."""
+    """Check that a value is an integer >= 1, or None, which means all cotangents in one batch."""
     return None if value is None else count("chunk_size", value)
 
 
 def generator(value: Any) -> torch.Generator | None:
-    """A generator, or None for torch's global one."""
+    """Check that a value is a generator, or None, which means the global generator of torch."""
     if value is not None and not isinstance(value, torch.Generator):
-        raise TypeError(f"generator is {type(value).__name__}: it must be a torch.Generator")
+        raise TypeError(
+            f"generator is {type(value).__name__}: it must be a torch.Generator, or None"
+        )
     return value
 
 
 def generator_device(value: torch.Generator | None, device: torch.device) -> None:
-    """A generator of the kind of device that the numbers are drawn on."""
+    """Check that a generator is on the type of device on which the numbers are drawn."""
     if value is not None and value.device.type != device.type:
         raise ValueError(
             f"generator is on {value.device} and the numbers are drawn on {device}: create it with "
@@ -79,23 +84,25 @@ def generator_device(value: torch.Generator | None, device: torch.device) -> Non
 
 
 def tensor(argument: str, value: Any) -> Tensor:
-    """A tensor with a batch dimension."""
+    """Check that a value is a tensor with a batch dimension."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{argument} is {type(value).__name__}: it must be a torch.Tensor")
     if value.is_nested:
-        raise TypeError(f"{argument} is a nested tensor: pass a dense one, padded")
+        raise TypeError(
+            f"{argument} is a nested tensor: pass a dense one (nested.to_padded_tensor(0.0))"
+        )
     if value.dim() == 0:
         raise ValueError(f"{argument} has no dimensions: dimension 0 must be the batch")
     return value
 
 
 def floating(argument: str, value: Any) -> Tensor:
-    """A tensor one can differentiate with respect to."""
+    """Check that a value is a dense floating-point tensor, so that it can have a gradient."""
     value = tensor(argument, value)
     if not value.is_floating_point():
         raise TypeError(
-            f"{argument} has dtype {value.dtype}, which has no gradient: for token or class inputs "
-            "penalise the embeddings (pass the embedded tensor, or in the model form "
+            f"{argument} has dtype {value.dtype}, which cannot have a gradient: for token or class "
+            "indices penalise the embeddings (pass the embedded tensor, or in the model form "
             "at='<name of the embedding module>')"
         )
     if value.layout != torch.strided:
@@ -104,7 +111,7 @@ def floating(argument: str, value: Any) -> Tensor:
 
 
 def batch(argument: str, value: Any, other: str, size: int) -> Tensor:
-    """A tensor whose dimension 0 is the batch of another argument."""
+    """Check that a value is a tensor with the batch size of another argument."""
     value = tensor(argument, value)
     if value.shape[0] != size:
         raise ValueError(
@@ -115,7 +122,7 @@ def batch(argument: str, value: Any, other: str, size: int) -> Tensor:
 
 
 def like(argument: str, value: Tensor, other: str, model: Tensor) -> None:
-    """The dtype and the device of another tensor."""
+    """Check that a tensor has the dtype and the device of another one."""
     if value.dtype != model.dtype:
         raise TypeError(
             f"{argument} has dtype {value.dtype} and {other} has {model.dtype}: "
@@ -125,15 +132,16 @@ def like(argument: str, value: Tensor, other: str, model: Tensor) -> None:
 
 
 def same_device(argument: str, value: Tensor, other: str, model: Tensor) -> None:
+    """Check that a tensor is on the device of another one."""
     if value.device != model.device:
         raise ValueError(
-            f"{argument} is on {value.device} and {other} on {model.device}: "
+            f"{argument} is on {value.device} and {other} is on {model.device}: "
             f"pass {argument}.to({str(model.device)!r})"
         )
 
 
 def class_rows(target: Any, logits: Tensor) -> Tensor:
-    """Class indices or probabilities as rows ``y`` ``[N, m]`` in the dtype of ``logits``."""
+    """Class indices or probabilities as rows ``y`` ``[N, m]`` of the dtype of ``logits``."""
     y = class_target(target, logits)
     if y.is_floating_point():
         return y
@@ -141,15 +149,15 @@ def class_rows(target: Any, logits: Tensor) -> Tensor:
 
 
 def class_target(target: Any, logits: Tensor) -> Tensor:
-    """Class indices ``[N]``, or probabilities ``[N, m]`` in the dtype of ``logits``."""
+    """Check class indices ``[N]``, or probabilities, returned as ``[N, m]``."""
     n, m = logits.shape
     target = batch("target", target, "output", n)
     same_device("target", target, "output", logits)
     if target.is_floating_point():
         if target.numel() != logits.numel():
             raise ValueError(
-                f"target has shape {tuple(target.shape)}: probabilities must be [{n}, {m}] like "
-                "the flattened output"
+                f"target has shape {tuple(target.shape)}: probabilities must have the shape of the "
+                f"flattened output, [{n}, {m}]"
             )
         return target.reshape(n, m).to(logits.dtype)
     if target.dtype != torch.int64:
@@ -159,27 +167,28 @@ def class_target(target: Any, logits: Tensor) -> Tensor:
         )
     if target.shape != (n,):
         raise ValueError(
-            f"target has shape {tuple(target.shape)}: class indices must be [{n}], one per sample"
+            f"target has shape {tuple(target.shape)}: class indices must have shape [{n}], one for "
+            "each sample"
         )
     if torch.compiler.is_compiling():
-        # Compiled code makes an index that is out of range a row of zeros, and says nothing.
+        # Without this check, compiled code would make a row of zeros if an index is out of range.
         inside = (target >= 0) & (target < m)
         assert_async(inside.all(), f"target has class indices outside of [0, {m})")
-    # On a GPU a look at the values would wait for the device; scatter_ checks the range there, and
-    # softmax_residual makes a wrong row NaN.
+    # On a GPU this check would have to wait for the device. There, scatter_ checks the range, and
+    # softmax_residual returns NaN for a row whose index is out of range.
     elif target.device.type == "cpu" and n > 0 and (target.min() < 0 or target.max() >= m):
         raise ValueError(
-            f"target has class indices from {target.min()} to {target.max()}: they must lie in "
-            f"[0, {m}); leave samples to be ignored out of the batch"
+            f"target has class indices from {target.min()} to {target.max()}: they must be in "
+            f"[0, {m}); remove samples that are to be ignored from the batch"
         )
     return target
 
 
 def classes(penalty: str, logits: Tensor) -> None:
-    """A softmax needs two classes: over one it is the constant 1, and so is the penalty 0."""
+    """Check that there are two or more classes. The softmax of one is 1, and the penalty is 0."""
     if logits.shape[1] < 2:
         raise ValueError(
-            f"output has {logits.shape[1]} column(s) and {penalty} takes its softmax, which is "
-            "constant: pass logits of at least two classes (for one binary logit use IGPen with "
-            "binary_cross_entropy_with_logits)"
+            f"output has {logits.shape[1]} column(s), and {penalty} takes its softmax, which is "
+            "then constant: pass logits of at least two classes (for a single binary logit use "
+            "IGPen with binary_cross_entropy_with_logits)"
         )

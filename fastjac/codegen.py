@@ -1,9 +1,9 @@
-"""Writes the activation table as C++ and as Triton.
+"""Translates the activation table to C++ and to Triton.
 
-One expression compiler, two dialects. A dialect says how a literal, a call and a conditional are
-spelled; everything else (which ``let`` values an expression needs, and in which order) is common.
-Run by ``setup.py`` at build time; imports nothing but the standard library, so that it also runs
-where torch is not installed.
+A dialect says how a literal, a call and a conditional are written; the rest of the translation
+(which ``let`` values an expression needs, and in which order) is the same for both languages.
+``setup.py`` runs this at build time. Only the standard library is imported, so torch does not have
+to be installed.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ class Dialect:
     where: Callable[[str, str, str], str]
 
 
-# Every C++ literal is cast to the compute type: a bare 0.5 would promote a float kernel to double.
+# Every C++ literal is cast to the compute type: 0.5 alone would make a float kernel use double.
 CPP = Dialect(
     literal=lambda value: f"T({value!r})",
     call=lambda name, args: f"math::{name}({', '.join(args)})",
     where=lambda condition, yes, no: f"math::where({condition}, {yes}, {no})",
 )
 
-# Every Triton literal is made at z's dtype: two bare Python numbers in a `where` meet as float32,
-# which would cost a float64 kernel nine digits.
+# Every Triton literal has the dtype of z: two Python numbers in a `where` are converted to float32,
+# and a float64 kernel would lose nine digits.
 TRITON = Dialect(
     literal=lambda value: f"tl.full([], {value!r}, z.dtype)",
     call=lambda name, args: f"_math.{name}({', '.join(args)})",
@@ -42,7 +42,7 @@ TRITON = Dialect(
 
 
 def translate(expression: str, dialect: Dialect, names: set[str]) -> str:
-    """One table expression in a dialect. Anything outside the little language raises ValueError."""
+    """Translate an expression of the table; raises ValueError if it uses an unknown construct."""
 
     def visit(node: ast.expr) -> str:
         match node:
@@ -62,7 +62,10 @@ def translate(expression: str, dialect: Dialect, names: set[str]) -> str:
                 return dialect.where(visit(test), visit(body), visit(orelse))
             case ast.Call(func=ast.Name(id=name), args=args, keywords=[]) if name in FUNCTIONS:
                 return dialect.call(name, [visit(arg) for arg in args])
-        raise ValueError(f"activation table: cannot translate {ast.unparse(node)!r}")
+        raise ValueError(
+            f"the activation table has {ast.unparse(node)!r}, which cannot be translated: the"
+            " docstring of fastjac/activations.py lists what an expression may contain"
+        )
 
     return visit(ast.parse(expression.strip(), mode="eval").body)
 
@@ -86,7 +89,7 @@ def statements(row: Any, order: int, dialect: Dialect) -> Iterator[tuple[str, st
 
 
 def cpp_headers(table: Mapping[str, Any], table_hash: str) -> dict[str, str]:
-    """The headers that the kernels include, by file name."""
+    """The generated C++ headers by file name."""
     return {
         "activations.h": _functors(table, table_hash),
         "param_counts.h": _param_counts(table),
@@ -102,7 +105,7 @@ def _param_counts(table: Mapping[str, Any]) -> str:
             "",
             "namespace fastjac {",
             "",
-            "// How many parameters each activation has, and the size of an array for any of them.",
+            "// The number of parameters of each activation, and the largest of these numbers.",
             f"constexpr int param_counts[] = {{{', '.join(map(str, counts))}}};",
             f"constexpr int max_params = {max(1, *counts)};",
             "",
@@ -113,7 +116,7 @@ def _param_counts(table: Mapping[str, Any]) -> str:
 
 
 def _functors(table: Mapping[str, Any], table_hash: str) -> str:
-    """The functors, ``fastjac::Gelu::d<K>(z, params)`` for every row, and the switch."""
+    """The functors, for example ``fastjac::Gelu::d<K>(z, params)``, and the switch over them."""
     out = [
         "// Generated from fastjac/activations.py by fastjac/codegen.py. Do not edit.",
         "#pragma once",
@@ -147,7 +150,7 @@ def _functors(table: Mapping[str, Any], table_hash: str) -> str:
         out += [
             "    }",
             "  }",
-            "  // d<K>(z) * g, zero wherever the derivative is, though g be inf or NaN.",
+            "  // d<K>(z) * g; zero where the derivative is zero, even if g is inf or NaN.",
             "  template <int K, class T>",
             "  FASTJAC_HD static T times([[maybe_unused]] T z, [[maybe_unused]] T g,"
             " [[maybe_unused]] const Params<T>& params) {",
@@ -176,7 +179,7 @@ def _functors(table: Mapping[str, Any], table_hash: str) -> str:
 
 
 def triton_module(table: Mapping[str, Any]) -> str:
-    """The Triton function ``phi(z, PARAMS, FN, K)``: FN the row's index, K the order, constants."""
+    """The Triton function ``phi(z, PARAMS, FN, K)``; FN is the index of the row, K the order."""
     out = [
         '"""Generated from fastjac/activations.py by fastjac/codegen.py. Do not edit."""',
         "",

@@ -1,9 +1,9 @@
-"""Drop-ins for torch's activation functions: ``fastjac.gelu(z)`` where ``F.gelu(z)`` stood.
+"""Replacements for the activation functions of torch: ``fastjac.gelu(z)`` for ``F.gelu(z)``.
 
-Each row of the activation table gives one function, with torch's parameter names and order and
-the keyword ``impl``. It is `fastjac.act` of order 0, so that the VJP and the double backward that
-``autograd.grad(create_graph=True)`` asks for are the fused ones. In a model that `fastjac.DREG` is
-attached to, these functions also show the layer to the penalty, which ``F.gelu`` cannot.
+There is one function for each row of the activation table. It has the parameters of torch's
+function, in the same order, and the keyword ``impl``. It calls `fastjac.act` with order 0, so VJP
+and double backward are fused. If `fastjac.DREG` is attached to a model, it sees the calls of these
+functions; it cannot see ``F.gelu``.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ def _drop_in(row: Activation) -> Callable[..., Tensor]:
         if len(args) > len(names):
             raise TypeError(
                 f"{row.name}() takes z and {len(names)} parameters ({', '.join(names) or 'none'}),"
-                f" got {len(args)} more positional arguments"
+                f" got z and {len(args)} positional arguments"
             )
         if "inplace" in params:
             raise TypeError(
-                f"{row.name}() has no inplace: z is kept for the derivatives; leave it out"
+                f"{row.name}() has no argument inplace, because the derivatives need z; remove it"
             )
         params.update(zip(names, args, strict=False))
         return activate(z, row.name, impl, params)
@@ -48,9 +48,9 @@ def _drop_in(row: Activation) -> Callable[..., Tensor]:
     )
     function.__name__ = function.__qualname__ = row.name
     function.__doc__ = (
-        f"φ(z) of {row.name}, elementwise: ``{row.torch}`` with the fused backward and double"
-        " backward of `fastjac.act`.\n\nShapes, dtypes, gradient orders and errors as there, of"
-        " order 0; TypeError also for ``inplace`` and for too many positional arguments."
+        f"``{row.torch}`` with the fused backward and double backward of `fastjac.act`.\n\nShapes,"
+        " dtypes, gradient orders and errors are those of `fastjac.act` with order 0. Raises"
+        " TypeError for ``inplace`` and for too many positional arguments."
     )
     return function
 
@@ -59,13 +59,13 @@ FUNCTIONS: dict[str, Callable[..., Tensor]] = {name: _drop_in(row) for name, row
 
 
 def gelu(z: Tensor, approximate: str = "none", *, impl: str = "auto") -> Tensor:
-    """φ(z) = z Φ(z), or its tanh form: ``torch.nn.functional.gelu`` with fused derivatives.
+    """``torch.nn.functional.gelu`` with the fused backward and double backward of `fastjac.act`.
 
-    Shapes, dtypes, gradient orders and errors as `fastjac.act` of order 0; ValueError also for an
-    ``approximate`` other than "none" or "tanh".
+    Shapes, dtypes, gradient orders and errors are those of `fastjac.act` with order 0. Raises
+    ValueError if ``approximate`` is neither "none" nor "tanh".
     """
     if approximate not in ("none", "tanh"):
-        raise ValueError(f"approximate={approximate!r}; choose 'none' or 'tanh'")
+        raise ValueError(f"approximate is {approximate!r}; it must be 'none' or 'tanh'")
     return activate(z, "gelu" if approximate == "none" else "gelu_tanh", impl, {})
 
 

@@ -1,7 +1,7 @@
-"""The activation as a module, and `fuse`, which puts it into an existing model.
+"""Modules with fused activations, and `fuse`, which puts them into an existing model.
 
-After ``fuse(model)``, ``autograd.grad(..., create_graph=True)`` runs the fused double backward.
-Nothing else about the model or the code around it changes.
+After ``fuse(model)``, ``autograd.grad(..., create_graph=True)`` uses the fused double backward.
+Nothing else about the model changes.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from fastjac.activations import TABLE, get
 from fastjac.functional import FUNCTIONS
 from fastjac.observers import activate
 from fastjac.ops import act
-from fastjac.ops.dispatch import OPS
+from fastjac.ops.dispatch import Op
 
 
 class Act(nn.Module):
@@ -24,12 +24,13 @@ class Act(nn.Module):
 
     Args:
         fn: the activation, a key of `fastjac.activations.TABLE`.
-        impl: implementation, as in `fastjac.act`.
-        **params: the activation's parameters.
+        impl: the implementation, as in `fastjac.act`.
+        **params: the parameters of the activation.
 
-    Shapes, dtypes, gradient orders and errors as `fastjac.act` of order 0; an unknown fn or
-    parameter raises here, an impl when it is called. Has no parameters or buffers, so a
-    ``state_dict`` does not change where it replaces torch's module.
+    Shapes, dtypes, gradient orders and errors are those of `fastjac.act` with order 0. An unknown
+    fn or parameter raises when the module is created, an unknown impl when it is called. The module
+    has no parameters and no buffers, so the ``state_dict`` of a model does not change if it
+    replaces a module of torch.
 
     Example:
 
@@ -40,16 +41,16 @@ class Act(nn.Module):
 
     def __init__(self, fn: str, *, impl: str = "auto", **params: float) -> None:
         super().__init__()
-        get(fn).param_values(params)  # raises on an unknown name
+        get(fn).param_values(params)  # raises if a name or value is wrong
         self.fn, self.impl = fn, impl
-        self.params: dict[str, Any] = dict(params)
-        self._replaced: tuple[nn.Module, ...] = ()  # in a tuple: not a submodule
+        self.params: dict[str, Any] = params
+        self._replaced: tuple[nn.Module, ...] = ()  # a tuple, so that it is not a submodule
 
     def forward(self, z: Tensor) -> Tensor:
         return activate(z, self.fn, self.impl, self.params)
 
     def derivative(self, z: Tensor, g: Tensor | None = None, order: int = 1) -> Tensor:
-        """φ^(order)(z) · g, `fastjac.act` of any order; penalties do not see it."""
+        """φ^(order)(z) · g, as `fastjac.act`. Attached penalties do not see this call."""
         return act(z, g, order, self.fn, impl=self.impl, **self.params)
 
     def extra_repr(self) -> str:
@@ -60,9 +61,9 @@ class Act(nn.Module):
 
 
 def activation_of(module: nn.Module) -> Act | None:
-    """The `Act` that computes what a torch activation module does; None if the table has none.
+    """The `Act` that computes the same as a torch module, or None if the table has no such row.
 
-    Exact types only: a subclass may have changed the forward.
+    Subclasses give None, because they may override the forward.
     """
     if type(module) is Act:
         return module
@@ -74,7 +75,7 @@ def activation_of(module: nn.Module) -> Act | None:
     return None
 
 
-# The plain functions that a model may hold as an attribute (nn.TransformerEncoderLayer does).
+# The functions that a module may have as an attribute (nn.TransformerEncoderLayer does).
 _HELD: dict[Callable[..., Any], str] = {}
 for _row in TABLE.values():
     for _function in (
@@ -87,10 +88,11 @@ for _row in TABLE.values():
 
 
 def held_functions(module: nn.Module) -> list[tuple[str, Callable[..., Any], str]]:
-    """The torch activation functions that a module holds: (attribute, function, its row)."""
+    """The attributes of a module that are activation functions: (attribute, function, fn)."""
     found = []
     for name, value in vars(module).items():
-        if callable(value) and not isinstance(value, nn.Module) and _hashable(value):
+        hashable = type(value).__hash__ is not None
+        if callable(value) and not isinstance(value, nn.Module) and hashable:
             fn = _HELD.get(value)
             if fn is not None:
                 found.append((name, value, fn))
@@ -98,18 +100,19 @@ def held_functions(module: nn.Module) -> list[tuple[str, Callable[..., Any], str
 
 
 class LinearAct(nn.Linear):
-    """``φ(x Wᵀ + b)``: ``nn.Linear`` with its activation; the GEMM is torch's.
+    """``φ(x Wᵀ + b)``: ``nn.Linear`` with an activation. The GEMM is that of torch.
 
-    Under `fastjac.DREG` the activation, the penalty's statistic and the gradients of both are one
-    pass each. In any other model ``nn.Linear`` followed by an activation module gets the same.
+    If `fastjac.DREG` is attached to the model, one pass computes the activation and the statistic
+    of the penalty, and one pass the gradients of both. ``nn.Linear`` followed by an activation
+    module is computed in the same way.
 
     Args:
-        in_features, out_features, bias, device, dtype: as ``nn.Linear``, whose parameters, names
-            in the ``state_dict`` and initialisation these are.
-        fn, impl, **params: the activation, as `Act`.
+        in_features, out_features, bias, device, dtype: as in ``nn.Linear``. Parameters, names in
+            the ``state_dict`` and initialisation are the same too.
+        fn, impl, **params: the activation, as in `Act`.
 
-    Shapes: ``[N, ..., in_features]`` to ``[N, ..., out_features]``. Dtypes as ``nn.Linear`` and
-    `fastjac.act`, gradient orders as the latter of order 0, errors as `Act` and ``nn.Linear``.
+    Shapes: ``[N, ..., in_features]`` to ``[N, ..., out_features]``. Dtypes and errors are those of
+    ``nn.Linear`` and `Act`, gradient orders those of `fastjac.act` with order 0.
 
     Example:
 
@@ -143,15 +146,15 @@ class LinearAct(nn.Linear):
 
 
 class _ConvAct(nn.modules.conv._ConvNd):
-    """``φ(W ∗ x + b)``: torch's convolution of the same number of dimensions with its activation.
+    """``φ(W ∗ x + b)``: torch's convolution of the same number of dimensions with an activation.
 
     Args:
-        in_channels, out_channels, kernel_size, **options: as torch's module, whose parameters,
-            names in the ``state_dict`` and initialisation these are.
-        fn, impl, params: the activation, as `LinearAct`; its parameters as a dictionary.
+        in_channels, out_channels, kernel_size, **options: as in torch's module. Parameters, names
+            in the ``state_dict`` and initialisation are the same too.
+        fn, impl, params: the activation, as in `LinearAct`; its parameters are in a dictionary.
 
-    Shapes: ``[N, in_channels, ...]`` to ``[N, out_channels, ...]``, positions as torch's module.
-    Dtypes, gradient orders, errors and what `fastjac.DREG` makes of it as `LinearAct`.
+    Shapes: ``[N, in_channels, ...]`` to ``[N, out_channels, ...]``, as torch's module. For dtypes,
+    gradient orders, errors and `fastjac.DREG` see `LinearAct`.
 
     Example:
 
@@ -199,21 +202,22 @@ ConvAct = ConvAct2d
 
 
 def fuse(model: nn.Module, *, impl: str = "auto") -> nn.Module:
-    """Replaces the activations of a model, in place, by the fused ones; returns the model.
+    """Replace the activations of a model by fused ones, in place, and return the model.
 
-    Replaced are modules of exactly a ``torch.nn`` activation type of the table, wherever they are
-    nested, and torch activation functions held as attributes (``nn.TransformerEncoderLayer``).
-    Activations called as functions inside a ``forward`` cannot be seen: write ``fastjac.gelu(z)``
-    there. Outputs, ``state_dict``, hooks and sharing of modules stay; ``inplace=True`` is dropped,
-    since the pre-activation is kept for the derivatives. Calling it twice changes nothing.
+    This replaces all submodules whose type is a ``torch.nn`` activation of the table (subclasses
+    are not replaced), and torch activation functions that are attributes of modules
+    (``nn.TransformerEncoderLayer`` has one). It cannot replace a function that is called inside a
+    ``forward``: write ``fastjac.gelu(z)`` there. Outputs, ``state_dict``, hooks and the sharing of
+    modules do not change. ``inplace=True`` is ignored, because the derivatives need the
+    pre-activation. Calling ``fuse`` a second time changes nothing.
 
     Args:
-        model: any module; if it is itself an activation, its replacement is returned.
-        impl: implementation that the activations will ask for, as in `fastjac.act`.
+        model: any module; if it is an activation itself, its replacement is returned.
+        impl: the implementation that the activations use, as in `fastjac.act`.
 
     Raises:
         TypeError: model is not a module.
-        ValueError: unknown impl.
+        ValueError: impl is unknown.
 
     Example:
 
@@ -221,12 +225,10 @@ def fuse(model: nn.Module, *, impl: str = "auto") -> nn.Module:
         >>> fastjac.fuse(model)[1]
         Act(gelu)
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    if impl not in ("auto", *OPS["act"].implementations):
-        raise ValueError(
-            f"impl={impl!r}; choose from {', '.join(('auto', *OPS['act'].implementations))}"
-        )
+    _check_module(model)
+    known = ("auto", *Op.implementations)
+    if impl not in known:
+        raise ValueError(f"impl={impl!r} is not an implementation; choose from {', '.join(known)}")
     replaced: dict[nn.Module, nn.Module] = {}
 
     def replacement(module: nn.Module) -> nn.Module:
@@ -249,9 +251,10 @@ def fuse(model: nn.Module, *, impl: str = "auto") -> nn.Module:
 
 
 def unfuse(model: nn.Module) -> nn.Module:
-    """Undoes `fuse`: puts the replaced activations back, in place; returns the model.
+    """Undo `fuse`: put the replaced activations back, in place, and return the model.
 
-    Hooks that came since and ``training`` go along; an `Act` that replaced nothing stays.
+    Hooks that were registered since, and ``training``, are kept. An `Act` that was not made by
+    `fuse` stays.
 
     Raises:
         TypeError: model is not a module.
@@ -262,8 +265,7 @@ def unfuse(model: nn.Module) -> nn.Module:
         >>> fastjac.unfuse(model)[1]
         GELU(approximate='none')
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    _check_module(model)
 
     def original(module: nn.Module) -> nn.Module:
         if isinstance(module, Act) and module._replaced:
@@ -283,14 +285,19 @@ def unfuse(model: nn.Module) -> nn.Module:
     return original(model)
 
 
+def _check_module(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+
+
 class _Held:
-    """A function attribute's stand-in; remembers what it replaced. Picklable."""
+    """The replacement of an attribute that is a function. It can be pickled."""
 
     def __init__(self, replaced: Callable[..., Any], fn: str, impl: str) -> None:
         self.replaced, self.fn, self.impl = replaced, fn, impl
 
     def __call__(self, z: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        kwargs.pop("inplace", None)  # z is kept for the derivatives, so it is not written over
+        kwargs.pop("inplace", None)  # the derivatives need z, so it is not overwritten
         if args and isinstance(args[-1], bool):
             args = args[:-1]
         return FUNCTIONS[self.fn](z, *args, impl=self.impl, **kwargs)
@@ -299,14 +306,10 @@ class _Held:
         return f"fastjac.{self.fn}"
 
 
-def _hashable(value: object) -> bool:
-    return type(value).__hash__ is not None
-
-
 def _share_hooks(old: nn.Module, new: nn.Module) -> None:
-    """Both modules hold the same hook dictionaries, so handles taken before still remove hooks.
+    """Let both modules have the same dictionaries of hooks, so existing handles can remove hooks.
 
-    With the flag that says what kind of backward hooks they are.
+    The flag for the kind of backward hooks is copied too.
     """
     for name, value in vars(old).items():
         if "hook" in name:

@@ -1,8 +1,8 @@
-"""How an activation of ours that runs in a model is shown to those who watch the model.
+"""Observers of the activations that run in a model.
 
-Two things watch a model: a layer-wise penalty, which computes the activation together with its
-statistic, and the recording of the chain engine, which notes it as one operation. Neither knows the
-other. They meet in `OBSERVERS`, and in `Recorded`, the class of the tensors that are recorded.
+There are two: a layer-wise penalty computes an activation together with its statistic, and the
+recording of the chain engine records it as one operation. They do not know each other; both are
+registered in `OBSERVERS`. `Recorded` is the class of the tensors that are recorded.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from torch import Tensor
 from fastjac.ops import act
 
 OBSERVERS: list[Callable[..., Tensor | None]] = []
-"""Each is called with ``(z, fn, impl, params, a)`` and returns ``φ(z)`` if it computes this
-activation, else the ``a`` that it was given: None, or what an observer before it has computed."""
+"""Each observer is called with ``(z, fn, impl, params, a)``. It returns ``φ(z)`` if it computes
+this activation, otherwise ``a``, which is None or the result of an earlier observer."""
 
 
 def activate(z: Tensor, fn: str, impl: str, params: dict[str, Any]) -> Tensor:
-    """``φ(z)``: how every activation of ours is called, so that observers see it."""
+    """``φ(z)``, computed by an observer or by `fastjac.act`. All activations of fastjac call it."""
     a = None
-    for observe in tuple(OBSERVERS):  # they come and go meanwhile
+    for observe in tuple(OBSERVERS):  # the list may change during the loop
         a = observe(z, fn, impl, params, a)
     return act(z, fn=fn, impl=impl, **params) if a is None else a
 
@@ -30,10 +30,10 @@ def activate(z: Tensor, fn: str, impl: str, params: dict[str, Any]) -> Tensor:
 class Recorded(Tensor):
     """A tensor whose operations are being recorded.
 
-    An observer that computes activations or layers in its own way must leave such a tensor alone,
-    or call `refuse`.
+    An observer that computes activations or layers itself must not compute with such a tensor. It
+    leaves it to the recording, or calls `refuse`.
     """
 
     def refuse(self, reason: str) -> None:
-        """Raise, so that the recording ends and the model is run in another way."""
+        """Raise an error that ends the recording; the model is then run in another way."""
         raise NotImplementedError

@@ -1,4 +1,4 @@
-"""Quantities per sample: rows, norms and sums of them, and zeros that stay in a graph."""
+"""Quantities per sample: rows, their norms and sums, and zeros in an autograd graph."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def rows(t: Tensor, lead: int = 1) -> Tensor:
 
 
 def measure(v: Tensor, norm: str, lead: int = 2) -> Tensor:
-    """Norm over all but the first ``lead`` dimensions; half precision is accumulated in float32.
+    """The norm over all but the first ``lead`` dimensions, accumulated in float32 for 16-bit types.
 
     At ``v = 0`` the gradient of ``"l2"`` and ``"l1"`` is the subgradient 0.
     """
@@ -29,7 +29,7 @@ def measure(v: Tensor, norm: str, lead: int = 2) -> Tensor:
 
 
 def total(pieces: Iterable[Tensor]) -> Tensor:
-    """The sum over K of pieces ``[k, N]``, as ``[N]``; a single one costs no operation."""
+    """The sum over K of pieces ``[k, N]``, as ``[N]``; for a single row this is a view."""
     sums = [piece.sum(0) if len(piece) > 1 else piece.squeeze(0) for piece in pieces]
     return sums[0] if len(sums) == 1 else torch.stack(sums).sum(0)
 
@@ -40,9 +40,9 @@ def attached_zeros(output: Tensor) -> Tensor:
 
 
 def attached_zero(t: Tensor, dtype: torch.dtype) -> Tensor:
-    """A zero in the graph of ``t``, 0-dim.
+    """A 0-dim zero in the graph of ``t``.
 
-    The sum of an empty slice: exact even if ``t`` holds NaN or infinities, where ``0 * t.sum()``
-    would not be.
+    It is the sum of an empty slice, because ``0 * t.sum()`` is NaN if ``t`` contains NaN or
+    infinities.
     """
     return (t if t.dim() else t.reshape(1))[:0].sum(dtype=dtype)

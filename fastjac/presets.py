@@ -1,11 +1,11 @@
-"""Penalties under the conventions of the papers and programs that made them known.
+"""Penalties with the conventions of the papers and programs in which they were published.
 
-Each is one of `fastjac.penalties` with its factors set: the value, and so its gradient, is that of
-the original on the same inputs and random vectors. ``JacobianReg``, ``DataGrad`` and
-``Contractive`` have their originals' conventions as they stand.
+Each preset is a penalty of `fastjac.penalties` with its factors set, so that value and gradient are
+those of the original for the same inputs and random vectors. ``JacobianReg``, ``DataGrad`` and
+``Contractive`` follow their originals and need no preset.
 
-Dtypes and their accumulation, gradient orders and errors are those of the penalty that a preset
-returns or is made of. ``reduction``, ``every``, ``at`` and ``engine`` are its options.
+Dtypes, gradient orders and errors of a preset are those of the penalty that it returns or uses.
+``reduction``, ``every``, ``at`` and ``engine`` are the options of that penalty.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def half_squared_error(output: Tensor, target: Tensor) -> Tensor:
         target = target[:, None]
     if target.shape != output.shape:  # torch would broadcast them
         raise ValueError(
-            f"target has shape {tuple(target.shape)}: it must have that of output, "
+            f"target has shape {tuple(target.shape)}: it must have the shape of output, "
             f"{tuple(output.shape)}"
         )
     return F.mse_loss(output, target, reduction="none").reshape(len(output), -1).sum(1) / 2
@@ -48,9 +48,9 @@ def half_squared_error(output: Tensor, target: Tensor) -> Tensor:
 def double_backprop(weight: float = 1.0, **options: Unpack[PresetOptions]) -> IGPen:
     """Double backpropagation as first published: ``½ ‖∂E_n/∂x_n‖²``, ``E_n = ½ ‖g_n − d_n‖²``.
 
-    Called with ``(x, output, target)`` or ``(model, x, target)``, ``target`` of the shape of
-    ``output``, or ``[N]`` for ``[N, 1]``. For the cross-entropy, without the ½: `fastjac.DataGrad`;
-    for any other loss `fastjac.IGPen`.
+    Called with ``(x, output, target)`` or ``(model, x, target)``. ``target`` has the shape of
+    ``output``; it may be ``[N]`` if that is ``[N, 1]``. Use `fastjac.DataGrad`, which has no factor
+    ½, for the cross-entropy, and `fastjac.IGPen` for any other loss.
 
     Source: Drucker & LeCun 1992, "Improving generalization performance using double
     backpropagation".
@@ -69,8 +69,8 @@ def double_backprop(weight: float = 1.0, **options: Unpack[PresetOptions]) -> IG
 def r1(gamma: float = 10.0, **options: Unpack[PresetOptions]) -> GradientPenalty:
     """R1 of a discriminator: ``γ/2 ‖∇D(x_n)‖²`` at real samples.
 
-    Called with ``(x, output)`` or ``(D, x)``, ``output`` ``[N]`` or ``[N, 1]``. ``every=16`` is the
-    lazy regularisation of StyleGAN2: every 16th call, times 16.
+    Called with ``(x, output)`` or ``(D, x)``; ``output`` is ``[N]`` or ``[N, 1]``. ``every=16`` is
+    the lazy regularisation of StyleGAN2: the penalty of every 16th call, times 16.
 
     Source: Mescheder, Geiger, Nowozin 2018, arXiv 1801.04406; Karras et al. 2020, arXiv 1912.04958.
 
@@ -85,9 +85,9 @@ def r1(gamma: float = 10.0, **options: Unpack[PresetOptions]) -> GradientPenalty
 
 
 def r2(gamma: float = 10.0, **options: Unpack[PresetOptions]) -> GradientPenalty:
-    """R2 of a discriminator: ``γ/2 ‖∇D(x_n)‖²`` at generated samples, which the caller detaches.
+    """R2 of a discriminator: ``γ/2 ‖∇D(x_n)‖²`` at generated samples, which must be detached.
 
-    The numbers of `r1`; only the points differ.
+    It is `r1` at other points.
 
     Source: Mescheder, Geiger, Nowozin 2018, arXiv 1801.04406.
     """
@@ -97,16 +97,17 @@ def r2(gamma: float = 10.0, **options: Unpack[PresetOptions]) -> GradientPenalty
 class WGANGP(GradientPenalty):
     """``R_n = (‖∇D(x̂_n)‖ − 1)²`` at ``x̂_n = ε_n x_n + (1 − ε_n) x̃_n``, ``ε_n ~ U[0, 1]``.
 
-    Called with ``(critic, real, fake)``; returns the critic's output at ``x̂`` and the value.
-    ``x̂`` is detached from both: the penalty trains the critic alone.
+    Called with ``(critic, real, fake)``; returns the output of the critic at ``x̂`` and the value.
+    ``x̂`` is detached from ``real`` and ``fake``, so the penalty has a gradient only with respect to
+    the parameters of the critic.
 
     Arguments:
-        critic: returns ``[N]`` or ``[N, 1]``. real, fake: ``[N, ...]``, of one shape and dtype.
-        epsilon: ``[N]``, in place of the draw.
+        critic: returns ``[N]`` or ``[N, 1]``. real, fake: ``[N, ...]``, of the same shape and
+        dtype. epsilon: ``[N]``, used instead of random numbers.
 
     Options:
-        generator: on the device of ``real``; the draw is ``torch.rand(N)``. weight, reduction,
-        every, at, engine: see ``help(fastjac.InputPenalty)``.
+        generator: on the device of ``real``, for ``torch.rand(N)``. weight, reduction, every, at,
+        engine: see ``help(fastjac.InputPenalty)``.
 
     Source: Gulrajani et al. 2017, arXiv 1704.00028, algorithm 1.
 
@@ -137,8 +138,9 @@ class WGANGP(GradientPenalty):
         """``(output, value)`` of the critic at the points between ``real`` and ``fake``."""
         if isinstance(critic, Tensor):
             raise TypeError(
-                "critic is a Tensor: the points in between are made here, so there is no graph "
-                "form; pass (critic, real, fake), or give your own points to GradientPenalty"
+                "critic is a Tensor: it must be a callable, because this penalty computes the "
+                "points between real and fake itself. Pass (critic, real, fake), or use "
+                "GradientPenalty with your own points"
             )
         output, value = super().forward(critic, self.between(real, fake, epsilon))
         return output, value
@@ -149,8 +151,8 @@ class WGANGP(GradientPenalty):
         arguments.like("fake", fake, "real", real)
         if fake.shape != real.shape:
             raise ValueError(
-                f"fake has shape {tuple(fake.shape)} and real {tuple(real.shape)}: each generated "
-                "sample is paired with a real one"
+                f"fake has shape {tuple(fake.shape)} and real has {tuple(real.shape)}: they must "
+                "be the same, because each generated sample is paired with a real one"
             )
         n = len(real)
         if epsilon is None:
@@ -158,7 +160,9 @@ class WGANGP(GradientPenalty):
             epsilon = torch.rand(n, dtype=real.dtype, device=real.device, generator=self.generator)
         elif not isinstance(epsilon, Tensor) or epsilon.shape != (n,):
             shape = getattr(epsilon, "shape", type(epsilon).__name__)
-            raise ValueError(f"epsilon is {shape}: it must be a tensor [{n}], one per sample")
+            raise ValueError(
+                f"epsilon is {shape}: it must be a tensor [{n}], one number for each sample"
+            )
         arguments.like("epsilon", epsilon, "real", real)
         return torch.lerp(fake.detach(), real, epsilon.detach().reshape(n, *[1] * (real.dim() - 1)))
 
@@ -169,7 +173,7 @@ def wgan_gp(
     generator: torch.Generator | None = None,
     **options: Unpack[PresetOptions],
 ) -> WGANGP:
-    """``λ (‖∇D(x̂_n)‖ − 1)²`` between real and generated samples: see `WGANGP`; λ is ``weight``.
+    """``λ (‖∇D(x̂_n)‖ − 1)²`` between real and generated samples; λ is ``weight``. See `WGANGP`.
 
     Source: Gulrajani et al. 2017, arXiv 1704.00028, algorithm 1.
     """
@@ -179,7 +183,7 @@ def wgan_gp(
 def igr(weight: float = 0.1, **options: Unpack[PresetOptions]) -> Eikonal:
     """The eikonal term of implicit geometric regularisation: ``λ (‖∇f(x_n)‖ − 1)²``.
 
-    Called with ``(x, output)`` or ``(f, x)``, ``x`` ``[N, D]`` the points, which the caller draws.
+    Called with ``(x, output)`` or ``(f, x)``, where ``x`` ``[N, D]`` contains the points.
 
     Source: Gropp, Yariv, Haim, Atzmon, Lipman 2020, arXiv 2002.10099; λ = 0.1 there.
 
@@ -203,11 +207,12 @@ def deq(
 ) -> SpectReg:
     """Jacobian regularisation of a fixed-point map: ``1/(K d) Σ_k ‖J_nᵀ v_k‖²``, ``v ~ N(0, I)``.
 
-    Called with ``(z, f_z)``: one more application of ``f`` at the fixed point ``z`` ``[N, ...]``,
-    which requires grad, in the graph; ``d`` is the number of elements of a sample of ``f_z``. An
-    unbiased estimate of ``‖J_n‖_F² / d``. ``projection=v / √d`` in place of the draw.
+    Called with ``(z, f_z)``, where ``z`` ``[N, ...]`` is the fixed point, which requires grad, and
+    ``f_z`` one more application of ``f`` to it. ``d`` is the number of elements of a sample of
+    ``f_z``, and ``vecs`` is K. The value is an unbiased estimate of ``‖J_n‖_F² / d``. Pass
+    ``projection=v / √d`` to use given vectors instead of random ones.
 
-    Source: Bai, Koltun, Kolter 2021, arXiv 2106.14342; ``vecs``: K, 2 in their code.
+    Source: Bai, Koltun, Kolter 2021, arXiv 2106.14342; ``vecs`` is 2 in their code.
 
     Example:
 
@@ -221,16 +226,16 @@ def deq(
 
 
 def rnode(z: Tensor, dz: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-    """Kinetic energy and Jacobian norm of a vector field: the two integrands of RNODE, each [N].
+    """The two integrands of RNODE for a vector field: kinetic energy and Jacobian norm, each [N].
 
     ``kinetic_n = ½ mean_i dz_ni²``, ``jacobian_n = 1/(K d) Σ_k ‖J_nᵀ e_kn‖²`` with ``J = ∂dz/∂z``.
     Add both to the states that the solver integrates, and ``λ`` times their means to the loss. The
-    means over the ``d`` elements of a sample are those of the authors' code; the paper has sums.
+    code of the authors has means over the ``d`` elements of a sample, as here; the paper has sums.
 
     Arguments:
-        z: ``[N, ...]``, requires grad. dz: the field at ``z``, of its shape, in its graph. noise:
-        ``e``, ``z.shape`` or ``[K, *z.shape]``, standard normal or signs, drawn once for the whole
-        solve.
+        z: ``[N, ...]``, requires grad. dz: the field at ``z``, of the same shape, in its graph.
+        noise: ``e``, of shape ``z.shape`` or ``[K, *z.shape]``, standard normal or signs, drawn
+        once for the whole solve.
 
     Source: Finlay, Jacobsen, Nurbekyan, Oberman 2020, arXiv 2002.02798.
 
@@ -249,7 +254,8 @@ def rnode(z: Tensor, dz: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
     if dz.shape != z.shape or noise.shape not in (z.shape, (noise.shape[0], *z.shape)):
         raise ValueError(
             f"z, dz and noise have shapes {tuple(z.shape)}, {tuple(dz.shape)} and "
-            f"{tuple(noise.shape)}: dz must have that of z, noise that or [K, *z.shape]"
+            f"{tuple(noise.shape)}: dz must have the shape of z, and noise that shape or "
+            "[K, *z.shape]"
         )
     e = noise.reshape(-1, *rows(dz).shape)
     jacobian = SpectReg(reduction="none")(z, dz, projection=e / e.shape[-1] ** 0.5)

@@ -1,15 +1,15 @@
-"""Every penalty in plain torch, written to be read: the definition, and the truth of every test.
+"""The definition of every penalty in plain torch, which all tests compare with.
 
-Each function returns the per-sample values ``R_n`` as a tensor ``[N]``: no weight, no reduction.
-Inputs are ``x`` ``[N, ...]`` and ``output`` ``[N, ...]`` of one autograd graph; ``output`` is
-flattened from dimension 1 to ``m`` columns (``[N]`` means ``m = 1``). The Jacobian
-``J_n = d output_n / d x_n`` is built in full, one output column at a time, so nothing here is fast.
-Sample ``n`` of the output must depend on sample ``n`` of the input alone (no BatchNorm in training
-mode). Everything is computed in the dtype of the inputs and with ``create_graph=True``: the values
-can be differentiated as often as the network can.
+Each function returns the per-sample values ``R_n`` as a tensor ``[N]``, without weight and
+reduction. The inputs are ``x`` ``[N, ...]`` and ``output`` ``[N, ...]`` of one autograd graph;
+``output`` is flattened from dimension 1 to ``m`` columns (``[N]`` means ``m = 1``). The full
+Jacobian ``J_n = d output_n / d x_n`` is computed, one output column at a time, which is slow.
+Sample ``n`` of the output must depend only on sample ``n`` of the input (no BatchNorm in training
+mode). Everything is computed in the dtype of the inputs and with ``create_graph=True``, so the
+values are differentiable as often as the network is.
 
-Random penalties draw in one documented call, so that a generator of the same seed gives the
-library and this file the same numbers.
+A random penalty draws its numbers in one documented call, so that with a generator of the same seed
+the library draws the same numbers.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def projected(x: Tensor, output: Tensor, w: Tensor, norm: str) -> Tensor:
 
 
 def one_hot(target: Tensor, logits: Tensor) -> Tensor:
-    """Class indices ``[N]`` as rows ``[N, m]``; probabilities ``[N, m]`` stay as they are."""
+    """Class indices ``[N]`` as rows ``[N, m]``; probabilities ``[N, m]`` are returned unchanged."""
     if target.is_floating_point():
         return flat(target).to(logits.dtype)
     return F.one_hot(target, logits.shape[1]).to(logits.dtype)
@@ -75,10 +75,10 @@ def spectreg(
 ) -> Tensor:
     """``R_n = 1/K Σ_k ‖J_nᵀ w_kn‖²``, ``w = r/√m``, ``r = randn(K, N, m)``.
 
-    ``distribution``: ``r`` of another one with ``E r rᵀ = I``: signs, points of the sphere of
-    radius √m, or up to m of these that are orthogonal to each other.
+    ``distribution``: another distribution of ``r`` with ``E r rᵀ = I``: signs, points on the sphere
+    of radius √m, or up to m points on the sphere that are orthogonal to each other.
     ``normalize``: ``w = r/‖r‖``; ``scale=False``: ``w = r``; ``shared``: ``r = randn(K, 1, m)``.
-    ``n_proj=-1``: the expectation itself, ``‖J‖_F² / m`` (``‖J‖_F²`` without the scale).
+    ``n_proj=-1``: the expectation, ``‖J‖_F² / m`` (``‖J‖_F²`` without the scale).
     """
     n, m = flat(output).shape
     if n_proj == -1:
@@ -111,7 +111,7 @@ def directions(
 
 
 def datagrad(x: Tensor, output: Tensor, target: Tensor, *, norm: str = "l2_squared") -> Tensor:
-    """``R_n = ‖J_nᵀ (softmax(g_n) − y_n)‖²``: the input gradient of the cross-entropy."""
+    """``R_n = ‖J_nᵀ (softmax(g_n) − y_n)‖²``, from the input gradient of the cross-entropy."""
     logits = flat(output)
     w = logits.softmax(1) - one_hot(target, logits)
     return projected(x, output, w[None], norm)[0]
@@ -132,7 +132,7 @@ def igpen(
 
 
 def frobreg(x: Tensor, output: Tensor, *, norm: str = "l2_squared") -> Tensor:
-    """``R_n = ‖J_n‖_F²``; with another norm the sum of the norms of the rows."""
+    """``R_n = ‖J_n‖_F²``; with another norm, the sum of the norms of the rows."""
     return measure(jacobian(x, output), norm).sum(1)
 
 
@@ -222,9 +222,9 @@ def sobolev(x: Tensor, output: Tensor, target_grad: Tensor) -> Tensor:
 def finite_difference_datagrad(
     model: Callable[[Tensor], Tensor], x: Tensor, target: Tensor, *, eps: float = 1e-2
 ) -> Tensor:
-    """``R_n = ((ℓ_n(x + ε v/‖v‖) − ℓ_n(x)) / ε)²``, ``v = ∂ℓ_n/∂x_n`` taken as a constant.
+    """``R_n = ((ℓ_n(x + ε v/‖v‖) − ℓ_n(x)) / ε)²``; ``v = ∂ℓ_n/∂x_n`` is a constant.
 
-    ``ℓ`` is the cross-entropy per sample; a sample with ``v = 0`` contributes 0.
+    ``ℓ`` is the cross-entropy per sample. ``R_n`` is 0 for a sample with ``v = 0``.
     """
 
     def loss(inputs: Tensor) -> Tensor:
@@ -246,7 +246,7 @@ def confidence_penalty(x: Tensor, output: Tensor) -> Tensor:
 
 
 def derivative(activation: Activation, z: Tensor) -> Tensor:
-    """``φ'(z)`` of an elementwise ``φ``, by autograd on ``φ`` itself."""
+    """``φ'(z)`` of an elementwise ``φ``, computed by autograd."""
     slope = torch.func.vmap(torch.func.grad(activation))
     return slope(z.reshape(-1)).reshape(z.shape)
 
@@ -264,10 +264,10 @@ def dreg(
 ) -> Tensor:
     """``R_n = Σ_l Σ_i φ'(z_lni)² ‖W_l[i, :]‖²``: the squared norms of ``diag φ'(z) W``.
 
-    ``stack`` lists ``(z, W, φ)`` of the layers, ``φ = None`` for the output layer (``φ' = 1``).
-    ``W`` has its rows, one per unit or output channel, in dimension 0. A matrix goes with ``z``
-    ``[N, ..., units]``, a convolution's weight with ``z`` ``[N, channels, ...]``; each position in
-    between is a further row of the layer's Jacobian.
+    ``stack`` contains ``(z, W, φ)`` of each layer, with ``φ = None`` for the output layer
+    (``φ' = 1``). The rows of ``W``, one for each unit or output channel, are in dimension 0. If
+    ``W`` is a matrix, ``z`` is ``[N, ..., units]``; if it is the weight of a convolution, ``z`` is
+    ``[N, channels, ...]``. Each position adds a row to the Jacobian of the layer.
     """
     terms = []
     for z, weight, activation in stack:
@@ -290,7 +290,7 @@ def dreg(
 
 
 def contractive(stack: Sequence[LayerTuple]) -> Tensor:
-    """``R_n = ‖diag φ'(z_1n) W_1‖_F²``: the first hidden layer alone."""
+    """``R_n = ‖diag φ'(z_1n) W_1‖_F²``: the first hidden layer only."""
     return dreg(stack[:1])
 
 
@@ -309,9 +309,9 @@ def accumulated_dreg(
     tangent: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """``R_n = Σ_l ‖J_ln ⋯ J_1n u_n‖²``, ``u = randn(x.shape)``, ``J_l`` with its activation.
+    """``R_n = Σ_l ‖J_ln ⋯ J_1n u_n‖²``, ``u = randn(x.shape)``; ``J_l`` includes the activation.
 
-    ``activations(x)`` returns ``a_1, …, a_{L-1}`` and, last, the output.
+    ``activations(x)`` returns ``a_1, …, a_{L-1}`` and then the output.
     """
     if tangent is None:
         tangent = torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator)

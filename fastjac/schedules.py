@@ -1,4 +1,4 @@
-"""Warm-up of a penalty's weight: a factor that is a plain function of the step."""
+"""Schedules for the weight of a penalty: a factor that is a function of the step."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ KINDS = ("linear", "cosine", "constant")
 
 @dataclass(frozen=True)
 class Warmup:
-    """``factor(step)``: 0 up to step ``start``, 1 from step ``start + steps`` on.
+    """A factor that is 0 up to step ``start`` and 1 from step ``start + steps`` on.
 
-    In between, with ``t = (step − start) / steps``: ``"linear"`` is ``t``, ``"cosine"`` is
-    ``(1 − cos πt) / 2``. ``"constant"`` takes no ``steps``: 0 before ``start``, 1 from it on.
+    In between, with ``t = (step − start) / steps``, the factor is ``t`` if ``kind`` is
+    ``"linear"`` and ``(1 − cos πt) / 2`` if it is ``"cosine"``. With ``"constant"``, which takes no
+    ``steps``, the factor is 0 before step ``start`` and 1 from there on.
 
     >>> warmup = Warmup("linear", steps=100, start=50)
     >>> [warmup(step) for step in (0, 50, 75, 150, 1000)]
@@ -35,8 +36,8 @@ class Warmup:
             arguments.count(name, getattr(self, name), least=0)
         if (self.kind == "constant") != (self.steps == 0):
             raise ValueError(
-                f"steps is {self.steps} and kind {self.kind!r}: 'linear' and 'cosine' need "
-                "steps >= 1, and 'constant' has none"
+                f"steps is {self.steps} and kind is {self.kind!r}: steps must be at least 1 for "
+                "'linear' and 'cosine', and 0 for 'constant'"
             )
 
     def __call__(self, step: int) -> float:
@@ -47,23 +48,26 @@ class Warmup:
 
 
 class WeightSchedule:
-    """Sets ``penalty.weight = base * factor(step)``, in the manner of torch's LR schedulers.
+    """Sets ``penalty.weight = base * factor(step)``; used like a learning rate scheduler of torch.
 
-    ``base`` is the weight that the penalty has when the schedule is made; where an earlier schedule
-    has set that weight, it is the base of that one. The step is 0 then, and one more after each
-    `step`; call it after ``optimizer.step()``. At factor 0 the penalty is computed still, and
-    multiplied by 0.
+    ``base`` is the weight of the penalty when the schedule is created. If an earlier schedule has
+    set that weight, ``base`` is the base of the earlier schedule. The step starts at 0, and `step`
+    increases it; call `step` after ``optimizer.step()``. If the factor is 0, the penalty is still
+    computed, and multiplied by 0.
 
     Arguments:
-        penalty: any penalty of fastjac. factor: a function of the step, `Warmup` or your own; it
+        penalty: any penalty of fastjac. factor: a function of the step, for example `Warmup`; it
         must return a finite number.
 
-    The ``state_dict`` holds the step and the base weight, not the factor.
+    The ``state_dict`` contains the step and the base weight, but not the factor.
     """
 
     def __init__(self, penalty: Penalty, factor: Callable[[int], float]) -> None:
         if not isinstance(penalty, Penalty):
-            raise TypeError(f"penalty is {type(penalty).__name__}: it must be one of fastjac's")
+            raise TypeError(
+                f"penalty is {type(penalty).__name__}: it must be a penalty of fastjac, such as "
+                "fastjac.SpectReg()"
+            )
         if not callable(factor):
             raise TypeError(
                 f"factor is {type(factor).__name__}: it must be a function of the step, such as "
@@ -71,15 +75,15 @@ class WeightSchedule:
             )
         self.penalty, self.factor, self.base = penalty, factor, penalty.weight
         if penalty._scheduled is not None and penalty._scheduled[0] == penalty.weight:
-            self.base = penalty._scheduled[1]  # the weight has a factor in it, which may be 0
+            self.base = penalty._scheduled[1]  # the weight contains a factor, which may be 0
         self.set_step(0)
 
     def step(self) -> None:
-        """Go to the next step."""
+        """Increase the step by 1 and set the weight."""
         self.set_step(self.last_step + 1)
 
     def set_step(self, step: int) -> None:
-        """Go to a step, where somebody else counts them."""
+        """Set the step, for training loops that count steps themselves, and set the weight."""
         factor = arguments.number("the value of factor", self.factor(step))
         self.last_step = step
         self.penalty.weight = self.base * factor
@@ -90,6 +94,6 @@ class WeightSchedule:
         return {"last_step": self.last_step, "base": self.base}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a `state_dict`, at its step."""
+        """Restore the step and the base weight, and set the weight."""
         self.base = arguments.number("base", state["base"])
         self.set_step(state["last_step"])

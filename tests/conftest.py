@@ -1,7 +1,7 @@
-"""Set-up common to all tests.
+"""Set-up of all tests.
 
-Without a GPU the Triton kernels run in Triton's interpreter, on CPU tensors; that is decided when
-Triton is first imported, so it is set here, before anything else is.
+Without a GPU the Triton kernels run in Triton's interpreter, on CPU tensors. Triton reads the
+variable when it is first imported, so it is set here, before all other imports.
 """
 
 import os
@@ -12,12 +12,21 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-# The tensors of most tests have a few elements. With two threads, and two processes on two cores,
-# a product of two such matrices waits for the other thread: the tests of the matrix took 113 s in
-# place of 15 s. The tests of kernels that run on several threads take the fixture `two_threads`.
+# The tensors of most tests have a few elements. With two threads in each of two processes on two
+# cores, a product of such matrices waits for the other thread: test_matrix.py took 113 s instead of
+# 15 s. Tests of kernels that run on several threads use the fixture `two_threads`.
 torch.set_num_threads(1)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def off_kinks(name, rows=1):
+    """A random z on every side of every kink, far enough for finite differences not to reach it."""
+    from fastjac.activations import get
+
+    edges = torch.tensor([-4.0, *(get(name).kinks or [0.0]), 4.0], dtype=torch.float64)
+    low, width = edges[:-1], edges.diff()
+    return (low + width * (0.25 + torch.rand(rows, len(low), dtype=low.dtype) / 2)).to(DEVICE)
 
 
 @pytest.fixture(autouse=True)
@@ -27,7 +36,7 @@ def _fixed_seed():
 
 @pytest.fixture(scope="module")
 def two_threads():
-    """For the kernels on the CPU, which wake a second thread for some ten thousand elements."""
+    """For CPU kernels, which use a second thread from about ten thousand elements on."""
     torch.set_num_threads(2)
     yield
     torch.set_num_threads(1)
@@ -35,7 +44,7 @@ def two_threads():
 
 @pytest.fixture
 def double():
-    """Tensors and modules are float64 where no dtype is given."""
+    """Tensors and modules are float64 if no dtype is given."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     yield
@@ -44,7 +53,7 @@ def double():
 
 @pytest.fixture
 def poison():
-    """NaN in all memory that torch hands out: outputs and workspaces."""
+    """Fills all memory that torch allocates with NaN, outputs and workspaces."""
     torch.use_deterministic_algorithms(True)
     assert torch.empty(2).isnan().all()
     yield
@@ -53,7 +62,7 @@ def poison():
 
 @pytest.fixture(params=["rows by layer", "rows at once"])
 def both_ways(request, monkeypatch):
-    """An attached penalty takes the row norms as the CPU does, or as a GPU would."""
+    """An attached penalty computes the row norms as on a CPU, or as on a GPU."""
     from fastjac.layerwise import statistics
 
     if request.param == "rows at once":
@@ -63,7 +72,7 @@ def both_ways(request, monkeypatch):
 
 @pytest.fixture
 def no_stale_graphs():
-    """For tests that compile: start and end with an empty dynamo cache."""
+    """For tests that compile: they start and end with an empty dynamo cache."""
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
@@ -71,14 +80,14 @@ def no_stale_graphs():
 
 @pytest.fixture(scope="module")
 def empty_graphs():
-    """For modules that compile: they leave an empty dynamo cache."""
+    """For test modules that compile: they end with an empty dynamo cache."""
     yield
     torch._dynamo.reset()
 
 
 @pytest.fixture
 def backend(request, monkeypatch):
-    """The compiled engine's: it traces as inductor does, and takes torch's own kernels."""
+    """The compiled engine uses a backend that traces as inductor does and runs torch's kernels."""
     from fastjac.input_jacobian.compiled import backend as module
 
     name = getattr(request, "param", "aot_eager")

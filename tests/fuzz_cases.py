@@ -1,7 +1,7 @@
-"""Arguments for fuzzing: how they are drawn, how right calls are broken, what may come of a call.
+"""Arguments for fuzzing: drawing them, changing those of right calls, and judging the errors.
 
-Everything draws from a ``random.Random``: one seeded by (seed, case) for the raw ops, hypothesis's
-own, which it can shrink, for the public functions.
+All functions draw from a ``random.Random``. For the raw ops it is seeded by (seed, case). For the
+public functions it is hypothesis's own, which hypothesis can shrink.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ OTHERS = (
     torch.float8_e4m3fn, torch.uint16,
 )  # fmt: skip
 SIZES = (0, 1, 2, 3, 4, 5, 7, 17, 33)
-HUGE = (2**31, 2**40, 2**62, 2**63 - 1)  # no memory holds them, and their products overflow
+HUGE = (2**31, 2**40, 2**62, 2**63 - 1)  # more than the memory, and their products overflow
 INTS = (*range(-2, 6), 15, 16, 255, 2**31 - 1, 2**31, 2**32, 2**62, 2**63 - 1, -(2**63))
 NUMBERS = (
     0.0, -0.0, 1.0, -1.0, 0.5, 20.0, math.nan, math.inf, -math.inf, 1e-320, 1e-45, 3e38, -1e308,
@@ -38,7 +38,7 @@ NUMBERS = (
 
 
 def numbers(rng: Random, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Ordinary numbers; one time in four with some of `NUMBERS` among them."""
+    """Normal numbers; in one of four cases some of them are replaced by `NUMBERS`."""
     generator = torch.Generator().manual_seed(rng.randrange(2**31))
     if dtype.is_floating_point or dtype.is_complex:
         t = torch.randn(tuple(shape), dtype=torch.float64, generator=generator)
@@ -66,7 +66,7 @@ def strided(rng: Random, t: Tensor) -> Tensor:
 
 
 def sliced(rng: Random, t: Tensor) -> Tensor:
-    """In the middle of a larger tensor: an offset that breaks the alignment, gaps between rows."""
+    """A view of a larger tensor, with an offset that is not aligned and gaps between the rows."""
     pad = [rng.randint(0, 3) for _ in range(t.dim())]
     larger = torch.zeros([s + 2 * p for s, p in zip(t.shape, pad, strict=True)], dtype=t.dtype)
     view = larger[tuple(slice(p, p + s) for s, p in zip(t.shape, pad, strict=True))]
@@ -80,14 +80,14 @@ def permuted(rng: Random, t: Tensor) -> Tensor:
 
 
 def overlapping(rng: Random, t: Tensor) -> Tensor:
-    """Elements that share memory: an expanded dimension, or strides of 1."""
+    """A tensor whose elements share memory: an expanded dimension, or strides of 1."""
     if t.dim() and rng.random() < 0.5:
         return t.new_zeros(sum(t.shape) + 1).as_strided(t.shape, [1] * t.dim())
     return t[:1].expand_as(t) if t.dim() and t.shape[0] else t
 
 
 def resized(rng: Random, t: Tensor) -> Tensor:
-    """Another shape: a dimension more or less, or one of another size, maybe a huge one."""
+    """Another shape: one dimension more or less, or one of another size, which may be huge."""
     kind = rng.randrange(6)
     shape = list(t.shape)
     if kind == 0 or not shape:
@@ -95,7 +95,7 @@ def resized(rng: Random, t: Tensor) -> Tensor:
     elif kind == 1:
         shape.pop(rng.randrange(len(shape)))
     elif kind == 2:
-        # numel stays 0, or no memory is behind it
+        # Without memory: the tensor is expanded, or has no elements.
         shape = [0 if rng.random() < 0.3 else s for s in shape]
         shape[rng.randrange(len(shape))] = rng.choice(HUGE)
         if math.prod(s for s in shape if s) >= 2**63:
@@ -103,31 +103,15 @@ def resized(rng: Random, t: Tensor) -> Tensor:
         return t.new_zeros([]).expand(shape)
     else:
         d = rng.randrange(len(shape))
-        near = (max(shape[d] - 1, 0), shape[d] + 1)  # where a bound is off by one
+        near = (max(shape[d] - 1, 0), shape[d] + 1)  # for bounds that are off by one
         shape[d] = rng.choice(SIZES if kind == 3 else near)
     return numbers(rng, shape, t.dtype)
 
 
-def _sparse(t: Tensor) -> Tensor:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # CSR is in beta
-        return t.to_sparse_csr() if t.dim() == 2 else t.to_sparse()
-
-
-def _nested(t: Tensor) -> Tensor:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a prototype
-        return torch.nested.nested_tensor([t, t])
-
-
-def _quantized(t: Tensor) -> Tensor:
-    return torch.quantize_per_tensor(t.float(), 0.1, 0, torch.qint8)
-
-
 EXOTIC: dict[str, Callable[[Tensor], Any]] = {
-    "sparse": _sparse,
-    "quantized": _quantized,
-    "nested": _nested,
+    "sparse": lambda t: t.to_sparse_csr() if t.dim() == 2 else t.to_sparse(),
+    "quantized": lambda t: torch.quantize_per_tensor(t.float(), 0.1, 0, torch.qint8),
+    "nested": lambda t: torch.nested.nested_tensor([t, t]),
     "mkldnn": lambda t: t.float().contiguous().to_mkldnn(),
     "conjugate": lambda t: t.to(torch.complex64).conj(),
     "negative view": torch._neg_view,
@@ -139,16 +123,18 @@ EXOTIC: dict[str, Callable[[Tensor], Any]] = {
 }
 
 
-def exotic(rng: Random, t: Tensor) -> Any:
-    """A tensor of another kind, or none at all; `t` where torch cannot make one of it."""
-    try:
-        return EXOTIC[rng.choice(list(EXOTIC))](t)
-    except (RuntimeError, TypeError, NotImplementedError):
-        return t
+def exotic(kind: str, t: Tensor) -> Any:
+    """A tensor of another kind, or no tensor; `t` where torch cannot make one of it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # sparse CSR, quantized and nested tensors warn
+        try:
+            return EXOTIC[kind](t)
+        except (RuntimeError, TypeError, NotImplementedError):
+            return t
 
 
 def mutated(rng: Random, t: Any) -> Any:
-    """One thing about a tensor changed."""
+    """The tensor with one property changed."""
     if type(t) is not Tensor or t.layout != torch.strided or t.is_nested:
         return t
     t = t.detach()
@@ -168,7 +154,7 @@ def mutated(rng: Random, t: Any) -> Any:
     if change == 7:
         return t.to("meta")
     if change == 8:
-        return exotic(rng, t)
+        return exotic(rng.choice(list(EXOTIC)), t)
     if change == 9 and t.is_floating_point():
         return t.requires_grad_()
     if change == 10 and t.numel():
@@ -181,7 +167,7 @@ def mutated(rng: Random, t: Any) -> Any:
 
 
 class Recorder(TorchDispatchMode):
-    """Keeps copies of the arguments of every call of an op of ours."""
+    """Keeps copies of the arguments of every call of an op of fastjac."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -195,13 +181,13 @@ class Recorder(TorchDispatchMode):
 
 
 def copied(value: Any) -> Any:
-    """Of tensors memory of their own, with the same strides; lists and tuples likewise."""
+    """A copy with the same strides of a tensor, or of the tensors of a list or tuple."""
     if isinstance(value, (list, tuple)):
         return type(value)(copied(v) for v in value)
     if type(value) in (Tensor, nn.Parameter):
         if value.layout != torch.strided or value.device.type == "meta" or value.is_quantized:
             return value
-        # Memory that ends with the last element, where a sanitizer sees an access beyond.
+        # The memory ends with the last element, so that a sanitizer sees an access beyond it.
         reach = sum((n - 1) * s for n, s in zip(value.shape, value.stride(), strict=True))
         size = 0 if value.numel() == 0 else reach + 1
         memory = value.detach().as_strided([size], [1]).clone()
@@ -210,7 +196,7 @@ def copied(value: Any) -> Any:
 
 
 def recorded_calls(most: int = 60) -> dict[str, list[tuple[Any, ...]]]:
-    """Right calls of the raw ops, by name: those that the examples and the penalties make."""
+    """The calls of the raw ops that the examples and the penalties make, by the name of the op."""
     with Recorder() as recorder:
         for op in OPS.values():
             for example, dtype in zip(op.examples(), FLOATS * 8, strict=False):
@@ -236,7 +222,7 @@ def _run_penalty(spec: Any, dtype: torch.dtype) -> None:
 
 
 def _run_layers() -> None:
-    """What the examples do not have: a batch norm, tiles of a batch, tensors of 3 and 4 dims."""
+    """Calls that the examples do not make: a batch norm, expanded batches, several projections."""
     generator = torch.Generator().manual_seed(0)
 
     def randn(*shape: int) -> Tensor:
@@ -252,12 +238,12 @@ def _run_layers() -> None:
         (output.sum() + value).backward()
 
 
-# Arguments by the type that a schema gives them. A case has a shape of its own, which most of its
-# tensors and sizes are taken from, so that calls get past the first check.
+# Arguments by their types in a schema. Most tensors and sizes of a case are drawn from one shape,
+# so that some calls pass the first check.
 
 
 def by_schema(rng: Random, schema: Any) -> list[Any]:
-    """Arguments that nothing but the schema is known of."""
+    """Arguments drawn from the types of the schema alone."""
     shape = shape_of(rng)
     dtype = rng.choice(FLOATS)
     return [_of_type(rng, str(a.type), shape, dtype) for a in schema.arguments]
@@ -282,11 +268,11 @@ def _of_type(rng: Random, kind: str, shape: list[int], dtype: torch.dtype) -> An
         return rng.random() < 0.5
     if kind == "str":
         return rng.choice(["", "gelu", "z" * 1000])
-    return None  # a type that no op has had so far: the dispatcher refuses it
+    return None  # no op has such a type, and the dispatcher would refuse it
 
 
 def broken(rng: Random, value: Any, others: Sequence[Tensor]) -> Any:
-    """One argument changed; `others` are the tensors of the call, one of which may stand in."""
+    """A changed argument; it may be replaced by one of `others`, the tensors of the call."""
     if isinstance(value, (list, tuple)):
         values = list(value)
         change = rng.randrange(8)
@@ -320,7 +306,7 @@ def tensors_in(value: Any) -> list[Tensor]:
 
 
 def draw_call(rng: Random, schema: Any, right_calls: Sequence[tuple[Any, ...]]) -> list[Any]:
-    """Arguments of one call: a right one with up to three changes, or by the schema alone."""
+    """Arguments of one call: of a right call with up to three changes, or from the schema alone."""
     if not right_calls or rng.random() < 0.2:
         return by_schema(rng, schema)
     args = list(copied(rng.choice(right_calls)))
@@ -332,7 +318,7 @@ def draw_call(rng: Random, schema: Any, right_calls: Sequence[tuple[Any, ...]]) 
 
 
 def described(value: Any) -> str:
-    """Arguments as a report shows them."""
+    """The text of an argument in a report."""
     if isinstance(value, (list, tuple)):
         return f"[{', '.join(map(described, value))}]"
     if not isinstance(value, Tensor):
@@ -345,9 +331,9 @@ def described(value: Any) -> str:
     return f"{value.device.type} {text}{strides}{grad}".replace("torch.", "")
 
 
-# ---- what may come of a call
+# ---- errors of a call
 
-# Torch's stable ABI drops the text of errors below it. Of these calls only memory can fail.
+# Torch's stable ABI drops the text of errors below it. These calls fail only for lack of memory.
 ALLOCATIONS = ('"aten::contiguous"', '"aten::empty_like"', '"aten::new_empty"', '"aten::zero_"')
 INTERNAL = (
     "INTERNAL ASSERT", "API call failed", "std::", "vector::", "bad_alloc", "please report",
@@ -356,7 +342,7 @@ INTERNAL = (
 
 
 def fault_of(error: BaseException) -> str | None:
-    """What is wrong with an error: None if it is one that a caller can make sense of."""
+    """What is wrong with an error; None if a caller can understand it."""
     if not isinstance(error, (ValueError, TypeError, RuntimeError)):
         return f"an internal error, {type(error).__name__}: {error}"
     if "API call failed" in str(error) and any(name in str(error) for name in ALLOCATIONS):

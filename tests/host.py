@@ -1,4 +1,4 @@
-"""Builds the CUDA sources for the CPU (tests/shim) and loads them as ``torch.ops.fastjac_host``."""
+"""Builds the CUDA sources for the CPU (tests/shim), loaded as ``torch.ops.fastjac_host``."""
 
 import ctypes
 import functools
@@ -9,16 +9,18 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import pytest
 import torch
 
 from fastjac.ops import registration
 
 ROOT = Path(__file__).resolve().parent.parent
-# The ops with CUDA kernels are those that have Triton kernels too.
+# The ops with CUDA kernels are those that also have Triton kernels.
 SCHEMAS = [schema for name, schema in registration.SCHEMAS.items()
            if f"{name}_triton" in registration.SCHEMAS]  # fmt: skip
 CUDA = ROOT / "csrc/cuda"
 TABLE = ROOT / "build/native/generated"  # holds the generated headers
+needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
 
 
 def compile_host(
@@ -30,7 +32,7 @@ def compile_host(
     kernels: Path = CUDA,
     table: Path = TABLE,
 ) -> None:
-    """g++ over every .cu file of a folder with the shim's headers in place of CUDA's."""
+    """Compiles every .cu file of a folder by g++, with the headers of the shim."""
     torch_root = Path(torch.__file__).parent
     cxx = shutil.which("c++") or "c++"
     compile_flags = [
@@ -61,17 +63,17 @@ def run(command: list[str]) -> None:
 
 
 def load(out: Path) -> None:
-    """Registers the kernels of a library that `compile_host` made."""
+    """Registers the kernels of a library that `compile_host` has built."""
     definitions = torch.library.Library("fastjac_host", "DEF")
     for schema in SCHEMAS:
         definitions.define(schema)
     torch.ops.load_library(str(out))
-    load.definitions = definitions  # type: ignore[attr-defined]  # lives as long as the ops
+    load.definitions = definitions  # type: ignore[attr-defined]  # must live as long as the ops
 
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    """The kernels for the CPU, built and loaded once a session."""
+    """The kernels for the CPU, built and loaded once per session."""
     out = Path(tempfile.mkdtemp(prefix="fastjac-host-")) / "host.so"
     compile_host(out)
     load(out)
@@ -85,5 +87,5 @@ def host_ops() -> object:
 
 
 def set_capturing(on: bool) -> None:
-    """What cudaStreamIsCapturing answers."""
+    """Sets the answer of cudaStreamIsCapturing."""
     ctypes.c_bool.in_dll(library(), "fastjac_host_capturing").value = on

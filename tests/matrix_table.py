@@ -1,4 +1,4 @@
-"""What each cell of the matrix is, and the page that shows it.
+"""What each cell of the matrix raises, and the page that shows it.
 
 ``python tests/matrix_table.py docs/MATRIX.md`` writes the page; `test_matrix.py` checks each cell
 and that the page is up to date.
@@ -18,7 +18,7 @@ from matrix_transforms import WAYS, Way
 
 @dataclass(frozen=True)
 class Raises:
-    """The error's message holds ``message``; ``note`` says what to do where torch does not."""
+    """``message`` is a part of the error message; ``note`` says what to do if torch does not."""
 
     message: str
     note: str = ""
@@ -62,7 +62,7 @@ STEP = {
     "* compiled": Raises("use engine='autograd' inside a compiled function"),
 }
 
-# Way (its function) → pattern of things → what they raise; exact where nothing is said.
+# The key of a way → a pattern of names of things → what they raise. All other cells are exact.
 EXPECTED: dict[str, dict[str, Raises]] = {
     "no_grad": {
         "fused + autograd.grad": NO_GRAD,
@@ -144,7 +144,7 @@ EXPECTED: dict[str, dict[str, Raises]] = {
 EXPECTED["func_jvp"]["AccumulatedDREG called"] = Raises(
     "Nested forward mode AD is not supported", "take `grad` or `vjp`"
 )
-INDUCTOR = [  # cells that the slow suite compiles by inductor too
+INDUCTOR = [  # the slow suite compiles these cells by inductor too
     ("compiled_model", "DREG attached"),
     ("traced_step", "DREG attached"),
     ("traced_step", "fused + func.vjp"),
@@ -154,7 +154,7 @@ INDUCTOR = [  # cells that the slow suite compiles by inductor too
 
 
 def state_of(way: Way, thing: Thing) -> Raises | None:
-    """What a cell raises; None: it is exact."""
+    """What a cell raises, or None if it is exact."""
     found = [s for p, s in EXPECTED.get(way.key, {}).items() if fnmatchcase(thing.name, p)]
     assert len(found) < 2, f"{way.key}, {thing.name}: {len(found)} patterns say what it is"
     return found[0] if found else None

@@ -1,13 +1,13 @@
-"""What the matrix runs: fused models and penalties in their call forms, each with its truth.
+"""The things that the matrix runs: fused models, and penalties in each of their call forms.
 
-A thing computes ``(output, value)`` of a net; the loss of all of them is ``cross entropy + value``.
-The truth is the same on the plain net, in float64, by `fastjac.reference`.
+A thing computes ``(output, value)`` of a net, and the loss is ``cross entropy + value``. The truth
+is the same loss of the plain net in float64, computed by `fastjac.reference`.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -44,7 +44,7 @@ def convnet() -> nn.Sequential:
 
 
 def cotangents(output: Tensor) -> Tensor:
-    """Fixed ones ``[N, m]``: nothing is drawn, so all engines have the same."""
+    """``[N, m]``, not random, so that all engines have the same."""
     n, m = output.shape
     index = torch.arange(n * m, dtype=output.dtype, device=output.device)
     return (1 + index).sin().view(n, m)
@@ -65,7 +65,7 @@ def of_layers(f: Callable[..., Tensor], model: nn.Module, x: Tensor, y: Tensor) 
     activations = (nn.GELU, nn.Tanh, nn.SiLU)
     children = pairwise(model.named_children())
     pairs = {name: phi for (name, _), (_, phi) in children if isinstance(phi, activations)}
-    with parametrize.cached():  # one power iteration of spectral norm in a run, as for the penalty
+    with parametrize.cached():  # one power iteration of spectral norm per run, as in the penalty
         output, stack = recorded(model, x, pairs)
         return output, f(stack).mean()
 
@@ -91,7 +91,7 @@ spectreg_truth = of_input(lambda x, o, y: reference.spectreg(x, o, projection=co
 
 
 def own_penalty(penalty: Any, run: Run, x: Tensor, y: Tensor) -> Pair:
-    """A user's SpectReg: the fused model alone is ours."""
+    """A user's own SpectReg of a fused model."""
     output = run(x)
     (v,) = torch.autograd.grad(output, x, cotangents(output), create_graph=True)
     return output, v.flatten(1).square().sum(1).mean()
@@ -123,7 +123,7 @@ def on_graph(arguments: Arguments) -> Callable[..., Pair]:
     return form
 
 
-# What a penalty takes besides: (x, a tensor as the output, y) -> arguments by keyword.
+# Further arguments of a penalty: (x, a tensor like the output, y) -> arguments by keyword.
 
 
 def nothing(x: Tensor, output: Tensor, y: Tensor) -> dict[str, Tensor]:
@@ -147,7 +147,7 @@ def tangent(x: Tensor, output: Tensor, y: Tensor) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class Thing:
-    """``make(model)`` gives the penalty, or None; ``form`` calls it."""
+    """``make(model)`` returns the penalty or None, and ``form`` calls it."""
 
     name: str
     group: str
@@ -164,7 +164,7 @@ class Function(nn.Module):
 
 
 def fused_modules(model: nn.Module) -> None:
-    """All three ways to a fused activation: a layer with its own, a function, a module."""
+    """Fuses the activations in three ways: a layer that has one, a function, and a module."""
     inner = getattr(model, "inner", model)
     old = inner[0]
     if isinstance(old, nn.Conv2d):
@@ -215,18 +215,15 @@ THINGS = list(things())
 
 @dataclass
 class Ours:
-    """A thing on a model: ``losses(x, y)`` is the pair (cross entropy, value)."""
+    """The loss of a thing on a model."""
 
     thing: Thing
     model: nn.Module
     penalty: Any
 
-    def losses(self, x: Tensor, y: Tensor, run: Run | None = None) -> Pair:
-        output, value = self.thing.form(self.penalty, run or self.model, x, y)
-        return F.cross_entropy(output, y), value
-
     def __call__(self, x: Tensor, y: Tensor, run: Run | None = None) -> Tensor:
-        return sum(self.losses(x, y, run))  # type: ignore[return-value]
+        output, value = self.thing.form(self.penalty, run or self.model, x, y)
+        return F.cross_entropy(output, y) + value
 
 
 def backward(loss: Callable[..., Tensor], model: nn.Module, x: Tensor, y: Tensor) -> None:
@@ -234,7 +231,7 @@ def backward(loss: Callable[..., Tensor], model: nn.Module, x: Tensor, y: Tensor
 
 
 class Cell:
-    """One thing on one net, and the plain net with the same numbers."""
+    """One thing on one net, and the plain net with the same parameters."""
 
     def __init__(
         self,
@@ -246,7 +243,7 @@ class Cell:
         torch.manual_seed(0)
         self.plain = net().double()
         for p in self.plain.parameters():
-            p.data.mul_(2)  # penalties that weigh as much as the loss
+            p.data.mul_(2)  # the penalties are then about as large as the cross entropy
         change(self.plain)
         model = wrap(copy.deepcopy(self.plain))
         self.thing, self.ours = thing, Ours(thing, model, thing.make(model))
@@ -269,24 +266,20 @@ class Cell:
         return gradients_of(loss or self.ours, self.model, self.x, self.y, train)
 
     def agrees(self, train: Callable[..., None] = backward, loss: Any = None) -> None:
-        """The gradients of the parameters, and of x, are those of the truth."""
+        """Asserts that the gradients with respect to x and the parameters are the true ones."""
         same(self.found(train, loss), self.expected(train))
 
 
 def gradients_of(
-    loss: Callable[..., Tensor],
-    model: nn.Module,
-    x: Tensor,
-    y: Tensor,
-    train: Callable[..., None] = backward,
+    loss: Any, model: Any, x: Tensor, y: Tensor, train: Any = backward
 ) -> list[Tensor]:
-    """Of x and all parameters, zeros where there is none."""
+    """With respect to x and all parameters; zeros where there is none."""
     x = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
     model.zero_grad()
     train(loss, model, x, y)
     return [torch.zeros_like(t) if t.grad is None else t.grad for t in (x, *model.parameters())]
 
 
-def same(found: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
-    # Some dozen roundings of float64, of numbers of order 1.
+def same(found: Iterable[Tensor], expected: Iterable[Tensor]) -> None:
+    # Some dozen float64 roundings of numbers of order 1.
     torch.testing.assert_close(list(found), list(expected), rtol=1e-10, atol=1e-12)

@@ -1,4 +1,4 @@
-"""The ways of the matrix that transform, compile, copy or export; with those of `matrix_ways`."""
+"""The ways of the matrix that transform, compile, copy or export; `WAYS` has all ways."""
 
 from __future__ import annotations
 
@@ -17,38 +17,36 @@ __all__ = ["WAYS", "Way"]
 BACKEND = "aot_eager"
 
 
-# ---- torch.func, by the parameters
+# ---- torch.func, with respect to the parameters
 
 
-def by_params(cell: Cell) -> tuple[Any, dict[str, Tensor]]:
-    """The loss as a function of the parameters, and the parameters."""
+def by_params(thing: Thing) -> tuple[Cell, Any, dict[str, Tensor]]:
+    """The cell, its loss as a function of the parameters, and the parameters."""
+    cell = Cell(thing)
 
     def loss(params: Any, x: Tensor = cell.x, y: Tensor = cell.y) -> Tensor:
         return cell.ours(x, y, lambda x: functional_call(cell.model, params, (x,)))
 
     cell.x.requires_grad_()
-    return loss, {name: p.detach() for name, p in cell.model.named_parameters()}
+    return cell, loss, {name: p.detach() for name, p in cell.model.named_parameters()}
 
 
 @way("torch.func", "`grad`")
 def func_grad(thing: Thing) -> None:
-    cell = Cell(thing)
-    loss, params = by_params(cell)
-    same(list(torch.func.grad(loss)(params).values()), cell.expected()[1:])
+    cell, loss, params = by_params(thing)
+    same(torch.func.grad(loss)(params).values(), cell.expected()[1:])
 
 
 @way("torch.func", "`vjp`")
 def func_vjp(thing: Thing) -> None:
-    cell = Cell(thing)
-    loss, params = by_params(cell)
+    cell, loss, params = by_params(thing)
     value, pull = torch.func.vjp(loss, params)
-    same(list(pull(torch.ones_like(value))[0].values()), cell.expected()[1:])
+    same(pull(torch.ones_like(value))[0].values(), cell.expected()[1:])
 
 
 @way("torch.func", "`jvp`")
 def func_jvp(thing: Thing) -> None:
-    cell = Cell(thing)
-    loss, params = by_params(cell)
+    cell, loss, params = by_params(thing)
     tangents = {name: p.cos() for name, p in params.items()}
     found = torch.func.jvp(loss, (params,), (tangents,))[1]
     parts = [(g * t).sum() for g, t in zip(cell.expected()[1:], tangents.values(), strict=True)]
@@ -57,18 +55,14 @@ def func_jvp(thing: Thing) -> None:
 
 @way("torch.func", "`jacrev`")
 def func_jacrev(thing: Thing) -> None:
-    cell = Cell(thing)
-    loss, params = by_params(cell)
+    cell, loss, params = by_params(thing)
     rows = torch.func.jacrev(lambda p: torch.stack([loss(p), -loss(p)]))(params)
-    truth = cell.expected()[1:]
-    same([r[0] for r in rows.values()], truth)
-    same([-r[1] for r in rows.values()], truth)
+    same(rows.values(), [torch.stack([g, -g]) for g in cell.expected()[1:]])
 
 
 @way("torch.func", "`vmap` of `grad` (per-sample)")
 def func_vmap(thing: Thing) -> None:
-    cell = Cell(thing)
-    loss, params = by_params(cell)
+    cell, loss, params = by_params(thing)
     one = torch.func.grad(lambda p, x, y: loss(p, x.unsqueeze(0), y.unsqueeze(0)))
     found = torch.func.vmap(one, in_dims=(None, 0, 0))(params, cell.x.detach(), cell.y)
     for n in range(len(cell.x)):
@@ -113,7 +107,7 @@ def traced_step(thing: Thing) -> None:
 
 
 def one_graph(thing: Thing, dynamic: bool | None, sizes: tuple[int, ...]) -> None:
-    """Torch raises at a graph break (fullgraph), and at a second graph for the same code."""
+    """Torch raises at a graph break, and if it compiles the same code a second time."""
     cell = Cell(thing)
     with torch._dynamo.config.patch(trace_autograd_ops=True, error_on_recompile=True):
         loss = compiled_step(cell, dynamic=dynamic)
@@ -207,7 +201,7 @@ def cuda_graph(thing: Thing) -> None:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         found = gradients()
-    cell.x = cell.x.cos()  # other numbers than those it was captured with
+    cell.x = cell.x.cos()  # other numbers than those in the capture
     with torch.no_grad():
         x.copy_(cell.x)
     graph.replay()

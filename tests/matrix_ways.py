@@ -1,4 +1,4 @@
-"""How the matrix runs each thing: one function a way, which passes if the gradients are exact."""
+"""The ways in which the matrix runs each thing. A way is a function that checks the gradients."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 @dataclass(frozen=True)
 class Way:
-    """``gpu``: it needs one."""
+    """``check`` runs a thing in this way; ``gpu`` says that it needs a GPU."""
 
     key: str
     name: str
@@ -30,7 +30,7 @@ WAYS: list[Way] = []
 
 
 def way(group: str, name: str, gpu: bool = False) -> Callable[[Any], Any]:
-    """Its key is the name of the function."""
+    """Registers a way, whose key is the name of the function."""
 
     def register(check: Callable[[Thing], None]) -> Callable[[Thing], None]:
         WAYS.append(Way(check.__name__, name, group, check, gpu))
@@ -48,11 +48,11 @@ def eager(thing: Thing) -> None:
 
 
 def lower(thing: Thing, wrap: Callable[[Any], Any], train: Any = backward) -> None:
-    """float32 parameters: at most twice as far from the float64 gradients as plain torch is."""
+    """With float32 parameters the error is at most twice that of plain torch."""
     cell = Cell(thing)
     truth = cell.expected()
     cell.x = cell.x.float()
-    # Somebody's own penalty is compared with itself on the plain net, not with the full Jacobian.
+    # A user's own penalty is compared with itself on the plain net.
     peer = Ours(thing, cell.plain, None) if thing.group == "fused" else cell.truth
     errors = []
     for loss, model in ((cell.ours, cell.model), (peer, cell.plain)):
@@ -179,7 +179,7 @@ def autocast_fp16(thing: Thing) -> None:
 
 
 def changed(key: str, name: str, change: Callable[[Any], Any]) -> None:
-    """A way that changes a part of the model first."""
+    """Registers a way that changes the parameters of the model first."""
     WAYS.append(Way(key, name, "parameters", lambda thing: Cell(thing, change=change).agrees()))
 
 
@@ -204,7 +204,7 @@ def through_functional_call(thing: Thing) -> None:
     cell = Cell(thing)
 
     def loss(x: Tensor, y: Tensor) -> Tensor:
-        # No leaves, as in meta-learning.
+        # The parameters are not leaves, as in meta-learning.
         params = {name: 2 * p for name, p in cell.model.named_parameters()}
         return cell.ours(x, y, lambda x: functional_call(cell.model, params, (x,)))
 

@@ -1,4 +1,4 @@
-"""The registry's cases as pytest parameters, and one call of each."""
+"""The cases of the registry as pytest parameters, and a call of one case."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ CASES = [
 
 
 def engines_of(spec: PenaltySpec) -> list[str | None]:
-    """What to pass as ``engine`` in the model form; None where the penalty has no such option."""
+    """Values of ``engine`` for the model form; None if the penalty has no such option."""
     if not takes(spec, "engine"):
         return [None]
     return ["autograd", "chain"]
 
 
 def by_engine(cases: list[Any]) -> list[Any]:
-    """The same pytest parameters, each with every engine that can run it."""
+    """The same pytest parameters with every engine that can run them."""
     return [
         pytest.param(*case.values, engine, id=f"{case.id}-{engine}" if engine else case.id)
         for case in cases
@@ -42,8 +42,8 @@ def by_engine(cases: list[Any]) -> list[Any]:
     ]
 
 
-# Both sides sum the same few dozen products of float64 numbers in another order: some ten roundings
-# of 1.1e-16. Gradients may cancel, so they also get a floor relative to numbers of order 1.
+# Both sides sum the same few dozen float64 products in another order: about ten roundings of
+# 1.1e-16. Gradients may cancel, so their absolute tolerance is relative to numbers of order 1.
 close = partial(torch.testing.assert_close, rtol=1e-12, atol=1e-15)
 close_gradients = partial(torch.testing.assert_close, rtol=1e-11, atol=1e-13)
 
@@ -75,40 +75,33 @@ class Call:
 
     @property
     def inputs(self) -> list[Tensor]:
-        """What to differentiate by: ``x`` and all parameters."""
+        """The inputs of the gradients: ``x`` and all parameters."""
         return [self.x, *self.model.parameters()]
 
     def random(self) -> dict[str, Any]:
-        """A fresh generator of the same seed for each evaluation, where there is one."""
+        """A new generator with the same seed, if the penalty takes one."""
         return {"generator": seeded(7)} if takes(self.spec, "generator") else {}
 
-    def chosen(self) -> dict[str, Any]:
-        """The engine of the model form, where one is named."""
-        return {"engine": self.engine} if self.engine else {}
+    def own(self) -> dict[str, Any]:
+        """The options of the case, with a generator and the engine if the penalty takes them."""
+        return {**self.options, **self.random(), **({"engine": self.engine} if self.engine else {})}
 
     def model_form(self, **options: Any) -> tuple[Tensor, Tensor]:
-        own = {"reduction": "none", **self.options, **self.random(), **self.chosen()}
-        options = {**own, **options}
+        options = {"reduction": "none", **self.own(), **options}
         return self.spec.functional(self.model, self.x, *self.targets, **options)
 
     def values(self, **options: Any) -> Tensor:
         return self.model_form(**options)[1]
 
     def module(self, **options: Any) -> Any:
-        own = {**self.options, **self.random(), **self.chosen()}
-        return self.spec.module(**{**own, **options})
+        return self.spec.module(**{**self.own(), **options})
 
     def reference(self, **options: Any) -> Tensor:
-        arguments = self.example.reference_arguments(self.model, self.x)
-        return self.spec.reference(
-            *arguments, *self.targets, **{**self.options, **self.random(), **options}
-        )
+        arguments = (*self.example.reference_arguments(self.model, self.x), *self.targets)
+        return self.spec.reference(*arguments, **{**self.options, **self.random(), **options})
 
 
 def gradients(value: Tensor, inputs: list[Tensor]) -> list[Tensor]:
-    """Of the sum of a value; zeros where it does not depend on an input."""
-    return list(
-        torch.autograd.grad(
-            value.sum(), inputs, retain_graph=True, allow_unused=True, materialize_grads=True
-        )
-    )
+    """Of the sum of a value; zeros if it does not depend on an input."""
+    options = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
+    return list(torch.autograd.grad(value.sum(), inputs, **options))

@@ -89,13 +89,15 @@ def test_zero_from_says_where_derivatives_vanish():
 def test_unknown_names_are_named():
     with pytest.raises(ValueError, match=r"fn='gleu' is not an activation.*gelu"):
         get("gleu")
-    with pytest.raises(TypeError, match=r"'relu' has no parameter 'slope'; its parameters: none"):
+    with pytest.raises(
+        TypeError, match=r"'relu' has no parameter 'slope'; its parameters are: none"
+    ):
         get("relu").param_values({"slope": 1.0})
 
 
 def test_expressions_outside_the_language_are_refused():
     for bad in ("z ** 2", "unknown(z)", "z if z == 0 else 1", "y + 1", "__import__('os')"):
-        with pytest.raises(ValueError, match="cannot translate"):
+        with pytest.raises(ValueError, match="cannot be translated"):
             codegen.translate(bad, codegen.CPP, {"z"})
 
 
@@ -119,7 +121,7 @@ def bent_identity(z, bend=0.5, omega=1.0, slope=1.0):
     return bend * (((omega * z) ** 2 + 1).sqrt() - 1) + slope * z
 
 
-_ROWS ="""
+ROWS ="""
 
 
 @pytest.mark.slow
@@ -137,7 +139,7 @@ def test_adding_an_activation_is_one_row(tmp_path):
             shutil.copy(ROOT / part, tmp_path / part)
     table = tmp_path / "fastjac" / "activations.py"
     text = table.read_text()
-    text = text.replace("\n_ROWS =", NEW_FUNCTION, 1).replace("\n)\n\nTABLE:", NEW_ROW, 1)
+    text = text.replace("\nROWS =", NEW_FUNCTION, 1).replace("\n)\n\nTABLE:", NEW_ROW, 1)
     table.write_text(text)
     env = {**os.environ, "FASTJAC_CUDA": "0"}
     subprocess.run(

@@ -91,4 +91,4 @@ def test_cuda_demanded_without_nvcc_is_an_error(tmp_path):
     )
     with pytest.raises(subprocess.CalledProcessError) as caught:
         wheel(source, FASTJAC_CUDA="1", CUDA_HOME="/nowhere", CUDA_PATH="/nowhere")
-    assert b"FASTJAC_CUDA=1, but nvcc not found" in caught.value.stdout + caught.value.stderr
+    assert b"FASTJAC_CUDA is 1, but nvcc is not found" in caught.value.stdout + caught.value.stderr

@@ -1,9 +1,9 @@
-"""What the papers claim, as tests. Statistical ones state their confidence.
+"""The claims of the papers as tests.
 
-An estimate is accepted within five of its own standard errors, taken from the sample: the mean of
-thousands of independent values is normal to good accuracy, so a true claim fails with probability
-below 6e-7, and with the fixed seeds below it does not fail at all. A claim that is wrong by 5 %
-would fail: each test also checks that its standard error is below 1 %.
+A random estimate must be within five standard errors, which are taken from the sample. The mean of
+thousands of independent values is almost normal, so a true claim fails with a probability below
+6e-7, and with the fixed seeds below it does not fail. Each test also checks that the standard error
+is below 1 %, so a claim that is wrong by 5 % fails.
 """
 
 from __future__ import annotations
@@ -57,28 +57,23 @@ def assert_mean(values: Tensor, expected: Tensor) -> None:
     assert (values.mean() - expected).abs() < 5 * error
 
 
-@pytest.mark.parametrize(
-    ("penalty", "options", "per_frobenius"),
-    [
-        (spectreg, {"scale": False}, 1.0),
-        (spectreg, {}, 1 / 4),
-        (spectreg, {"normalize": True}, 1 / 4),
-        (random_onehot, {}, 1.0),
-        (jacobian_reg, {}, 1 / 2),
-        (spectreg, {"n_proj": 3}, 1 / 4),
-        (spectreg, {"distribution": "rademacher"}, 1 / 4),
-        (spectreg, {"distribution": "spherical"}, 1 / 4),
-        (spectreg, {"distribution": "orthogonal", "n_proj": 6}, 1 / 4),
-    ],
-    ids=[
-        *("gaussian", "scaled", "normalised", "one-hot", "jacobian-reg", "three"),
-        *("rademacher", "spherical", "orthogonal"),
-    ],
-)
-def test_random_projections_are_unbiased(
-    penalty: Any, options: dict[str, Any], per_frobenius: float
-) -> None:
-    """Claim 1: ``E ‖Jᵀr‖² = ‖J‖_F²``, and by how much the other draws are scaled."""
+PROJECTIONS = {  # penalty, options, expected value in units of the squared Frobenius norm
+    "gaussian": (spectreg, {"scale": False}, 1.0),
+    "scaled": (spectreg, {}, 1 / 4),
+    "normalised": (spectreg, {"normalize": True}, 1 / 4),
+    "one-hot": (random_onehot, {}, 1.0),
+    "jacobian-reg": (jacobian_reg, {}, 1 / 2),
+    "three": (spectreg, {"n_proj": 3}, 1 / 4),
+    "rademacher": (spectreg, {"distribution": "rademacher"}, 1 / 4),
+    "spherical": (spectreg, {"distribution": "spherical"}, 1 / 4),
+    "orthogonal": (spectreg, {"distribution": "orthogonal", "n_proj": 6}, 1 / 4),
+}
+
+
+@pytest.mark.parametrize("name", PROJECTIONS)
+def test_random_projections_are_unbiased(name: str) -> None:
+    """Claim 1: ``E ‖Jᵀr‖² = ‖J‖_F²``; other distributions of r give a multiple of it."""
+    penalty, options, per_frobenius = PROJECTIONS[name]
     model, x = network(nn.Tanh, 3, 5, 4), batch(1, 3)
     exact = frobreg(model, x)[1].detach()
     seed = torch.Generator().manual_seed(3)
@@ -92,7 +87,7 @@ def test_normalised_projection_bounds_the_spectral_norm_from_below() -> None:
     values = spectreg(model, copies(x), normalize=True, norm="l2", reduction="none")[1]
     largest = torch.linalg.matrix_norm(jacobian, 2)
     assert values.max() <= largest * (1 + 1e-12)
-    # 40 000 directions on the sphere in four dimensions come close to the best one.
+    # The best of 40 000 directions in four dimensions is close to the singular vector.
     assert values.max() > 0.99 * largest
 
 
@@ -142,7 +137,7 @@ def test_finite_differences_tend_to_datagrad() -> None:
     def error(eps: float) -> Tensor:
         return (finite_difference_datagrad(model, x, target, eps=eps)[1] - exact).abs()
 
-    # First order in ε: ten times smaller steps are ten times closer, to a few per cent.
+    # The error is of first order in ε: with a step ten times smaller it is ten times smaller.
     for eps in (1e-2, 1e-3, 1e-4):
         assert 9 < error(eps) / error(eps / 10) < 11
     assert error(1e-5) < 1e-4 * exact
@@ -167,21 +162,20 @@ def test_dreg_of_dense_layers_is_the_sum_of_their_jacobians(activation: type[nn.
     close(dreg(model, x, reduction="none")[1], torch.stack(expected))
 
 
-@pytest.mark.parametrize(
-    "conv",
-    [
-        nn.Conv1d(2, 3, 3),
-        nn.Conv2d(2, 3, (2, 3)),
-        nn.Conv2d(4, 6, 3, groups=2),
-        nn.Conv2d(2, 3, 2, stride=2, dilation=2),
-        nn.Conv3d(1, 2, 2),
-        nn.ConvTranspose2d(2, 3, 2, stride=2),
-    ],
-    ids=["1d", "2d", "grouped", "strided-dilated", "3d", "transposed"],
-)
-def test_dreg_of_convolutions_without_padding_is_their_jacobian(conv: nn.Module) -> None:
-    """Every output position sees all taps; the transposed one is compared per tap it sees."""
-    torch.manual_seed(0)
+CONVOLUTIONS = {
+    "1d": lambda: nn.Conv1d(2, 3, 3),
+    "2d": lambda: nn.Conv2d(2, 3, (2, 3)),
+    "grouped": lambda: nn.Conv2d(4, 6, 3, groups=2),
+    "strided-dilated": lambda: nn.Conv2d(2, 3, 2, stride=2, dilation=2),
+    "3d": lambda: nn.Conv3d(1, 2, 2),
+    "transposed": lambda: nn.ConvTranspose2d(2, 3, 2, stride=2),
+}
+
+
+@pytest.mark.parametrize("kind", CONVOLUTIONS)
+def test_dreg_of_convolutions_without_padding_is_their_jacobian(kind: str) -> None:
+    """Each output position sees all taps; that of the transposed convolution sees one of four."""
+    conv = CONVOLUTIONS[kind]()
     model = nn.Sequential(conv, nn.Tanh(), nn.Flatten()).double()
     x = batch(2, conv.in_channels, *[5] * len(conv.kernel_size))
     expected = torch.stack([layer_jacobian(conv, nn.Tanh(), a).square().sum() for a in x])
@@ -189,8 +183,7 @@ def test_dreg_of_convolutions_without_padding_is_their_jacobian(conv: nn.Module)
     if not conv.transposed:
         close(values, expected)
         return
-    # Kernel 2 and stride 2: each output position sees one of the four taps. DREG counts them all,
-    # so its value is the exact one of the four-tap average only if the taps are equal.
+    # DREG counts all taps, so its value is four times the exact one if the taps are equal.
     assert (values > expected).all()
     with torch.no_grad():
         conv.weight.copy_(conv.weight.mean((2, 3), keepdim=True).expand_as(conv.weight))
@@ -231,7 +224,7 @@ def test_accumulated_dreg_is_unbiased() -> None:
 
 
 def test_orthogonal_projections_have_less_variance() -> None:
-    """None at all for K = m; for two of four, less than independent points of the sphere."""
+    """It is zero for K = m. For two of four it is less than that of independent points."""
     model, x = network(nn.Tanh, 3, 5, 4), batch(1, 3)
     exact = spectreg(model, x, n_proj=-1)[1].detach()
     close(spectreg(model, x, n_proj=4, distribution="orthogonal")[1].detach(), exact)
@@ -242,5 +235,5 @@ def test_orthogonal_projections_have_less_variance() -> None:
         return spectreg(model, copies(x), reduction="none", **options)[1].detach().var()
 
     gaussian, spherical, orthogonal = map(variance, ("gaussian", "spherical", "orthogonal"))
-    # Two of m orthogonal ones: (m − 2) / (m − 1) of the variance, and spherical below Gaussian.
+    # Two of m orthogonal vectors have (m − 2) / (m − 1) of the variance of two spherical ones.
     assert orthogonal < 0.75 * spherical < 0.75 * gaussian

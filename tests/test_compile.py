@@ -1,6 +1,6 @@
-"""GPU code compiles for every target with no register spilled: checked without a GPU.
+"""GPU code compiles for every target without register spills. This needs no GPU.
 
-Prints registers and shared memory per kernel (``pytest -s``).
+With ``pytest -s`` the registers and the shared memory of each kernel are printed.
 """
 
 import os
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.slow
 
 
 def resources(log: str) -> dict[str, dict[str, int]]:
-    """Registers, shared memory and spilled bytes per kernel, from what ``ptxas -v`` prints."""
+    """Registers, shared memory and spilled bytes of each kernel in the output of ``ptxas -v``."""
     found: dict[str, dict[str, int]] = {}
     for block in log.split("Compiling entry function '")[1:]:
         spilled = re.findall(r"(\d+) bytes spill (?:stores|loads)", block)
@@ -74,8 +74,8 @@ def test_cuda(source, arch, tmp_path):
     assert_no_spills(resources(out.stderr), least=1)
 
 
-# Calls the launchers on CPU tensors, the kernels replaced by a compiler: so the launches that are
-# made are what is compiled.
+# Calls the launchers on CPU tensors, with each kernel replaced by a compiler, so that exactly the
+# launches that are made are compiled.
 TRITON_PROGRAM = """
 import re, sys, torch, triton, triton.language as tl
 from pathlib import Path
@@ -101,7 +101,7 @@ class Compile:
         return self.launch
 
     def launch(self, *args, num_warps, **constants):
-        # As Triton's launcher specialises: 1 is a constant, and multiples of 16 are known as such.
+        # Triton's launcher specialises in the same way: on 1 and on multiples of 16.
         kernel, signature, aligned = self.kernel, {}, {}
         for (i, param), value in zip(enumerate(kernel.params), args):
             if param.is_constexpr or (isinstance(value, int) and value == 1):

@@ -1,4 +1,4 @@
-"""What the documentation says is what the code does: its Python blocks and docstrings run."""
+"""The Python blocks of the pages and the examples of the docstrings run; links and paths exist."""
 
 import doctest
 import importlib
@@ -13,7 +13,7 @@ import fastjac
 from fastjac.penalties import PENALTIES
 
 ROOT = Path(__file__).resolve().parent.parent
-#: need Triton, other libraries, or are no Python
+# These need Triton or other libraries, or are not Python.
 NOT_IMPORTED = ("fastjac.kernels", "fastjac.integrations", "fastjac._cpu", "fastjac._cuda")
 MODULES = sorted(
     info.name
@@ -27,7 +27,7 @@ PAGES = [page.name for page in sorted((ROOT / "docs").glob("*.md"))]
 
 @pytest.mark.parametrize("name", sorted({*PAGES} - {"DISTRIBUTED.md"}))  # test_distributed.py's
 def test_python_blocks_run(name):
-    """One after the other, in one scope."""
+    """The blocks of a page run one after the other, in one scope."""
     page = (ROOT / "docs" / name).read_text()
     scope: dict = {}
     for block in re.finditer(r"```python\n(.*?)```", page, re.DOTALL):
@@ -51,7 +51,7 @@ def test_links_lead_somewhere(name):
 
 @pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "docs/ARCHITECTURE.md"])
 def test_paths_that_a_page_names_exist(name):
-    """Words in code that begin with a folder of the project; ``*`` stands for any characters."""
+    """A path is a word in code that begins with a folder of the project; it may contain ``*``."""
     folders = {path.name for path in ROOT.iterdir() if path.is_dir()} - {"build"}
     code = re.findall(r"`+([^`]+)`+", (ROOT / name).read_text())
     words = {word for text in code for word in re.findall(r"[\w.*/-]+", text)}
@@ -80,11 +80,11 @@ def test_docstring_examples_run(name):
 
 
 def test_what_is_public_has_an_example():
-    """Of the penalties and of what else users call; activations are torch's."""
+    """The penalties and the other functions that users call; the activations are torch's."""
     names = {spec.module.__name__ for spec in PENALTIES.values()}
     names |= {"Act", "act", "act_stats", "fuse", "row_sqnorm", "softmax_residual", "unfuse"}
     public = {name: getattr(fastjac, name) for name in names}
     public |= {name: getattr(fastjac.presets, name) for name in fastjac.presets.__all__}
-    del public["r2"], public["wgan_gp"]  # r1 at other points; the function of WGANGP
+    del public["r2"], public["wgan_gp"]  # they have the examples of r1 and WGANGP
     missing = [name for name, value in public.items() if ">>>" not in (value.__doc__ or "")]
     assert missing == []

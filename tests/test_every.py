@@ -254,9 +254,9 @@ def test_a_recomputed_call_is_refused(use_reentrant: bool) -> None:
 def test_what_is_refused() -> None:
     with pytest.raises(ValueError, match="kind is 'square'"):
         Warmup("square", steps=3)
-    with pytest.raises(ValueError, match="steps is 0 and kind 'linear'"):
+    with pytest.raises(ValueError, match="steps is 0 and kind is 'linear'"):
         Warmup()
-    with pytest.raises(ValueError, match="steps is 3 and kind 'constant'"):
+    with pytest.raises(ValueError, match="steps is 3 and kind is 'constant'"):
         Warmup("constant", steps=3)
     with pytest.raises(ValueError, match="start is -1: it must be at least 0"):
         Warmup("constant", start=-1)

@@ -1,4 +1,4 @@
-"""csrc/common/functions.h: the error of every float function, in units in the last place."""
+"""The error of every float function of csrc/common/functions.h, in units in the last place."""
 
 import ctypes
 import shutil
@@ -84,7 +84,7 @@ def test_absolute_error_of_sin_and_cos(library, name, truth, limit):
 
 
 def test_relative_error_of_normcdf(library):
-    """Relative: the tail does not cancel. Grows with z², as the rounding of exp's argument."""
+    """The tail has no cancellation. The error grows with z², like that of the argument of exp."""
     x = points(-12.9, 12.9)
     want = ndtr(x.astype(np.float64))
     error = np.abs(apply(library, "normcdf", x) / want - 1)
@@ -120,7 +120,7 @@ extern "C" void device_cos(const double* in, double* out, long n) {
 
 
 def test_double_sin_and_cos_of_the_gpu(tmp_path):
-    """The branch that only nvcc takes, compiled here: within 3 eps of libm up to |x| = 1e5."""
+    """The branch for nvcc, compiled for the CPU, is within 3 eps of libm up to |x| = 1e5."""
     cxx = shutil.which("c++")
     if cxx is None:
         pytest.skip("no C++ compiler")

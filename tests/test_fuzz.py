@@ -1,8 +1,9 @@
-"""Fuzzing of the public functions: right answers for right calls, clear errors for wrong ones.
+"""Fuzzing of the public functions: right results for right calls, clear errors for wrong ones.
 
-Right calls (any shape, strides, dtype) equal plain torch in float64, in values and gradients. Calls
-with one argument broken return, or raise an error whose message names an argument. Hypothesis
-draws, shrinks and prints what reproduces a failure; FASTJAC_FUZZ_CASES raises the number of cases.
+The values and gradients of right calls, of any shape, strides and dtype, equal those of plain torch
+in float64. Calls with a wrong argument return, or raise an error that names an argument. Hypothesis
+draws and shrinks the cases and prints how to reproduce a failure. FASTJAC_FUZZ_CASES sets the
+number of cases.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import inspect
 import math
 import os
 import re
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
@@ -31,10 +31,10 @@ from fuzz_cases import (
     shape_of,
     strided,
     tensors_in,
-)
+)  # fmt: skip
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from penalty_cases import SPECS, Call, engines_of, gradients
+from penalty_cases import SPECS, Call, engines_of, gradients, takes
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
@@ -53,30 +53,17 @@ fuzzed = settings(
     max_examples=CASES, deadline=None, print_blob=True, database=None, derandomize=CASES <= 40,
     suppress_health_check=list(HealthCheck),
 )  # fmt: skip
-fuzzed_penalty = settings(fuzzed, max_examples=CASES // 2)  # of each of many
+fuzzed_penalty = settings(fuzzed, max_examples=CASES // 2)  # for each penalty
 randoms = st.randoms(use_true_random=False)
 
 WRONG = (
-    None,
-    "nope",
-    "",
-    7,
-    -1,
-    1.5,
-    math.nan,
-    10**400,
-    True,
-    [],
-    {},
-    (1, 2),
-    object(),
-    torch.ones(2),
-)
+    None, "nope", "", 7, -1, 1.5, math.nan, 10**400, True, [], {}, (1, 2), object(), torch.ones(2),
+)  # fmt: skip
 
 
 @dataclass
 class Case:
-    """A function, its arguments by name, and what it should be equal to."""
+    """A function, its arguments by name, and the function that it must be equal to."""
 
     call: Callable[..., Any]
     arguments: dict[str, Any]
@@ -150,7 +137,7 @@ def softmax_residual(rng: Random) -> Case:
 
 
 def layer(rng: Random) -> Case:
-    """`layer_act`, which the layer-wise penalties call: a Linear or a convolution and its φ."""
+    """`layer_act`, which the layer-wise penalties call for a layer and its activation."""
     dtype, fn = rng.choice((torch.float32, torch.float64)), rng.choice(list(TABLE))
     n, c_in, c = (rng.choice(SIZES[1:7]) for _ in range(3))
     conv = rng.random() < 0.5
@@ -178,7 +165,7 @@ def layer(rng: Random) -> Case:
 
 
 def batch_norm(rng: Random) -> Case:
-    """`batch_norm_act`, which they call where a batch norm stands between."""
+    """`batch_norm_act`, which they call for a layer, a batch norm and its activation."""
     dtype, fn = rng.choice((torch.float32, torch.float64)), rng.choice(list(TABLE))
     shape = [rng.choice(SIZES[2:7]), rng.choice(SIZES[1:7]), *sizes(rng, rng.randint(0, 2))]
     shape = [max(s, 1) for s in shape]
@@ -209,9 +196,9 @@ DRAWN = (*PUBLIC, layer, batch_norm)
 def results(
     function: Callable[..., Any], arguments: dict[str, Any], recorded: bool = False
 ) -> list[Tensor]:
-    """Outputs, and the gradients of all floating-point tensors among the arguments.
+    """The outputs, and the gradients with respect to all floating-point tensors in the arguments.
 
-    `recorded`: the backward is one that could be differentiated again.
+    With `recorded` the backward itself is differentiable.
     """
     flat, spec = tree_flatten(arguments)
     flat = [
@@ -220,7 +207,7 @@ def results(
     ]
     leaves = [a for a in flat if isinstance(a, Tensor) and a.requires_grad]
     outs = tensors_in(function(**tree_unflatten(flat, spec)))
-    # A derivative that is constant leaves no graph, and the gradient 0.
+    # An output that does not depend on the arguments has no graph, and the gradient is 0.
     roots = [o for o in outs if o.requires_grad]
     cotangents = [
         torch.linspace(0.5, 1.5, o.numel(), dtype=torch.float64).view(o.shape).to(o.dtype)
@@ -239,7 +226,7 @@ def widened(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def error_of(got: Tensor, truth: Tensor) -> float:
-    """Relative to the norm; of sums that cancel, relative to numbers of order 1."""
+    """Relative to the norm, or to numbers of order 1 if the norm is small (sums may cancel)."""
     least = 0.1 * truth.numel() ** 0.5
     norm = torch.linalg.vector_norm(truth.double()).item()
     return relative_error(got, truth) * (norm / max(norm, least) if norm > 0 else 1)
@@ -257,7 +244,7 @@ def test_equal_to_the_reference(draw, rng):
     assert len(got) == len(truth)
     for g, t, e in zip(got, truth, eager, strict=True):
         assert g.shape == t.shape and g.dtype == e.dtype
-        # Where eager torch itself is off (half precision in long sums), no worse than it.
+        # Long sums in half precision: the error may be as large as that of eager torch.
         allowed = max(bound, min(2 * error_of(e, t), 100 * bound))
         assert error_of(g, t) <= allowed, described(list(case.arguments.values()))
 
@@ -265,7 +252,7 @@ def test_equal_to_the_reference(draw, rng):
 @fuzzed
 @given(rng=randoms)
 def test_special_values(rng):
-    """NaN, infinities, huge and subnormal numbers, element by element; NaN stays NaN."""
+    """NaN, infinities, huge and subnormal numbers are compared by elements; NaN stays NaN."""
     case = act(rng)
     shape, dtype = list(case.arguments["z"].shape), case.dtype
     assume(math.prod(shape) > 0)
@@ -273,11 +260,11 @@ def test_special_values(rng):
         case.arguments[name] = numbers(rng, shape, dtype)
     got, truth = case.call(**case.arguments), case.expected(**widened(case.arguments))
     z, g = case.arguments["z"].double(), case.arguments.get("g", torch.ones(())).double()
-    # A product that leaves the range of the dtype on its way is not held against it.
+    # Intermediate products may overflow the dtype.
     scale = truth.abs() + g.abs() * (1 + z.abs())
     inside = (scale < torch.finfo(dtype).max / 4) & truth.isfinite()
     error = (got.double() - truth).abs()
-    least = torch.finfo(dtype).tiny  # results that are subnormal may be flushed
+    least = torch.finfo(dtype).tiny  # subnormal results may be flushed to zero
     bound = 4 * tolerance("cpu", dtype) * scale + least
     assert (error <= bound)[inside].all(), described(list(case.arguments.values()))
     if case.arguments["order"] == 0 and "g" not in case.arguments:
@@ -296,17 +283,15 @@ def assert_clear(error: Exception, names: set[str], what: str) -> None:
 
 
 def break_one(rng: Random, arguments: dict[str, Any]) -> str:
-    """Changes one argument, to something wrong if it is no tensor; its name."""
+    """Changes one argument, or replaces it by one of `WRONG`; returns its name."""
     key = rng.choice(list(arguments))
     value = arguments[key]
     others = tensors_in(list(arguments.values()))
     if rng.random() < 0.3 or not tensors_in([value]):
         arguments[key] = rng.choice(WRONG)
     else:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            arguments[key] = broken(rng, value, others)
-    for t in tensors_in(list(arguments.values())):  # huge ones are for processes with a limit
+        arguments[key] = broken(rng, value, others)
+    for t in tensors_in(list(arguments.values())):  # only fuzz_ops.py limits its memory
         assume(t.is_nested or max(t.shape, default=0) < 2**20)
     return key
 
@@ -334,12 +319,11 @@ def test_a_broken_argument_is_named(draw, rng):
 
 
 def resized_batch(call: Call, n: int, rng: Random) -> None:
-    """Other samples, n of them, in the place of the example's."""
+    """Replaces the samples of the example by n others."""
     old = call.x.shape[0]
     index = torch.tensor([rng.randrange(old) for _ in range(n)], dtype=torch.int64)
-    x = call.x.detach()[index] + 0.1 * torch.arange(n, dtype=call.x.dtype).view(
-        -1, *[1] * (call.x.dim() - 1)
-    )
+    steps = torch.arange(n, dtype=call.x.dtype).view(-1, *[1] * (call.x.dim() - 1))
+    x = call.x.detach()[index] + 0.1 * steps
     call.x = (strided(rng, x) if rng.random() < 0.5 else x).detach().requires_grad_()
     call.targets = tuple(t.index_select(0 if t.shape[0] == old else 1, index) for t in call.targets)
 
@@ -351,25 +335,20 @@ def test_penalties_equal_the_reference(spec, rng):
     options = dict(rng.choice(spec.cases))
     call = Call(spec, options, engine=rng.choice(engines_of(spec)))
     resized_batch(call, rng.choice((0, 1, 2, 3, 5)), rng)
-    if len(call.x) == 0:  # no samples: no value, and no gradient
+    if len(call.x) == 0:  # no values, and the gradients are 0
         call.engine = None
         value = call.values()
         assert value.shape == (0,) and not any(g.any() for g in gradients(value, call.inputs))
         return
     want = call.reference()
     values = [call.values()]
-    if (
-        spec.kind == "input-jacobian"
-        and "model" not in inspect.signature(spec.functional).parameters
-    ):
+    if spec.kind == "input-jacobian" and not takes(spec, "model"):
         rest = {"reduction": "none", **call.options, **call.random()}
         values.append(spec.functional(call.x, call.model(call.x), *call.targets, **rest))
     for value in values:
         torch.testing.assert_close(value, want, rtol=1e-9, atol=1e-11)
-        for got, wanted in zip(
-            gradients(value, call.inputs), gradients(want, call.inputs), strict=True
-        ):
-            torch.testing.assert_close(got, wanted, rtol=1e-8, atol=1e-10)
+        both = (gradients(v, call.inputs) for v in (value, want))
+        torch.testing.assert_close(*both, rtol=1e-8, atol=1e-10)
 
 
 @pytest.mark.parametrize("spec", SPECS)
@@ -388,14 +367,13 @@ def test_a_broken_argument_of_a_penalty_is_named(spec, rng):
     first |= {f"target {i}": t for i, t in enumerate(call.targets)}
     key = break_one(rng, options if rng.random() < 0.5 else first)
     what = f"{spec.name}({key} broken: {described([*first.items(), *options.items()])})"
-    own_error = "model" in first and key == "x"  # of the model, which says what it likes
+    own_error = "model" in first and key == "x"  # the model may raise any error
     try:
         found = spec.functional(*first.values(), **options)
     except Exception as error:
         if not own_error:
-            assert_clear(
-                error, {*signature, "x", "output", "target", "model", "first argument"}, what
-            )
+            names = {*signature, "x", "output", "target", "model", "first argument"}
+            assert_clear(error, names, what)
         return
     value = found[1] if isinstance(found, tuple) else found
     assert isinstance(value, Tensor) and value.dtype in FLOAT_DTYPES, what

@@ -1,8 +1,8 @@
-"""Fuzzing of the raw ops: what a caller may pass to ``torch.ops.fastjac.*`` cannot crash them.
+"""Fuzzing of the raw ops: no arguments of ``torch.ops.fastjac.*`` crash them.
 
-Each call of fuzz_ops.py returns or raises an error that can be understood. The library is built
-with AddressSanitizer and UBSan for most of the cases, so that a read or write out of bounds is a
-crash; planted faults show that this many cases find them. More of them on demand:
+Each call of fuzz_ops.py returns, or raises an error that can be understood. For most of the cases
+the library is built with AddressSanitizer and UBSan, so that a read or write out of bounds ends the
+program. Planted faults show that the number of cases is large enough. To run more cases:
 
     FASTJAC_FUZZ_CASES=100000 FASTJAC_FUZZ_SEED=1 pytest tests/test_fuzz_ops.py -m slow
 """
@@ -12,7 +12,6 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
-import shutil
 import subprocess
 import sys
 from itertools import islice
@@ -23,6 +22,7 @@ import host
 import pytest
 import torch
 from fuzz_cases import draw_call, fault_of, recorded_calls
+from host import needs_compiler
 from test_build import copy_of_the_sources
 
 from fastjac import codegen
@@ -33,7 +33,6 @@ SEED = os.environ.get("FASTJAC_FUZZ_SEED", "0")
 TESTS = Path(__file__).resolve().parent
 NATIVE = "^(?!.*_triton$)"
 SANITIZE = "-fsanitize=address,undefined -fno-sanitize=vptr -fno-sanitize-recover=undefined"
-needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
 
 
 def fuzz(
@@ -44,7 +43,7 @@ def fuzz(
     program: tuple[str, ...] = (str(TESTS / "fuzz_ops.py"),),
     **environment: str,
 ) -> tuple[bool, str]:
-    """Runs the program: whether all was well, and what it said, the call it died in included."""
+    """Runs the program; returns whether there was no fault, and the text with the last call."""
     done = subprocess.run(
         [sys.executable, *program, f"--log={log}", f"--cases={cases}", f"--seed={SEED}", *options],
         env={
@@ -57,22 +56,22 @@ def fuzz(
         line for line in done.stderr.splitlines(True) if "failed to allocate" not in line
     )
     text = f"{done.stdout[-20000:]}\n{errors[:20000]}"
-    if not re.search(r"^seed .* faults$", done.stdout, re.M):  # its last words
+    if not re.search(r"^seed .* faults$", done.stdout, re.M):  # the last line of a full run
         text = f"exit code {done.returncode} in {log.read_text()}\n{text}"
     return done.returncode == 0, text
 
 
 def sanitized() -> dict[str, str]:
-    """The environment in which a Python that lacks them runs libraries with sanitizers."""
+    """The environment in which a Python without sanitizers runs libraries with them."""
 
     def runtime(name: str) -> str:
         command = ["c++", f"-print-file-name={name}"]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     return {
-        # libstdc++ too: without it the sanitizer does not find what throws exceptions.
+        # Without libstdc++ the sanitizer does not find the function that throws exceptions.
         "LD_PRELOAD": f"{runtime('libasan.so')} {runtime('libstdc++.so')}",
-        # Memory that cannot be had is an error of torch's; the Python's own is not looked at.
+        # Torch raises if an allocation fails; leaks of Python itself are not reported.
         "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1:max_allocation_size_mb=2048",
         "UBSAN_OPTIONS": "print_stacktrace=1",
     }
@@ -140,8 +139,8 @@ def test_planted_faults_are_found(right, wrong, sanitized_copy, tmp_path):
 @pytest.mark.slow
 @needs_compiler
 def test_cuda_ops_under_sanitizers(tmp_path):
-    """The CUDA kernels, run by the host shim: 256 threads a block, so fewer cases."""
-    rows = 2  # of the activation table: each is 8 kernels to compile
+    """The host shim runs 256 threads per block, so there are fewer cases."""
+    rows = 2  # of the activation table: each row has 8 kernels to compile
     headers = codegen.cpp_headers(dict(islice(TABLE.items(), rows)), "of a test")
     for name, text in headers.items():
         (tmp_path / name).write_text(text)
@@ -157,7 +156,7 @@ def test_cuda_ops_under_sanitizers(tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
 def test_triton_ops(tmp_path):
-    """In Triton's interpreter: some 50 ms a case."""
+    """In Triton's interpreter, which takes about 50 ms per case."""
     clean, text = fuzz(
         tmp_path / "case", "--ops", "_triton$", cases=CASES // 25, TRITON_INTERPRET="1"
     )
@@ -169,7 +168,7 @@ def test_triton_ops(tmp_path):
 
 @pytest.fixture(scope="module")
 def planted(request):
-    """Ops that do what none of ours may, in a namespace of their own."""
+    """Ops with faults, in a namespace of their own."""
     library = torch.library.Library("fuzz_planted", "DEF")
     request.addfinalizer(library._destroy)
 
@@ -218,7 +217,7 @@ sys.exit(fuzz_ops.main())
 
 
 def test_cases_repeat():
-    """The same seed draws the same calls, and the corpus has right calls of every native op."""
+    """The same seed draws the same calls, and right calls of every native op are recorded."""
     calls = recorded_calls(most=5)
     for name, op in fuzz_ops.overloads("fastjac", NATIVE).items():
         stem = name.removeprefix("fastjac::")

@@ -1,4 +1,4 @@
-"""The README's table "Coming from…": both columns are run and compared."""
+"""Both columns of the README's table "Coming from…" are run and compared."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ROWS = re.findall(r"^\| ([^|`]+) \| `([^`]+)` \| `([^`]+)` \|$", TABLE, re.MULTI
 
 
 def scope() -> dict[str, Any]:
-    """What the lines take for granted, the same each time."""
+    """The names that the lines use, with the same values in each call."""
     torch.manual_seed(1)
     model = nn.Sequential(nn.Linear(4, 5), nn.Softplus(), nn.Linear(5, 3))
     critic = nn.Sequential(
@@ -55,7 +55,7 @@ def scope() -> dict[str, Any]:
 
 
 def run(code: str) -> tuple[Tensor, list[Tensor]]:
-    """``R`` and its gradients by everything in the scope that has one."""
+    """``R`` and its gradients with respect to all inputs and parameters in the scope."""
     names = scope()
     modules = [m for m in names.values() if isinstance(m, nn.Module)]
     inputs = [names["x"], names["z"], *(p for m in modules for p in m.parameters())]

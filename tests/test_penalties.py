@@ -1,4 +1,4 @@
-"""Every penalty of the registry: values, derivatives of both orders, forms, options."""
+"""Every penalty of the registry: values, first and second derivatives, call forms, options."""
 
 from __future__ import annotations
 
@@ -167,7 +167,7 @@ def test_every_third_call(spec: PenaltySpec, engine: str | None, reduction: str)
         else:
             assert now.shape == value.shape
             assert torch.equal(now, torch.zeros_like(value))
-            # Attached: every parameter gets a gradient, and it is zero.
+            # The value has a graph: every parameter gets a gradient, which is zero.
             for g in torch.autograd.grad(now.sum(), list(call.model.parameters())):
                 assert torch.equal(g, torch.zeros_like(g))
     penalty.eval()
@@ -180,7 +180,7 @@ def test_every_third_call(spec: PenaltySpec, engine: str | None, reduction: str)
 @pytest.mark.slow
 @pytest.mark.parametrize("spec", specs_with("output"))
 def test_graph_form_in_a_compiled_step(spec: PenaltySpec, no_stale_graphs: None) -> None:
-    """With the model fused: the gradients are those of the plain model, uncompiled."""
+    """With a fused model the gradients are those of the plain model without torch.compile."""
     found = []
     for compiled in (False, True):
         call = Call(spec)
@@ -193,7 +193,7 @@ def test_graph_form_in_a_compiled_step(spec: PenaltySpec, no_stale_graphs: None)
         run = torch.compile(step, backend="aot_eager", fullgraph=True) if compiled else step
         torch.manual_seed(5)
         with torch._dynamo.config.patch(trace_autograd_ops=True):
-            if compiled and spec.name == "tangentprop":  # its JVP makes a leaf in the region
+            if compiled and spec.name == "tangentprop":  # its JVP creates a leaf
                 with pytest.raises(torch._dynamo.exc.Unsupported, match="requires_grad"):
                     run(call.x, *call.targets)
                 return
@@ -245,7 +245,7 @@ def test_empty_batch_and_single_sample(spec: PenaltySpec) -> None:
     call = Call(spec)
 
     def samples(count: int, t: Tensor) -> Tensor:
-        # Tangents [K, N, ...] have the samples in dimension 1.
+        # Tangents have the shape [K, N, ...].
         return t[:, :count] if spec.name == "tangentprop" else t[:count]
 
     for reduction in ("mean", "sum", "none"):
@@ -264,27 +264,18 @@ def test_empty_batch_and_single_sample(spec: PenaltySpec) -> None:
 
 @pytest.mark.parametrize("spec", SPECS)
 def test_module_is_stateless_and_can_be_copied(spec: PenaltySpec) -> None:
+    """A generator is copied with its state. For the count of calls see test_every.py."""
     call = Call(spec)
     assert spec.module(**call.options).state_dict() == {}
-    penalty = spec.module(**call.options, weight=0.5, reduction="none", every=2)
-    for twin in (copy.deepcopy(penalty), pickle.loads(pickle.dumps(penalty))):
-        assert repr(twin) == repr(penalty)
-        torch.manual_seed(0)
-        expected = penalty(call.model, call.x, *call.targets)[1]
-        torch.manual_seed(0)
-        close(twin(call.model, call.x, *call.targets)[1], expected)
-        penalty = copy.deepcopy(twin)
-        penalty._calls = 0
     assert pickle.loads(pickle.dumps(spec.functional)) is spec.functional
-
-
-def test_module_with_a_generator_can_be_copied() -> None:
-    penalty = SpectReg(generator=seeded(3), reduction="none")
-    call = Call(PENALTIES["spectreg"])
-    twins = [copy.deepcopy(penalty), pickle.loads(pickle.dumps(penalty))]
-    expected = penalty(call.model, call.x)[1]
+    copies = (copy.deepcopy, lambda penalty: pickle.loads(pickle.dumps(penalty)))
+    penalty = spec.module(**call.options, weight=0.5, reduction="none", every=2)
+    assert all(repr(by(penalty)) == repr(penalty) for by in copies)
+    penalty = call.module(weight=0.5, reduction="none")
+    twins = [by(penalty) for by in copies]
+    expected = penalty(call.model, call.x, *call.targets)[1]
     for twin in twins:
-        close(twin(call.model, call.x)[1], expected)
+        close(twin(call.model, call.x, *call.targets)[1], expected)
 
 
 def test_repr_shows_what_is_not_default() -> None:
@@ -301,7 +292,7 @@ def test_registry_lists_every_penalty_and_option() -> None:
     }
     assert {spec.module for spec in PENALTIES.values()} == classes - {Penalty, package.InputPenalty}
     common = {"weight", "reduction", "every", "at", "chunk_size", "generator"}
-    common |= {"model", "engine"}  # where and how, not what: the reference has neither
+    common |= {"model", "engine"}  # the reference has neither
     for name, spec in PENALTIES.items():
         assert spec.name == name == spec.functional.__name__ == spec.reference.__name__
         assert getattr(package, name) is spec.functional

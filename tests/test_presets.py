@@ -1,4 +1,4 @@
-"""The presets equal their originals: values and gradients, on the same inputs and draws."""
+"""The presets have the values and gradients of their originals, for the same inputs and draws."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ def randn(*shape: int, seed: int) -> Tensor:
 X, FAKE = randn(3, 4, seed=1), randn(3, 4, seed=2)
 TARGET = randn(3, 2, seed=3)
 NOISE = randn(2, 3, 4, seed=4)
-GAMMA, LAM = 3.7, 1.3  # of no special value
+GAMMA, LAM = 3.7, 1.3
 
 
 @dataclass
 class Preset:
-    """A model, and both sides as functions of ``(model, x)``."""
+    """The widths of a model, and the original and the preset as functions of ``(model, x)``."""
 
     widths: tuple[int, ...]
     theirs: Callable[[Any, Tensor], Tensor]
@@ -133,7 +133,7 @@ def test_value_and_gradients_are_the_originals(name: str) -> None:
         close_gradients(gradients(ours, inputs), gradients(theirs, inputs))
 
 
-# The others are penalties of the registry, whose tests do this.
+# The others are penalties of the registry, for which test_penalties.py does this.
 @pytest.mark.parametrize("name", ["double_backprop", "wgan_gp", "rnode, two vectors", "deq"])
 def test_gradcheck(name: str) -> None:
     preset = PRESETS[name]
@@ -168,7 +168,7 @@ def test_deq_with_several_given_vectors() -> None:
 
 
 def test_image_shaped_samples() -> None:
-    """Means and sums run over all dimensions but the first."""
+    """Means and sums are over all dimensions except the first."""
     z, noise = (randn(2, 3, 2, 2, seed=k) for k in (1, 2))
     conv, z = nn.Conv2d(3, 3, 3, padding=1), z.requires_grad_()
     for ours, theirs in zip(
@@ -246,7 +246,7 @@ def test_calls_that_are_refused() -> None:
     critic = net(4, 5, 5, 1)
     with pytest.raises(TypeError, match="critic is a Tensor: .* GradientPenalty"):
         presets.wgan_gp()(X, X, FAKE)
-    with pytest.raises(ValueError, match=r"fake has shape \(2, 4\) and real \(3, 4\)"):
+    with pytest.raises(ValueError, match=r"fake has shape \(2, 4\) and real has \(3, 4\)"):
         presets.wgan_gp()(critic, X, FAKE[:2])
     with pytest.raises(TypeError, match="fake has dtype torch.float32"):
         presets.wgan_gp()(critic, X, FAKE.float())
@@ -259,12 +259,12 @@ def test_calls_that_are_refused() -> None:
     with pytest.raises(ValueError, match="target has batch size 2 and output has 3"):
         presets.double_backprop()(net(4, 5, 2), X, TARGET[:2])
     for width, target in ((1, TARGET), (2, TARGET[:, :1]), (2, TARGET[:, 0])):  # would broadcast
-        with pytest.raises(ValueError, match=r"target has shape .* must have that of output"):
+        with pytest.raises(ValueError, match=r"target has shape .* must have the shape of output"):
             presets.double_backprop()(net(4, 5, width), X, target)
     z = X.clone().requires_grad_()
-    with pytest.raises(ValueError, match="dz must have that of z"):
+    with pytest.raises(ValueError, match="dz must have the shape of z"):
         presets.rnode(z, net(4, 5, 2)(z), NOISE[0])
-    with pytest.raises(ValueError, match="noise that or"):
+    with pytest.raises(ValueError, match="and noise that shape or"):
         presets.rnode(z, net(4, 5, 4)(z), NOISE[0, :2])
     with pytest.raises(RuntimeError, match="x does not require grad"):
         presets.rnode(X, net(4, 5, 4)(X), NOISE[0])

@@ -1,4 +1,4 @@
-"""The reference against closed forms written out by hand for models with a known Jacobian."""
+"""The reference against closed forms for models with a known Jacobian."""
 
 from __future__ import annotations
 

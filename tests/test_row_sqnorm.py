@@ -45,7 +45,7 @@ def test_gradcheck_and_gradgradcheck(impl):
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES)
 def test_values_and_gradients(dtype, impl):
-    """Also rows that are no blocks of memory, and the wide range where a half overflows."""
+    """Includes rows that are not blocks of memory, and values whose squares overflow in float16."""
     shapes = (*SHAPES, (5, 700), (300, 33), (2, 5000))
     weights = [w.requires_grad_() for w in make(dtype, shapes, scale=300)]
     weights.append(torch.randn(6, 4, dtype=dtype, device=DEVICE).t().requires_grad_())
@@ -96,7 +96,7 @@ def test_opcheck(impl):
 
 
 def test_tapped_gradients_are_the_sum_of_both():
-    """The views' own gradients, and the norms': with one of them missing, and recorded."""
+    """The gradients of views and norms: both, only one of them, and with create_graph=True."""
     for use in ("both", "views", "norms", "one view"):
         for recorded in (False, True):
             results = []
@@ -136,7 +136,7 @@ def test_torch_func():
         ([torch.ones(())], ValueError, r"weights\[0\] is a scalar"),
         ([torch.ones(2), torch.ones(2).double()], TypeError, r"weights\[1\] has dtype"),
         ([torch.ones(2), None], TypeError, r"weights\[1\] is NoneType"),
-        (torch.ones(2, 3), TypeError, "weights is a tensor; pass a list of weights"),
+        (torch.ones(2, 3), TypeError, "weights is Tensor; it must be a list of tensors"),
     ],
 )
 def test_refusals(weights, error, message):

@@ -1,25 +1,21 @@
 """The CUDA kernels on the CPU under AddressSanitizer, UBSan and ThreadSanitizer.
 
-Every op is called on a few shapes (shim/calls.cpp) and must leave no report; a write out of bounds
-and a missing barrier, planted in copies of the sources, must leave one. What is not seen here are
-races between blocks: those run one after the other.
+Calls of every op on a few shapes (shim/calls.cpp) must cause no report. A write out of bounds and a
+missing barrier, which are planted in copies of the sources, must cause one. Races between blocks
+are not seen, because the shim runs one block after the other.
 """
 
 import os
-import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
-from host import CUDA, ROOT, SCHEMAS, compile_host
+from host import CUDA, ROOT, SCHEMAS, compile_host, needs_compiler
 
 from fastjac import codegen
 from fastjac.activations import TABLE
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler"),
-]
+pytestmark = [pytest.mark.slow, needs_compiler]
 
 ADDRESS = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize=vptr",
            "-fno-sanitize-recover=all")  # fmt: skip
@@ -32,8 +28,8 @@ ENVIRONMENT = {
 
 
 def call_ops(folder: Path, flags, *ops: str, kernels: Path = CUDA):
-    """Builds the kernels of a folder with sanitizers and calls the ops (all, if none is named)."""
-    names = ("gelu", "sine")  # each activation is 8 kernels to compile
+    """Builds the kernels of a folder with sanitizers and calls the named ops, or all."""
+    names = ("gelu", "sine")  # each activation has 8 kernels to compile
     headers = codegen.cpp_headers({name: TABLE[name] for name in names}, "of a test")
     for name, text in headers.items():
         (folder / name).write_text(text)
@@ -52,7 +48,7 @@ def call_ops(folder: Path, flags, *ops: str, kernels: Path = CUDA):
 
 
 def copy_with(folder: Path, source: str, right: str, wrong: str) -> Path:
-    """Copies of row_sqnorm.cu and the headers, one of them with a fault."""
+    """Copies row_sqnorm.cu and the headers, and plants a fault in one of them."""
     kernels = folder / "kernels"
     kernels.mkdir()
     for path in (*CUDA.glob("*.cuh"), *CUDA.glob("*.h"), CUDA / "row_sqnorm.cu"):
@@ -82,7 +78,7 @@ def test_no_report(flags, tmp_path):
             THREAD, "reduce.cuh", "    if (bit >= 32) {\n      __syncthreads();",
             "    if (bit >= 32) {", "ThreadSanitizer: data race",
         ),
-        # A mistake once made: a thread that went on adding to a sum that another warp was reading.
+        # A fault of an earlier version: a thread added to a sum that another warp was reading.
         (THREAD, "reduce.cuh", "if ((t & mask) < bit)", "if (!(t & bit))",
          "ThreadSanitizer: data race"),
     ),

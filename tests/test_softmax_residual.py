@@ -79,7 +79,7 @@ def test_opcheck(impl: str) -> None:
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_what_is_not_finite(impl: str) -> None:
-    """As torch: −inf has no share, +inf and NaN make their row NaN and no other."""
+    """As in torch: −inf has probability 0; +inf and NaN make their own row NaN."""
     z = torch.tensor([[0.0, -torch.inf, 1], [torch.inf, 0, 0], [torch.nan, 0, 0], [1, 2, 3]])
     z, target = z.to(DEVICE), torch.tensor([1, 1, 1, 1], device=DEVICE)
     want = z.softmax(1) - torch.nn.functional.one_hot(target, 3)

@@ -1,4 +1,4 @@
-"""Private names of torch stand in one file, and this torch has them all."""
+"""Private names of torch are in one file, and this torch has all of them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_a_name_that_torch_lacks_is_listed_and_raises_at_use(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(torch_private, "NAMES", [])
-    lacking = torch_private._private("torch._C._no_such", why="to test", without="nothing")
+    lacking = torch_private._private("torch._C._no_such", "to test", "nothing")
     assert [name.path for name in torch_private.missing()] == ["torch._C._no_such"]
     with pytest.raises(RuntimeError, match="has no torch._C._no_such, which fastjac needs to test"):
         lacking()

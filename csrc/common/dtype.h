@@ -1,4 +1,4 @@
-// Element types of the kernels. The 16-bit ones are storage only: they are computed in float.
+// The element types of the kernels. The 16-bit types are only stored; computations are in float.
 #pragma once
 
 #include <cstdint>

@@ -1,7 +1,7 @@
-"""Fits the float polynomials of ``functions.h``: run it for the constants and their errors.
+"""Fits the float polynomials of ``functions.h`` and prints their constants and errors.
 
-Each is a minimax fit in the relative error of the whole function (Lawson's iteratively reweighted
-least squares, in double), the coefficients then rounded to float. Needs numpy and scipy only.
+Each fit minimises the maximal relative error of the whole function (Lawson's iteratively reweighted
+least squares, in double); the coefficients are then rounded to float. Needs only numpy and scipy.
 """
 
 import numpy as np

@@ -1,8 +1,8 @@
-// The functions that the activation table uses, for every compiler that includes the generated
-// header: nvcc takes CUDA's own; on the CPU double takes libm's, and float takes the branch-free
-// forms below, which GCC and Clang vectorise (a libm call would stay scalar). The constants come
-// from fit_polynomials.py; the error of each function against libm in double is printed by
-// tests/test_functions.py and held below the bound named here.
+// The functions that the activation table uses. nvcc uses those of CUDA. On the CPU, double uses
+// libm, and float uses the functions without branches below, which GCC and Clang vectorise (they do
+// not vectorise calls of libm). fit_polynomials.py computes the constants. tests/test_functions.py
+// checks that the error of each function, compared with libm in double, is below the bound that is
+// given here.
 #pragma once
 
 #include <cmath>
@@ -17,7 +17,7 @@
 
 namespace fastjac::math {
 
-// Both sides are evaluated: a select, never a branch, so that loops vectorise.
+// Both sides are evaluated, so there is no branch and loops are vectorised.
 template <class T>
 FASTJAC_HD T where(bool condition, T yes, T no) {
   return condition ? yes : no;
@@ -29,15 +29,15 @@ FASTJAC_HD double expm1(double x) { return ::expm1(x); }
 FASTJAC_HD double log1p(double x) { return ::log1p(x); }
 #ifdef __CUDA_ARCH__
 
-// CUDA's own double sin and cos call a function for large arguments, and what lives across the call
-// spilled 8 bytes on sm_80. Here x - k π/2 with π/2 in three parts (exact to |k| = 2^20), then
-// Taylor to degree 17.
+// sin and cos of CUDA in double call a function for large arguments, which spilled 8 bytes of
+// registers on sm_80. This computes x - k π/2 with π/2 in three parts (exact to |k| = 2^20), and
+// then the Taylor polynomial of degree 17.
 FASTJAC_HD double sin_cos(double x, int quadrant) {
   const double k = ::rint(x * 0.6366197723675814);
   double r = ::fma(k, -1.5707963267341256, x);
   r = ::fma(k, -6.077100506303966e-11, r);
   r = ::fma(k, -2.0222662487959506e-21, r);
-  r = ::fmin(::fmax(r, -0.8), 0.8) + (r - r);  // far out: bounded; NaN stays NaN
+  r = ::fmin(::fmax(r, -0.8), 0.8) + (r - r);  // bounded for huge x; NaN stays NaN
   const int n = static_cast<int>(static_cast<int64_t>(k)) + quadrant;
   const double q = r * r;
   double s = ::fma(q, 1.0 / 355687428096000.0, -1.0 / 1307674368000.0);
@@ -86,7 +86,7 @@ FASTJAC_HD float normcdf(float z, float) { return ::normcdff(z); }
 
 #else
 
-// Fused where the target has it; a libm call for the baseline build would cost more than it saves.
+// Fused if the instruction set has it. In the baseline build, a call of libm would be slower.
 FASTJAC_HD float fma(float a, float b, float c) {
 #if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
   return __builtin_fmaf(a, b, c);
@@ -107,7 +107,7 @@ FASTJAC_HD int32_t to_bits(float x) {
   return bits;
 }
 
-// Unsigned: a NaN's bits would overflow an int.
+// Unsigned, because the bits of a NaN would overflow an int.
 FASTJAC_HD int32_t to_exponent(int32_t n) {
   return static_cast<int32_t>(static_cast<uint32_t>(n) << 23);
 }
@@ -116,8 +116,8 @@ FASTJAC_HD float power_of_two(int32_t n) { return from_bits(to_exponent(n + 127)
 
 FASTJAC_HD float abs(float x) { return from_bits(to_bits(x) & 0x7fffffff); }
 
-// x = n ln2 + r with |r| <= ln2/2, for |x| < 2^21; returns exp(r) - 1 - r. Adding 1.5 * 2^23 rounds
-// to the nearest integer and leaves it in the low bits.
+// Computes x = n ln2 + r with |r| <= ln2/2, for |x| < 2^21, and returns exp(r) - 1 - r. Adding
+// 1.5 * 2^23 rounds to the nearest integer, which is then in the low bits.
 FASTJAC_HD float reduce_exp(float x, float* r, int32_t* n) {
   constexpr float magic = 12582912.0f;
   const float shifted = fma(x, 1.44269504088896341f, magic);
@@ -132,7 +132,7 @@ FASTJAC_HD float reduce_exp(float x, float* r, int32_t* n) {
   return (*r * *r) * q;
 }
 
-// 1.1 ulp, subnormal results included. The clamp keeps 2^n within two representable factors.
+// Error 1.1 ulp, also for subnormal results. The clamp makes 2^n a product of two finite factors.
 FASTJAC_HD float exp(float x) {
   const float clamped = where(x < -104.0f, -104.0f, where(x > 89.0f, 89.0f, x));
   float r;
@@ -142,9 +142,9 @@ FASTJAC_HD float exp(float x) {
   return (1.0f + (r + tail)) * power_of_two(half) * power_of_two(n - half);
 }
 
-// exp(x) for x <= 0, 1.2 ulp, subnormal results included: 14 instructions where exp takes 24, since
-// one bias of 2^64 keeps the scale factor normal for all of [-104, 0]. The bias rides in the
-// rounding constant, so shifting its bits makes the exponent field.
+// exp(x) for x <= 0, error 1.2 ulp, also for subnormal results. It takes 14 instructions instead of
+// the 24 of exp, because a bias of 2^64 keeps the scale factor normal in [-104, 0]. The bias is
+// part of the rounding constant, so the shifted bits are the exponent field.
 FASTJAC_HD float exp_neg(float x) {
   constexpr float magic = 12582912.0f + 191.0f;  // 191 = 127 + 64
   const float clamped = where(x < -104.0f, -104.0f, x);
@@ -161,7 +161,8 @@ FASTJAC_HD float exp_neg(float x) {
   return p * from_bits(to_exponent(to_bits(shifted))) * 0x1p-64f;
 }
 
-// 1.5 ulp. Scaled by 2^(n-1) and doubled, so that x just below ln(FLT_MAX) does not overflow early.
+// Error 1.5 ulp. The scale is 2^(n-1) and the result is doubled, so that nothing overflows for x
+// just below ln(FLT_MAX).
 FASTJAC_HD float expm1(float x) {
   const float clamped = where(x < -30.0f, -30.0f, where(x > 89.0f, 89.0f, x));
   float r;
@@ -171,7 +172,7 @@ FASTJAC_HD float expm1(float x) {
   return 2.0f * fma(r + tail, half_scale, half_scale - 0.5f);
 }
 
-// 2 ulp for 0 <= x <= 1: 2 atanh(s) with s = x / (2 + x), so no logarithm and nothing cancels.
+// Error 2 ulp for 0 <= x <= 1. Computed as 2 atanh(s) with s = x / (2 + x), without cancellation.
 FASTJAC_HD float log1p(float x) {
   const float s = x / (2.0f + x);
   const float square = s * s;
@@ -183,9 +184,9 @@ FASTJAC_HD float log1p(float x) {
   return fma(p * square, s, 2.0f * s);
 }
 
-// Polynomials of sin and cos on [-π/4, π/4] after a reduction in double: absolute error below 1e-7
-// while |x| < 1e8. Far beyond that neighbouring floats are periods apart; the clamp keeps the
-// result within [-1, 1] there.
+// Polynomials of sin and cos on [-π/4, π/4] after a reduction in double. The absolute error is
+// below 1e-7 for |x| < 1e8. For much larger x, adjacent floats differ by whole periods; the clamp
+// keeps the result in [-1, 1].
 FASTJAC_HD float sin_cos(float x, int32_t quadrant) {
   constexpr double magic = 6755399441055744.0;  // 1.5 * 2^52
   const double wide = x;
@@ -213,7 +214,7 @@ FASTJAC_HD float sin_cos(float x, int32_t quadrant) {
 FASTJAC_HD float sin(float x) { return sin_cos(x, 0); }
 FASTJAC_HD float cos(float x) { return sin_cos(x, 1); }
 
-// tanh(z) given e = exp(-2|z|), 1.6 ulp: 1 - 2e/(1+e) has nothing left to cancel above 0.6.
+// tanh(z) given e = exp(-2|z|), error 1.6 ulp. 1 - 2e/(1+e) does not cancel for |z| > 0.6.
 FASTJAC_HD float tanh(float z, float e) {
   const float square = z * z;
   float p = -0.005895158275961876f;
@@ -221,15 +222,15 @@ FASTJAC_HD float tanh(float z, float e) {
   p = fma(p, square, -0.053783830255270004f);
   p = fma(p, square, 0.13331924378871918f);
   p = fma(p, square, -0.33333298563957214f);
-  const float i = 1.0f / (1.0f + e);  // the table's own quotient: one division for both
+  const float i = 1.0f / (1.0f + e);  // also in the table, so there is only one division
   const float large = fma(-2.0f * e, i, 1.0f);
   const float signed_large = from_bits(to_bits(large) | (to_bits(z) & INT32_MIN));
   return where(square < 0.36f, fma(p * square, z, z), signed_large);
 }
 
-// Φ(z) given e = exp(-z²/2): the tail is e times Mills' ratio ½ - s p(s) with s = 0.3|z|/(1 +
-// 0.3|z|). Relative error 3 eps for |z| < 1, 3e-6 at |z| = 13 (torch's 1 + erf has no digit left
-// there).
+// Φ(z) given e = exp(-z²/2). The tail is e times Mills' ratio ½ - s p(s) with s = 0.3|z|/(1 +
+// 0.3|z|). The relative error is 3 eps for |z| < 1 and 3e-6 at |z| = 13, where the 1 + erf of torch
+// has no correct digit.
 FASTJAC_HD float normcdf(float z, float e) {
   const float a = abs(z) * 0.3f;
   const float s = a / (1.0f + a);

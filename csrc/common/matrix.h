@@ -1,17 +1,17 @@
-// The statistics ops see their tensor as a matrix: its memory, row after row, with one weight per
-// row and one per column. Then two sums, along a row or down a column, serve every layout.
+// The statistics ops treat the memory of a tensor as a matrix with a weight for each row and one
+// for each column. Sums of rows and sums of columns are then sufficient for every layout.
 #pragma once
 
 #include <cstdint>
 
 namespace fastjac {
 
-// What a pass sums, beside what it writes.
+// What a pass sums, in addition to the result that it writes.
 enum class Sum : int32_t {
   none,
   squares_of_columns,  // out[k] = Σ_r u_r φ'(z_rk)²
   squares_of_rows,     // out[r] = Σ_k v_k φ'(z_rk)²
-  results_of_columns,  // out[k] = Σ_r of what is written (a gradient: that of the bias)
+  results_of_columns,  // out[k] = Σ_r of the result (the gradient of a bias)
   results_of_rows,
 };
 
@@ -19,9 +19,9 @@ inline bool of_columns(Sum sum) {
   return sum == Sum::squares_of_columns || sum == Sum::results_of_columns;
 }
 
-// A tensor [N, C, P] (P positions a sample and channel) in the order of its memory:
-//   channel_inner  n, p, c: rows are positions, N·P of them, columns are channels
-//   otherwise      n, c, p: rows are (sample, channel), columns are positions
+// A tensor [N, C, P] (P positions for each sample and channel) in the order of its memory:
+//   channel_inner  n, p, c: the N·P rows are positions, the columns are channels
+//   otherwise      n, c, p: the rows are pairs (sample, channel), the columns are positions
 struct Layout {
   int64_t n, c, p;
   bool channel_inner;

@@ -1,4 +1,4 @@
-// The parameters of an activation, as kernels take them: by value, in the order of its row.
+// The parameters of an activation, passed to kernels by value, in the order of the table's row.
 #pragma once
 
 #include "functions.h"
@@ -8,7 +8,7 @@ namespace fastjac {
 
 template <class T>
 struct Params {
-  T at[max_params];  // zeros after those that the activation has
+  T at[max_params];  // padded with zeros
 
   template <class U>
   FASTJAC_HD Params<U> to() const {

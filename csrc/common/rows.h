@@ -1,4 +1,4 @@
-// What the host side of `row_sqnorm` does alike on every device.
+// Host code of `row_sqnorm` that is the same for every device.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -11,11 +11,11 @@
 
 namespace fastjac {
 
-// Elements of one row: all of them but dimension 0.
+// The number of elements of a row.
 inline int64_t row_length(const Tensor& w) { return w.size(0) > 0 ? w.numel() / w.size(0) : 0; }
 
-// Whether each row is one block of memory and they follow each other: contiguous, channels_last and
-// the like. Within a row the order does not matter.
+// Whether each row is one block of memory and the rows are adjacent, as in contiguous and
+// channels_last tensors. The order within a row does not matter.
 inline bool rows_in_memory(const Tensor& w) {
   int64_t expected = 1;
   for (bool found = true; found && expected < row_length(w);) {
@@ -40,7 +40,7 @@ inline int64_t total_rows(const std::vector<Tensor>& weights) {
     STD_TORCH_CHECK(
         w.scalar_type() == weights[0].scalar_type() && w.device() == weights[0].device(),
         "fastjac: all weights must have one dtype and one device");
-    // Rows without elements take no memory: there may be any number of them.
+    // Rows without elements take no memory, so there may be any number of them.
     STD_TORCH_CHECK(w.size(0) <= std::numeric_limits<int64_t>::max() - rows,
                     "fastjac: the weights have too many rows");
     rows += w.size(0);
@@ -48,7 +48,7 @@ inline int64_t total_rows(const std::vector<Tensor>& weights) {
   return rows;
 }
 
-// A gradient is written in place, so it must lie in memory as its weight does: nothing is copied.
+// A gradient is written in place, so it must have the memory layout of its weight.
 inline void check_rows_backward(const std::vector<Tensor>& grads,
                                 const std::vector<Tensor>& weights, const Tensor& c, int64_t rows) {
   STD_TORCH_CHECK(grads.size() == weights.size(), "fastjac: one gradient per weight is needed");

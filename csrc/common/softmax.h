@@ -1,4 +1,4 @@
-// What the host side of `softmax_residual` does alike on every device.
+// Host code of `softmax_residual` that is the same for every device.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>

@@ -1,5 +1,5 @@
-// What the host side of `act_stats` does alike on every device: the layout of the operands, and
-// which sum of the matrix gives which statistic.
+// Host code of `act_stats` that is the same for every device: the layout of the operands, and the
+// sum of the matrix that gives a statistic.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -12,7 +12,8 @@
 
 namespace fastjac {
 
-// What a pass returns beside its elementwise result; the numbers stand in fastjac/ops/act_stats.py.
+// What a pass returns in addition to its elementwise result. fastjac/ops/act_stats.py has the same
+// numbers.
 enum class Statistic : int64_t {
   none = 0,
   channel = 1,  // Σ_{n,p} w_n φ'², [C]
@@ -20,12 +21,12 @@ enum class Statistic : int64_t {
   bias = 3,     // backward only: Σ_{n,p} of the result, [C]
 };
 
-// The scale is that of the penalty; a gradient of the bias is summed as it is.
+// The factor of a sum. The scale of the penalty does not apply to the gradient of the bias.
 inline double scale_of(Statistic statistic, double scale) {
   return statistic == Statistic::bias ? 1.0 : scale;
 }
 
-// How `t` (dense) lies in memory, its channels in dimension `dim`: none if in another order.
+// The layout of a dense tensor with channels in dimension `dim`, or none if the order is different.
 inline std::optional<Layout> layout_of(const Tensor& t, int64_t dim) {
   const int64_t n = t.size(0), c = t.size(dim);
   const int64_t per_sample = n > 0 ? t.numel() / n : 0;
@@ -37,7 +38,7 @@ inline std::optional<Layout> layout_of(const Tensor& t, int64_t dim) {
   return std::nullopt;
 }
 
-// The operands of one pass in one layout. `z` is copied only if its memory order has no layout.
+// The operands of a pass in the same layout. `z` is copied only if its memory order has no layout.
 struct StatsOperands {
   Tensor z, out;
   std::optional<Tensor> g, w_sample, w_channel;
@@ -53,7 +54,7 @@ struct StatsOperands {
     if (!found) {
       out = torch::stable::new_empty(z_in, z_in.sizes());
       found = layout_of(out, dim);
-      // dim in the middle: [N, A, C, B] of contiguous memory is neither layout.
+      // A contiguous [N, A, C, B] has neither layout.
       STD_TORCH_CHECK(found, "fastjac: dim must be 1 or the last dimension");
     }
     layout = *found;
@@ -70,8 +71,8 @@ struct StatsOperands {
     return t ? t->const_data_ptr() : nullptr;
   }
 
-  // Which sum over the matrix leads to the statistic. Where the channels lie outside, a row is one
-  // (sample, channel), and both statistics are sums over rows of rows.
+  // The sum of the matrix that the statistic is computed from. If the channels are not the columns,
+  // a row is a pair (sample, channel), and both statistics are computed from sums of rows.
   Sum sum(Statistic statistic) const {
     switch (statistic) {
       case Statistic::none: return Sum::none;

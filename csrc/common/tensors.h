@@ -1,4 +1,4 @@
-// What every op does to its operands before it touches their memory.
+// Checks and copies of operands that every op makes before it reads their memory.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -27,7 +27,7 @@ inline DType dtype_of(const Tensor& t) {
   }
 }
 
-// The parameters of a call: as many as the activation has.
+// The parameters of a call; raises unless there are as many as the activation has.
 inline Params<double> checked_params(int64_t fn, const std::vector<double>& given) {
   STD_TORCH_CHECK(fn >= 0 && fn < int64_t(std::size(param_counts)),
                   "fastjac: no activation with id ", fn, " in the compiled table");
@@ -46,7 +46,7 @@ inline bool same_sizes(const Tensor& a, const Tensor& b) {
   return true;
 }
 
-// In every dimension longer than 1.
+// Compares only the strides of dimensions longer than 1.
 inline bool same_strides(const Tensor& a, const Tensor& b) {
   for (int64_t d = 0; d < a.dim(); ++d) {
     if (a.size(d) > 1 && a.stride(d) != b.stride(d)) return false;
@@ -54,7 +54,7 @@ inline bool same_strides(const Tensor& a, const Tensor& b) {
   return true;
 }
 
-// The compute type: what sums and weights of 16-bit tensors are kept in.
+// The compute type, which is also that of sums and weights.
 inline torch::headeronly::ScalarType statistic_type(const Tensor& t) {
   using torch::headeronly::ScalarType;
   return t.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
@@ -66,8 +66,8 @@ inline void check_operand(const Tensor& t, const Tensor& z, const char* name) {
   STD_TORCH_CHECK(t.device() == z.device(), "fastjac: ", name, " must be on z's device");
 }
 
-// `t` with the strides of `like` (a dense tensor of t's shape): then one flat loop serves every
-// memory format. Copies only where the strides differ in a dimension longer than 1.
+// `t` with the strides of `like` (a dense tensor of the same shape), so that one flat loop works
+// for every memory format. Copies only if the strides differ in a dimension longer than 1.
 inline Tensor with_strides_of(const Tensor& t, const Tensor& like) {
   if (same_strides(like, t)) return t;
   Tensor copy = torch::stable::empty_like(like);

@@ -1,4 +1,4 @@
-// `act` and `act_backward` for CPU tensors (schemas and meaning: fastjac/ops/act.py).
+// `act` and `act_backward` for CPU tensors; see fastjac/ops/act.py.
 #include <torch/csrc/stable/library.h>
 
 #include <tuple>
@@ -11,7 +11,7 @@
 namespace fastjac {
 namespace {
 
-// Fewest elements a thread is woken for.
+// The smallest number of elements that is given to a thread.
 constexpr int64_t grain = 16384;
 
 void run(const ActCall& call, ActKernel kernel, int64_t numel) {

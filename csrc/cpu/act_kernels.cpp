@@ -1,5 +1,5 @@
-// Compiled once per instruction set with FASTJAC_ISA naming it (setup.py); includes no torch
-// header, so nothing built with wider instructions is shared with the rest of the library.
+// Compiled once for each instruction set, whose name is FASTJAC_ISA (see setup.py). No torch header
+// is included, so nothing that is compiled with wider instructions is shared with other files.
 #include "act_kernels.h"
 
 #include "activations.h"
@@ -8,13 +8,13 @@
 namespace fastjac::FASTJAC_ISA {
 namespace {
 
-// 16-bit elements are widened in runs of this many: five float buffers of it fit the L1 cache.
+// The number of 16-bit elements that are widened at once: five such buffers fit into the L1 cache.
 constexpr int64_t run = 1024;
 
 template <class A, int K, class T>
 void forward_loop(const T* __restrict z, const T* __restrict g, const T*, T* __restrict out, T*,
                   int64_t n, Params<T> params) {
-  if (K >= A::zero_from) {  // with and without g, which is not read
+  if (K >= A::zero_from) {  // g is not read
     for (int64_t i = 0; i < n; ++i) out[i] = T(0);
   } else if (g == nullptr) {
     for (int64_t i = 0; i < n; ++i) out[i] = A::template d<K>(z[i], params);
@@ -36,7 +36,7 @@ template <class T>
 using Loop = void (*)(const T* z, const T* g, const T* v, T* out, T* out_g, int64_t n,
                       Params<T> params);
 
-// The loop of (activation, order) for a compute type; null if there is no such order.
+// The loop for an activation and an order in a compute type; null if there is no such order.
 template <class T>
 Loop<T> find_forward(int64_t fn, int64_t order) {
   Loop<T> loop = nullptr;

@@ -1,4 +1,4 @@
-// The elementwise loops of `act` and `act_backward`, one copy per instruction set.
+// The elementwise loops of `act` and `act_backward`, one copy for each instruction set.
 #pragma once
 
 #include <cstdint>
@@ -8,7 +8,7 @@
 
 namespace fastjac {
 
-// One call's operands; pointers are to elements of `dtype`, all tensors with the same strides.
+// The operands of a call. The pointers are to elements of `dtype`; all strides are the same.
 struct ActCall {
   int64_t fn;  // row of the activation table
   int64_t order;

@@ -1,4 +1,4 @@
-// `act_stats` and `act_stats_backward` for CPU tensors (schemas, meaning: fastjac/ops/act_stats.py)
+// `act_stats` and `act_stats_backward` for CPU tensors; see fastjac/ops/act_stats.py.
 #include "act_stats_kernels.h"
 
 #include <torch/csrc/stable/library.h>

@@ -1,5 +1,5 @@
-// Compiled once per instruction set with FASTJAC_ISA naming it (setup.py); includes no torch
-// header, so nothing built with wider instructions is shared with the rest of the library.
+// Compiled once for each instruction set, whose name is FASTJAC_ISA (see setup.py). No torch header
+// is included, so nothing that is compiled with wider instructions is shared with other files.
 #include "act_stats_kernels.h"
 
 #include <type_traits>
@@ -10,10 +10,10 @@
 namespace fastjac::FASTJAC_ISA {
 namespace {
 
-// Terms that are summed one after the other in the compute type before the sum moves on in double.
-// Equal terms (the slopes of leaky ReLU) round the same way each time: 64 of them cost 3 eps.
+// The number of consecutive additions in the compute type; their sums are added in double. Equal
+// terms (the slopes of leaky ReLU) are all rounded in the same direction: 64 of them cost 3 eps.
 constexpr int64_t run_rows = 16;
-constexpr int64_t lanes = 16;  // of a row's sum: one 512-bit register of floats
+constexpr int64_t lanes = 16;  // of the sum of a row: one 512-bit register of floats
 
 template <class A, class T>
 void forward_loop(const T* __restrict z, const T*, const T*, T* __restrict out,
@@ -54,7 +54,7 @@ Loop<T> find_loop(const StatsCall& call) {
   return loop;
 }
 
-// One task: a block of rows in a tile of columns, in chunks that fit the first-level cache.
+// Runs tasks. A task is a block of rows in a tile of columns, in chunks that fit into the L1 cache.
 template <class S, class T>
 class Pass {
  public:
@@ -71,7 +71,7 @@ class Pass {
     const int64_t last = least(first + tasks_.block_rows, rows_);
     column_ = tile * Tasks::tile;
     width_ = least(columns_ - column_, Tasks::tile);
-    // Several short rows make one chunk, where they lie side by side in memory.
+    // Short rows that are adjacent in memory make one chunk.
     const int64_t chunk =
         width_ == columns_ && width_ < Tasks::tile / 4 ? least(run_rows, Tasks::tile / width_) : 1;
     const bool columns = of_columns(call_.sum);
@@ -114,7 +114,7 @@ class Pass {
     for (int64_t k = 0; k < width_; ++k) out[k] = 0;
   }
 
-  // Writes the results of n rows and returns what is to be summed.
+  // Writes the results of n rows and returns the terms of the sum.
   const T* compute(int64_t row, int64_t n) {
     const int64_t at = row * columns_ + column_, size = n * width_;
     const S* z = static_cast<const S*>(call_.z) + at;
@@ -149,7 +149,7 @@ class Pass {
     return squares ? squares_ : written;
   }
 
-  // The channels of a row: one, or those of its columns.
+  // The values for the channels of a row: one value, or one for each column.
   const T* channels(const void* of_channels, int64_t row) const {
     const Layout& at = call_.layout;
     return static_cast<const T*>(of_channels) + (at.channel_inner ? column_ : row % at.c);
@@ -193,7 +193,7 @@ class Pass {
     return call_.w_channel == nullptr ? w : w * static_cast<const T*>(call_.w_channel)[row % at.c];
   }
 
-  // Null: all 1.
+  // Null means that all are 1.
   const T* column_weights() const {
     if (!call_.layout.channel_inner || call_.w_channel == nullptr) return nullptr;
     return static_cast<const T*>(call_.w_channel) + column_;

@@ -1,4 +1,5 @@
-// The pass of `act_stats` and `act_stats_backward` over a matrix, one copy per instruction set.
+// The pass of `act_stats` and `act_stats_backward` over a matrix, one copy for each instruction
+// set.
 #pragma once
 
 #include <cstdint>
@@ -9,7 +10,7 @@
 
 namespace fastjac {
 
-// Operands of one call. Elements of z, g and out have `dtype`; weights have the compute type.
+// The operands of a call. Elements of z, g and out have `dtype`; weights have the compute type.
 struct StatsCall {
   int64_t fn;  // row of the activation table
   Params<double> params;
@@ -24,19 +25,20 @@ struct StatsCall {
   Layout layout;
   Sum sum;
   double* partial;  // sums of columns: [row blocks, columns]; of rows: [column tiles, rows]
-  // Backward of an activation after a batch norm: where `slope` is given, the activation's input is
-  // y = slope_c z + shift_c, and Σ out (z − mean_c) is summed beside Σ out.
+  // The backward of an activation after a batch norm: if `slope` is given, the input of the
+  // activation is y = slope_c z + shift_c, and Σ out (z − mean_c) is computed in addition to Σ out.
   const void* slope = nullptr;
   const void* shift = nullptr;
   const void* mean = nullptr;
-  double* partial_products = nullptr;  // like partial
+  double* partial_products = nullptr;  // of the shape of partial
 };
 
-// The matrix is cut into tasks by its shape alone, so the sums are the same bits for any number of
-// threads: blocks of rows, and tiles of columns that fit the buffers of the kernel.
+// The matrix is divided into tasks: blocks of rows, and tiles of columns that fit into the buffers
+// of the kernel. The division depends only on the shape, so the sums have the same bits for any
+// number of threads.
 struct Tasks {
   static constexpr int64_t tile = 1024;    // columns
-  static constexpr int64_t grain = 16384;  // fewest elements worth a task
+  static constexpr int64_t grain = 16384;  // the smallest number of elements of a task
   static constexpr int64_t most_blocks = 64;
 
   int64_t block_rows, blocks, tiles;

@@ -1,4 +1,4 @@
-// `batch_norm_act_backward` for CPU tensors (schema, meaning: fastjac/layerwise/batch_norm.py)
+// `batch_norm_act_backward` for CPU tensors; see fastjac/layerwise/batch_norm.py.
 #include "batch_norm_kernels.h"
 
 #include <torch/csrc/stable/library.h>
@@ -12,7 +12,7 @@
 namespace fastjac {
 namespace {
 
-// What the two passes need of each channel.
+// The values that the two passes need for each channel.
 template <class T>
 struct Channels {
   std::vector<T> slope, shift, weight, a, b, c;
@@ -25,7 +25,7 @@ const T* data(const Tensor& t) {
   return static_cast<const T*>(t.const_data_ptr());
 }
 
-// The layout, z and g of the call in its memory order, and the vectors per channel, contiguous.
+// The layout, z and g in the same memory order, and contiguous vectors over the channels.
 struct Operands {
   StatsOperands stats;
   Tensor mean, invstd, s, q;
@@ -87,7 +87,7 @@ void run(const Operands& in, double scale, int64_t fn, const Params<double>& par
   const double count = double(layout.n) * layout.p;
   for (int64_t c = 0; c < channels; ++c) {
     const double i = invstd[c], a = i * (gamma == nullptr ? 1.0 : double(gamma[c]));
-    // Through σ: of the norm itself, and of the penalty, s / σ².
+    // The gradient through σ, of the norm and of the penalty, which is s / σ².
     const double b = -i * i / count * (a * product_sums[c] + 2.0 * q[c] * s[c] * i * i);
     of.a[c] = T(a);
     of.b[c] = T(b);

@@ -1,4 +1,4 @@
-// Compiled once per instruction set with FASTJAC_ISA naming it (setup.py).
+// Compiled once for each instruction set, whose name is FASTJAC_ISA (see setup.py).
 #include "batch_norm_kernels.h"
 
 #include <type_traits>

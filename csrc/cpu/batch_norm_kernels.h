@@ -1,4 +1,4 @@
-// The last pass of a batch norm's backward, one copy per instruction set.
+// The last pass of the backward of a batch norm, one copy for each instruction set.
 #pragma once
 
 #include <cstdint>
@@ -7,7 +7,7 @@
 
 namespace fastjac {
 
-// out = a_c out + b_c z + c_c, in place: out holds ∂y. The coefficients have the compute type.
+// out = a_c out + b_c z + c_c, in place; out contains ∂y. The coefficients have the compute type.
 struct AffineCall {
   DType dtype;
   const void* z;

@@ -7,7 +7,7 @@
 
 #include "tensors.h"
 
-// The BLAS of torch's library. Weak: not every build of torch lets others see it.
+// The BLAS in the library of torch. The symbols are weak, because not every build exports them.
 extern "C" {
 __attribute__((weak)) void sgemm_(const char*, const char*, const int*, const int*, const int*,
                                   const float*, const float*, const int*, const float*, const int*,
@@ -20,12 +20,12 @@ __attribute__((weak)) void dgemm_(const char*, const char*, const int*, const in
 namespace fastjac {
 namespace {
 
-// Multiplications up to which a product goes straight to BLAS: mm_out's checks and the tensors it
-// wants take a third of 100x64x64 (10 of 28 µs for three). Above it is torch's call, which
-// follows torch.set_float32_matmul_precision.
+// The largest number of multiplications for which BLAS is called directly: for 100x64x64, the
+// checks of mm_out and the tensors that it needs take a third of the time (10 of 28 µs for three
+// products). For more, torch is called, which respects torch.set_float32_matmul_precision.
 constexpr int64_t direct = 1 << 20;
 
-// Column-major BLAS sees the transposes: outᵀ = bᵀ aᵀ.
+// BLAS is column-major, so it computes the transposes: outᵀ = bᵀ aᵀ.
 template <class T, class F>
 void blas(F function, const Matrix& a, const Matrix& b, void* out, bool add) {
   const int m = int(b.width()), n = int(a.height()), k = int(a.width());

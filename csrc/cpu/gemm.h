@@ -1,4 +1,4 @@
-// Row-major matrix products on raw memory, by the BLAS in torch.
+// Products of row-major matrices in raw memory, computed by the BLAS of torch.
 #pragma once
 
 #include <cstdint>
@@ -7,7 +7,7 @@
 
 namespace fastjac {
 
-// [rows, columns], contiguous; the transpose of such a matrix if `transposed`.
+// A contiguous matrix [rows, columns], or its transpose if `transposed`.
 struct Matrix {
   const void* data;
   int64_t rows, columns;
@@ -18,7 +18,7 @@ struct Matrix {
   int64_t width() const { return transposed ? rows : columns; }
 };
 
-// out = a b, or out += a b if `add`; float or double. Inside a parallel region: on this thread.
+// out = a b, or out += a b if `add`; float or double. Uses one thread inside a parallel region.
 void gemm(DType dtype, const Matrix& a, const Matrix& b, void* out, bool add);
 
 }  // namespace fastjac

@@ -1,5 +1,5 @@
-// Which of the compiled instruction sets this machine runs. setup.py compiles the kernel files once
-// for each; a table of kernels has the same name in every namespace.
+// The best of the compiled instruction sets that this machine supports. setup.py compiles the
+// kernel files once for each; a table of kernels has the same name in every namespace.
 #pragma once
 
 namespace fastjac {

@@ -1,6 +1,6 @@
-// `mlp_forward` and `mlp_pull` for CPU tensors (schemas, meaning: fastjac/ops/mlp.py). A sweep
-// takes a tile of the batch through all layers on one thread: GEMMs of torch's BLAS, one pass
-// between two.
+// `mlp_forward` and `mlp_pull` for CPU tensors; see fastjac/ops/mlp.py. A thread takes a tile of
+// the batch through all layers: GEMMs, computed by the BLAS of torch, with one elementwise pass
+// between two of them.
 #include <cstring>
 
 #include "mlp_net.h"
@@ -14,7 +14,7 @@ RowsKernel norms_kernel() {
   return best;
 }
 
-// Stacks [2 N, C] whose second part is z, one of each hidden layer; then the output.
+// Returns a stack [2 N, C], whose second part is z, for each hidden layer, and then the output.
 Tensors mlp_forward(const Tensor& x, const Tensors& weights, const Tensors& biases, int64_t tile,
                     const Tensor& plan) {
   const Net net(x, weights, plan, rows_of(x, "x"), tile);
@@ -57,8 +57,8 @@ Tensors mlp_forward(const Tensor& x, const Tensors& weights, const Tensors& bias
   return found;
 }
 
-// For w [K N, m]: stacks [(K + 1) N, C] whose first K parts are δ, one of each layer; then v and
-// the squared norms of its rows.
+// Returns a stack [(K + 1) N, C], whose first K parts are δ, for each layer, and then v and the
+// squared norms of its rows. w is [K N, m].
 Tensors mlp_pull(const Tensor& w, const Tensors& weights, const Tensors& stacks, int64_t n,
                  int64_t tile, const Tensor& plan) {
   const Net net(w, weights, plan, n, tile);

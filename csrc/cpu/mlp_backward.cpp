@@ -1,4 +1,4 @@
-// `mlp_push` and `mlp_down` for CPU tensors (schemas, meaning: fastjac/ops/mlp.py).
+// `mlp_push` and `mlp_down` for CPU tensors; see fastjac/ops/mlp.py.
 #include <cstring>
 
 #include "mlp_net.h"
@@ -11,8 +11,8 @@ void for_elements(MlpKernel kernel, const MlpCall& call) {
                               [&](int64_t begin, int64_t end) { kernel(call, begin, end); });
 }
 
-// One tile of u up, its rows first multiplied by 2 `factor` if that is given: leaves φ' δ and
-// Σ φ'' δ t in the deltas and u in the stacks; J u in `out`.
+// Pushes a tile of u through the layers. If `factor` is given, the rows are first multiplied by
+// 2 `factor`. Writes φ' δ and Σ φ'' δ t to the deltas, u to the stacks, and J u to `out`.
 void push_tile(const Net& net, const Tile& tile, int64_t k, char* u, const char* factor,
                const std::vector<Stack>& stacks, const std::vector<Stack>& deltas, char* out) {
   const int64_t rows = k * tile.rows, d = net.layers[0].d;
@@ -45,7 +45,7 @@ const char* data_of(const std::optional<Tensor>& t) {
   return t ? static_cast<const char*>(t->const_data_ptr()) : nullptr;
 }
 
-// Returns J u [K N, m] if `wanted`, else nothing [0, m].
+// Returns J u [K N, m] if `wanted`, else an empty tensor [0, m].
 Tensor mlp_push(Tensor u, const std::optional<Tensor>& factor, const Tensors& weights,
                 Tensors stacks, Tensors deltas, int64_t n, int64_t tile, bool wanted,
                 const Tensor& plan) {
@@ -73,9 +73,10 @@ void add(void* to, const void* from, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; ++i) sum[i] += term[i];
 }
 
-// Where a sweep writes the gradients: each tile but the first has memory of its own.
+// Where a sweep writes the gradients. The first tile writes to the results, every other tile has
+// its own memory.
 struct Gradients {
-  std::vector<int64_t> offsets;  // of weight 0, bias 0, weight 1, ...; -1: not wanted
+  std::vector<int64_t> offsets;  // of weight 0, bias 0, weight 1, ...; -1 if not wanted
   Tensors* found;
   int64_t item;
   int64_t total = 0;
@@ -86,7 +87,7 @@ struct Gradients {
     return static_cast<char*>((*found)[slot].mutable_data_ptr());
   }
 
-  // In the order of the tiles: the same bits each time.
+  // Adds in the order of the tiles, so two runs give the same bits.
   void sum(DType dtype, int64_t tiles) const {
     const auto add_range = dtype == DType::f64 ? add<double> : add<float>;
     for (size_t slot = 0; slot < offsets.size(); ++slot) {
@@ -100,7 +101,7 @@ struct Gradients {
   }
 };
 
-// Columns [0, c) of the sum over the rows of a matrix.
+// The sum over the rows of a matrix with c columns.
 void sum_rows(const Net& net, const void* matrix, int64_t rows, int64_t c, void* out) {
   const ColumnsCall call{net.dtype, matrix, rows, c, out};
   torch::stable::parallel_for(0, c, 8 * grain / (rows + 1) + 16, [&](int64_t begin, int64_t end) {
@@ -108,8 +109,8 @@ void sum_rows(const Net& net, const void* matrix, int64_t rows, int64_t c, void*
   });
 }
 
-// One tile down through the layers from the last to `from`. With u, the stacks are as push_tile
-// left them.
+// Takes a tile backward through the layers from the last one to `from`. If u is given, push_tile
+// has written the stacks.
 void down_tile(const Net& net, const Tile& tile, int64_t number, size_t from, const char* x,
                const char* u, const std::vector<Stack>& stacks, const std::vector<Stack>& deltas,
                const Gradients& gradients, char* scratch, char* x_grad) {
@@ -135,8 +136,7 @@ void down_tile(const Net& net, const Tile& tile, int64_t number, size_t from, co
       if (x_grad != nullptr) gemm(net.dtype, of_grad, layer.matrix(), x_grad, false);
       break;
     }
-    // First what φ'(z) is needed for; then z is overwritten by a, which the weight's gradient
-    // takes.
+    // This uses φ'(z) and then overwrites z by a, which the gradient of the weight needs.
     char* product = want_weight ? gradients.at(2 * l, number) : nullptr;
     char* into = product != nullptr && layer.c >= tile.rows ? product : scratch;
     gemm(net.dtype, of_grad, layer.matrix(), into, false);
@@ -159,9 +159,9 @@ void down_tile(const Net& net, const Tile& tile, int64_t number, size_t from, co
   }
 }
 
-// The gradients of weight and bias of the last layers, those from `from` on, and of x, where
-// `wanted` (2 numbers a layer, then one for x) says so. g is the gradient of the last layer's
-// output, where it is not there yet. `push`: u goes up first.
+// Returns the gradients of weights and biases of the layers from `from` on, and of x, if they are
+// `wanted` (2 numbers for each layer, then one for x). g is the gradient of the output of the last
+// layer, if the deltas do not contain it yet. If `push`, u is pushed first.
 Tensors mlp_down(const std::optional<Tensor>& g, std::optional<Tensor> u,
                  const std::optional<Tensor>& factor, const Tensor& x, const Tensors& weights,
                  Tensors stacks, Tensors deltas, int64_t n, int64_t tile, int64_t from, bool push,
@@ -183,7 +183,7 @@ Tensors mlp_down(const std::optional<Tensor>& g, std::optional<Tensor> u,
   STD_TORCH_CHECK(k <= 1 || tile >= n, "fastjac: mlp: several cotangents want one tile");
   const int64_t parts = deltas.empty() ? 0 : rows_of(deltas[0], "deltas") / n;
   STD_TORCH_CHECK(parts > 0 && (!u || parts == k + 1), "fastjac: mlp: deltas have other rows");
-  // A backward without a JVP may find stacks for one.
+  // A backward without a JVP may get stacks that were allocated for one.
   const int64_t stack_parts = u || stacks.empty() ? k + 1 : rows_of(stacks[0], "stacks") / n;
   const std::vector<Stack> t = net.stacks(stacks, top, stack_parts, "stacks");
   const std::vector<Stack> s = net.stacks(deltas, layers, parts, "deltas");
@@ -204,7 +204,7 @@ Tensors mlp_down(const std::optional<Tensor>& g, std::optional<Tensor> u,
   if (want_x) found[2 * layers] = empty(x, n, d);
   const Tensor others = empty(x, net.tiles() - 1, gradients.total);
   gradients.others = static_cast<char*>(others.mutable_data_ptr());
-  // φ's cotangents are kept where the weight's gradient will be, if that is big enough.
+  // The cotangents of φ are kept in the memory of the gradient of the weight, if it is big enough.
   bool fits = true;
   for (size_t l = std::max<size_t>(from, 1); l < layers; ++l) {
     fits = fits && gradients.offsets[2 * l] >= 0 && net.layers[l].c >= net.tile;

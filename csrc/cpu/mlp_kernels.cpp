@@ -1,4 +1,4 @@
-// Compiled once per instruction set with FASTJAC_ISA naming it (setup.py).
+// Compiled once for each instruction set, whose name is FASTJAC_ISA (see setup.py).
 #include "mlp_kernels.h"
 
 #include "activations.h"
@@ -6,8 +6,8 @@
 namespace fastjac::FASTJAC_ISA {
 namespace {
 
-constexpr int64_t run = 1024;      // elements that stay in the L1 cache over K cotangents
-constexpr int64_t sum_rows = 16;   // terms summed in the compute type before the sum moves on
+constexpr int64_t run = 1024;      // elements that stay in the L1 cache for all K cotangents
+constexpr int64_t sum_rows = 16;   // consecutive additions in the compute type
 constexpr int64_t sum_tile = 256;  // columns
 
 template <class A, bool First, class T>

@@ -1,4 +1,4 @@
-// The elementwise passes of the four sweeps through an MLP, one copy per instruction set.
+// The elementwise passes of the four sweeps through an MLP, one copy for each instruction set.
 #pragma once
 
 #include <cstdint>
@@ -8,7 +8,7 @@
 
 namespace fastjac {
 
-// One layer's operands; float or double. `size` elements of z, K times as many of delta and t.
+// The operands of a layer; float or double. z has `size` elements, delta and t K times as many.
 struct MlpCall {
   int64_t fn;  // row of the activation table
   Params<double> params;
@@ -17,9 +17,9 @@ struct MlpCall {
   void* z;      // down: overwritten by φ(z)
   void* delta;  // push: overwritten by φ' δ
   void* t;      // push: overwritten by φ' t
-  void* extra;  // push: Σ_k φ'' δ_k t_k; down: φ' g + extra in its place
+  void* extra;  // push: Σ_k φ'' δ_k t_k; down: overwritten by φ' g + extra
   const void* g;
-  bool pushed;  // down: whether extra holds anything
+  bool pushed;  // down: whether extra has been written
 };
 
 using MlpKernel = void (*)(const MlpCall& call, int64_t begin, int64_t end);

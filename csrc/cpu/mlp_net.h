@@ -1,4 +1,4 @@
-// An MLP as the sweeps of mlp.cpp see it: checked once, then raw memory.
+// An MLP for the sweeps of mlp.cpp: all tensors are checked once, then raw memory is used.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -31,7 +31,7 @@ struct Tile {
   int64_t first, rows;
 };
 
-// Memory of a stack [parts N, columns]: of each tile all its parts, one after the other.
+// The memory of a stack [parts N, columns]. The parts of a tile are adjacent.
 struct Stack {
   char* data;
   int64_t parts, columns, item;
@@ -55,7 +55,7 @@ inline void check_matrix(const Tensor& t, const Tensor& like, int64_t rows, int6
   STD_TORCH_CHECK(t.is_contiguous(), "fastjac: mlp: ", name, " must be contiguous");
 }
 
-// Of a matrix: asking for the size of a dimension that is not there would lose torch's message.
+// Raises unless t is a matrix. The error of torch for a missing dimension has no message here.
 inline int64_t rows_of(const Tensor& t, const char* name) {
   STD_TORCH_CHECK(t.dim() == 2, "fastjac: mlp: ", name, " must be a matrix");
   return t.size(0);
@@ -78,14 +78,16 @@ inline const ActKernels& act_kernels() {
   return best;
 }
 
-// Fewest elements a thread is woken for, where tiles leave threads: it is awake, between GEMMs.
+// The smallest number of elements that is given to a thread. It is small, because the threads are
+// awake between two GEMMs.
 constexpr int64_t grain = 2048;
 
 inline Tensor empty(const Tensor& like, int64_t rows, int64_t columns) {
   return torch::stable::new_empty(like, {rows, columns});
 }
 
-// `plan`: float64, a row a layer: the activation's id, whether there is a bias, the parameters.
+// `plan` is float64 and has a row for each layer: the id of the activation, whether there is a
+// bias, and the parameters.
 struct Net {
   static constexpr int64_t plan_columns = 2 + max_params;
 
@@ -115,7 +117,7 @@ struct Net {
     }
   }
 
-  // `parts` N rows for each of the first layers.
+  // The stacks of the first `count` layers, which must have `parts` N rows each.
   std::vector<Stack> stacks(const Tensors& tensors, size_t count, int64_t parts,
                             const char* name) const {
     STD_TORCH_CHECK(tensors.size() >= count && parts > 0, "fastjac: mlp: too few ", name);
@@ -130,7 +132,8 @@ struct Net {
 
   int64_t tiles() const { return (n + tile - 1) / tile; }
 
-  // f(tile, its number), one thread a tile; with one tile, threads are left to what f calls.
+  // Calls f(tile, index of the tile), each tile on one thread. If there is only one tile, the
+  // functions that f calls can use all threads.
   template <class F>
   void for_tiles(F f) const {
     torch::stable::parallel_for(0, tiles(), 1, [&](int64_t begin, int64_t end) {

@@ -1,4 +1,4 @@
-// `row_sqnorm` and `row_sqnorm_backward` for CPU tensors (meaning: fastjac/ops/row_sqnorm.py).
+// `row_sqnorm` and `row_sqnorm_backward` for CPU tensors; see fastjac/ops/row_sqnorm.py.
 #include <torch/csrc/stable/library.h>
 
 #include <vector>
@@ -10,9 +10,9 @@
 namespace fastjac {
 namespace {
 
-constexpr int64_t grain = 32768;  // fewest elements a thread is woken for
+constexpr int64_t grain = 32768;  // the smallest number of elements that is given to a thread
 
-// Calls the kernel for every weight, threads over the rows of all of them together.
+// Calls the kernel for every weight. The threads divide the rows of all weights.
 void for_all_rows(const std::vector<Tensor>& weights, std::vector<RowsCall>& calls) {
   static const RowsKernel kernel = FASTJAC_BEST_ISA(row_sqnorm_kernel);
   int64_t rows = 0, elements = 0;
@@ -20,7 +20,7 @@ void for_all_rows(const std::vector<Tensor>& weights, std::vector<RowsCall>& cal
   if (elements == 0) return;
   const int64_t rows_each = grain * rows / elements + 1;
   torch::stable::parallel_for(0, rows, rows_each, [&](int64_t begin, int64_t end) {
-    int64_t first = 0;  // row of weight i in the sequence of all rows
+    int64_t first = 0;  // the index of the first row of weight i among all rows
     for (size_t i = 0; i < weights.size(); ++i) {
       const int64_t n = weights[i].size(0);
       const int64_t from = begin > first ? begin - first : 0;
@@ -31,7 +31,7 @@ void for_all_rows(const std::vector<Tensor>& weights, std::vector<RowsCall>& cal
   });
 }
 
-// The i-th weight's part of a flat vector over the rows of all weights.
+// The address of the element for `row` in a flat vector over the rows of all weights.
 void* part(void* flat, const Tensor& t, int64_t row) {
   const int64_t size = dtype_of(t) == DType::f64 ? 8 : 4;
   return static_cast<char*>(flat) + row * size;
@@ -40,7 +40,7 @@ void* part(void* flat, const Tensor& t, int64_t row) {
 Tensor row_sqnorm(const std::vector<Tensor>& weights) {
   const int64_t rows = total_rows(weights);
   Tensor out = torch::stable::new_empty(weights[0], {rows}, statistic_type(weights[0]));
-  torch::stable::zero_(out);  // rows of weights that hold no numbers
+  torch::stable::zero_(out);  // for rows without elements
   std::vector<Tensor> dense;
   std::vector<RowsCall> calls;
   int64_t first = 0;

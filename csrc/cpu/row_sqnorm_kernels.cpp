@@ -1,5 +1,5 @@
-// Compiled once per instruction set with FASTJAC_ISA naming it (setup.py); includes no torch
-// header, so nothing built with wider instructions is shared with the rest of the library.
+// Compiled once for each instruction set, whose name is FASTJAC_ISA (see setup.py). No torch header
+// is included, so nothing that is compiled with wider instructions is shared with other files.
 #include "row_sqnorm_kernels.h"
 
 #include <type_traits>
@@ -9,8 +9,8 @@
 namespace fastjac::FASTJAC_ISA {
 namespace {
 
-constexpr int64_t run = 1024;  // elements summed in the compute type, and widened at once
-constexpr int64_t lanes = 64;  // independent sums: four registers hide the latency of the adder
+constexpr int64_t run = 1024;  // elements that are summed in the compute type and widened at once
+constexpr int64_t lanes = 64;  // independent sums; four registers hide the latency of additions
 
 template <class T>
 double squares(const T* __restrict w, int64_t n) {

@@ -1,4 +1,4 @@
-// Squared norms of the rows of a weight, and their gradient; one copy per instruction set.
+// Squared norms of the rows of a weight, and their gradient; one copy for each instruction set.
 #pragma once
 
 #include <cstdint>
@@ -7,14 +7,14 @@
 
 namespace fastjac {
 
-// A weight [rows, columns] in the order of its memory.
+// The operands of a call for one weight [rows, columns], in the order of its memory.
 struct RowsCall {
   DType dtype;
   const void* w;
-  bool norms;  // norms are wanted; else grad += 2 c_r W_r (or =, if not `add`)
+  bool norms;  // whether to compute norms; otherwise grad += 2 c_r W_r (or =, if not `add`)
   void* grad;
   bool add;
-  void* per_row;  // norms to write, or c to read, of the compute type
+  void* per_row;  // the norms (written) or c (read), in the compute type
   int64_t columns;
 };
 

@@ -1,4 +1,4 @@
-// `softmax_residual` and its backward for CPU tensors (meaning: fastjac/ops/softmax_residual.py).
+// `softmax_residual` and its backward for CPU tensors; see fastjac/ops/softmax_residual.py.
 #include "softmax.h"
 
 #include <torch/csrc/stable/library.h>
@@ -11,7 +11,7 @@
 namespace fastjac {
 namespace {
 
-constexpr int64_t grain = 8192;  // fewest elements a thread is woken for
+constexpr int64_t grain = 8192;  // the smallest number of elements that is given to a thread
 
 Tensor run(const Tensor& logits, const std::optional<Tensor>& target,
            const std::optional<Tensor>& v) {

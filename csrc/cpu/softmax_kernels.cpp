@@ -1,4 +1,4 @@
-// Compiled once per instruction set with FASTJAC_ISA naming it (setup.py).
+// Compiled once for each instruction set, whose name is FASTJAC_ISA (see setup.py).
 #include "softmax_kernels.h"
 
 #include <limits>
@@ -45,8 +45,9 @@ double sum(const T* __restrict a, int64_t n) {
   return total;
 }
 
-// A row, `run` elements at a time: the maximum, then Σ e^(z − max) and Σ e^(z − max) v, then the
-// result. The exponentials are taken again for the third pass where the row is longer than a run.
+// Processes a row in three passes, `run` elements at a time: the maximum, then Σ e^(z − max) and
+// Σ e^(z − max) v, then the result. If the row is longer than a run, the third pass computes the
+// exponentials again.
 template <class S, class T>
 void row(const S* z, const S* v, int64_t target, S* out, int64_t columns) {
   alignas(64) T z_wide[run], v_wide[run], e[run], product[run];

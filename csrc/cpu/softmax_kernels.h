@@ -1,4 +1,4 @@
-// The rows of `softmax_residual` and of its backward, one copy per instruction set.
+// The rows of `softmax_residual` and of its backward, one copy for each instruction set.
 #pragma once
 
 #include <cstdint>
@@ -10,13 +10,13 @@ namespace fastjac {
 struct SoftmaxCall {
   DType dtype;
   const void* z;          // logits [rows, columns]
-  const int64_t* target;  // class of each row, for p − y; null: p (v − ⟨p, v⟩)
+  const int64_t* target;  // the class of each row, for p − y; null for p (v − ⟨p, v⟩)
   const void* v;
   void* out;
   int64_t columns;
 };
 
-// Rows [begin, end); false if a class is none of the columns.
+// Computes rows [begin, end); returns false if a class is not one of the columns.
 using SoftmaxKernel = bool (*)(const SoftmaxCall& call, int64_t begin, int64_t end);
 
 namespace baseline {

@@ -1,6 +1,6 @@
-// Loads and stores of 16-bit elements as float, in runs short enough for the L1 cache.
-// Everything is forced inline: the file is compiled once per instruction set, and a shared
-// out-of-line copy could end up with instructions that the machine lacks.
+// Loads and stores of 16-bit elements as float. All functions are forced inline: the file is
+// compiled for each instruction set, and a shared copy of a function could have instructions that
+// the machine does not support.
 #pragma once
 
 #include "dtype.h"
@@ -26,7 +26,7 @@ FASTJAC_HD bfloat16 to_bfloat16(float x) {
 FASTJAC_HD float to_float(float16 x) {
   const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000) << 16;
   const uint32_t magnitude = static_cast<uint32_t>(x.bits & 0x7fff) << 13;
-  // Exponents are rebased by a multiplication, which also normalises subnormals.
+  // The multiplication changes the bias of the exponent and normalises subnormals.
   const float scaled = math::from_bits(static_cast<int32_t>(magnitude)) * 0x1p112f;
   const uint32_t bits = magnitude >= 0x0f800000 ? (magnitude | 0x7f800000)
                                                 : static_cast<uint32_t>(math::to_bits(scaled));

@@ -1,4 +1,4 @@
-// The pass of `act_stats` in threads, what its tasks leave behind, and the statistics it makes.
+// The pass of `act_stats` in threads, and the statistics that are computed from its partial sums.
 #pragma once
 
 #include <vector>
@@ -9,8 +9,8 @@
 
 namespace fastjac {
 
-// Not for the kernels' own files: an inline function is compiled in each that calls it, and the
-// linker may keep the copy with AVX-512 for all.
+// Do not call this in the files of the kernels: the linker could keep the copy that was compiled
+// with AVX-512 for all callers.
 inline void run_tasks(const StatsCall& call, const Tasks& tasks) {
   static const StatsKernel kernel = FASTJAC_BEST_ISA(act_stats_kernel);
   if (tasks.count() == 0) return;
@@ -23,14 +23,14 @@ inline int64_t partial_sums(const Layout& layout, const Tasks& tasks, Sum sum) {
   return of_columns(sum) ? tasks.blocks * layout.columns() : tasks.tiles * layout.rows();
 }
 
-// Σ over the partial sums of one column or row of the matrix, `count` of them, `stride` apart.
+// The sum of the `count` partial sums of a column or row of the matrix, which are `stride` apart.
 inline double total(const double* first, int64_t count, int64_t stride) {
   double sum = 0;
   for (int64_t i = 0; i < count; ++i) sum += first[i * stride];
   return sum;
 }
 
-// The statistic from the sums of columns or rows that the tasks left behind.
+// Computes the statistic from the partial sums of columns or rows.
 template <class T>
 void finish(const StatsOperands& operands, Statistic statistic, const Tasks& tasks,
             const std::vector<double>& partial, double scale, T* out) {

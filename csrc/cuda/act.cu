@@ -1,7 +1,7 @@
-// `act` and `act_backward` for CUDA tensors (schemas and meaning: fastjac/ops/act.py).
+// `act` and `act_backward` for CUDA tensors; see fastjac/ops/act.py.
 //
-// Bound by memory, 2 to 5 accesses an element: a thread moves 16 bytes of each operand, and the
-// grid is one pass over the tensor, so there is no loop-carried index arithmetic.
+// The kernels are bound by memory, with 2 to 5 accesses per element. A thread reads and writes 16
+// bytes of each operand, and the grid covers the whole tensor, so there is no loop.
 #include <tuple>
 #include <vector>
 
@@ -12,16 +12,16 @@
 namespace fastjac {
 namespace {
 
-// Threads of a block. A processor takes and retires blocks whole: the 48 registers that most
-// activations need leave room for 1365 threads, which are five blocks of 256.
+// Threads of a block. With the 48 registers that most activations need, a processor has room for
+// 1365 threads, which are five whole blocks of 256.
 constexpr int threads = 256;
 
-// Blocks of a processor at least, which leaves 64 registers a thread. Left to itself the compiler
-// took 32 for the double backward of sine on sm_100 and spilled 72 bytes.
+// The smallest number of blocks of a processor, which allows 64 registers per thread. Without it
+// the compiler used 32 for the double backward of sine on sm_100 and spilled 72 bytes.
 constexpr int least_blocks = 4;
 
-// The order is a run-time argument, the same for every thread of a launch: a uniform branch, and a
-// quarter of the instantiations. f(integral_constant) is called for order < Orders.
+// Calls f(integral_constant) for the order, which is less than Orders. The order is a run-time
+// argument, because the branch is the same for all threads, and there are fewer instantiations.
 template <int Orders, class F>
 __device__ __forceinline__ void with_order(int order, F&& f) {
   if constexpr (Orders == 1) {

@@ -1,10 +1,10 @@
-// `act_stats` and `act_stats_backward` for CUDA tensors (schemas, meaning:
-// fastjac/ops/act_stats.py)
+// `act_stats` and `act_stats_backward` for CUDA tensors; see fastjac/ops/act_stats.py.
 //
-// One launch does it all. A block walks its part of the matrix (tiling.h) and leaves one sum per
-// column, or per group of rows; where an output is cut into chunks, these go to a workspace, and
-// the block that finishes last on a tile of outputs adds them, chunk after chunk. Weights of rows
-// and columns are factors of each term, so sums over samples, channels and positions are one level.
+// There is one launch. A block processes its part of the matrix (tiling.h) and computes one sum for
+// each column or for each group of rows. If an output is divided into chunks, their sums are
+// written to a workspace, and the block that finishes last on a tile of outputs adds them in order.
+// The weights of rows and columns are factors of each term, so a single sum over samples, channels
+// and positions is sufficient.
 #include <tuple>
 #include <vector>
 
@@ -20,8 +20,8 @@ namespace {
 
 constexpr int threads = Tiling::threads;
 
-// Terms that a thread adds up before the sum moves on to shared memory: with at most 512 such sums
-// a thread for 2^31 elements, the error stays in the class of a pairwise sum.
+// The number of terms that a thread adds before it adds the sum to shared memory. For 2^31 elements
+// there are at most 512 such sums per thread, and the error is like that of a pairwise sum.
 #ifdef FASTJAC_HOST_SHIM
 constexpr int run = 3;
 #else
@@ -38,7 +38,7 @@ struct StatsCall {
   Statistic statistic;
   T* value;
   T* partial;          // the sums of chunks, if there are several
-  unsigned* counters;  // one per tile of outputs
+  unsigned* counters;  // one for each tile of outputs
   Tiling tiling;
 };
 
@@ -53,8 +53,9 @@ __global__ void __launch_bounds__(threads, sizeof(S) == 4 ? 3 : 2)
                      const __grid_constant__ StatsCall<S> call) {
   using T = compute_t<S>;
   constexpr int V = Pack<S>::size;
-  // Three packs of one tensor or two packs of two on their way in each thread: with two blocks on a
-  // processor 24 or 32 KB, about what an H200 moves in the time of one access (25 KB).
+  // Each thread has loads of three packs of one tensor, or two packs of two tensors, in flight.
+  // With two blocks per processor these are 24 or 32 KB; an H200 transfers 25 KB in the latency of
+  // a load.
   constexpr int stages = Backward ? 3 : 4;
   __shared__ Pack<S> z_packs[stages * threads];
   __shared__ Pack<S> g_packs[Backward ? stages * threads : 1];
@@ -68,7 +69,7 @@ __global__ void __launch_bounds__(threads, sizeof(S) == 4 ? 3 : 2)
   const int64_t group =
       at.down_columns ? 0 : int64_t(tile) * at.o + ((t >> at.o_shift) & (at.o - 1));
 
-  // The block's rows of the group, and its columns.
+  // The rows of the group and the columns that this block processes.
   const int64_t first_row = int64_t(chunk / at.column_chunks) * at.rows_each;
   const int64_t last_row = at.rows - first_row < at.rows_each ? at.rows : first_row + at.rows_each;
   const int width = at.x * V;
@@ -81,7 +82,7 @@ __global__ void __launch_bounds__(threads, sizeof(S) == 4 ? 3 : 2)
   int64_t j = first_row + thread_row, column = first_column;
   if (group >= at.groups || column >= last_column) j = last_row;
   int64_t j_ahead = j, column_ahead = column;
-  int64_t sample = j / at.positions, position = j % at.positions;  // where the group is no sample
+  int64_t sample = j / at.positions, position = j % at.positions;  // if a group is not a sample
   int slot_ahead = t, slot = t;
   const auto copy_ahead = [&] {
     if (j_ahead < last_row) {
@@ -94,7 +95,7 @@ __global__ void __launch_bounds__(threads, sizeof(S) == 4 ? 3 : 2)
     }
     __pipeline_commit();
   };
-#pragma unroll 1  // three copies of the branches over units would only be longer
+#pragma unroll 1  // so that there is only one copy of the branches over units
   for (int stage = 1; stage < stages; ++stage) copy_ahead();
 
   T total[V] = {};
@@ -167,7 +168,8 @@ __global__ void __launch_bounds__(threads, sizeof(S) == 4 ? 3 : 2)
   const bool leads = (t & at.summed) == 0 && group < at.groups;
 
   if (at.chunks > 1) {
-    // [chunk, tile, i, x] of columns; [group, chunk] of rows: neighbours for neighbouring threads.
+    // The workspace is [chunk, tile, i, x] for columns and [group, chunk] for rows, so that
+    // adjacent threads access adjacent elements.
     const int64_t columns_at = int64_t(tile) * V * at.x + x,
                   chunk_size = int64_t(at.tiles) * V * at.x;
     if (leads) {
@@ -211,7 +213,7 @@ std::tuple<Tensor, Tensor> run_pass(const Tensor& z, const std::optional<Tensor>
                                     const std::vector<double>& params) {
   const StatsOperands operands(z, g, w_sample, w_channel, dim);
   const Params<double> p = checked_params(fn, params);
-  operands.sum(statistic);  // refuses what is no statistic
+  operands.sum(statistic);  // raises if there is no such statistic
   Tensor result = operands.out;
   Tensor value = torch::stable::new_empty(z, {operands.size(statistic)}, statistic_type(z));
   if (z.numel() == 0) {

@@ -1,4 +1,4 @@
-// What the CUDA kernels share: the stream, the launch with its error check, and 16-byte packs.
+// Common parts of the CUDA kernels: the stream, the launch and its error check, 16-byte packs.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -17,9 +17,9 @@
 
 namespace fastjac {
 
-// The one way a kernel is launched and an op registered. With FASTJAC_HOST_SHIM the very same
-// sources are compiled for the CPU and run there, thread by thread (tests/shim); the ops then take
-// CPU tensors and stand in the namespace fastjac_host.
+// All kernels are launched and all ops registered with these macros. With FASTJAC_HOST_SHIM the
+// same sources are compiled for the CPU and run there with real threads (tests/shim). The ops then
+// take CPU tensors and are in the namespace fastjac_host.
 #ifdef FASTJAC_HOST_SHIM
 
 struct Stream {
@@ -34,7 +34,7 @@ struct Stream {
 
 #else
 
-// torch's current stream on the tensor's device, that device made current while it lives.
+// The current stream of torch on the device of a tensor. The device is current during its lifetime.
 class Stream {
  public:
   explicit Stream(const torch::stable::Tensor& t) : guard_(t.get_device_index()) {
@@ -106,8 +106,8 @@ struct alignas(16) Pack {
   S at[size];
 };
 
-// Whether [first, first + size) may move as one 16-byte access. A tensor that is a view can start
-// anywhere, so the address is tested, not assumed.
+// Whether [first, first + size) can be one 16-byte access. The address is checked, because a tensor
+// that is a view can start anywhere.
 template <class S>
 __device__ __forceinline__ bool whole(const S* pointer, int64_t first, int64_t numel) {
   return first + Pack<S>::size <= numel && reinterpret_cast<uintptr_t>(pointer + first) % 16 == 0;

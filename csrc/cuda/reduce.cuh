@@ -1,5 +1,5 @@
-// Sums over the threads of a block and over the blocks of a launch, in an order that depends on
-// nothing but the shape.
+// Sums over the threads of a block and over the blocks of a launch, in an order that depends only
+// on the shape.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -12,8 +12,9 @@
 
 namespace fastjac {
 
-// Adds up sums[i][t] over the threads t that differ in the bits of `mask` only, for i < values; the
-// result is at the t whose bits are 0. Each thread has written its own slots, no barrier needed.
+// Adds sums[i][t] over the threads t that differ only in the bits of `mask`, for i < values. The
+// result is at the t for which these bits are 0. A thread must have written only its own slots; a
+// barrier before the call is not needed.
 template <int Threads, class T>
 __device__ __forceinline__ void sum_over_threads(T* sums, unsigned mask, int values) {
   const unsigned t = threadIdx.x;
@@ -24,16 +25,16 @@ __device__ __forceinline__ void sum_over_threads(T* sums, unsigned mask, int val
     } else {
       __syncwarp();
     }
-    // Threads that have handed on their sum keep still: another warp may be reading it.
+    // A thread whose sum has been added must not write it again: another warp may be reading it.
     if ((t & mask) < bit) {
       for (int i = 0; i < values; ++i) sums[i * Threads + t] += sums[i * Threads + (t | bit)];
     }
   }
 }
 
-// Whether this block is the last of `blocks` that share a counter to get here. If so, it sees all
-// that their threads wrote before, if it reads past its own L1 cache (__ldcg). atomicInc wraps, so
-// the counter is at 0 again for the next launch.
+// Whether this block is the last one of the `blocks` that share a counter to call this function. If
+// so, it can read what their threads wrote before, with loads that bypass the L1 cache (__ldcg).
+// atomicInc wraps, so the counter is 0 again for the next launch.
 __device__ __forceinline__ bool arrives_last(unsigned* counter, unsigned blocks) {
   __shared__ bool last;
   __threadfence();
@@ -44,8 +45,9 @@ __device__ __forceinline__ bool arrives_last(unsigned* counter, unsigned blocks)
   return last;
 }
 
-// Zeros on the device for arrives_last. One buffer per stream, where launches follow each other. A
-// graph under capture gets its own, zeroed in the graph: it may be replayed beside that stream.
+// Counters for arrives_last on the device, initially zero. There is one buffer for each stream,
+// because the launches of a stream run one after the other. A graph that is being captured gets its
+// own buffer, which is zeroed in the graph, because it may be replayed on another stream.
 class Counters {
  public:
   Counters(const torch::stable::Tensor& like, cudaStream_t stream, int64_t size) : buffer_(like) {
@@ -57,7 +59,7 @@ class Counters {
       buffer_ = zeros(like, size);
       return;
     }
-    // Never freed: at exit CUDA may be gone before static objects are.
+    // Never freed, because CUDA may shut down before static objects are destroyed.
     static auto* kept = new std::map<std::pair<int, cudaStream_t>, torch::stable::Tensor>;
     static auto* mutex = new std::mutex;
     const std::lock_guard<std::mutex> lock(*mutex);

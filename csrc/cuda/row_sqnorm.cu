@@ -1,7 +1,7 @@
-// `row_sqnorm` and `row_sqnorm_backward` for CUDA tensors (meaning: fastjac/ops/row_sqnorm.py).
+// `row_sqnorm` and `row_sqnorm_backward` for CUDA tensors; see fastjac/ops/row_sqnorm.py.
 //
-// One launch serves up to 96 weights: their addresses and sizes travel as kernel parameters, and a
-// block finds its weight by a search. A row is summed by the threads of one block in fixed order.
+// One launch processes up to 96 weights. Their addresses and sizes are parameters of the kernel,
+// and a block searches for its weight. The threads of one block sum a row in fixed order.
 #include <vector>
 
 #include "launch.cuh"
@@ -12,27 +12,27 @@ namespace fastjac {
 namespace {
 
 constexpr int threads = 256;
-constexpr int most_weights = 96;  // 4 KB of parameters
-constexpr int packs_each = 4;     // of a thread of a norm, read at once, where a row has a warp
-constexpr int run = 16;           // batches of so many packs a thread before its sums move on
+constexpr int most_weights = 96;  // limited by 4 KB of parameters
+constexpr int packs_each = 4;     // packs that a thread reads at once to compute a norm
+constexpr int run = 16;           // batches of packs that a thread adds before its sums are added
 
 template <class S>
 struct RowsCall {
   using T = compute_t<S>;
   int count;
   bool add;
-  T* per_row;  // norms to write, or c to read
+  T* per_row;  // the norms (written) or c (read)
   const S* w[most_weights];
   S* grad[most_weights];
   int64_t columns[most_weights];
-  int64_t first_row[most_weights + 1];  // in per_row
+  int64_t first_row[most_weights + 1];  // index in per_row
   unsigned first_block[most_weights + 1];
-  uint8_t x_bits[most_weights];  // logarithm of the threads of a row
-  bool vector[most_weights];     // every row starts at a 16-byte address
+  uint8_t x_bits[most_weights];  // logarithm of the number of threads of a row
+  bool vector[most_weights];     // whether every row starts at a 16-byte address
 };
 static_assert(sizeof(RowsCall<double>) <= 4096);
 
-// Where a thread works: row `row` of weight `i`, from `column` on.
+// The position of a thread: row `row` of weight `i`, from `column` on.
 template <class S>
 struct Place {
   int i, x;  // threads of a row
@@ -56,7 +56,8 @@ struct Place {
 
   __device__ int width() const { return x * Pack<S>::size; }
 
-  // Zeros past the end. Without whole 16 bytes the elements are x apart: a warp reads neighbours.
+  // Returns zeros after the end of the row. If rows do not start at 16-byte addresses, the elements
+  // of a pack are x apart, so that a warp reads adjacent memory.
   __device__ Pack<S> load(const S* base, int64_t at) const {
     Pack<S> pack = {};
     if (vector) {
@@ -86,7 +87,7 @@ template <class S>
 __global__ void __launch_bounds__(threads)
     row_sqnorm_kernel(const __grid_constant__ RowsCall<S> call) {
   using T = compute_t<S>;
-  constexpr int V = Pack<S>::size, batch = packs_each;  // packs on their way at once
+  constexpr int V = Pack<S>::size, batch = packs_each;
   __shared__ T sums[threads];
   const Place<S> at(call);
   const S* w = call.w[at.i] + at.row * at.columns;
@@ -149,7 +150,8 @@ __global__ void __launch_bounds__(threads)
 
 bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
-// Threads of a row: one a pack up to a warp, then `packs_each` a thread.
+// The logarithm of the number of threads of a row: up to a warp, there is one thread for each pack;
+// for longer rows, a thread has `packs_each` packs.
 int row_bits(int64_t columns, int pack) {
   const int64_t packs = (columns + pack - 1) / pack;
   int bits = 0;
@@ -158,8 +160,8 @@ int row_bits(int64_t columns, int pack) {
   return bits;
 }
 
-// Launches the kernel over `weights`, as many at once as the parameters hold. `grads` is null for
-// the norms.
+// Launches the kernel for `weights`, `most_weights` at a time. If `grads` is null, norms are
+// computed.
 void for_all_rows(const std::vector<Tensor>& weights, const std::vector<Tensor>* grads,
                   void* per_row, bool add) {
   const Stream stream(weights[0]);

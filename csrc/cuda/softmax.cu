@@ -1,7 +1,8 @@
-// `softmax_residual` and its backward for CUDA tensors (meaning: fastjac/ops/softmax_residual.py).
+// `softmax_residual` and its backward for CUDA tensors; see fastjac/ops/softmax_residual.py.
 //
-// A warp a row up to 1024 columns, a block a row beyond. The row is read three times, from the
-// cache after the first: its maximum, the sums, the result.
+// A row of up to 1024 columns is processed by a warp, a longer one by a block. The row is read
+// three times, for its maximum, the sums and the result; the second and third time it is in the
+// cache.
 #include "softmax.h"
 
 #include "launch.cuh"
@@ -35,11 +36,11 @@ __device__ __forceinline__ void wait() {
   }
 }
 
-// `value` of the X threads of a row combined in fixed order; all of them get it.
+// Combines the `value` of the X threads of a row in fixed order; all threads get the result.
 template <int X, class T, class F>
 __device__ __forceinline__ T over_row(T* slots, T value, F combine) {
   const unsigned t = threadIdx.x, place = t % X;
-  wait<X>();  // the slots may still be read
+  wait<X>();  // another thread may still be reading the slots
   slots[t] = value;
   for (unsigned bit = X / 2; bit > 0; bit >>= 1) {
     wait<X>();
@@ -49,15 +50,15 @@ __device__ __forceinline__ T over_row(T* slots, T value, F combine) {
   return slots[t - place];
 }
 
-// Without v: p − y, NaN in a row whose class is none of the columns. With v: p (v − ⟨p, v⟩).
+// Without v: p − y, and NaN in a row whose class is out of range. With v: p (v − ⟨p, v⟩).
 template <class S, int X>
-__global__ void __launch_bounds__(threads, 4)  // without the 4, spills to be at 32 registers
+__global__ void __launch_bounds__(threads, 4)  // without the 4, 32 registers are used, with spills
     softmax_kernel(const S* __restrict__ logits, const int64_t* __restrict__ target,
                    const S* __restrict__ v, S* __restrict__ out, int64_t rows, int64_t columns) {
   using T = compute_t<S>;
   __shared__ T slots[threads];
   const int64_t row = int64_t(blockIdx.x) * (threads / X) + threadIdx.x / X;
-  if (row >= rows) return;  // of all threads of a row together
+  if (row >= rows) return;  // the same for all threads of a row
   const S* z = logits + row * columns;
   const int64_t first = threadIdx.x % X;
   T most = -T(INFINITY);

@@ -1,5 +1,5 @@
-// How a launch of `act_stats` cuts the matrix of matrix.h into blocks of threads. It depends on
-// shapes and alignment alone, not on the GPU, and so do the bits of the sums.
+// How a launch of `act_stats` divides the matrix of matrix.h between blocks of threads. It depends
+// only on shapes and alignment, not on the GPU, and so do the bits of the sums.
 #pragma once
 
 #include <cstdint>
@@ -9,8 +9,8 @@
 
 namespace fastjac {
 
-// The rows that end in one output (down columns: in one row of outputs) are a group; row j of group
-// o is row o * group_stride + j * row_stride of the matrix:
+// The rows that are summed to one output (for sums of columns: to one row of outputs) are a group.
+// Row j of group o is row o * group_stride + j * row_stride of the matrix:
 //
 //   channels   what is summed         group       its rows
 //   inside     columns, or nothing    all         all
@@ -18,31 +18,31 @@ namespace fastjac {
 //   outside    rows, per sample       sample      channels, adjacent
 //   outside    rows, or nothing       channel     samples, C apart
 //
-// A block has x threads along the columns, j along the rows of a group and o along groups, all
-// powers of two. A thread takes one pack (16 bytes) of a tile of x packs at a time.
+// A block has x threads along the columns, j along the rows of a group and o along the groups;
+// these are powers of two. A thread processes one pack (16 bytes) of a tile of x packs at a time.
 struct Tiling {
   static constexpr int threads = 256;
 #ifdef FASTJAC_HOST_SHIM
-  // Small tensors must get where only large ones do on a GPU: to many packs a thread.
+  // So that small tensors have many packs per thread, as large ones have on a GPU.
   static constexpr int enough_blocks = 4;
 #else
-  // They fill any GPU: 132 processors with 2 to 4 blocks each, and a last wave.
+  // These fill any GPU: 132 processors with 2 to 4 blocks each, and a last wave.
   static constexpr int enough_blocks = 1024;
 #endif
-  static constexpr int64_t most_counters = 4 * enough_blocks;  // chunks > 1: no more tiles
+  static constexpr int64_t most_counters = 4 * enough_blocks;  // most tiles if chunks > 1
 
   int64_t columns, groups, rows, group_stride, row_stride;
-  int64_t positions = 1;  // rows of the matrix that are one sample, where that is not the group
-  int64_t sample_step, position_step;  // of a thread from one row to the next: j / positions, rest
+  int64_t positions = 1;  // rows of the matrix per sample, if a sample is not the group
+  int64_t sample_step, position_step;  // from a row of a thread to the next: j / positions, rest
   int64_t column_tiles;
   int64_t rows_each, tiles_each;  // of a block
   int x, j, o;
-  int j_shift, o_shift;  // of a thread's index: which coordinate is next to x in memory
-  unsigned summed;       // its bits over which a block adds up
-  // A block sums one chunk of one tile of outputs: that many columns, or o groups.
+  int j_shift, o_shift;  // of the index of a thread; depend on what is next to x in memory
+  unsigned summed;       // the bits of the index over which a block adds
+  // A block sums one chunk of one tile of outputs: the columns of a tile, or o groups.
   unsigned tiles, chunks, column_chunks = 1;
   bool down_columns, channel_inner, group_is_sample;
-  int unit, unit_bits;  // elements that move at once, and their logarithm
+  int unit, unit_bits;  // the number of elements in one access, and its logarithm
 
   // `pack` elements are 16 bytes.
   Tiling(const Layout& layout, bool per_sample, int pack, int unit)
@@ -67,7 +67,7 @@ struct Tiling {
     cut();
   }
 
-  // Columns from the first element of a thread's pack to the i-th.
+  // The number of columns from the first element of a pack to the i-th one.
   FASTJAC_HD int offset(int i) const {
     return ((i >> unit_bits) * x << unit_bits) + (i & (unit - 1));
   }
@@ -93,8 +93,8 @@ struct Tiling {
 
   void place_threads(int pack) {
     const int64_t packs = divide_up(columns, pack);
-    // Down columns a warp's 512 bytes of a row are enough, and more rows at once mean shorter runs.
-    // Narrower tiles where less than 8/9 of the last one would be used.
+    // For sums of columns, 512 bytes of a row per warp are enough, and more rows at once make
+    // shorter runs. Tiles are narrower if less than 8/9 of the last one would be used.
     const int widest = power_of_two(packs, down_columns ? 32 : threads);
     x = widest;
     for (int narrower = widest; narrower >= 8; narrower /= 2) {
@@ -112,9 +112,9 @@ struct Tiling {
     summed = unsigned(j - 1) << j_shift | (down_columns ? 0 : unsigned(x - 1));
   }
 
-  // A block takes a second pack a thread only once there are `enough_blocks`. From 8 packs on, more
-  // blocks even out the last wave; past four times as many the sums of chunks would cost more than
-  // that gains.
+  // A thread gets a second pack only if there are `enough_blocks`. After 8 packs per thread there
+  // are more blocks instead, which makes the last wave shorter, up to four times as many: with
+  // more, adding the sums of the chunks would take longer than this saves.
   void cut() {
     const int64_t steps_down = divide_up(rows, j);
     const int64_t out = down_columns ? column_tiles : divide_up(groups, o);
@@ -123,7 +123,7 @@ struct Tiling {
     int64_t each = greatest(1, least(8, divide_up(work, enough_blocks)));
     each = greatest(each, divide_up(work, 4 * enough_blocks));
     if (down_columns) {
-      each = greatest(each, divide_up(steps, 32 * j));  // the last block adds 32 chunks a thread
+      each = greatest(each, divide_up(steps, 32 * j));  // the last block adds 32 chunks per thread
       rows_each = each * j, tiles_each = 1;
     } else if (each >= column_tiles) {
       rows_each = each / column_tiles * j, tiles_each = column_tiles;

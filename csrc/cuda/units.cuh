@@ -1,4 +1,4 @@
-// Accesses to the rows of a matrix whose rows need not start at 16-byte addresses.
+// Accesses to the rows of a matrix whose rows may start at any address.
 #pragma once
 
 #include <cuda_pipeline.h>
@@ -11,9 +11,9 @@
 
 namespace fastjac {
 
-// A thread's pack of a row: units of `unit` elements, x units apart, so that a warp reads
-// neighbours also where rows do not start at 16-byte addresses. Calls move(bytes, element, offset)
-// for those that lie in the row.
+// The pack of a thread in a row consists of units of `unit` elements that are x units apart, so
+// that a warp reads adjacent memory even if rows do not start at 16-byte addresses. Calls
+// move(bytes, element, offset) for the units inside the row.
 template <class S, int Bytes, class Move>
 __device__ __forceinline__ void for_units(int64_t column, const Tiling& at, Move&& move) {
   constexpr int elements = Bytes / int(sizeof(S));
@@ -28,7 +28,7 @@ template <class S, class Move>
 __device__ __forceinline__ void for_units(int64_t column, const Tiling& at, Move&& move) {
   const int bytes = at.unit * int(sizeof(S));
   if (bytes == 16) {
-    move(std::integral_constant<int, 16>{}, 0, 0);  // the first unit is in the row
+    move(std::integral_constant<int, 16>{}, 0, 0);  // the first unit is always inside the row
   } else if (bytes == 8) {
     for_units<S, 8>(column, at, move);
   } else if (sizeof(S) <= 4 && bytes == 4) {
@@ -38,7 +38,7 @@ __device__ __forceinline__ void for_units(int64_t column, const Tiling& at, Move
   }
 }
 
-// Starts a copy to shared memory, where registers would limit how much is on its way.
+// Starts a copy to shared memory. Copies to registers would limit the number of loads in flight.
 template <class S>
 __device__ __forceinline__ void start_copy(Pack<S>& to, const S* row, int64_t column,
                                            const Tiling& at) {
@@ -65,7 +65,8 @@ __device__ __forceinline__ void store_row(const Pack<S>& pack, S* row, int64_t c
   });
 }
 
-// Elements that move at once: as many as divide the rows, and all operands are aligned to.
+// The number of elements in one access: the largest one that divides the row length and that all
+// operands are aligned to.
 template <class S>
 int unit_of(int64_t columns, std::initializer_list<const void*> operands) {
   int unit = Pack<S>::size;

@@ -1,1 +1,1 @@
-"""Triton kernels, a file per op; imported only when a Triton implementation is first used."""
+"""Triton kernels, one file for each op. They are imported when an op first uses them."""

@@ -1,4 +1,4 @@
-"""Triton kernels of `fastjac.act` and its backward (meaning: `fastjac.ops.act`)."""
+"""Triton kernels of `fastjac.act` and its backward; see `fastjac.ops.act`."""
 
 from __future__ import annotations
 
@@ -14,19 +14,20 @@ from fastjac.kernels._phi import phi
 from fastjac.ops.dispatch import FLOAT_DTYPES
 from fastjac.ops.registration import check_like
 
-# Bound by memory: 8 elements a thread are one or two 16-byte accesses of each operand (four of
-# float64), and leave registers for enough threads. With 16 elements a thread the double backward of
-# mish in float64 spilled 280 bytes. Triton's num_stages is left alone: with two stages the compiler
-# fuses other multiplications with additions (mish, float32, sm_90: 40 FMAs for 48).
+# The kernels are bound by memory. With 8 elements per thread, a thread makes one or two 16-byte
+# accesses to each operand (four for float64), and there are registers for enough threads. With 16
+# elements per thread, the double backward of mish in float64 spilled 280 bytes. num_stages has its
+# default, because the compiler fuses other multiplications with additions if it is two (mish,
+# float32, sm_90: 40 instead of 48 FMAs).
 BLOCK, WARPS = 1024, 4
 
-# Per row and order, once: `has_zeros` reads the expression.
-_ZEROS = [[row.has_zeros(k) for k in range(MAX_ORDER + 1)] for row in ROWS]
+# Whether a product with φ^(order) needs `times` to handle zeros, by row and order.
+ZEROS = [[row.has_zeros(k) for k in range(MAX_ORDER + 1)] for row in ROWS]
 
 
 @triton.jit
 def times(slope, g, ZEROS: tl.constexpr):
-    # Zero wherever the derivative is, though g be inf or NaN.
+    # The product is zero where the derivative is zero, even if g is inf or NaN.
     product = slope * g
     if ZEROS:
         product = tl.where(slope == 0, slope, product)
@@ -74,8 +75,8 @@ def compute_dtype(dtype: torch.dtype) -> tl.dtype:
     return tl.float64 if dtype == torch.float64 else tl.float32
 
 
-def _with_strides_of(t: Tensor, like: Tensor) -> Tensor:
-    """``t`` with the strides of the dense tensor ``like``: one flat index serves every layout."""
+def with_strides_of(t: Tensor, like: Tensor) -> Tensor:
+    """``t`` with the strides of the dense tensor ``like``, so both have the same flat index."""
     return t if t.stride() == like.stride() else torch.empty_like(like).copy_(t)
 
 
@@ -97,12 +98,12 @@ def act(z: Tensor, g: Tensor | None, order: int, fn: int, params: list[float]) -
     out = torch.empty_like(z)
     if out.numel() == 0:
         return out
-    z_dense = _with_strides_of(z, out)
-    g_dense = z_dense if g is None else _with_strides_of(g, out)
+    z_dense = with_strides_of(z, out)
+    g_dense = z_dense if g is None else with_strides_of(g, out)
     numel = z.numel()
     act_kernel[(triton.cdiv(numel, BLOCK),)](
         z_dense, g_dense, out, numel, tuple(params), fn, order,
-        ZEROS=_ZEROS[fn][order], HAS_G=g is not None,
+        ZEROS=ZEROS[fn][order], HAS_G=g is not None,
         COMPUTE=compute_dtype(z.dtype), BLOCK=BLOCK, num_warps=WARPS,
     )  # fmt: skip
     return out
@@ -117,11 +118,11 @@ def act_backward(
     grad_z, grad_g = torch.empty_like(z), torch.empty_like(z)
     if grad_z.numel() == 0:
         return grad_z, grad_g
-    dense = [_with_strides_of(t, grad_z) for t in (z, g, v)]
+    dense = [with_strides_of(t, grad_z) for t in (z, g, v)]
     numel = z.numel()
     act_backward_kernel[(triton.cdiv(numel, BLOCK),)](
         *dense, grad_z, grad_g, numel, tuple(params), fn, order,
-        ZEROS=_ZEROS[fn][order], ZEROS_NEXT=_ZEROS[fn][order + 1],
+        ZEROS=ZEROS[fn][order], ZEROS_NEXT=ZEROS[fn][order + 1],
         COMPUTE=compute_dtype(z.dtype), BLOCK=BLOCK, num_warps=WARPS,
     )  # fmt: skip
     return grad_z, grad_g

@@ -1,15 +1,15 @@
-"""Triton kernels of `fastjac.act_stats` and its backward (meaning: `fastjac.ops.act_stats`).
+"""Triton kernels of `fastjac.act_stats` and its backward; see `fastjac.ops.act_stats`.
 
-One launch a call. Each program passes over a strip of tiles [ROWS, COLS] of memory seen as a
-matrix and sums along one axis of it:
+A call is one launch. The memory of the tensor is treated as a matrix. Each program processes a
+strip of tiles [ROWS, COLS] and sums along one axis of the matrix:
 
     statistic     channels inner [N, P, C]     channels outer [N, C, P]
     per channel   columns of [N·P, C]          rows of [C, P], for each of N
     per sample    rows of [N, P·C]             rows of [N, C·P]
 
-So one weight belongs to the sum that is kept (of a row, say) and does not change along a strip,
-the other to the terms that are summed. Where a whole sample [C, P] fits one tile, the statistic per
-channel sums columns of [N, C·P], and their sums by channel at the end.
+One of the weights therefore belongs to the sum (of a row, for example) and is constant along a
+strip; the other one belongs to the terms. If a whole sample [C, P] fits into one tile, the
+statistic per channel sums the columns of [N, C·P] and adds these sums by channel at the end.
 """
 
 from __future__ import annotations
@@ -23,43 +23,40 @@ import triton.language as tl
 from torch import Tensor
 
 from fastjac.kernels._phi import phi
-from fastjac.kernels.act import (
-    _ZEROS,
-    _with_strides_of,
-    check_activation,
-    compute_dtype,
-    times,
-)
+from fastjac.kernels.act import ZEROS, check_activation, compute_dtype, times, with_strides_of
 from fastjac.ops.act_stats import BIAS, CHANNEL, NONE, SAMPLE, check_channels
 from fastjac.ops.dispatch import accumulate_dtype
 from fastjac.ops.registration import check_like
 
-# Elements of a tile (half of them float64) and warps. 8 elements a thread: with twice as many, some
-# activations take up to 230 registers and spill.
+# Elements of a tile (half as many for float64) and warps. These are 8 elements per thread; with
+# twice as many, some activations need up to 230 registers and spill.
 TILE, WARPS = 1024, 4
-# Programs that strips are split into: two waves of 132 processors that hold 8 each.
+# The number of programs that strips are split into: two waves of 132 processors with 8 each.
 PROGRAMS = 2048
-# Widest tile: along a row that is summed, and across columns that are.
+# The width of the widest tile if rows are summed, and if columns are summed.
 ROW_TILE, COLUMN_TILE = 512, 128
-# Largest tile [channels, columns] that sums columns by channel: 32 registers a thread.
+# The largest tile [channels, columns] in which columns are summed by channel (32 registers a
+# thread).
 LARGEST_SORT = 4096
-# Shortest run of one channel's positions (or one position's channels) that is read by itself, to
-# spare a division for each element's channel.
+# If a channel has at least so many positions (or a position so many channels), they are processed
+# separately, which saves the division that computes the channel of each element.
 LEAST_PLANE = 128
-# Elements that are counted in int32: lanes past the end of the last tile must not overflow either.
+# The largest number of elements that is counted in int32. Lanes after the end of the last tile must
+# not overflow either.
 MOST_INT32 = 2**30
-# A strip of so few tiles is not split: a barrier, an atomic and a read wait for memory as often.
+# A strip of so few tiles is not split, because a barrier, an atomic and a read wait for memory as
+# often as the tiles do.
 SHORT_RUN = 4
-# Longest serial run of float32 additions; past it sums are trees, or float64.
+# The largest number of consecutive float32 additions. Longer sums are trees or are in float64.
 LONGEST_RUN = 64
-# Partial sums that one program adds up. More are added in two levels: the 2048 of a tall, narrow
-# matrix would be read by a single program while the GPU idles.
+# The number of partial sums that one program adds. More are added in two levels. Otherwise a single
+# program would read the 2048 partial sums of a tall, narrow matrix.
 GROUP = tl.constexpr(64)
 
 
 @triton.jit
 def arrives_last(counter, count):
-    # The barrier puts the stores of all threads before the atomic of one.
+    # The barrier orders the stores of all threads before the atomic of one thread.
     tl.debug_barrier()
     last = tl.atomic_add(counter, 1, sem="acq_rel") == count - 1
     if last:
@@ -74,7 +71,7 @@ def sum_partials(partial_ptr, first, count, outs, out, inside, OUT: tl.constexpr
     for i in range(0, count, STEP):
         j = i + tl.arange(0, STEP)
         at = (first + j)[:, None] * outs + out[None, :]
-        # Past the first-level cache, which other programs do not write through.
+        # Read past the first-level cache, which does not have the stores of other programs.
         terms = tl.load(
             partial_ptr + at, (j < count)[:, None] & inside[None, :], other=0.0,
             cache_modifier=".cg",
@@ -92,7 +89,8 @@ def finish(
     if not SPLIT:
         tl.store(sums_ptr + out, sums * scale, inside)
     else:
-        # Partial sums [splits + groups, outs]; a counter for each group, then one for the groups.
+        # The partial sums are [splits + groups, outs]. There is one counter for each group, and
+        # then one for the groups.
         split = split.to(INDEX)
         tl.store(partial_ptr + split * outs + out, sums, inside)
         groups = (splits + GROUP - 1) // GROUP
@@ -202,10 +200,10 @@ _counters: dict[tuple[torch.device, int], Tensor] = {}
 
 
 def zeroed_counters(count: int, device: torch.device) -> Tensor:
-    """Zeros that the kernel leaves zero; kept, as only launches of one stream share them."""
+    """Counters that are zero before and after a launch. The launches of a stream share them."""
     if device.type == "cuda":
         if torch.cuda.is_current_stream_capturing():
-            # A graph may be replayed on any stream: it needs its own.
+            # A graph needs its own counters, because it may be replayed on any stream.
             return torch.zeros(count, dtype=torch.int32, device=device)
         key = (device, torch.cuda.current_stream(device).cuda_stream)
     else:
@@ -218,7 +216,7 @@ def zeroed_counters(count: int, device: torch.device) -> Tensor:
 
 
 def _layout(t: Tensor, dim: int) -> tuple[int, int, int, bool] | None:
-    """``(n, c, p, channels inner)`` of a dense tensor; None if its memory has another order."""
+    """``(n, c, p, channels inner)`` of a dense tensor, or None if its memory order is different."""
     n, c = t.shape[0], t.shape[dim]
     per_sample = t.numel() // n if n else 0
     p = per_sample // c if c else 0
@@ -233,20 +231,22 @@ def _layout(t: Tensor, dim: int) -> tuple[int, int, int, bool] | None:
 
 @dataclass(frozen=True)
 class Strips:
-    """How the programs of a launch divide the memory; the names are the kernel's."""
+    """How a launch divides the memory between programs. The names are those in the kernel."""
 
     along: str  # what is summed: "rows" or "columns"
-    outs: int  # sums
+    outs: int  # the number of sums
     rows: int
     columns: int
     row_stride: int
     tile: tuple[int, int]
-    programs: int  # that the strips are split into, if they are long enough
-    planes: int = 1  # matrices that are summed too, one after the other in a strip of rows
+    programs: int  # the number of programs, if the strips are long enough
+    planes: int = 1  # matrices that are summed one after the other in a strip of rows
     plane_stride: int = 0
-    weight: str = "row"  # how the index of the summed weight follows from that of the element
+    weight: str = (
+        "row"  # how the index of the weight of a term is computed from that of the element
+    )
     period: int = 1
-    channels: int = 0  # of tiles that hold whole samples
+    channels: int = 0  # of tiles that contain whole samples
 
     @property
     def tiles(self) -> int:
@@ -275,7 +275,7 @@ def _strips(
     def tile(rows: int, columns: int, widest: int) -> tuple[int, int]:
         rows, columns = triton.next_power_of_2(rows), triton.next_power_of_2(columns)
         tile_rows = min(rows, max(1, size // min(columns, widest)))
-        return tile_rows, min(columns, size // tile_rows)  # wider where there are few rows
+        return tile_rows, min(columns, size // tile_rows)  # wider if there are few rows
 
     if per_sample:
         planes, columns, weight = (p, c, "column") if inner else (c, p, "plane")
@@ -300,8 +300,8 @@ def _check(w: Tensor | None, size: int, z: Tensor) -> Tensor | None:
     wanted = (size,), accumulate_dtype(z.dtype), z.device
     if (w.shape, w.dtype, w.device) != wanted:
         raise RuntimeError(
-            "fastjac: a weight must have the shape, dtype and device"
-            f" {wanted}, got {(tuple(w.shape), w.dtype, w.device)}"
+            f"fastjac: a weight must have the shape, dtype and device {wanted}, got"
+            f" {(tuple(w.shape), w.dtype, w.device)}"
         )
     return w.contiguous()
 
@@ -325,8 +325,8 @@ def _launch(z, g, w_sample, w_channel, dim, statistic, scale, fn, params, backwa
     options = {"dtype": accumulate_dtype(z.dtype), "device": z.device}
     if z.numel() == 0:
         return result, torch.zeros(size, **options)
-    z = _with_strides_of(z, result)
-    g_dense = z if g is None else _with_strides_of(g, result)
+    z = with_strides_of(z, result)
+    g_dense = z if g is None else with_strides_of(g, result)
 
     per_sample = statistic == SAMPLE
     tile = TILE if z.element_size() < 8 else TILE // 2
@@ -347,7 +347,7 @@ def _launch(z, g, w_sample, w_channel, dim, statistic, scale, fn, params, backwa
             sums, partial, counters,
             at.outs, at.rows, at.columns, at.row_stride, at.plane_stride, at.period, run, at.steps,
             splits, 2 * scale, 1.0 if statistic == BIAS else scale, tuple(params), fn, backward,
-            ZEROS=_ZEROS[fn][1], ZEROS_NEXT=_ZEROS[fn][2], HAS_G=g is not None,
+            ZEROS=ZEROS[fn][1], ZEROS_NEXT=ZEROS[fn][2], HAS_G=g is not None,
             HAS_KEPT=kept is not None, HAS_SUMMED=summed is not None,
             ALONG=at.along, TERM={NONE: "none", BIAS: "results"}.get(statistic, "squares"),
             WEIGHT=at.weight, SPLIT=split,

@@ -1,7 +1,7 @@
 """The functions of the activation table for Triton, in float32 and float64.
 
-Built from what `triton.language` has on every backend and in the interpreter (libdevice is not
-there). Each keeps the accuracy that the table relies on: no cancellation near zero or in the tails.
+They use only what `triton.language` has on every backend and in the interpreter, which excludes
+libdevice. They have the accuracy that the table needs: no cancellation near zero or in the tails.
 """
 
 import triton
@@ -25,8 +25,8 @@ def abs(x):
 
 @triton.jit
 def _sin_cos(x, quadrant: tl.constexpr):
-    # x - k π/2 in float64 with π/2 in three parts (exact to |k| = 2^20), then Taylor to degree 17.
-    # tl.sin would bring libdevice's slow path, whose local memory spills registers on sm_100.
+    # Computes x - k π/2 in float64 with π/2 in three parts (exact to |k| = 2^20), then the Taylor
+    # polynomial of degree 17. tl.sin has a slow path that spills registers on sm_100.
     wide = x.to(tl.float64)
     k = tl.floor(wide * 0.6366197723675814 + 0.5)
     r = wide - k * 1.5707963267341256 - k * 6.077100506303966e-11 - k * 2.0222662487959506e-21
@@ -65,7 +65,8 @@ def cos(x):
 
 @triton.jit
 def expm1(x):
-    # Taylor to degree 14 inside |x| < 0.5 (error 0.5^14/15! < 2e-17 of x), exp(x) - 1 outside.
+    # The Taylor polynomial of degree 14 if |x| < 0.5 (error 0.5^14/15! < 2e-17 of x), else
+    # exp(x) - 1.
     t = tl.where(tl.abs(x) < 0.5, x, 0.0)
     p = t * 0.0 + 1.0 / 87178291200.0
     p = p * t + 1.0 / 6227020800.0
@@ -86,7 +87,7 @@ def expm1(x):
 
 @triton.jit
 def log1p(x):
-    # For 0 <= x <= 1. The rounding of u = 1 + x is put back to first order.
+    # For 0 <= x <= 1. The rounding error of u = 1 + x is corrected to first order.
     u = 1.0 + x
     return tl.log(u) + (x - (u - 1.0)) / u
 

@@ -1,7 +1,7 @@
 """Triton kernels of `fastjac.ops.row_sqnorm` and its backward: one launch for all weights.
 
-A launch cannot take a list of tensors, so the kernel reads addresses and sizes from a table in
-device memory, and each program searches there for its weight.
+A launch cannot take a list of tensors. The kernel reads addresses and sizes from a table in device
+memory, where each program searches for its weight.
 """
 
 from __future__ import annotations
@@ -17,14 +17,15 @@ from torch import Tensor
 
 from fastjac.kernels.act import compute_dtype
 from fastjac.ops.dispatch import accumulate_dtype
+from fastjac.ops.row_sqnorm import rows_in_memory
 
-# Bytes of a weight that a program moves at once, and warps: two 16-byte accesses a thread. Four
-# accesses took up to 242 of 255 registers.
+# The bytes of a weight that a program reads at once, and warps: two 16-byte accesses per thread.
+# Four accesses needed up to 242 of 255 registers.
 TILE_BYTES, WARPS = 4096, 4
-# Widths of the tile for rows of at most 64 elements, of at most 1024, and all longer ones take
-# the whole tile for one row.
+# A tile is 64 elements wide for rows of at most 64 elements, and 512 wide for rows of at most 1024.
+# It contains one row if rows are longer.
 SHORT, MEDIUM, LONGEST_MEDIUM = tl.constexpr(64), tl.constexpr(512), tl.constexpr(1024)
-# Longest serial run of float32 additions; the sums of such runs are added in float64.
+# The largest number of consecutive float32 additions; their sums are added in float64.
 LONGEST_RUN = tl.constexpr(64)
 
 _STORAGE = {
@@ -44,8 +45,8 @@ def pass_over_rows(
     w_ptr = w_address.to(tl.pointer_type(STORAGE))
     grad_ptr = grad_address.to(tl.pointer_type(STORAGE))
     if ALIGNED:
-        # Without these the compiler reads element by element. `multiple_of(columns, 16)` would mark
-        # the number itself, in the branches that are not aligned too.
+        # Without these hints the compiler reads single elements. `multiple_of(columns, 16)` would
+        # also apply to the branches that are not aligned.
         w_ptr, grad_ptr = tl.multiple_of(w_ptr, 16), tl.multiple_of(grad_ptr, 16)
         columns = columns // 16 * 16
     row = first + tl.arange(0, ROWS)
@@ -79,7 +80,7 @@ def row_sqnorm_kernel(
     BACKWARD: tl.constexpr, ADD: tl.constexpr, STORAGE: tl.constexpr, COMPUTE: tl.constexpr,
     TILE: tl.constexpr,
 ):  # fmt: skip
-    # The last weight whose first program is not after this one.
+    # Find the last weight whose first program is not after this one.
     program = tl.program_id(0)
     low = tl.zeros([], tl.int32)
     high = low + count
@@ -128,24 +129,9 @@ def rows_of_a_program(columns: int, tile: int) -> int:
     return tile // int(width)
 
 
-def _row_length(w: Tensor) -> int:
-    return math.prod(w.shape[1:]) if w.shape[0] else 0
-
-
-def _rows_in_memory(w: Tensor) -> bool:
-    """Whether each row is one block of memory and they follow each other; the order within not."""
-    expected = 1
-    dims = zip(w.stride()[1:], w.shape[1:], strict=True)
-    for stride, size in sorted(d for d in dims if d[1] > 1):
-        if stride != expected:
-            return False
-        expected *= size
-    return w.shape[0] <= 1 or w.stride(0) == expected
-
-
 @functools.lru_cache(maxsize=256)
 def _copied(values: tuple[int, ...], device: torch.device, stream: int) -> Tensor:
-    # Not waited for: the launch follows on the same stream.
+    # It is not necessary to wait for the copy, because the launch is on the same stream.
     host = torch.tensor(values, dtype=torch.int64, pin_memory=device.type == "cuda")
     return host.to(device, non_blocking=True)
 
@@ -160,8 +146,8 @@ def _table(values: tuple[int, ...], device: torch.device) -> Tensor:
     if device.type != "cuda":
         return _copied(values, device, 0)
     if torch.cuda.is_current_stream_capturing():
-        # No copy from the host, whose memory would have to live as long as the graph, and nothing
-        # from the cache, which may drop it: the numbers become arguments of the graph's kernels.
+        # A copy would need host memory that lives as long as the graph, and the cache may drop the
+        # table. Here the numbers become arguments of kernels in the graph.
         return _filled(values, device)
     return _copied(values, device, torch.cuda.current_stream(device).cuda_stream)
 
@@ -173,7 +159,7 @@ def _launch(
     entries = []
     programs = flat = 0
     for w, grad in zip(weights, weights if grads is None else grads, strict=True):
-        rows, columns = w.shape[0], _row_length(w)
+        rows, columns = w.shape[0], math.prod(w.shape[1:])
         if rows:
             aligned = (w.data_ptr() | grad.data_ptr() | columns) % 16 == 0
             entries.append(
@@ -206,7 +192,7 @@ def _check(weights: list[Tensor]) -> None:
 
 def row_sqnorm(weights: list[Tensor]) -> Tensor:
     _check(weights)
-    dense = [w if _rows_in_memory(w) else w.contiguous() for w in weights]
+    dense = [w if rows_in_memory(w) else w.contiguous() for w in weights]
     rows = sum(w.shape[0] for w in weights)
     dtype = accumulate_dtype(weights[0].dtype)
     out = torch.empty(rows, dtype=dtype, device=weights[0].device)
@@ -232,7 +218,7 @@ def row_sqnorm_backward(grads: list[Tensor], weights: list[Tensor], c: Tensor, a
             size > 1 and a != b
             for size, a, b in zip(w.shape, w.stride(), grad.stride(), strict=True)
         )
-        if w.numel() and (differ or not _rows_in_memory(w)):
+        if w.numel() and (differ or not rows_in_memory(w)):
             raise RuntimeError(
                 f"fastjac: weight {i} and its gradient must have rows that are blocks of memory,"
                 " and the same strides"

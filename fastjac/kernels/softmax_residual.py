@@ -1,4 +1,4 @@
-"""Triton kernel of `fastjac.ops.softmax_residual` and its backward: a program a row."""
+"""Triton kernel of `fastjac.ops.softmax_residual` and its backward: one program for each row."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastjac.kernels.act import compute_dtype
 
-MOST_COLUMNS = 4096  # of one access; longer rows are gone over in such pieces
+MOST_COLUMNS = 4096  # the largest number of columns that are read at once
 
 
 @triton.jit
@@ -62,7 +62,7 @@ def _launch(logits: Tensor, other: Tensor, backward: bool) -> Tensor:
     if rows == 0:
         return out
     cols = min(triton.next_power_of_2(columns), MOST_COLUMNS)
-    # At most 16 columns a thread: with 32 the backward of float32 spills 12 bytes on sm_80.
+    # At most 16 columns per thread: with 32, the backward in float32 spills 12 bytes on sm_80.
     num_warps = 1 if cols <= 256 else max(4, cols // 512)
     softmax_kernel[(rows,)](
         z, other.contiguous(), out, columns,
@@ -74,7 +74,7 @@ def _launch(logits: Tensor, other: Tensor, backward: bool) -> Tensor:
 
 def _check(logits: Tensor) -> None:
     if logits.dim() != 2 or logits.shape[1] == 0:
-        raise RuntimeError("fastjac: logits must be [N, m], m at least 1")
+        raise RuntimeError("fastjac: logits must be [N, m] with m at least 1")
 
 
 def softmax_residual(logits: Tensor, target: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The fused ops. One file an op: schema, fake kernels, autograd, and who can run it."""
+"""The fused ops, one file each: function, derivatives, fake kernels and schema."""
 
 from fastjac.ops.act import act
 from fastjac.ops.act_stats import act_stats

@@ -1,18 +1,18 @@
 """``act(z, g, k) = φ^(k)(z) · g``: an activation, its VJP and its double backward in one op.
 
-The op is its own derivative. With a cotangent ``v`` of the result,
+The op is its own derivative. For a cotangent ``v`` of the result,
 
     ∂/∂g  →  φ^(k)(z) · v         = act(z, v, k)
     ∂/∂z  →  φ^(k+1)(z) · g · v   = act(z, g·v, k+1)
 
-and ``act_backward`` writes both in one pass over ``z, g, v``. The forward of a layer is
-``act(z, None, 0)``, its VJP ``act(z, δ, 1)``, the double backward of a gradient penalty
-``act_backward(z, δ, v, 1)``: five memory passes; eager torch takes 11 (tanh) to 85 (GELU-tanh).
+and ``act_backward`` computes both in one pass over ``z, g, v``. The forward of a layer is
+``act(z, None, 0)``, its VJP is ``act(z, δ, 1)``, and the double backward of a gradient penalty is
+``act_backward(z, δ, v, 1)``. It takes five memory passes; eager torch takes 11 (tanh) to 85
+(GELU-tanh).
 
-A pair of ``autograd.Function``s that call each other carries eager autograd, forward mode and
-``torch.func``, and enters ``torch.compile`` through ``allow_in_graph``; the raw ops lead to the
-same Functions. Each part is there because leaving it out went wrong, silently or loudly, on torch
-2.13.
+Two ``autograd.Function``s that call each other implement autograd, forward mode and
+``torch.func``. ``torch.compile`` calls them through ``allow_in_graph``, and the raw ops use the
+same Functions. Without any one of these parts, derivatives were wrong or missing on torch 2.13.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from fastjac.torch_private import below_autograd
 
 
 def _examples() -> Iterator[Example]:
-    """Every activation: all orders, and the two results of every double backward."""
-    z = torch.linspace(-12, 12, 1537, dtype=torch.float64)
-    z = torch.cat([z, torch.linspace(-1, 1, 511, dtype=torch.float64)])  # kinks at 0, ±3 included
+    """All orders of every activation, and both results of every double backward."""
+    z = torch.linspace(-12, 12, 1537, dtype=torch.float64)  # includes the kinks at 0 and ±3
+    z = torch.cat([z, torch.linspace(-1, 1, 511, dtype=torch.float64)])
     g, v = torch.cos(3 * z + 1), torch.sin(5 * z + 2)
 
     def call(inputs: dict[str, Tensor], impl: str, fn: str) -> dict[str, Tensor]:
@@ -44,7 +44,7 @@ def _examples() -> Iterator[Example]:
             wrt = {"z": z, "g": g} if order < MAX_ORDER else {"g": g}
             z_in = z if "z" in wrt else z.detach()
             outputs[f"order {order}"] = out = act(z_in, g, order, fn, impl=impl)
-            # Torch has no edge to z where a derivative is constant; the kernels return zeros.
+            # Torch has no edge to z if a derivative is constant; the kernels return zeros.
             grads = torch.autograd.grad(
                 out, list(wrt.values()), inputs["v"], materialize_grads=True
             )
@@ -70,26 +70,28 @@ def act(
     """φ^(order)(z) · g, elementwise.
 
     Args:
-        z: pre-activation, any shape and memory format; float32, float64, bfloat16 or float16. The
-            16-bit types are computed in float32 and rounded once.
-        g: factor of z's shape, dtype and device (a cotangent, a tangent); None means 1.
-        order: which derivative of φ, 0 to 3.
+        z: the pre-activation, of any shape and memory format; float32, float64, bfloat16 or
+            float16. The 16-bit types are computed in float32 and rounded once.
+        g: a factor of the shape, dtype and device of z (a cotangent or a tangent); None means 1.
+        order: the order of the derivative of φ, 0 to 3.
         fn: the activation, a key of `fastjac.activations.TABLE`.
-        impl: "auto" takes the fastest implementation that can run z; "reference" (plain torch),
-            "cpu", "triton" or "cuda" run or raise.
-        **params: the activation's parameters (``negative_slope``, ``beta``, …).
+        impl: "auto" selects the fastest implementation that can run the call. "reference" (plain
+            torch), "cpu", "triton" and "cuda" run or raise.
+        **params: the parameters of the activation (``negative_slope``, ``beta``, …).
 
     Returns:
-        Tensor of z's shape, dtype and memory format.
+        A tensor of the shape, dtype and memory format of z.
 
-    Gradients: reverse and forward mode, until φ''' is used up: orders 0, 1, 2 and 3 can be
-    differentiated 3, 2, 1 and 0 times in z, and are linear in g. One more raises RuntimeError, in
-    the backward of an output whose z requires grad. ``impl="reference"`` goes as far as torch does.
+    Gradients: reverse and forward mode, up to φ''': orders 0, 1, 2 and 3 are differentiable 3, 2, 1
+    and 0 times with respect to z; all orders are linear in g. Differentiating once more raises
+    RuntimeError in the backward. ``impl="reference"`` is differentiable as often as torch's own
+    function is.
 
     Raises:
-        TypeError: z or g is not a floating-point tensor, dtypes differ, or an unknown parameter.
-        ValueError: unknown fn or impl, order outside 0 to 3, shapes or devices differ.
-        RuntimeError: a named impl cannot run the call, or a derivative past φ''' is asked for.
+        TypeError: z or g is not a floating-point tensor, their dtypes differ, or a parameter is
+            unknown.
+        ValueError: fn or impl is unknown, order is not 0 to 3, or shapes or devices differ.
+        RuntimeError: the impl cannot run the call, or a derivative of order 4 is needed.
 
     Example:
 
@@ -115,36 +117,36 @@ def check_z(z: Tensor) -> None:
         raise TypeError(f"z must be a tensor, got {type(z).__name__}")
     if not z.is_floating_point():
         raise TypeError(
-            f"z has dtype {z.dtype}; an activation needs floating point (for token ids, apply it to"
-            " the embeddings)"
+            f"z has dtype {z.dtype}; it must have a floating-point dtype (for token ids, pass the"
+            " embeddings)"
         )
     if z.layout != torch.strided or z.is_nested:
         kind = "nested" if z.is_nested else z.layout
-        raise TypeError(f"z is a {kind} tensor; the kernels read dense ones, z.to_dense()")
+        raise TypeError(f"z is a {kind} tensor; it must be dense: pass z.to_dense()")
 
 
 def _check(z: Tensor, g: Tensor | None, order: int) -> None:
     check_z(z)
     if not isinstance(order, int) or not 0 <= order <= MAX_ORDER:
-        raise ValueError(f"order={order!r}; derivatives 0 to {MAX_ORDER} are implemented")
+        raise ValueError(f"order is {order!r}; it must be an integer from 0 to {MAX_ORDER}")
     if g is None:
         return
     if not isinstance(g, Tensor):
-        raise TypeError(f"g must be a tensor of z's shape or None, got {type(g).__name__}")
+        raise TypeError(f"g must be a tensor or None, got {type(g).__name__}")
     if g.shape != z.shape:
         raise ValueError(
-            f"g has shape {tuple(g.shape)}, z has {tuple(z.shape)}; expand g to z's shape"
+            f"g has shape {tuple(g.shape)} and z has {tuple(z.shape)}; expand g to the shape of z"
         )
     if g.dtype != z.dtype:
-        raise TypeError(f"g has dtype {g.dtype}, z has {z.dtype}; convert one of them")
+        raise TypeError(f"g has dtype {g.dtype} and z has {z.dtype}; convert one of them")
     if g.device != z.device:
-        raise ValueError(f"g is on {g.device}, z on {z.device}; move one of them")
+        raise ValueError(f"g is on {g.device} and z is on {z.device}; move one of them")
 
 
 def _reference(
     z: Tensor, g: Tensor | None, order: int, row: Activation, params: dict[str, float]
 ) -> Tensor:
-    """φ^(order)(z) · g by torch's own function, differentiated by torch: the readable truth."""
+    """φ^(order)(z) · g: torch's function of the row, differentiated by torch."""
     derivative = row.torch_function(**params)
     for _ in range(order):
         derivative = _elementwise_derivative(derivative)
@@ -160,22 +162,22 @@ def _elementwise_derivative(f: Any) -> Any:
 
 
 def _derivative(z, g, order, fn, *rest):
-    """φ^(order)(z) · g as a differentiable call; zero past the last piece of a polynomial row."""
+    """φ^(order)(z) · g, differentiable; zeros if φ^(order) is zero everywhere."""
     row = ROWS[fn]
     if row.is_zero(order):
         return z.new_zeros(()).expand(z.shape)  # a dense tensor of zeros would cost a memory pass
     if order > MAX_ORDER:
         raise RuntimeError(
-            f"act: derivative of order {order} of {row.name!r} was asked for, the kernels go to"
-            f" {MAX_ORDER}; impl='reference' differentiates any number of times"
+            f"act: a derivative of order {order} of {row.name!r} is needed, and the kernels compute"
+            f" orders 0 to {MAX_ORDER}; use impl='reference', which computes any order"
         )
     return _Act.apply(z, g, order, fn, *rest)
 
 
 class _Act(Function):
-    """act(z, g, k); by its tangents and cotangents it is made of itself and `_ActBackward`.
+    """act(z, g, k). Its derivatives are calls of itself and of `_ActBackward`.
 
-    The parameters are arguments one by one: a generated vmap rule fails with a tuple that is empty.
+    Each parameter is an argument, because a generated vmap rule fails with an empty tuple.
     """
 
     generate_vmap_rule = True
@@ -289,7 +291,7 @@ def _fake_backward(z, g, v, *rest):
 
 
 def _batched(op, info, in_dims, *args):
-    """The batch dimension goes first: elementwise ops take any shape."""
+    """Move the batch dimension to the front: the ops are elementwise and take any shape."""
 
     def moved(x, dim):
         if not isinstance(x, Tensor):

@@ -1,20 +1,20 @@
-"""``act_stats``: an activation and a statistic of its derivative, in the pass that reads ``z``.
+"""``act_stats``: an activation and a statistic of its derivative, in one pass over ``z``.
 
     a = φ(z)
     per channel:  s_c = scale Σ_{n,p} w_n φ'(z_ncp)²      [C]
     per sample:   s_n = scale Σ_{c,p} w_c φ'(z_ncp)²      [N]
 
-With cotangents ``g`` of ``a`` and ``q`` of ``s`` one pass over ``z, g`` writes
+For cotangents ``g`` of ``a`` and ``q`` of ``s``, one pass over ``z, g`` computes
 
     ∂z = φ'(z) g + 2 scale w q φ'(z) φ''(z)
 
-and, where ``w`` needs its gradient, sums the other statistic: ``∂w_n = scale Σ_{c,p} q_c φ'²`` of
-the first, ``∂w_c = scale Σ_{n,p} q_n φ'²`` of the second. So both are one bilinear form in the
-weights of samples and channels, and one kernel pair serves them.
+If ``w`` requires grad, the pass also sums the other statistic: ``∂w_n = scale Σ_{c,p} q_c φ'²`` for
+the first, ``∂w_c = scale Σ_{n,p} q_n φ'²`` for the second. Both statistics are the same bilinear
+form in the weights of samples and channels, so one pair of kernels computes both.
 
-The fused pass is for reverse mode that nobody differentiates again. A backward that is being
-recorded (``create_graph=True``), forward mode and the transforms of ``torch.func`` take the same
-formulas written in :func:`fastjac.act`, which differentiates itself; past φ''' that raises.
+The fused pass is for a backward that is not differentiated again. A backward with
+``create_graph=True``, forward mode and the transforms of ``torch.func`` use the same formulas
+written with :func:`fastjac.act`, which is differentiable up to φ'''.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ from fastjac.torch_private import (
     transforms_active,
 )
 
-# What the backward sums beside ∂z (csrc/common/stats.h).
+# What the backward sums in addition to computing ∂z (csrc/common/stats.h).
 NONE, CHANNEL, SAMPLE, BIAS = range(4)
 
 
 def _examples() -> Iterator[Example]:
-    """Every activation, both statistics, in each layout, with the gradients of z and w."""
+    """Both statistics of every activation in each layout, with the gradients of z and w."""
     line = torch.linspace(-7, 7, 1540, dtype=torch.float64)
     shapes = {"[N, C]": (220, 7), "[N, L, C]": (44, 5, 7), "[N, C, L]": (44, 7, 5)}
 
@@ -88,34 +88,36 @@ def act_stats(
     impl: str = "auto",
     **params: float,
 ) -> tuple[Tensor, Tensor]:
-    """``φ(z)`` and, from the same pass, ``scale Σ w φ'(z)²`` per channel or per sample.
+    """``φ(z)`` and, computed in the same pass, ``scale Σ w φ'(z)²`` per channel or per sample.
 
     Args:
-        z: pre-activation, samples in dimension 0; float32, float64, bfloat16 or float16. Memory
-            orders other than contiguous and channels_last are copied.
+        z: the pre-activation, with samples in dimension 0; float32, float64, bfloat16 or float16.
+            It is copied if it is neither contiguous nor channels_last.
         fn: the activation, a key of `fastjac.activations.TABLE`.
-        dim: the channels: the last dimension (after a Linear) or 1 (after a convolution).
-        per: "channel" sums over samples and positions, "sample" over channels and positions.
-        weights: factor of each term: per sample for the statistic per channel, per channel for
-            the one per sample; None means 1. float32 (float64 for a float64 z).
-        scale: factor of the sum; None divides by the number of terms: the mean.
+        dim: the dimension of the channels: the last one (after a Linear) or 1 (after a
+            convolution).
+        per: "channel" sums over samples and positions, "sample" sums over channels and positions.
+        weights: the factors of the terms: one for each sample if per is "channel", one for each
+            channel if per is "sample"; None means 1. float32 (float64 for a float64 z).
+        scale: the factor of the sum; None divides by the number of terms, which gives the mean.
         impl: as in `fastjac.act`.
-        **params: the activation's parameters.
+        **params: the parameters of the activation.
 
     Returns:
-        ``φ(z)`` of z's shape, dtype and memory format, and the statistic, ``[C]`` or ``[N]``,
-        float32 (float64 for a float64 z), accumulated in at least that. The result is
-        deterministic: the order of every sum follows from shape, memory layout and alignment alone,
-        so two runs give the same bits, and on a CPU so does any number of threads.
+        ``φ(z)`` of the shape, dtype and memory format of z, and the statistic, ``[C]`` or ``[N]``,
+        float32 (float64 for a float64 z) and accumulated in at least that. The result is
+        deterministic: the order of every sum depends only on shape, memory layout and alignment.
+        Two runs give the same bits, on a CPU for any number of threads.
 
-    Gradients: in z and weights, reverse and forward mode, ``torch.func``: twice (the statistic
-    uses up φ' and each differentiation one order more, to φ'''); then RuntimeError.
+    Gradients: with respect to z and weights, reverse and forward mode, ``torch.func``. The
+    statistic is differentiable twice (it contains φ', and each differentiation needs one more
+    order); differentiating a third time raises RuntimeError.
 
     Raises:
-        TypeError: z is not a floating-point tensor, weights no tensor or of the wrong dtype, or an
-            unknown parameter.
-        ValueError: unknown fn, impl or per, a dim or a shape that does not fit, or devices differ.
-        RuntimeError: a named impl cannot run the call, or a derivative past φ''' is asked for.
+        TypeError: z is not a floating-point tensor, weights is not a tensor or has the wrong dtype,
+            or a parameter is unknown.
+        ValueError: fn, impl, per or dim is unknown, a shape does not fit, or devices differ.
+        RuntimeError: the impl cannot run the call, or a derivative of order 4 is needed.
 
     Example:
 
@@ -146,15 +148,15 @@ def _check(z: Tensor, dim: int, per: str, weights: Tensor | None) -> int:
     check_z(z)
     if z.dim() < 2:
         raise ValueError(
-            f"z has shape {tuple(z.shape)}; it needs samples and channels: [N, ..., C]"
+            f"z has shape {tuple(z.shape)}; it must have samples and channels: [N, ..., C]"
         )
     if not isinstance(dim, int):
         raise TypeError(f"dim is {type(dim).__name__}; it must be 1 or the last dimension, -1")
     wanted, dim = dim, dim % z.dim() if -z.dim() <= dim < z.dim() else 0
     if dim not in (1, z.dim() - 1):
-        raise ValueError(f"dim={wanted}; the channels are dimension 1 or the last of {z.dim()}")
+        raise ValueError(f"dim is {wanted}; it must be 1 or the last dimension, -1")
     if per not in ("channel", "sample"):
-        raise ValueError(f"per={per!r}; choose 'channel' or 'sample'")
+        raise ValueError(f"per is {per!r}; it must be 'channel' or 'sample'")
     if weights is None:
         return dim
     if not isinstance(weights, Tensor):
@@ -162,26 +164,26 @@ def _check(z: Tensor, dim: int, per: str, weights: Tensor | None) -> int:
     size = z.shape[0] if per == "channel" else z.shape[dim]
     if weights.shape != (size,):
         raise ValueError(
-            f"weights has shape {tuple(weights.shape)}; per={per!r} takes one number a"
-            f" {'sample' if per == 'channel' else 'channel'}: [{size}]"
+            f"weights has shape {tuple(weights.shape)}; with per={per!r} it must have one number"
+            f" for each {'sample' if per == 'channel' else 'channel'}: [{size}]"
         )
     if weights.dtype != accumulate_dtype(z.dtype):
         raise TypeError(
-            f"weights has dtype {weights.dtype}; with z of {z.dtype} it must be"
-            f" {accumulate_dtype(z.dtype)}"
+            f"weights has dtype {weights.dtype} and z has {z.dtype}; pass"
+            f" weights.to({accumulate_dtype(z.dtype)})"
         )
     if weights.device != z.device:
-        raise ValueError(f"weights is on {weights.device}, z on {z.device}; move one of them")
+        raise ValueError(f"weights is on {weights.device} and z is on {z.device}; move one of them")
     return dim
 
 
 def spread(w: Tensor, z: Tensor, dim: int) -> Tensor:
-    """A weight per sample (``dim=0``) or channel, in a shape that broadcasts against z."""
+    """Reshape weights of samples (``dim=0``) or channels so that they broadcast against z."""
     return w.reshape([-1 if d == dim else 1 for d in range(z.dim())])
 
 
 def composed(z, w, dim, per_sample, scale, fn, params, impl):
-    """The definition in calls of `act`, differentiable in every way that `act` is."""
+    """The definition of ``act_stats``, written with `act`, and differentiable as `act` is."""
     s = composed_statistic(z, w, dim, per_sample, scale, fn, params, impl)
     return act(z, fn=fn, impl=impl, **params), s
 
@@ -197,7 +199,7 @@ def composed_statistic(z, w, dim, per_sample, scale, fn, params, impl):
 
 
 def composed_grad_z(z, g, weight, scale, fn, params, impl):
-    """``φ'(z) g + 2 scale weight φ'(z) φ''(z)`` in calls of `act`; g or weight may be None."""
+    """``φ'(z) g + 2 scale weight φ'(z) φ''(z)``, written with `act`; g or weight may be None."""
     grad = None if g is None else act(z, g, 1, fn, impl=impl, **params)
     if weight is not None:
         wide = z.to(accumulate_dtype(z.dtype))
@@ -208,7 +210,7 @@ def composed_grad_z(z, g, weight, scale, fn, params, impl):
 
 
 def recorded(*cotangents: Tensor | None) -> bool:
-    """In a backward: whether it may be differentiated again, or runs under torch's older vmap."""
+    """Whether the running backward is recorded (create_graph=True) or inside torch's older vmap."""
     return torch.is_grad_enabled() or any(
         c is not None and is_legacy_batched(c) for c in cotangents
     )
@@ -220,7 +222,7 @@ def transformed() -> bool:
 
 
 def named(fn: int, values: Sequence[float]) -> tuple[str, dict[str, float]]:
-    """Name and parameters of an activation from what the raw ops take."""
+    """The name and the parameters of an activation, given the arguments of the raw ops."""
     row = ROWS[fn]
     return row.name, dict(zip(row.params, values, strict=True))
 
@@ -279,7 +281,7 @@ def _in_graph(z, w, dim, per_sample, scale, fn, values, suffix):
 
 
 def _result_like(z: Tensor, dim: int) -> Tensor:
-    """The strides of the kernels' results: z's own, or contiguous where those are no layout."""
+    """An empty result of the kernels. It has the strides of z if the kernels support them."""
     out, per_sample = torch.empty_like(z), math.prod(z.shape[1:])
     if z.numel() == 0:
         return out
@@ -292,7 +294,7 @@ def _result_like(z: Tensor, dim: int) -> Tensor:
 
 
 def check_channels(z: Tensor, dim: int) -> None:
-    """That the raw ops' dim is one: not negative, and not that of the samples."""
+    """Raises if the dim of a raw op is negative or the dimension of the samples."""
     if not 1 <= dim < z.dim():
         raise RuntimeError(f"fastjac: dim must be 1 to {z.dim() - 1}, got {dim}")
 

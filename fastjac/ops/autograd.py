@@ -1,7 +1,4 @@
-"""What every op's ``autograd.Function`` shares: two places where torch's ``apply`` falls short.
-
-And the walk over the graph that calls leave behind.
-"""
+"""`Function`, the base of the ``autograd.Function`` of every op, and a walk over the graph."""
 
 from __future__ import annotations
 
@@ -23,18 +20,18 @@ from fastjac.torch_private import (
 
 
 class Function(torch.autograd.Function):
-    """``torch.autograd.Function`` that is cheap to call and exact under batched cotangents.
+    """A ``torch.autograd.Function`` that is cheap to call and correct under batched cotangents.
 
-    Cost: a Function with ``setup_context`` has its signature re-inspected by torch at every call,
-    26 µs in all against 8. Our Functions take positional arguments only, so that binding does
-    nothing; with no ``torch.func`` transform active, `apply` goes straight to the C++ base, as
-    torch's own does after the binding.
+    Cost: torch inspects the signature of a Function with ``setup_context`` in every call, which
+    takes 26 µs instead of 8. This is not needed here, because these Functions take positional
+    arguments only. If no ``torch.func`` transform is active, `apply` calls the C++ base class
+    directly, as torch does after the inspection.
 
-    Exactness: ``autograd.grad(..., is_grads_batched=True, create_graph=True)`` and
-    ``autograd.functional.jacobian(vectorize=True)`` run backward under torch's older vmap, which
-    hands a Function wrapped tensors and then drops the graph that it records: the second-order
-    term is lost with no error (seen on torch 2.13). `apply` unwraps them and maps over the batch
-    with ``torch.func.vmap`` instead.
+    Correctness: ``autograd.grad(..., is_grads_batched=True, create_graph=True)`` and
+    ``autograd.functional.jacobian(vectorize=True)`` run the backward under the older vmap of torch.
+    It passes wrapped tensors to a Function and drops the graph that the Function records, so the
+    second-order term is lost without an error (seen on torch 2.13). `apply` unwraps the tensors and
+    maps over the batch with ``torch.func.vmap`` instead.
     """
 
     @classmethod
@@ -46,7 +43,7 @@ class Function(torch.autograd.Function):
             if isinstance(a, Tensor):
                 if is_legacy_batched(a):
                     return cls._apply_batched(*args)
-                a = unwrap_if_dead(a)  # left over from a torch.func transform that has ended
+                a = unwrap_if_dead(a)  # of a torch.func transform that has ended
             live.append(a)
         return super(torch.autograd.Function, cls).apply(*live)  # type: ignore[misc]
 
@@ -73,9 +70,9 @@ class Function(torch.autograd.Function):
 
 
 def graph_nodes(t: Tensor, *without: Any) -> Iterator[Any]:
-    """All nodes of the autograd graph of ``t``, each once; lazily, so callers may stop early.
+    """Iterate over the nodes of the autograd graph of ``t``, each of them once.
 
-    Nothing of, and beyond, the nodes ``without``.
+    The nodes ``without`` and those that are reached only through them are left out.
     """
     seen, left = set(without), [t.grad_fn]
     while left:
@@ -88,8 +85,11 @@ def graph_nodes(t: Tensor, *without: Any) -> Iterator[Any]:
 
 
 class Multiply(Function):
-    """a · b for ``jvp`` rules. Torch runs such a rule with forward mode off for plain operations,
-    which then lose the tangent of an outer ``jvp`` with no error; Functions keep it."""
+    """a · b for ``jvp`` rules.
+
+    Torch runs such a rule with forward mode switched off for plain operations, which then lose the
+    tangent of an outer ``jvp`` without an error. Functions keep it.
+    """
 
     generate_vmap_rule = True
 
@@ -119,7 +119,7 @@ class Multiply(Function):
 
 
 class Add(Function):
-    """a + b for ``jvp`` rules, as `Multiply`."""
+    """a + b for ``jvp`` rules; see `Multiply`."""
 
     generate_vmap_rule = True
 

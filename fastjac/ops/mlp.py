@@ -1,26 +1,28 @@
-"""``mlp_*``: the sweeps of a step with an input-Jacobian penalty through a whole MLP, in C++.
+"""``mlp_*``: the four sweeps through an MLP of a step with an input-Jacobian penalty, in C++.
 
-Layers ``z_l = a_{l-1} W_lᵀ + b_l``, ``a_l = φ_l(z_l)``, the last without φ, for float32 and float64
-on the CPU; K cotangents a sample; all matrices contiguous. Of each hidden layer there is a stack
-``T_l``, of every layer a stack ``S_l``, ``[(K + 1) N, C_l]``, which the sweeps fill:
+The layers are ``z_l = a_{l-1} W_lᵀ + b_l`` and ``a_l = φ_l(z_l)``; the last one has no φ. The
+kernels are for float32 and float64 on the CPU, with K cotangents per sample. All matrices must be
+contiguous. Each hidden layer has a stack ``T_l`` and every layer a stack ``S_l``, both
+``[(K + 1) N, C_l]``. The sweeps write:
 
     mlp_forward   x [N, d]     T_l = [–; z_l]; the output
     mlp_pull      w [K N, m]   S_l = [δ_l; –]; v = Jᵀw, ‖v‖² of each row
     mlp_push      u [K N, d]   S_l = [φ' δ_l; Σ_k φ'' δ_k t_k], T_l = [u_l; z_l]; J u
     mlp_down      g [N, m]     S_l = [φ' δ_l; ∂z_l], T_l = [u_l; a_l], layer by layer; the gradients
 
-so that the gradient of a weight, of loss and penalty together, is one GEMM ``S_lᵀ T_{l-1}``.
-(``mlp_forward`` makes T_l for K = 1; ``mlp_down`` pushes u first if told to; with ``factor``, one
-number a row, it is ``2 factor u`` that goes up, the gradient of squared norms.)
+The gradient of a weight, of loss and penalty together, is then one GEMM ``S_lᵀ T_{l-1}``.
+``mlp_forward`` allocates T_l for K = 1. If ``push`` is True, ``mlp_down`` pushes u first. If
+``factor`` (one number per row) is given, ``2 factor u`` is pushed, the gradient of squared norms.
 
-A sweep takes each ``tile`` rows of the batch through all layers on one thread, so that they stay in
-its cache and it is woken once; the tiles' gradients are summed in order, the same bits each time. A
-stack holds ``[u; z]`` of the first tile, then of the next. With one tile (``tile >= n``, needed for
-K > 1) the threads share each GEMM. GEMMs are those of torch's BLAS.
+A thread takes ``tile`` rows of the batch through all layers, so they stay in its cache and it is
+started once. The gradients of the tiles are summed in order, so two runs give the same bits. A
+stack holds ``[u; z]`` of the first tile, then of the second one, and so on. If there is one tile
+(``tile >= n``, required for K > 1), the threads share each GEMM. The GEMMs are those of torch's
+BLAS.
 
-``plan``: a row for each layer, float64: the activation's id, whether the layer has a bias, and the
-activation's parameters, with zeros up to `fastjac.activations.MAX_PARAMS` of them.
-Not differentiable; `fastjac.input_jacobian.chain` is what calls them.
+``plan`` is float64 and has a row for each layer: the id of the activation, whether the layer has a
+bias, and `fastjac.activations.MAX_PARAMS` parameters of the activation, padded with zeros.
+The ops are not differentiable. `fastjac.input_jacobian.chain` calls them.
 """
 
 from __future__ import annotations
@@ -37,4 +39,4 @@ for _schema in (
     " Tensor(b!)[] stacks, Tensor(c!)[] deltas, int n, int tile, int start, bool push,"
     " Tensor wanted, Tensor plan) -> Tensor[]",
 ):
-    register(_schema, derivative="use the penalties, engine='chain'")
+    register(_schema, derivative="use a penalty with engine='chain'")

@@ -1,8 +1,8 @@
-"""What was built, what can run here, and why not: the state behind ``fastjac info``.
+"""The backends: what was built, what can run on this machine, and why not.
 
-Three backends: ``cpu`` and ``cuda`` are the shared libraries written by ``setup.py``; ``triton``
-needs nothing built. Loading happens once, at import, and never raises: a backend that cannot run
-keeps the reason, and the ops quote it.
+The backends ``cpu`` and ``cuda`` are the shared libraries that ``setup.py`` builds; ``triton`` does
+not have to be built. A library is loaded once, and loading never raises: a backend that cannot run
+keeps the reason, which the error messages of the ops and ``fastjac info`` show.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _PACKAGE = Path(__file__).parent.parent
 
 @dataclass(frozen=True)
 class Backend:
-    """One backend: was it built, can it run on this machine, and if not, why (a full sentence)."""
+    """Whether a backend was built, and why it cannot run here; `why_not` is None if it can."""
 
     name: str
     built: bool
@@ -38,7 +38,7 @@ class Backend:
 
 @functools.cache
 def build_info() -> dict[str, Any]:
-    """The record ``setup.py`` left; empty if the package was copied and never installed."""
+    """The record that ``setup.py`` wrote; empty if the package was never installed."""
     path = _PACKAGE / "_build.json"
     return json.loads(path.read_text()) if path.exists() else {}
 
@@ -50,18 +50,18 @@ def _library(name: str) -> Backend:
     if not record["built"]:
         return Backend(name, False, f"the {name} library is not built: {record['why']}", details)
     if info["table_hash"] != table_hash():
-        why = f"the {name} library was built from another activation table: reinstall fastjac"
+        why = f"the {name} library was built with another activation table: reinstall fastjac"
         return Backend(name, True, why, details)
     if name == "cuda" and torch.version.cuda is None:
-        return Backend(name, True, "this torch is built without CUDA", details)
+        return Backend(name, True, "this torch was built without CUDA", details)
     try:
         torch.ops.load_library(str(_PACKAGE / f"_{name}.so"))
     except OSError as error:
         return Backend(
-            name, True, f"the {name} library does not load: {error.__cause__ or error}", details
+            name, True, f"the {name} library cannot be loaded: {error.__cause__ or error}", details
         )
     if name == "cuda" and not torch.cuda.is_available():
-        return Backend(name, True, "torch finds no GPU", details)
+        return Backend(name, True, "torch cannot find a GPU", details)
     return Backend(name, True, None, details)
 
 
@@ -72,15 +72,16 @@ def _triton() -> Backend:
 
     details: dict[str, Any] = {"version": triton.__version__, "interpreter": triton_interpreted()}
     if not (_PACKAGE / "kernels" / "_phi.py").exists():
-        return Backend("triton", False, "the Triton functions were never generated", details)
+        why = "the Triton functions are not generated: reinstall fastjac"
+        return Backend("triton", False, why, details)
     if not triton_interpreted() and not torch.cuda.is_available():
-        why = "torch finds no GPU (TRITON_INTERPRET=1 runs the kernels on the CPU, slowly)"
+        why = "torch cannot find a GPU (TRITON_INTERPRET=1 runs the kernels slowly on the CPU)"
         return Backend("triton", True, why, details)
     return Backend("triton", True, None, details)
 
 
 def triton_interpreted() -> bool:
-    """Whether Triton kernels run in the interpreter, on CPU tensors (``TRITON_INTERPRET=1``)."""
+    """Whether Triton kernels run on CPU tensors, in the interpreter (``TRITON_INTERPRET=1``)."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 

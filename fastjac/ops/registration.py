@@ -1,9 +1,9 @@
-"""The torch library ``fastjac`` and `register`, the one way in which a raw op gets into it.
+"""The torch library ``fastjac`` and `register`, which adds a raw op to it.
 
-A raw op is an entry of ``torch.ops.fastjac``. Its kernels are elsewhere: ``_cpu.so`` and
-``_cuda.so`` register theirs under its name when they are loaded, and the Triton kernels stand in
-``fastjac.kernels``. What torch wants to know beside (schema, shapes of the results, derivative,
-batching rule) is what a call of `register` says.
+A raw op is an entry of ``torch.ops.fastjac``. Its kernels are defined elsewhere: ``_cpu.so`` and
+``_cuda.so`` register theirs when they are loaded, and the Triton kernels are in
+``fastjac.kernels``. `register` provides the schema, the fake kernel, the derivative and the
+batching rule.
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ def register(
     vmap: Callable[..., Any] | None = None,
     triton: str | None = None,
 ) -> None:
-    """Defines a raw op and registers all of it that is Python.
+    """Define a raw op and register its Python parts.
 
     Args:
         schema: ``"name(Tensor z, ...) -> Tensor"``.
-        derivative: what runs in place of the kernel where autograd is on, called as
-            ``derivative(*args, suffix)``: the ``apply`` of a Function. So a raw op that is called
-            directly, by an exported program say, loses no derivative. For an op that is itself a
-            gradient and has no derivative: a string, what to call instead.
-        fake: the kernel of tensors without memory: takes the op's arguments and returns empty
-            tensors. Arguments on different devices, and None for a tensor, are refused before.
+        derivative: the ``apply`` of a Function, called as ``derivative(*args, suffix)`` in place of
+            the kernel if autograd is on. A raw op that is called directly (by an exported program,
+            for example) is therefore differentiable too. For an op that is not differentiable: a
+            string that says what to call instead.
+        fake: the kernel for tensors without memory. It takes the op's arguments and returns empty
+            tensors. It is not called if a tensor is None or if devices differ: this raises.
         vmap: the batching rule, called as ``vmap(op, info, in_dims, *args)``.
-        triton: a module of ``fastjac.kernels`` with a function of the op's name. A second op of the
-            same schema, its name with the suffix ``_triton``, calls it.
+        triton: the module of ``fastjac.kernels`` that has a function of the op's name. A second op
+            of the same schema, whose name has the suffix ``_triton``, calls that function.
     """
     stem, parenthesis, arguments = schema.partition("(")
     for suffix in ("",) if triton is None else ("", "_triton"):
@@ -60,14 +60,17 @@ def register(
         if suffix:
             LIBRARY.impl(name, _launcher(triton, stem), "CompositeExplicitAutograd")
         if isinstance(derivative, str):
-            LIBRARY.impl(name, _refusal(name, derivative), "Autograd")
+            LIBRARY.impl(name, _not_differentiable(name, derivative), "Autograd")
         else:
-            LIBRARY.impl(name, _through(name, derivative, suffix), "Autograd")
+            LIBRARY.impl(name, _differentiable(name, derivative, suffix), "Autograd")
 
 
 def _checked(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
-    """One tensor on meta brings the whole call to the fake kernel: others on the CPU would be given
-    results that nobody has computed, so that raises."""
+    """The fake kernel, after checks.
+
+    A single meta tensor selects the fake kernel for the whole call. If the other tensors are on
+    another device, the results would never be computed: this raises.
+    """
 
     def checked(*args):
         refuse_none(name, args)
@@ -80,29 +83,29 @@ def _checked(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
 def _launcher(module: str | None, stem: str) -> Callable[..., Any]:
     def launch(*args):
         refuse_none(f"{stem}_triton", args)
-        # Imported late: it needs Triton, which may not be installed.
+        # Imported here because Triton may not be installed.
         kernels = importlib.import_module(f"fastjac.kernels.{module}")
         return getattr(kernels, stem)(*args)
 
     return launch
 
 
-def _through(name: str, function: Callable[..., Any], suffix: str) -> Callable[..., Any]:
+def _differentiable(name: str, function: Callable[..., Any], suffix: str) -> Callable[..., Any]:
     def autograd(*args):
         if transforms_active():
             raise RuntimeError(
-                f"torch.ops.fastjac.{name} (from an exported program, say) cannot be transformed"
-                " by torch.func: call the function of fastjac, or use torch.autograd"
+                f"torch.ops.fastjac.{name}, which an exported program calls, for example, cannot be"
+                " transformed by torch.func: call the function of fastjac, or use torch.autograd"
             )
         return function(*args, suffix)
 
     return autograd
 
 
-def _refusal(name: str, instead: str) -> Callable[..., Any]:
+def _not_differentiable(name: str, instead: str) -> Callable[..., Any]:
     def autograd(*args):
         if torch.is_grad_enabled() and any(t.requires_grad for t in tensors_of(args)):
-            raise RuntimeError(f"torch.ops.fastjac.{name} has no derivative of its own: {instead}")
+            raise RuntimeError(f"torch.ops.fastjac.{name} is not differentiable: {instead}")
         with below_autograd():
             return raw(name)(*args)
 
@@ -111,21 +114,22 @@ def _refusal(name: str, instead: str) -> Callable[..., Any]:
 
 @functools.cache
 def raw(name: str) -> Any:
-    """The overload itself: a lookup by attribute costs a microsecond a call."""
+    """The overload of an op. The lookup by attribute takes a microsecond, hence the cache."""
     return getattr(torch.ops.fastjac, name).default
 
 
 def suffix_of(impl: str) -> str:
+    """The suffix of the raw ops that belong to an implementation."""
     return "_triton" if impl == "triton" else ""
 
 
 def impl_of(suffix: str, device_type: str) -> str:
-    """The implementation that a raw op is."""
+    """The implementation of a raw op with this suffix."""
     return "triton" if suffix else device_type
 
 
 def tensors_of(args: Iterable[Any]) -> Iterator[Tensor]:
-    """The tensors among the arguments of a raw op, those in lists too."""
+    """The tensors among the arguments of a raw op, including those in lists."""
     for a in args:
         if isinstance(a, Tensor):
             yield a
@@ -143,21 +147,21 @@ def check_one_device(name: str, args: Iterable[Any]) -> None:
 
 
 def check_like(t: Tensor | None, z: Tensor, name: str) -> None:
-    """Refuses an operand that is read beside z and differs from it; None is accepted."""
+    """Raises if an operand is neither None nor of the shape, dtype and device of z."""
     if t is not None and (t.shape, t.dtype, t.device) != (z.shape, z.dtype, z.device):
         raise RuntimeError(f"fastjac: {name} must have the shape, dtype and device of z")
 
 
 @functools.cache
 def _tensors(name: str) -> tuple[int, ...]:
-    """The positions of a raw op's tensors that are not optional."""
+    """The positions of the tensor arguments of a raw op that are not optional."""
     arguments = raw(name)._schema.arguments
     return tuple(i for i, a in enumerate(arguments) if a.type.kind() == "TensorType")
 
 
 def refuse_none(name: str, args: Sequence[Any]) -> None:
-    """The dispatcher lets None through in the place of a tensor."""
+    """Raises if a tensor argument is None, which the dispatcher accepts."""
     for i in _tensors(name):
         if args[i] is None:
             argument = raw(name)._schema.arguments[i].name
-            raise RuntimeError(f"fastjac: {argument} of {name} is None")
+            raise RuntimeError(f"fastjac: {argument} of {name} is None: it must be a tensor")

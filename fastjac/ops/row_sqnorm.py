@@ -1,7 +1,7 @@
 """``row_sqnorm``: ``r_i = ‖W[i, …]‖²`` of the rows of many weights, in one launch.
 
-The gradient is ``∂W[i, …] = 2 c_i W[i, …]`` for a cotangent ``c``. The raw op of the backward
-writes it, or adds it to gradients that are there already (`add_to`), again in one launch for all.
+The gradient for a cotangent ``c`` is ``∂W[i, …] = 2 c_i W[i, …]``. The raw op of the backward
+writes it or adds it to existing gradients (`add_to`), again in one launch for all weights.
 """
 
 from __future__ import annotations
@@ -41,22 +41,23 @@ _OP = Op("row_sqnorm", _examples)
 
 
 def row_sqnorm(weights: Sequence[Tensor], *, impl: str = "auto") -> list[Tensor]:
-    """Squared norm of each row, ``r_i = Σ W[i, …]²``, of every weight.
+    """The squared norm of each row, ``r_i = Σ W[i, …]²``, of every weight.
 
     Args:
-        weights: tensors ``[C, …]`` of one dtype and device: float32, float64, bfloat16 or float16.
-            Rows that are no blocks of memory are copied (contiguous and channels_last are).
+        weights: tensors ``[C, …]`` of the same dtype and device: float32, float64, bfloat16 or
+            float16. A weight is copied if it is neither contiguous nor channels_last.
         impl: as in `fastjac.act`.
 
     Returns:
-        A list of ``[C]``, float32 (float64 for float64 weights), accumulated in at least that.
+        A list of tensors ``[C]``, float32 (float64 for float64 weights) and accumulated in at least
+        that.
 
     Gradients: reverse and forward mode, ``torch.func``, any number of times.
 
     Raises:
-        TypeError: a tensor in place of a list, no floating-point tensors, or different dtypes.
-        ValueError: no weight, a scalar, or different devices.
-        RuntimeError: a named impl cannot run the call.
+        TypeError: weights is not a list of floating-point tensors, or dtypes differ.
+        ValueError: weights is empty, a weight is a scalar, or devices differ.
+        RuntimeError: the impl cannot run the call.
 
     Example:
 
@@ -65,25 +66,24 @@ def row_sqnorm(weights: Sequence[Tensor], *, impl: str = "auto") -> list[Tensor]
         >>> torch.allclose(r, w.square().sum(1))
         True
     """
-    if isinstance(weights, Tensor):  # a list of it would be its rows
-        raise TypeError("weights is a tensor; pass a list of weights, [weight] for one")
-    if not isinstance(weights, Iterable):
-        raise TypeError(f"weights is {type(weights).__name__}; pass a list of weights")
+    if isinstance(weights, Tensor) or not isinstance(weights, Iterable):
+        raise TypeError(f"weights is {type(weights).__name__}; it must be a list of tensors")
     weights = list(weights)
     _check(weights)
     chosen = _OP.select(impl, weights[0].device, weights[0].dtype)
     if chosen == "reference":
         return [composed_rows(w) for w in weights]
-    flat = _in_graph(suffix_of(chosen), False, *[with_rows_in_memory(w) for w in weights])
+    dense = [w if rows_in_memory(w) else w.contiguous() for w in weights]
+    flat = _in_graph(suffix_of(chosen), False, *dense)
     return list(flat.split([w.shape[0] for w in weights]))
 
 
 def tapped(weights: Sequence[Tensor], suffix: str) -> tuple[list[Tensor], list[Tensor]]:
-    """The norms of the rows of each weight, and an alias of it to compute with in its place.
+    """The squared norms of the rows of each weight, and an alias of each weight.
 
-    The gradient of an alias arrives when its layer is done, and one launch at the end adds
-    ``2 c W`` to all of them in place. So an alias's gradient must belong to nobody else: use it in
-    `fastjac.layerwise.layer_act.layer_act` alone, whose backward makes it.
+    The layers must use the aliases in place of the weights. When the gradients of all aliases are
+    there, one launch adds ``2 c W`` to them in place. Nothing else may hold these gradients, so
+    use an alias only in `fastjac.layerwise.layer_act.layer_act`, whose backward allocates them.
     """
     out = _in_graph(suffix, True, *weights)
     return list(out[: len(weights)]), list(out[len(weights) :])
@@ -91,30 +91,32 @@ def tapped(weights: Sequence[Tensor], suffix: str) -> tuple[list[Tensor], list[T
 
 def _check(weights: list[Tensor]) -> None:
     if not weights:
-        raise ValueError("weights is empty; row_sqnorm needs at least one")
+        raise ValueError("weights is empty; it must have at least one tensor")
     first = weights[0]
     for i, w in enumerate(weights):
         if not isinstance(w, Tensor) or not w.is_floating_point():
             what = w.dtype if isinstance(w, Tensor) else type(w).__name__
             raise TypeError(f"weights[{i}] is {what}; it must be a floating-point tensor")
         if w.dim() == 0:
-            raise ValueError(f"weights[{i}] is a scalar; it needs rows in dimension 0")
+            raise ValueError(f"weights[{i}] is a scalar; it must have rows in dimension 0")
         if w.dtype != first.dtype:
-            raise TypeError(f"weights[{i}] has dtype {w.dtype}, weights[0] {first.dtype}")
+            raise TypeError(
+                f"weights[{i}] has dtype {w.dtype} and weights[0] has {first.dtype}; convert one of"
+                " them"
+            )
         if w.device != first.device:
-            raise ValueError(f"weights[{i}] is on {w.device}, weights[0] on {first.device}")
+            raise ValueError(
+                f"weights[{i}] is on {w.device} and weights[0] is on {first.device}; move one of"
+                " them"
+            )
 
 
 def rows_in_memory(w: Tensor) -> bool:
-    """Whether each row is one block of memory, and the rows follow each other."""
+    """Whether each row is one block of memory, and the rows are adjacent."""
     if w.is_contiguous():
         return True
     orders = ((4, torch.channels_last), (5, torch.channels_last_3d))
     return any(w.dim() == dim and w.is_contiguous(memory_format=order) for dim, order in orders)
-
-
-def with_rows_in_memory(w: Tensor) -> Tensor:
-    return w if rows_in_memory(w) else w.contiguous()
 
 
 def composed_rows(w: Tensor) -> Tensor:
@@ -123,9 +125,9 @@ def composed_rows(w: Tensor) -> Tensor:
 
 
 def add_to(grads: list[Tensor], weights: list[Tensor], c: Tensor, suffix: str, add: bool) -> None:
-    """``grads += 2 c W`` in place (``add=False``: ``=``), all in one launch; not differentiable.
+    """``grads += 2 c W`` in place (or ``=``, if not ``add``), in one launch; not differentiable.
 
-    A gradient must have the strides of its weight; `row_sqnorm` describes those.
+    A gradient must have the strides of its weight, which must satisfy `rows_in_memory`.
     """
     raw("row_sqnorm_backward" + suffix)(grads, weights, c, add)
 
@@ -157,25 +159,30 @@ class _RowSqnorm(Function):
             parts = [None] * n if flat is None else list(flat.split(sizes))
         if recorded(*parts, *grads):
             return None, None, *map(plus_rows, grads, parts, weights)
-        # In place where a layer's backward has just made the gradient; else into new memory.
+        # Existing gradients are added to in place, others are written to new memory.
         out = list(grads)
-        for add in (True, False):
-            which = [i for i in range(n) if parts[i] is not None and (grads[i] is not None) is add]
-            odd = [i for i in which if add and not alike(grads[i], weights[i])]
-            which = [i for i in which if i not in odd]
+        added: list[int] = []
+        written: list[int] = []
+        for i, (part, grad, w) in enumerate(zip(parts, grads, weights, strict=True)):
+            if part is None:
+                continue
+            if grad is None:
+                out[i] = torch.empty_like(w)
+                written.append(i)
+            elif alike(grad, w):
+                added.append(i)
+            else:
+                out[i] = plus_rows(grad, part, w)
+        for which, add in ((added, True), (written, False)):
             if which:
-                for i in which:
-                    out[i] = grads[i] if add else torch.empty_like(weights[i])
                 c = torch.cat([parts[i] for i in which])
                 chosen = [out[i] for i in which], [weights[i] for i in which]
                 add_to(*chosen, c, ctx.suffix, add=add)
-            for i in odd:
-                out[i] = plus_rows(grads[i], parts[i], weights[i])
         return None, None, *out
 
 
 def rows_of_one(v: Tensor) -> Tensor:
-    """``‖v_n‖²`` of a contiguous tensor, outside any graph."""
+    """``‖v_n‖²`` of a contiguous tensor; not differentiable."""
     chosen = _OP.select("auto", v.device, v.dtype)
     if chosen == "reference":
         return composed_rows(v)
@@ -184,7 +191,7 @@ def rows_of_one(v: Tensor) -> Tensor:
 
 
 def gradient_of_one(v: Tensor, c: Tensor) -> Tensor:
-    """``2 c_n v_n`` of a contiguous tensor, outside any graph; c in the accumulation dtype."""
+    """``2 c_n v_n`` of a contiguous tensor, c in the accumulation dtype; not differentiable."""
     chosen = _OP.select("auto", v.device, v.dtype)
     if chosen == "reference":
         return (2 * spread(c, v, 0) * v).to(v.dtype)
@@ -195,7 +202,7 @@ def gradient_of_one(v: Tensor, c: Tensor) -> Tensor:
 
 
 def plus_rows(grad: Tensor | None, c: Tensor | None, weight: Tensor) -> Tensor | None:
-    """``grad + 2 c W`` in differentiable operations."""
+    """``grad + 2 c W``, differentiable; a term that is None is left out."""
     if c is None:
         return grad
     term = (2 * spread(c, weight, 0) * weight).to(weight.dtype)
@@ -203,6 +210,7 @@ def plus_rows(grad: Tensor | None, c: Tensor | None, weight: Tensor) -> Tensor |
 
 
 def alike(grad: Tensor, weight: Tensor) -> bool:
+    """Whether `add_to` can add to the gradient."""
     return grad.dtype == weight.dtype and grad.stride() == weight.stride()
 
 

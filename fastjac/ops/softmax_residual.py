@@ -1,6 +1,7 @@
-"""``softmax_residual``: ``p − y``, ``p = softmax(z)``, the gradient of the cross-entropy by z.
+"""``softmax_residual``: ``p − y`` with ``p = softmax(z)``.
 
-Its own VJP is that of the softmax, ``p (v − ⟨p, v⟩)``, one pass over z and v. It keeps z alone.
+This is the gradient of the cross-entropy with respect to z. Its VJP is that of the softmax,
+``p (v − ⟨p, v⟩)``, computed in one pass over z and v. Only z is saved for the backward.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from fastjac.torch_private import below_autograd
 
 
 def _examples() -> Iterator[Example]:
-    """Few and many classes, and logits far apart."""
+    """Few classes, many classes, and logits that differ much."""
     for name, n, m, scale in (("10 classes", 7, 10, 1.0), ("3000 classes", 3, 3000, 20.0)):
         target = torch.arange(n) * 13 % m
 
@@ -38,23 +39,25 @@ _OP = Op("softmax_residual", _examples)
 
 
 def softmax_residual(logits: Tensor, target: Tensor, *, impl: str = "auto") -> Tensor:
-    """``softmax(z) − y``, y the unit vector of the class: ``∂ CE(z, target) / ∂z``, per sample.
+    """``softmax(z) − y`` per sample, where y is the unit vector of the class.
+
+    This is ``∂ CE(z, target) / ∂z``.
 
     Args:
         logits: z, ``[N, m]``, float32, float64, bfloat16 or float16.
-        target: classes, int64 ``[N]``, in ``[0, m)``.
+        target: the classes, int64 ``[N]``, each in ``[0, m)``.
         impl: as in `fastjac.act`.
 
     Returns:
-        ``[N, m]`` in z's dtype; half precision is computed in float32.
+        A tensor ``[N, m]`` of the dtype of z. Half precision is computed in float32.
 
-    Gradients: in z, reverse and forward mode, ``torch.func``, any number of times.
+    Gradients: with respect to z, reverse and forward mode, ``torch.func``, any number of times.
 
     Raises:
-        TypeError: logits no floating-point tensor, or target not int64.
-        ValueError: a shape that does not fit, or devices differ.
-        RuntimeError: a named impl cannot run the call; on a CPU, a class out of range. On a GPU its
-            row is NaN, since a look at it would wait for the device.
+        TypeError: logits is not a floating-point tensor, or target is not int64.
+        ValueError: a shape does not fit, or devices differ.
+        RuntimeError: the impl cannot run the call, or a class is out of range on a CPU. On a GPU
+            the row of such a class is NaN, because a check would have to wait for the device.
 
     Example:
 
@@ -68,22 +71,24 @@ def softmax_residual(logits: Tensor, target: Tensor, *, impl: str = "auto") -> T
         raise TypeError(f"logits is {what}; it must be a floating-point tensor")
     if not isinstance(target, Tensor) or target.dtype != torch.int64:
         what = target.dtype if isinstance(target, Tensor) else type(target).__name__
-        raise TypeError(f"target is {what}; it must be an int64 tensor of classes")
+        raise TypeError(f"target is {what}; it must be an int64 tensor of class indices")
     if logits.dim() != 2 or logits.shape[1] == 0:
         raise ValueError(f"logits has shape {tuple(logits.shape)}; it must be [N, m], m >= 1")
     if target.shape != logits.shape[:1]:
         raise ValueError(f"target has shape {tuple(target.shape)}; it must be [{len(logits)}]")
     if target.device != logits.device:
-        raise ValueError(f"target is on {target.device}, logits on {logits.device}")
+        raise ValueError(
+            f"target is on {target.device} and logits is on {logits.device}; move one of them"
+        )
     chosen = _OP.select(impl, logits.device, logits.dtype)
-    # In a compiled region its compiler fuses the formula with what stands around it.
+    # In a compiled region, the compiler fuses the formula with the operations around it.
     if chosen == "reference" or (impl == "auto" and torch.compiler.is_compiling()):
         return composed(logits, target)
     return _in_graph(logits, target, suffix_of(chosen))
 
 
 def composed(logits: Tensor, target: Tensor) -> Tensor:
-    """The same in torch's operations."""
+    """The definition of ``softmax_residual`` in operations of torch."""
     wide = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
     y = torch.zeros_like(wide).scatter(1, target.unsqueeze(1), 1.0)
     return (wide.softmax(1) - y).to(logits.dtype)
