@@ -1,8 +1,8 @@
-"""Where a computation has to run when torch distributes the model: DDP and FSDP2's ``fully_shard``.
+"""Runs a computation inside the wrapper of a distributed model: DDP or FSDP2's ``fully_shard``.
 
 Both wrappers act before and after the forward pass of the model, and expect one backward pass
-through its output. The gradient with respect to ``x`` that a penalty takes looks like that pass to
-them: after it FSDP2 frees the weights, and DDP with ``static_graph`` reduces the gradients, too
+through its output. The gradient with respect to ``x`` that a penalty computes looks like that pass
+to them: after it FSDP2 frees the weights, and DDP with ``static_graph`` reduces the gradients, too
 early. Therefore `run` puts the computation inside the wrapper: for one call it takes the place of
 the wrapped module, and the wrapper sees a forward pass that returns two tensors, output and value.
 
@@ -30,18 +30,18 @@ from fastjac.per_sample import attached_zero
 
 
 def active() -> bool:
-    """Whether this process is one of a group."""
+    """Whether a process group is initialized."""
     return dist.is_available() and dist.is_initialized()
 
 
 def loaded(module: str, name: str) -> tuple[type, ...]:
-    """The class, for ``isinstance``; none where nobody has imported its module."""
+    """The class, in a tuple for ``isinstance``; empty if its module has not been imported."""
     found = getattr(sys.modules.get(module), name, None)
     return () if found is None else (found,)
 
 
 def is_sharded(module: Any) -> bool:
-    """Whether ``fully_shard`` was applied to this very module."""
+    """Whether ``fully_shard`` was applied to this module itself."""
     return isinstance(module, loaded("torch.distributed.fsdp", "FSDPModule"))
 
 
@@ -55,7 +55,7 @@ def inside(model: Any) -> Any:
 
 
 def unwrapped(model: Any) -> Any:
-    """The module inside ``torch.compile`` and DDP, however they stand."""
+    """The module inside ``torch.compile`` and DDP, in any order."""
     while True:
         inner = inside(getattr(model, "_orig_mod", model))
         if inner is model:
@@ -77,9 +77,9 @@ def attached(value: Tensor, *outputs: Any) -> Tensor:
 
 
 def static_graph() -> Any:
-    """A weak reference to the DDP that is running, if it waits for the gradient of its output.
+    """A weak reference to the running DDP if it waits for the gradient of its output, else None.
 
-    It does in its first step with ``static_graph=True``; None otherwise.
+    DDP does so in its first step with ``static_graph=True``.
     """
     if not active() or torch.compiler.is_compiling():
         return None
@@ -88,7 +88,7 @@ def static_graph() -> Any:
 
 
 def through_sink(value: Tensor, ddp: Any) -> Tensor:
-    """``value``, whose gradient makes the DDP of `static_graph` reduce too."""
+    """``value``, connected to the DDP of `static_graph` so that its gradient is reduced too."""
     return value if ddp is None else torch_private.through_ddp_sink(value, ddp)
 
 
@@ -135,16 +135,16 @@ def check_model(model: nn.Module) -> None:
             )
         if not whole and is_sharded(part):
             raise RuntimeError(
-                f"fully_shard was applied to {name} and not to the model that the penalty got: "
-                "call fully_shard(model) last, and pass that module to the penalty"
+                f"fully_shard was applied to {name}, but not to the model that was passed to the "
+                "penalty: call fully_shard(model) last, and pass that module to the penalty"
             )
 
 
 def _check_wrapper(model: nn.Module, hooks: int) -> None:
     if torch.compiler.is_compiling():
         raise RuntimeError(
-            f"the penalty of a {type(model).__name__} cannot be traced by torch.compile: compile "
-            "the layers, and call the penalty in a function that is not compiled"
+            f"torch.compile cannot trace the penalty of a {type(model).__name__}: compile the "
+            "layers, and call the penalty in a function that is not compiled"
         )
     if len(model._forward_hooks) > hooks or len(model._forward_pre_hooks) > hooks:
         raise RuntimeError(
@@ -154,10 +154,10 @@ def _check_wrapper(model: nn.Module, hooks: int) -> None:
 
 
 class _Inside:
-    """Stands in the place of a wrapper's module for one call.
+    """Takes the place of a wrapper's module for one call.
 
-    Only ``x`` goes through the wrapper: it would cast other arguments as it casts the inputs of the
-    model (mixed precision).
+    Only ``x`` goes through the wrapper. In mixed precision the wrapper would cast other arguments
+    as it casts the inputs of the model.
     """
 
     def __init__(self, body: Callable[[Any, Any], Any], module: Any) -> None:
@@ -169,7 +169,7 @@ class _Inside:
     forward = __call__
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.module, name)  # DDP asks for the buffers
+        return getattr(self.module, name)  # DDP reads the buffers
 
 
 def _inside_ddp(body: Callable[[Any, Any], Any], model: Any, x: Any) -> tuple[Tensor, Tensor]:
@@ -191,7 +191,7 @@ class _Bare(nn.Module):
         super().__init__()
         self._parameters, self._buffers = model._parameters, model._buffers
         self._modules = model._modules
-        vars(self)["model"] = model  # so that it is not a submodule
+        vars(self)["model"] = model  # as an attribute that is not a submodule
 
     def forward(self, x: Tensor) -> Tensor:
         model: Any = vars(self)["model"]
@@ -216,7 +216,7 @@ def _inside_fully_shard(
         restore()
         with gathered(model):
             output, value = body(bare, x)
-        # FSDP warns of views, whose hooks an in-place operation would drop.
+        # FSDP warns about outputs that are views: an in-place operation would remove its hooks.
         return _own(output), _own(value)
 
     vars(model)["forward"] = forward
@@ -242,7 +242,7 @@ def gathered(model: nn.Module) -> Iterator[None]:
     try:
         for part, state in zip(parts, states, strict=True):
             part.unshard()
-            # In this state the recomputation by a checkpoint gathers and frees nothing either.
+            # In this state the recomputation of a checkpoint does not gather or free weights.
             torch_private.set_fsdp_state(state, "PRE_BACKWARD")
         yield
     finally:
@@ -256,9 +256,9 @@ def gathered(model: nn.Module) -> Iterator[None]:
 def check_graph(x: Tensor, output: Tensor, *, twice: bool = True) -> None:
     """Raises if the gradient of ``output`` with respect to ``x`` would be wrong.
 
-    ``twice``: whether that gradient will be differentiated again. ``DTensor.from_local``
-    redistributes outside of the graph in its backward (seen on torch 2.13), so that its second
-    derivative would be lost without an error.
+    ``twice`` says whether that gradient will be differentiated again. The backward of
+    ``DTensor.from_local`` redistributes outside of the graph (torch 2.13), so that its second
+    derivative is lost without an error.
     """
     if twice and (is_dtensor(x) or is_dtensor(output)):
         raise RuntimeError(TENSOR_PARALLEL)
@@ -282,14 +282,14 @@ def check_graph(x: Tensor, output: Tensor, *, twice: bool = True) -> None:
 
 
 def tensor_parallel(model: Any) -> bool:
-    """Whether a weight is a DTensor even when fully_shard has gathered the model."""
+    """Whether a weight is a DTensor, also when fully_shard has gathered the weights."""
     if not active() or not isinstance(model, nn.Module):
         return False
     return any(is_dtensor(p) for p in model.parameters())
 
 
 TENSOR_PARALLEL = (
-    "the model computes with DTensors (tensor parallel), whose redistribution torch cannot "
-    "differentiate twice: penalties on the input gradient are not supported here; use "
-    "DistributedDataParallel or fully_shard, or a layer-wise penalty (DREG)"
+    "the model computes with DTensors (tensor parallel), and torch cannot differentiate their "
+    "redistribution twice: penalties on the input gradient need DistributedDataParallel or "
+    "fully_shard instead; layer-wise penalties (DREG) support tensor parallel models"
 )

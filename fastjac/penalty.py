@@ -1,8 +1,8 @@
-"""What all penalties share: options, the two call forms, reduction, and the two derived forms.
+"""The base of all penalties: options, the two call forms and the reduction.
 
-A penalty defines per-sample values ``R_n``; what the caller gets is ``weight * reduce_n R_n``.
-The functional and the class signature are derived from the class, so that an option is written
-down once, in an ``__init__``.
+A penalty defines values per sample, ``R_n``; a call returns ``weight * reduce_n R_n``. The function
+of a penalty and the signatures are derived from the class, so that an option is declared once, in
+an ``__init__``.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ REDUCTIONS = ("mean", "sum", "none")
 
 
 def check_modes() -> None:
-    """A gradient needs autograd switched on, and the graph that ``torch.func`` hides."""
+    """Raises if gradients are off, or hidden by a ``torch.func`` transform."""
     if torch_private.transforms_active():
         raise RuntimeError(
-            "the penalty was called inside a torch.func transform, where it cannot read autograd's "
-            "graph: call it outside of the transform, or write it with torch.func.vjp "
+            "the penalty was called inside a torch.func transform, where the autograd graph is not "
+            "available: call it outside of the transform, or compute it with torch.func.vjp "
             "(fastjac.reference has the formula)"
         )
-    if torch.is_grad_enabled():  # False in inference mode too, which dynamo cannot ask about
+    if torch.is_grad_enabled():  # also False in inference mode, which dynamo cannot query
         return
     mode = "inference mode" if torch.is_inference_mode_enabled() else "torch.no_grad()"
     raise RuntimeError(
@@ -38,17 +38,17 @@ def check_modes() -> None:
     )
 
 
-def check_not_recomputed(option: str) -> None:
-    """Raises in the recomputation by a checkpoint, which would count the call twice."""
+def check_not_recomputed() -> None:
+    """Raises in the recomputation of a checkpoint, which would count the call twice."""
     if not torch.compiler.is_compiling() and torch_private.current_backward() != -1:
         raise RuntimeError(
-            f"the penalty has {option} and was called inside a checkpointed function, whose "
-            "recomputation would count it twice: call the penalty outside of that function"
+            "the penalty has every > 1 and was called inside a checkpointed function, whose "
+            "recomputation would count the call twice: call the penalty outside of that function"
         )
 
 
 def call_model(model: Callable[..., Any], x: Tensor) -> Tensor:
-    """``model(x)``, which must be a tensor."""
+    """``model(x)``; raises if it is not a tensor."""
     output = model(x)
     if not isinstance(output, Tensor):
         raise TypeError(
@@ -128,7 +128,7 @@ class Penalty(nn.Module):
         self.weight = arguments.number("weight", weight)
         self.reduction = arguments.choice("reduction", reduction, REDUCTIONS)
         self.every = arguments.count("every", every)
-        # Modulo `every`: torch.compile treats the number as a constant, so there are k graphs.
+        # Modulo `every`: torch.compile treats the number as a constant and compiles k graphs.
         self._calls = 0
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -147,7 +147,7 @@ class Penalty(nn.Module):
                 "output) or a model (a callable, followed by x)"
             )
         if self.every > 1 and self.training:
-            check_not_recomputed("every=k")
+            check_not_recomputed()
         due = self.due()
         if due and self.needs_grad:
             check_modes()
@@ -171,7 +171,7 @@ class Penalty(nn.Module):
         return value if graph else (output, value)
 
     def due(self) -> bool:
-        """Whether this call computes (`every`)."""
+        """Whether this call computes the value (see ``every``)."""
         return self.every == 1 or not self.training or self._calls == 0
 
     def count_call(self) -> None:
@@ -192,7 +192,7 @@ class Penalty(nn.Module):
         missing_keys: list[str],
         *others: Any,
     ) -> None:
-        calls = state_dict.pop(prefix + "calls", None)  # of no use with every=1
+        calls = state_dict.pop(prefix + "calls", None)  # ignored with every=1
         if self.every > 1 and calls is None and strict:
             missing_keys.append(prefix + "calls")
         elif self.every > 1 and calls is not None:
@@ -202,7 +202,7 @@ class Penalty(nn.Module):
         )
 
     def graph_form(self, x: Tensor, output: Tensor, *targets: Any, **named: Any) -> Tensor:
-        """``R_n``, ``[N]``, of an ``x`` and an ``output`` in one graph."""
+        """Returns ``R_n``, ``[N]``, for an ``x`` and an ``output`` in one graph."""
         raise TypeError(f"{type(self).__name__} does not define graph_form")
 
     def model_form(
@@ -214,7 +214,7 @@ class Penalty(nn.Module):
 
     @classmethod
     def call_parameters(cls) -> list[inspect.Parameter]:
-        """What a call takes, with ``x, output`` or ``model, x`` first."""
+        """The parameters of a call; the first two are ``x, output`` or ``model, x``."""
         return parameters_of(cls.graph_form)
 
     def _reduce(self, values: Any) -> Tensor:
@@ -237,7 +237,7 @@ class Penalty(nn.Module):
 
 
 class ModelPenalty(Penalty):
-    """Base of the penalties that must run the model themselves: no graph form."""
+    """Base of the penalties that must run the model themselves and have no graph form."""
 
     def graph_form(self, x: Tensor, output: Tensor, *targets: Any, **named: Any) -> Tensor:
         raise TypeError(

@@ -85,7 +85,7 @@ def same(found: Run, expected: Run) -> None:
 
 
 def agrees(model: nn.Module, x: Tensor, **options: Any) -> None:
-    """The chain engine takes the model and gives what autograd does; "auto" takes it too."""
+    """The chain engine runs the model and agrees with autograd; so does "auto"."""
     options = {"reduction": "none", **options}
     for requires_grad in (True, False):
         expected = run(model, x, spectreg("autograd", **options), requires_grad=requires_grad)
@@ -96,7 +96,7 @@ def agrees(model: nn.Module, x: Tensor, **options: Any) -> None:
 
 
 def falls_back(model: nn.Module, x: Tensor, reason: str) -> None:
-    """ "auto" warns once, with the reason, and is right; "chain" raises it."""
+    """With "auto" the model runs by autograd, with one warning; "chain" raises the same reason."""
     explained = spectreg("auto").explain_engine(model, x)
     assert explained.startswith("engine: autograd\n")
     assert re.search(reason, explained)
@@ -111,7 +111,7 @@ def falls_back(model: nn.Module, x: Tensor, reason: str) -> None:
 
 
 def right_or_refused(model: nn.Module, x: Tensor) -> None:
-    """ "auto" gives autograd's gradients, by whichever engine; so does "chain", or it says no."""
+    """With "auto" the gradients are those of autograd; with "chain" too, unless it raises."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         expected = run(model, x, spectreg("autograd", reduction="none"))
@@ -140,3 +140,12 @@ def three_layers(forward: Callable[[Any, Tensor], Any], **more: nn.Module) -> Mo
     """Linear layers a, b, c of 4, 5, 5 and 3 units and a forward function of ``(self, x)``."""
     layers = {"a": nn.Linear(4, 5), "b": nn.Linear(5, 5), "c": nn.Linear(5, 3)}
     return Model(forward, **{**layers, **more})
+
+
+def convnet() -> nn.Sequential:
+    """A link of each kind, on ``[N, 4]``."""
+    return nn.Sequential(
+        *(nn.Unflatten(1, (1, 2, 2)), nn.Conv2d(1, 3, 2, padding=1), nn.BatchNorm2d(3), nn.GELU()),
+        *(nn.MaxPool2d(2, 1), nn.Flatten(), nn.Linear(12, 5), nn.LayerNorm(5)),
+        *(nn.Tanh(), nn.Linear(5, 3)),
+    )

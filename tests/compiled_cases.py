@@ -10,7 +10,7 @@ import layer_cases
 import pytest
 import torch
 import torch.nn.functional as F
-from chain_cases import close, run, same, three_layers
+from chain_cases import close, convnet, run, same, three_layers
 from layer_cases import Model
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
@@ -27,12 +27,12 @@ MARKS = [
 
 
 def graphs() -> int:
-    """What was compiled so far."""
+    """The number of graphs that were compiled so far."""
     return int(counters["stats"]["unique_graphs"])
 
 
 class Projected(nn.Module):
-    """A SpectReg of k given projections: no engine draws anything."""
+    """A SpectReg with k given projections, so that no engine draws random numbers."""
 
     def __init__(self, engine: str, k: int) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ def refuses(model: Any, x: Tensor, reason: str) -> None:
 
 
 def compare(model: nn.Module, x: Tensor) -> None:
-    """As `agrees`, with no copy of the model: it is this one that has been compiled."""
+    """As `agrees`, without copying the model, so that the compiled function is used again."""
     w, found = torch.linspace(-1, 1, 3 * len(x)).view(len(x), 3), []
     for name in ("compiled", "autograd"):
         output, value = SpectReg(engine=name)(model, x, projection=w)
@@ -81,14 +81,6 @@ def normed() -> nn.Sequential:
     return nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.GELU(), nn.Linear(5, 3))
 
 
-def convnet() -> nn.Sequential:
-    return nn.Sequential(
-        *(nn.Unflatten(1, (1, 2, 2)), nn.Conv2d(1, 3, 2, padding=1), nn.BatchNorm2d(3), nn.GELU()),
-        *(nn.MaxPool2d(2, 1), nn.Flatten(), nn.Linear(12, 5), nn.LayerNorm(5)),
-        *(nn.Tanh(), nn.Linear(5, 3)),
-    )
-
-
 def with_buffer(forward: Any, **buffers: Tensor) -> Model:
     model = three_layers(forward)
     for name, b in buffers.items():
@@ -97,12 +89,12 @@ def with_buffer(forward: Any, **buffers: Tensor) -> Model:
 
 
 def bent_norm(m: Any, x: Tensor) -> Tensor:
-    """Running statistics with no module, updated in eval mode too."""
+    """Running statistics without a module, updated in eval mode too."""
     return m.c(F.batch_norm(m.a(x), m.mean, m.var, training=True))
 
 
 def moving_average(m: Any, x: Tensor) -> Tensor:
-    """What the output is made of is overwritten in the same run."""
+    """A buffer that the output depends on is overwritten in the same run."""
     h = F.gelu(m.a(x))
     out = m.c(h * m.ema.clone())
     m.ema.mul_(0.9).add_(0.1 * h.mean(0).detach())
@@ -116,7 +108,7 @@ def parts_written(m: Any, x: Tensor) -> Tensor:
 
 
 def replaced(m: Any, x: Tensor) -> Tensor:
-    """By a buffer of another shape and dtype."""
+    """A buffer is replaced by one of another shape and dtype."""
     m.runs = torch.cat([m.runs, m.runs]) + 0.5
     return m.c(F.gelu(m.a(x)))
 

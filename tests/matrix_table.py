@@ -52,7 +52,9 @@ def each(names: tuple[str, ...], state: Raises) -> dict[str, Raises]:
 
 FUNC = {
     **each(CALLED, A_FUNCTION),
-    **each(PROJECTED, Raises("call it outside of the transform, or write it with torch.func.vjp")),
+    **each(
+        PROJECTED, Raises("call it outside of the transform, or compute it with torch.func.vjp")
+    ),
 }
 STEP = {
     **each(("DREG called", "Contractive called"), ATTACH),

@@ -1,4 +1,4 @@
-"""The algorithms that users come from, in plain torch: written anew from papers and programs.
+"""The algorithms of other libraries and papers, written in plain torch.
 
 Nothing of fastjac is used here. Each returns what its original adds to the loss, and draws as it
 does, so that one seed gives both sides the same random vectors.
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def grad(output: Tensor, x: Tensor, v: Tensor | None = None) -> Tensor:
-    """``Jᵀv`` in the graph; of the sum of the output where there is no ``v``."""
+    """``Jᵀv`` in the graph; ``v`` is a tensor of ones by default."""
     (g,) = torch.autograd.grad(
         output, x, torch.ones_like(output) if v is None else v, create_graph=True
     )

@@ -50,7 +50,7 @@ def test_failed_recording_leaves_one_run(replaced: bool, training: bool) -> None
 
 
 def test_failed_recording_spares_the_graphs_before_it() -> None:
-    """The discriminator's own forward, then a gradient penalty that falls back, one backward."""
+    """A forward of the model, a penalty that falls back to autograd, and one backward of both."""
     for training in (True, False):
         model, x = Counting(False).train(training), torch.randn(6, 4)
         output = model(x)
@@ -68,6 +68,8 @@ def test_failed_recording_with_an_expanded_buffer() -> None:
 
 def test_uninitialised_buffers() -> None:
     model = nn.Sequential(nn.LazyLinear(5), nn.LazyBatchNorm1d(), nn.GELU(), nn.LazyLinear(3))
+    with pytest.raises(RuntimeError, match="engine='chain' cannot run this call: a lazy module"):
+        spectreg("chain")(model, torch.randn(6, 4))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         output, value = spectreg("auto")(model, torch.randn(6, 4))
@@ -76,7 +78,7 @@ def test_uninitialised_buffers() -> None:
 
 
 def test_call_that_the_engine_cannot_take_after_one_that_it_could() -> None:
-    """What depends on the call is no property of the model: nothing is remembered of it."""
+    """A refusal that depends on the arguments of a call is not remembered for the model."""
     model, x, target = nn.Sequential(nn.Linear(4, 3)), torch.randn(3, 4), torch.randn(3, 3)
 
     def loss(output: Tensor, target: Tensor) -> Tensor:
@@ -96,7 +98,7 @@ def test_call_that_the_engine_cannot_take_after_one_that_it_could() -> None:
 
 
 def test_penalty_that_depends_on_more_than_the_output() -> None:
-    """A loss with parameters of its own gets their gradient, by autograd."""
+    """If a loss has parameters of its own, autograd computes their gradients."""
     x, head = torch.randn(3, 4), nn.Linear(3, 1)
 
     def loss(output: Tensor) -> Tensor:
@@ -129,7 +131,7 @@ def test_model_that_returns_several_tensors() -> None:
 
 
 def test_quiet_by_autograd() -> None:
-    """Where the engine is known not to apply, autograd runs with no word of it."""
+    """Autograd runs without a warning if the engine is known not to apply."""
     net = nn.Sequential(nn.Linear(4, 5), nn.GELU(), nn.Linear(5, 3))
     x, auto = torch.randn(3, 4), spectreg("auto")
     w = torch.randn(2, 3, 3)
@@ -173,6 +175,8 @@ def test_compiled_models_run_by_autograd(part: bool, no_stale_graphs: None) -> N
         found.append(torch.autograd.grad(value, [net[0].weight, net[2].weight]))
     close(*found)
     assert "engine: autograd" in SpectReg().explain_engine(model, x)
+    with pytest.raises(RuntimeError, match="engine='chain' cannot run this call.* is compiled"):
+        FrobReg(engine="chain")(model, x)
 
 
 @pytest.mark.parametrize("ours", [False, True])
@@ -235,7 +239,7 @@ def test_nothing_stays_in_memory() -> None:
 
 
 class OwnPerSample(fastjac.SpectReg):
-    """Uses x itself."""
+    """A penalty that uses x itself."""
 
     def per_sample(self, pull: Pullback, *targets: Any, **named: Any) -> Tensor:
         return super().per_sample(pull, *targets, **named) + pull.x.square().sum(1)
@@ -258,7 +262,7 @@ class UpAndDown(fastjac.SpectReg):
 
 @pytest.mark.parametrize("make", [OwnPerSample, TwoPasses, UpAndDown])
 def test_penalties_of_users(make: Any) -> None:
-    """A subclass with a ``per_sample`` of its own, on a model that runs in one call a sweep."""
+    """A subclass with its own ``per_sample``, on a model that runs in one C++ call per sweep."""
     model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)).double()
     x, w = torch.randn(5, 4).double().requires_grad_(), torch.randn(5, 3).double()
     found = []

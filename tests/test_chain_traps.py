@@ -1,4 +1,4 @@
-"""What a chain engine could get wrong in silence: it falls back, raises, or is right."""
+"""Models for which a chain engine could be wrong without an error: it falls back or is right."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("double")
 
 
 class Reversed(torch.autograd.Function):
-    """Returns its very input; the gradient changes its sign."""
+    """Returns its input itself; the gradient changes its sign."""
 
     @staticmethod
     def forward(ctx: Any, z: Tensor) -> Tensor:
@@ -76,12 +76,7 @@ REFUSED: dict[str, tuple[Callable[[Any, Tensor], Any], str]] = {
     "no_grad": (no_grad_block, "abs runs with gradients off: torch.no_grad"),
     "number for the batch": (lambda m, x: m.c(m.a(x) / m.a(x).abs().max()), "whole batch"),
     "several outputs": (lambda m, x: m.c(torch.cat(m.a(x).split([2, 3], 1), 1)), "several tensors"),
-    "rows": (lambda m, x: torch.stack([m.c(m.a(row)) for row in x]), "several tensors"),
     "weight from x": (lambda m, x: F.linear(m.c.weight, m.b(m.a(x))), "weight depends on x"),
-    "filter from x": (
-        lambda m, x: m.c(F.conv1d(m.b.weight[None], m.a(x)[:, :, None])[0]),
-        "weight depends on x",
-    ),
     "memory of another": (write_to_shared_memory, "add_.*shares its memory"),
     "gradient inside": (score, "grad"),
     "hook on a hidden tensor": (hooked, "register_hook"),
@@ -176,15 +171,11 @@ UNSEEN: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "func.grad": lambda m, x: m.c(m.a(x) + torch.func.grad(lambda t: t.sin().sum())(m.a(x))),
     "func.jvp": lambda m, x: m.c(m.a(x) + torch.func.jvp(torch.sin, (m.a(x),), (m.a(x),))[1]),
     "as_tensor": lambda m, x: m.c(m.b(m.a(x)) + torch.as_tensor(m.a(x), dtype=torch.float32)),
-    "asarray": lambda m, x: m.c(m.b(m.a(x)) + torch.asarray(m.a(x), dtype=torch.float32)),
     "same as_tensor": lambda m, x: m.c(m.b(m.a(x)) + torch.as_tensor(m.a(x))),
     "deepcopy of x": lambda m, x: m.c(m.a(copy.deepcopy(x)) + m.a(x)),
     "copy": lambda m, x: m.c(copy.copy(m.a(x)) + m.a(x)),
     "detach": lambda m, x: m.c(m.a(x) * m.b(m.a(x)).detach() + m.a(x.detach())),
     "foreach": lambda m, x: m.c(torch._foreach_mul([m.a(x)], 2.0)[0]),
-    "keywords of add": lambda m, x: m.c(torch.add(input=m.a(x), other=m.b(m.a(x)))),
-    "keywords of flatten": lambda m, x: m.c(torch.flatten(input=m.a(x), start_dim=1)),
-    "key of a dict": lambda m, x: m.c(m.a(x) * {x: 2}[x]),
     "list": lambda m, x: m.c(m.a(x) * (2 if any(x is t for t in [x]) else 1)),
     "retain_grad": lambda m, x: m.c([h := m.a(x), h.retain_grad(), F.gelu(h)][2]),
 }
@@ -202,15 +193,14 @@ def test_right_by_whichever_engine(name: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize("kind", ["script", "trace", "function", "whole"])
+@pytest.mark.parametrize("kind", ["script", "trace", "whole"])
 def test_torchscript(kind: str) -> None:
     x = torch.randn(3, 4)
     block = nn.Sequential(nn.Linear(5, 5), nn.GELU())
-    if kind == "function":
-        swish = torch.jit.trace(lambda z: z * z.sigmoid(), torch.randn(3, 5))
-        model: nn.Module = three_layers(lambda m, x: m.c(m.a(x) + swish(m.a(x))))
-    elif kind == "whole":
-        model = torch.jit.script(nn.Sequential(nn.Linear(4, 5), nn.GELU(), nn.Linear(5, 3)))
+    if kind == "whole":
+        model: nn.Module = torch.jit.script(
+            nn.Sequential(nn.Linear(4, 5), nn.GELU(), nn.Linear(5, 3))
+        )
     else:
         make = torch.jit.script if kind == "script" else torch.jit.trace
         part = make(block, *([torch.randn(3, 5)] if kind == "trace" else []))
@@ -229,7 +219,7 @@ def test_torchscript(kind: str) -> None:
 @pytest.mark.parametrize("derived", [False, True])
 @pytest.mark.parametrize("first", [False, True])
 def test_model_that_holds_x(derived: bool, first: bool) -> None:
-    """With x that requires grad the derivative by x counts every use of it, as autograd has it."""
+    """If x requires grad, the gradient with respect to x counts every use of it, as in autograd."""
 
     class Holder(nn.Module):
         def __init__(self) -> None:
@@ -262,14 +252,14 @@ def test_hidden_tensor_that_the_model_keeps() -> None:
     output, value = spectreg("auto")(model, x)
     (output.sum() + value + model.constant.sum()).backward()
     for use in (torch.mean, lambda t: t + 1, lambda t: 1 - t, F.gelu, Straight.apply):
-        with pytest.raises(RuntimeError, match='somebody kept.*engine="autograd"'):
+        with pytest.raises(RuntimeError, match='computed and kept.*engine="autograd"'):
             use(model.features[0])
     output, value = spectreg("autograd")(model, x)
     (value + model.features[0].square().mean()).backward()
 
 
 def test_hidden_tensor_of_the_run_before() -> None:
-    """A state that is carried from call to call with its graph."""
+    """A state that the model keeps from call to call with its graph."""
 
     class Memory(nn.Module):
         def __init__(self) -> None:
@@ -293,7 +283,7 @@ def test_hidden_tensor_of_the_run_before() -> None:
 
 @pytest.mark.parametrize("act", [torch.tanh, torch.relu, torch.sigmoid])
 def test_hidden_tensor_written_to_behind_an_activation(act: Any) -> None:
-    """Torch keeps the result of these, the engine what went in: right, or an error."""
+    """Torch saves the result of these activations, the engine their input."""
 
     def forward(m: Any, x: Tensor) -> Tensor:
         z = m.a(x)
@@ -314,7 +304,7 @@ def test_hidden_tensor_written_to_behind_an_activation(act: Any) -> None:
 
 
 def test_hypernetwork_of_one_layer() -> None:
-    """A weight that depends on x but goes into a product, not into a layer, is an operation."""
+    """A weight that depends on x may be the operand of a product."""
 
     def forward(m: Any, x: Tensor) -> Tensor:
         h = F.gelu(m.a(x))

@@ -127,7 +127,7 @@ def test_losses_targets_and_projections_that_require_grad() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"], indirect=True)
 def test_under_autocast(backend: str) -> None:
-    """What autograd does under it, to a few roundings; and without it again afterwards."""
+    """The results of autograd up to a few roundings, under autocast and without it afterwards."""
     torch.manual_seed(0)
     model = mlp().float()
     x, w = (torch.randn(32, n, dtype=torch.float32) for n in (4, 3))

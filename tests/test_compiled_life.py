@@ -52,7 +52,7 @@ def test_buffers_stay_the_same_tensors_and_are_updated_once() -> None:
 
 
 def test_graphs_that_saved_a_buffer() -> None:
-    """One that was not written to leaves them usable; one that was makes them raise, as ever."""
+    """Their backward works if the buffer was not written to, and raises if it was."""
     for written in (False, True):
 
         def forward(m: Any, x: Tensor, written: bool = written) -> Tensor:
@@ -140,7 +140,7 @@ def test_compiles_once_for_calls_alike() -> None:
 
 
 def test_sees_hooks_that_come_and_go() -> None:
-    """Torch by itself overlooks them."""
+    """By default torch does not notice them."""
     model, x = mlp(), torch.randn(6, 4)
     compare(model, x)
     first = model[1].register_forward_hook(lambda module, args, out: 2 * out)
@@ -181,7 +181,7 @@ def test_sees_what_changes_about_a_model() -> None:
 
 @pytest.mark.slow
 def test_batches_of_other_sizes() -> None:
-    """With numbers drawn and dropout, which torch cannot compile for a symbolic size."""
+    """With random numbers and dropout, which torch cannot compile for a symbolic size."""
     model, penalty = MODELS["dropout"](), SpectReg(n_proj=2, engine="compiled")
     for n in (6, 5, 4, 6):
         penalty(model, torch.randn(n, 4))[1].backward()
@@ -191,7 +191,7 @@ def test_too_many_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(engine.CONFIG, "recompile_limit", 1)
     model = nn.Linear(4, 3)
     SpectReg(engine="compiled")(model, torch.randn(6, 4))
-    refuses(model, torch.randn(5, 4), "there are 1 graphs of it")
+    refuses(model, torch.randn(5, 4), "it has 1 graphs already")
 
 
 @pytest.mark.parametrize("n", [0, pytest.param(1, marks=pytest.mark.slow)])
@@ -233,7 +233,7 @@ def test_random_numbers_are_those_of_the_other_engines(backend: str) -> None:
 
 @pytest.mark.parametrize("what", ["value", "gradient"])
 def test_wrong_code_is_refused(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As inductor's of a LeNet, whose VJP it made 0 (torch 2.13)."""
+    """As the code of inductor for a LeNet, whose VJP was 0 (torch 2.13)."""
 
     def wrong(graph: Any, inputs: Any) -> Any:
         def call(*args: Any) -> Any:
@@ -247,6 +247,6 @@ def test_wrong_code_is_refused(what: str, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(backend, "NAME", wrong)
     model, x = mlp(), torch.randn(6, 4)
     for _ in range(2):
-        refuses(model, x, "what torch compiled for it is wrong, by .* of ")
+        refuses(model, x, "code that torch compiled for it is wrong, by .* of ")
     monkeypatch.setattr(backend, "NAME", lambda graph, inputs: graph)
     SpectReg(engine="compiled")(mlp(), x)

@@ -1,4 +1,4 @@
-"""What the compiled engine refuses, and the errors that are not its own."""
+"""What the compiled engine refuses, and the errors that it passes on."""
 
 from __future__ import annotations
 
@@ -92,6 +92,14 @@ class OfALoss(InputPenalty):
         return loss.squared_norms(torch.ones_like(loss.output).unsqueeze(0))
 
 
+class OfX(InputPenalty):
+    """A penalty of a user that uses x itself."""
+
+    def per_sample(self, pull: Pullback) -> Tensor:
+        v = pull.vjp(torch.ones_like(pull.output).unsqueeze(0))
+        return (v[0] * pull.x.exp()).sum(1)
+
+
 def test_a_generator_that_draws_outside_of_the_graph() -> None:
     critic = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 1))
     real, fake = torch.randn(3, 4), torch.randn(3, 4)
@@ -109,11 +117,14 @@ def test_calls_that_are_refused() -> None:
     with pytest.raises(ValueError, match="engine='compiled' is for the model form"):
         leaf = x.clone().requires_grad_()
         SpectReg(engine="compiled")(leaf, model(leaf))
-    with pytest.raises(RuntimeError, match=r"compiled' cannot run.*takes a JVP of the model"):
+    with pytest.raises(RuntimeError, match=r"compiled' cannot run.*computes a JVP of the model"):
         TangentProp(engine="compiled")(model, x, x)
     with pytest.raises(RuntimeError, match=r"compiled' cannot run.*at='0'"):
         SpectReg(engine="compiled", at="0")(model, x)
     close(*(OfALoss(engine=engine)(model, x)[1] for engine in ("compiled", "autograd")))
+    leaf = x.clone().requires_grad_()
+    values = [OfX(engine=engine)(model, leaf)[1] for engine in ("compiled", "autograd")]
+    close(*(torch.autograd.grad(value, leaf) for value in values))
     with torch.no_grad(), pytest.raises(RuntimeError, match=r"torch.no_grad\(\) is active"):
         SpectReg(engine="compiled")(model, x)
     with pytest.raises(RuntimeError, match="torch.func transform"):
@@ -127,7 +138,7 @@ def test_calls_that_are_refused() -> None:
         refuses(model, x, "hooks on all modules")
     finally:
         handle.remove()
-    refuses(nn.Sequential(nn.LazyLinear(3)), x, "a lazy module has not run")
+    refuses(nn.Sequential(nn.LazyLinear(3)), x, "a lazy module is not initialized")
     compiled = torch.compile(model, backend="eager")
     refuses(compiled, x, "is compiled: pass it before compiling")
     refuses(nn.Sequential(compiled), x, "is compiled: pass it before compiling")
@@ -138,7 +149,7 @@ def test_calls_that_are_refused() -> None:
         def __call__(self, t: Tensor) -> Tensor:
             return model(t)
 
-    refuses(Slots(), x, "cannot be cached: wrap it")
+    refuses(Slots(), x, "does not support weak references: wrap it")
 
 
 @pytest.mark.parametrize(
@@ -149,7 +160,7 @@ def test_calls_that_are_refused() -> None:
     ],
 )
 def test_dependence_on_x_beside_the_argument(way: str) -> None:
-    """Autograd counts it where x requires grad; ``torch.func`` does not see it."""
+    """Autograd counts it if x requires grad; ``torch.func`` does not see it."""
     net = mlp()
     for wanted in (True, False):
         x = torch.randn(6, 4).requires_grad_(wanted)
@@ -164,7 +175,9 @@ def test_dependence_on_x_beside_the_argument(way: str) -> None:
                 lambda out, t: (out.sum(1) - t.sum(1)).square(), engine=e
             )(net, x, x)
         if wanted:
-            with pytest.raises(RuntimeError, match=r"compiled' cannot run.*depends on x beside"):
+            with pytest.raises(
+                RuntimeError, match=r"compiled' cannot run.*depends on x in another way"
+            ):
                 penalty("compiled")
         else:
             found = [
@@ -227,14 +240,14 @@ PLAIN_ERRORS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     indirect=["backend"],
 )
 def test_errors_that_are_not_the_engines_own_come_as_they_are(name: str, backend: str) -> None:
-    """Also from compiled code, which by itself would make zeros of labels out of range."""
+    """Also from compiled code, which would return zeros for labels out of range by default."""
     call, kind, message = PLAIN_ERRORS[name]
     with pytest.raises(kind, match=message):
         call()
 
 
 def test_together_with_an_attached_layerwise_penalty() -> None:
-    """Refused on the model that it watches, then and later; on another one nothing changes."""
+    """The model that the penalty watches is refused; another model is not."""
     x, watched, other = torch.randn(6, 4), fastjac.fuse(mlp()), fastjac.fuse(mlp())
     compare(watched, x)
     layerwise = DREG(watched)

@@ -245,7 +245,9 @@ def test_a_recomputed_call_is_refused(use_reentrant: bool) -> None:
     penalty, model = fastjac.ConfidencePenalty(every=2), net()
     x = X.clone().requires_grad_()
     value = checkpoint(lambda z: penalty(model, z)[1], x, use_reentrant=use_reentrant)
-    with pytest.raises(RuntimeError, match="every=k and was called inside a checkpointed function"):
+    with pytest.raises(
+        RuntimeError, match="every > 1 and was called inside a checkpointed function"
+    ):
         value.backward()
 
 

@@ -1,4 +1,4 @@
-"""The C++ sweeps of an MLP: which models take them, the same bits twice, memory."""
+"""The C++ sweeps of an MLP: which models use them, that they are deterministic, their memory."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ PENALTIES: dict[str, tuple[Any, tuple[int, ...]]] = {
 @pytest.mark.parametrize("name", PENALTIES)
 @pytest.mark.parametrize("rows", [1, 5, 13])
 def test_tiles_are_exact(name: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tiles of 5, 5 and 3 of 13 samples; a weight that is frozen, x that is not; twice."""
+    """Tiles of 5, 5 and 3 of 13 samples; one weight is frozen, x requires grad; twice."""
     monkeypatch.setattr(mlp_module, "rows_of_a_thread", lambda n: rows)
     make, shape = PENALTIES[name]
     model = net().double()
@@ -79,7 +79,7 @@ def test_tiles_are_exact(name: str, rows: int, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_threads_set_between_forward_and_backward() -> None:
-    """The tiles are those of the forward: their size goes along."""
+    """The backward uses the size of the tiles of the forward."""
     model, x, w = net(), torch.randn(64, 16), torch.randn(64, 10)
     threads, found = torch.get_num_threads(), []
     try:
@@ -155,7 +155,7 @@ class Doubled(nn.Linear):
 
 @pytest.mark.parametrize("name", CHANGES)
 def test_model_that_changes_between_calls(name: str) -> None:
-    """What was found of the model at the first call is seen to hold no more."""
+    """A change of the model after its first call is noticed."""
     model = nn.Sequential(
         *(nn.Linear(16, 64), nn.GELU(), nn.Linear(64, 64), nn.GELU()),
         *(nn.Sequential(nn.Linear(64, 64)), nn.LeakyReLU(), nn.Linear(64, 10)),
@@ -178,7 +178,7 @@ def test_model_that_changes_between_calls(name: str) -> None:
 
 
 def test_models_are_let_go_and_may_hold_anything() -> None:
-    """What is remembered of a model does not keep it, nor look at what its user puts there."""
+    """The recipe does not keep the model alive, and ignores other attributes."""
     model, x = fastjac.fuse(net()), torch.randn(5, 16)
     model.kept, model[1].kept, model[1].step = torch.randn(3), torch.randn(3), 0
     for step in range(2):
@@ -192,7 +192,7 @@ def test_models_are_let_go_and_may_hold_anything() -> None:
 
 
 def test_raw_calls_that_do_not_fit_raise() -> None:
-    """The ops look at every operand before they touch its memory."""
+    """The ops check every operand before they read its memory."""
     ops = torch.ops.fastjac
     n, weights = 4, [torch.randn(8, 6), torch.randn(3, 8)]
     biases = [torch.randn(8), torch.randn(3)]
@@ -238,7 +238,7 @@ def _wrong(right: Any) -> list[Any]:
 
 
 def test_penalty_holds_no_more_than_it_says() -> None:
-    """Two stacks of 2 N rows a layer until the backward, and none of it after."""
+    """Two stacks of 2 N rows per layer until the backward, and none afterwards."""
     model, x, w = net(), torch.randn(8, 16), torch.randn(8, 10)
     output, value = fastjac.SpectReg(engine="chain")(model, x, projection=w)
     chain = value.grad_fn.next_functions[0][0]

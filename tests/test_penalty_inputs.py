@@ -143,7 +143,7 @@ def test_given_projection(spec: PenaltySpec) -> None:
 
 @pytest.mark.parametrize("spec", specs_with("projection"))
 def test_given_projection_that_requires_grad(spec: PenaltySpec) -> None:
-    """Its gradient is autograd's: the chain engine knows the model alone."""
+    """Autograd computes its gradient, since the chain engine differentiates the model only."""
     call = Call(spec)
     w = torch.randn(2, 3, 3, dtype=torch.float64, generator=seeded(), requires_grad=True)
     inputs = [w, *call.inputs]
@@ -190,7 +190,7 @@ def test_at_a_hidden_layer(spec: PenaltySpec) -> None:
     assert not call.model["below"]._forward_hooks
     with pytest.raises(ValueError, match="at='below' is for the model form"):
         call.module(at="below")(hidden, hidden, *call.targets)
-    with pytest.raises(RuntimeError, match="engine='chain' cannot run this call: at='below' asks"):
+    with pytest.raises(RuntimeError, match="engine='chain' cannot run this call: at='below' needs"):
         call.values(at="below", engine="chain")
 
 
@@ -249,7 +249,7 @@ def test_half_precision_is_accumulated_in_float32(
 
 @pytest.mark.parametrize("spec", SPECS)
 def test_autocast(spec: PenaltySpec) -> None:
-    """The network in bfloat16, the penalty's own sums in float32."""
+    """The network runs in bfloat16, and the sums of the penalty in float32."""
     call = Call(spec, dtype=torch.float32)
     exact = call.values()
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -1,1 +1,1 @@
-"""Penalties on the input Jacobian: what asks for it, and the ways to get it."""
+"""Penalties on the input Jacobian, and the engines that compute products with it."""

@@ -1,4 +1,4 @@
-"""The pullback of a graph that exists already, by ``torch.autograd.grad``."""
+"""The pullback of an existing autograd graph, by ``torch.autograd.grad``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fastjac.torch_private import comptime, traced_graphs
 
 
 class AutogradPullback(Pullback):
-    """Of ``x`` and ``output`` in one autograd graph; differentiable as often as that graph."""
+    """The pullback of ``x`` and ``output`` in one graph; differentiable as often as the graph."""
 
     def __init__(self, x: Tensor, output: Tensor) -> None:
         self.x, self.output = x, output
@@ -25,7 +25,7 @@ class AutogradPullback(Pullback):
         return vjp(self.output, self.x, w, chunk_size)
 
     def jvp(self, u: Tensor, chunk_size: int | None = None) -> Tensor:
-        """A VJP of a VJP: ``v(w) = Jᵀw`` is linear in ``w``, and ``J u = (∂v/∂w)ᵀ u``."""
+        """A VJP of a VJP, since ``v(w) = Jᵀw`` is linear in ``w`` and ``J u = (∂v/∂w)ᵀ u``."""
         w = torch.zeros_like(self.output, requires_grad=True)
         (v,) = vjp(self.output, self.x, w.unsqueeze(0))
         return vjp(v, w, u, chunk_size)
@@ -35,7 +35,7 @@ class AutogradPullback(Pullback):
 
 
 class Composed(Pullback):
-    """The pullback of ``f(model(x))``: autograd goes through ``f``, ``inner`` through the model."""
+    """The pullback of ``f(model(x))``: autograd handles ``f``, and ``inner`` the model."""
 
     def __init__(self, inner: Pullback, f: Callable[[Tensor], Tensor]) -> None:
         self.x, self.output, self.inner = inner.x, f(inner.output), inner
@@ -57,14 +57,14 @@ class Composed(Pullback):
 def vjp(output: Tensor, x: Tensor, w: Tensor, chunk_size: int | None = None) -> Tensor:
     """``Jᵀ w_k`` for cotangents ``w`` ``[K, *output.shape]``, as ``[K, *x.shape]``.
 
-    Up to ``chunk_size`` cotangents share one batched pass (``is_grads_batched``); a single one is
-    an ordinary pass without vmap. The result stays in the graph, also with respect to ``w``.
+    Up to ``chunk_size`` cotangents share one batched pass (``is_grads_batched``); a single one
+    needs no vmap. The result is differentiable, also with respect to ``w``.
 
-    If the graph holds an ``autograd.Function`` that is not ours (a compiled model is one), the
-    cotangents go one at a time: in a batched pass torch would drop the second-order term of such a
-    Function without an error (seen on torch 2.13), while a single pass is exact or raises. In a
-    compiled step they go one at a time by default too (torch cannot trace a batched pass with
-    dynamic shapes), and such a Function raises.
+    If the graph contains an ``autograd.Function`` that is not one of fastjac (a compiled model is
+    one), the cotangents are computed one at a time: in a batched pass torch 2.13 drops the
+    second-order term of such a Function without an error, while a single pass is exact or raises.
+    Inside ``torch.compile`` the default is one at a time too, since torch cannot trace a batched
+    pass with dynamic shapes, and such a Function raises.
     """
     if torch.compiler.is_compiling():
         refuse_functions()
@@ -92,8 +92,8 @@ def _pass(output: Tensor, x: Tensor, w: Tensor) -> Tensor:
         if not batched:
             raise
         raise RuntimeError(
-            f"the batched pass over {len(w)} cotangents failed; if an operation of the model "
-            f"cannot be batched, chunk_size=1 computes one at a time. Torch said: {error}"
+            f"the batched pass over {len(w)} cotangents failed: if an operation of the model does "
+            f"not support vmap, use chunk_size=1. The error of torch is: {error}"
         ) from error
     if v is None:
         raise RuntimeError(
@@ -104,7 +104,7 @@ def _pass(output: Tensor, x: Tensor, w: Tensor) -> Tensor:
 
 
 def holds_foreign_function(output: Tensor) -> bool:
-    """Whether the graph of ``output`` has a node of a Python ``autograd.Function`` not ours."""
+    """Whether the graph of ``output`` contains an ``autograd.Function`` that is not of fastjac."""
     for node in graph_nodes(output):
         forward = getattr(node, "_forward_cls", None)
         if forward is not None and not issubclass(forward, Function):
@@ -113,9 +113,10 @@ def holds_foreign_function(output: Tensor) -> bool:
 
 
 def refuse_functions() -> None:
-    """While compiling: torch 2.13 drops the second-order term of somebody's ``autograd.Function``.
+    """Raises, while torch compiles, if the model calls an ``autograd.Function``.
 
-    With no error, where ``autograd.grad`` is traced. Ours are in the graph as single operations.
+    When torch 2.13 traces ``autograd.grad``, it drops the second-order term of a Function without
+    an error. The ops of fastjac are single operations in the graph and are not affected.
     """
 
     @comptime
@@ -123,38 +124,43 @@ def refuse_functions() -> None:
         targets = [node.target for graph in traced_graphs(context) for node in graph.nodes]
         if any(getattr(t, "__name__", "") == "autograd_function_apply" for t in targets):
             raise RuntimeError(
-                "the model calls a torch.autograd.Function, whose second derivative torch loses "
-                "in a compiled step: compute the penalty outside torch.compile"
+                "the model calls a torch.autograd.Function, whose second derivative is lost in "
+                "torch.compile: compute the penalty outside of the compiled function"
             )
 
 
+def check_output(output: Tensor, n: int) -> None:
+    """Raises if ``output`` is not a floating-point tensor with ``n`` samples that are not empty."""
+    arguments.batch("output", output, "x", n)
+    if not output.is_floating_point():
+        raise TypeError(f"output has dtype {output.dtype}: it must be floating point")
+    if output.numel() == 0 and n > 0:
+        raise ValueError(f"output has shape {tuple(output.shape)}: it must not be empty")
+
+
 def check_graph(x: Tensor, output: Tensor) -> None:
-    """``output`` must be a function of ``x`` in one graph, sample by sample."""
+    """Raises if ``x`` and ``output`` are not in one graph or do not have the same batch size."""
     arguments.floating("x", x)
-    arguments.batch("output", output, "x", x.shape[0])
+    check_output(output, x.shape[0])
     if not x.requires_grad:
         raise RuntimeError(
             "x does not require grad: call x.requires_grad_() before the model, or use the model "
             "form penalty(model, x)"
         )
-    if not output.is_floating_point():
-        raise TypeError(f"output has dtype {output.dtype}: it must be floating point")
-    # Dynamo knows requires_grad of a tensor it traces, not grad_fn.
+    # Dynamo knows requires_grad of the tensors that it traces, but not grad_fn.
     if not output.requires_grad or not (torch.compiler.is_compiling() or output.grad_fn):
         raise RuntimeError(
             "output has no grad_fn: it was detached, computed under torch.no_grad(), or x and "
             "output are swapped"
         )
-    if output.numel() == 0 and output.shape[0] > 0:
-        raise ValueError(f"output has shape {tuple(output.shape)}: it holds no numbers per sample")
 
 
 def run_model(model: Callable[..., Any], x: Tensor, at: str | None) -> tuple[Tensor, Tensor]:
-    """``(hidden, output)`` of the model, ``hidden`` the tensor to differentiate by.
+    """Runs the model; returns the tensor to differentiate with respect to, and the output.
 
-    ``at=None``: the input, made to require grad if it does not. Otherwise the output of the
-    submodule of that name. The model goes on from a copy of it, so that an in-place operation that
-    follows (ReLU(inplace=True)) cannot change which tensor is meant.
+    For ``at=None`` that tensor is the input (a detached copy, if it does not require grad).
+    Otherwise it is the output of the submodule called ``at``. The model continues with a copy of
+    it, which an in-place operation such as ``ReLU(inplace=True)`` may modify.
     """
     arguments.tensor("x", x)
     if at is None:
@@ -172,8 +178,8 @@ def run_model(model: Callable[..., Any], x: Tensor, at: str | None) -> tuple[Ten
 
     if hasattr(model, "_orig_mod"):
         raise TypeError(
-            f"at={at!r} names a submodule, and model is torch.compile'd, whose submodules do not "
-            "run: pass the module before compiling"
+            f"at={at!r} names a submodule of a compiled model, which does not call its submodules: "
+            "pass the module before compiling"
         )
     handle = submodule(model, at).register_forward_hook(catch)
     try:
@@ -182,20 +188,23 @@ def run_model(model: Callable[..., Any], x: Tensor, at: str | None) -> tuple[Ten
         handle.remove()
     if len(caught) != 1:
         raise RuntimeError(
-            f"at={at!r} ran {len(caught)} times in one call of the model: it must run exactly once"
+            f"the submodule at={at!r} ran {len(caught)} times in one call of the model: it must "
+            "run exactly once"
         )
     return caught[0], output
 
 
 def submodule(model: Callable[..., Any], at: str) -> nn.Module:
-    """The submodule called ``at``."""
+    """The submodule of the model that is called ``at``."""
     if not isinstance(model, nn.Module):
         raise TypeError(
-            f"at={at!r} names a submodule, and model is {type(model).__name__}: it must be an "
+            f"at={at!r} names a submodule, but model is {type(model).__name__}: it must be an "
             "nn.Module"
         )
     found = dict(model.named_modules(remove_duplicate=False)).get(at)
     if found is None or at == "":
         names = ", ".join(name for name, _ in model.named_modules() if name)
-        raise ValueError(f"at={at!r} is not a submodule of the model: it has {names or 'none'}")
+        raise ValueError(
+            f"at={at!r} is not a submodule of the model: its submodules are {names or 'none'}"
+        )
     return found

@@ -1,4 +1,4 @@
-"""`InputPenalty`: base of the penalties on an input gradient or Jacobian."""
+"""`InputPenalty`, the base of the penalties on an input gradient or Jacobian."""
 
 from __future__ import annotations
 
@@ -31,19 +31,25 @@ class InputPenalty(Penalty):
     instead of ``x`` (which may then be of an integer dtype). In the graph form pass the hidden
     tensor itself as ``x``.
 
-    ``engine`` (model form): ``"chain"`` computes the double backward operation by operation from a
-    record of the run, without ``create_graph``; ``"autograd"`` asks torch for it; ``"compiled"`` is
-    ``torch.func.vjp`` inside ``torch.compile``. ``"auto"`` takes the chain engine for an
-    ``nn.Module`` that it can record and autograd for anything else, with a warning the first time.
-    A named engine never falls back. ``explain_engine(model, x)`` returns which one runs and why.
+    ``engine`` (model form) is one of
 
-    ``"compiled"`` is for models that torch traces as one graph, and is never chosen by ``"auto"``:
-    it compiles for seconds at the first call, and again for other shapes, dtypes and modes. The
-    first run of the compiled code is compared with torch's own kernels, and raises if it is wrong.
-    The value is differentiable once. Random numbers come from torch's global generator, as in the
-    other engines; a ``generator`` of projections raises. Models that torch cannot trace (control
-    flow that depends on numbers, hidden tensors that the model keeps), or would differentiate
-    wrongly (a ``torch.autograd.Function``, ``.data``, hooks on tensors), raise as well.
+    * ``"chain"``: computes the double backward operation by operation from a record of the run,
+      without ``create_graph``;
+    * ``"autograd"``: ``torch.autograd.grad`` with ``create_graph=True``;
+    * ``"compiled"``: ``torch.func.vjp`` inside ``torch.compile``;
+    * ``"auto"`` (default): the chain engine for an ``nn.Module`` that it can record, and autograd
+      for anything else, with a warning the first time.
+
+    If a named engine cannot run a call, it raises. ``explain_engine(model, x)`` returns which
+    engine runs and why.
+
+    ``"compiled"`` is for models that torch traces as one graph. It compiles for seconds at the
+    first call, and again for other shapes, dtypes and modes. The first run of the compiled code is
+    compared with torch's own kernels, and raises if it is wrong. The value is differentiable once.
+    Random numbers come from torch's global generator; a ``generator`` of projections raises. So do
+    models that torch cannot trace (control flow that depends on numbers, hidden tensors that the
+    model keeps) or would differentiate wrongly (a ``torch.autograd.Function``, ``.data``, hooks on
+    tensors).
     """
 
     def __init__(
@@ -65,18 +71,19 @@ class InputPenalty(Penalty):
 
     @staticmethod
     def _with_targets(method: Callable[..., Any]) -> list[inspect.Parameter]:
-        """``x, output`` and the parameters of a method after its first one."""
+        """``x, output``, and the parameters of a method after its first one."""
         return parameters_of(Penalty.graph_form)[:2] + parameters_of(method)[1:]
 
     def graph_form(self, x: Tensor, output: Tensor, *targets: Any, **named: Any) -> Tensor:
         if self.at is not None:
             raise ValueError(
-                f"at={self.at!r} is for the model form: here pass the hidden tensor itself as x"
+                f"at={self.at!r} is for the model form: in the graph form pass the hidden tensor "
+                "itself as x"
             )
         if self.engine in ("chain", "compiled"):
             raise ValueError(
-                f"engine={self.engine!r} is for the model form, (model, x, ...): here the graph "
-                "exists"
+                f"engine={self.engine!r} is for the model form, (model, x, ...): in the graph form "
+                "the graph exists already"
             )
         by_autograd.check_graph(x, output)
         distributed.check_graph(x, output)
@@ -90,7 +97,7 @@ class InputPenalty(Penalty):
         return select.run(self._request(*targets, **named), model, x)
 
     def explain_engine(self, model: Callable[..., Any], x: Tensor) -> str:
-        """Which engine ``penalty(model, x)`` would run, and why, as text."""
+        """Returns a text that says which engine ``penalty(model, x)`` would run, and why."""
         return select.explain(self._request(), model, x)
 
     def _request(self, *targets: Any, **named: Any) -> select.Request:

@@ -1,4 +1,4 @@
-"""Base of the projection penalties: a subclass states its cotangents and their scaling."""
+"""Bases of the projection penalties: a subclass defines the cotangents and their scaling."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class RandomOptions(ProjectionOptions, total=False):
 class ProjectionPenalty(InputPenalty):
     """``R_n = scale * Σ_k ‖J_nᵀ w_kn‖``, with ``(w, scale)`` from :meth:`cotangents`.
 
-    ``norm``: ``"l2_squared"`` (default), ``"l2"`` or ``"l1"``, taken of each projection. The K
-    projections are one batched VJP, in pieces of ``chunk_size``.
+    ``norm`` is the norm of each projection: ``"l2_squared"`` (default), ``"l2"`` or ``"l1"``. The K
+    projections are computed as one batched VJP, in pieces of ``chunk_size``.
     """
 
     chunk_size: int | None = None
@@ -40,7 +40,7 @@ class ProjectionPenalty(InputPenalty):
         self.norm = arguments.choice("norm", norm, NORMS)
 
     def cotangents(self, logits: Tensor, *targets: Any, **named: Any) -> tuple[Tensor, float]:
-        """``w`` ``[K, N, m]`` and the factor of the sum over K, for an output ``[N, m]``."""
+        """``w`` ``[K, N, m]`` for an output ``[N, m]``, and the factor of the sum over K."""
         raise TypeError(f"{type(self).__name__} does not define cotangents")
 
     @classmethod
@@ -64,7 +64,7 @@ class ProjectionPenalty(InputPenalty):
 
 
 class ExactPenalty(ProjectionPenalty):
-    """Base of the projections on a full set of rows: adds ``chunk_size``."""
+    """Base of the projections on a full set of rows; adds ``chunk_size``."""
 
     def __init__(
         self, *, chunk_size: int | None = None, **options: Unpack[ProjectionOptions]
@@ -74,9 +74,9 @@ class ExactPenalty(ProjectionPenalty):
 
 
 class RandomPenalty(ProjectionPenalty):
-    """Base of the random projections: adds ``n_proj``, ``generator`` and ``chunk_size``.
+    """Base of the random projections; adds ``n_proj``, ``generator`` and ``chunk_size``.
 
-    A subclass says how to :meth:`draw` and, by :meth:`scales`, what to multiply by.
+    A subclass defines how to :meth:`draw` and the factors, :meth:`scales`.
     """
 
     def __init__(
@@ -91,8 +91,8 @@ class RandomPenalty(ProjectionPenalty):
         self.n_proj = arguments.count("n_proj", n_proj, exact=True)
         if self.n_proj == -1 and self.norm != "l2_squared":
             raise ValueError(
-                f"norm is {self.norm!r} and n_proj -1: the exact value exists for 'l2_squared' "
-                "alone; draw projections (n_proj >= 1) or keep the norm"
+                f"norm is {self.norm!r} and n_proj is -1: the exact value exists for 'l2_squared' "
+                "only; use n_proj >= 1, or norm='l2_squared'"
             )
         self.generator = arguments.generator(generator)
         self.chunk_size = arguments.chunk_size(chunk_size)
@@ -104,17 +104,17 @@ class RandomPenalty(ProjectionPenalty):
         if self.engine == "compiled" and draws and self.generator is not None:
             raise ValueError(
                 "generator is given and engine is 'compiled', which draws from torch's global "
-                "generator (torch.manual_seed): drop generator, pass projection=, or name another "
+                "generator (torch.manual_seed): drop generator, pass projection=, or use another "
                 "engine"
             )
         return super().model_form(model, x, *targets, **named)
 
     def draw(self, k: int, logits: Tensor, dtype: torch.dtype) -> Tensor:
-        """``w`` ``[k, N, m]`` (or ``[k, 1, m]`` for all samples) in ``dtype``."""
+        """``w`` in ``dtype``: ``[k, N, m]``, or ``[k, 1, m]`` if the samples share it."""
         raise TypeError(f"{type(self).__name__} does not define draw")
 
     def scales(self, m: int) -> tuple[float, float]:
-        """Factors of the mean over the projections and of the exact ``‖J‖_F²``."""
+        """The factors of the mean over the projections and of the exact ``‖J‖_F²``."""
         return 1.0, 1.0
 
     def cotangents(
@@ -128,14 +128,16 @@ class RandomPenalty(ProjectionPenalty):
             return unit_rows(logits), of_exact
         else:
             arguments.generator_device(self.generator, logits.device)
-            # Half precision would bias the norms of the draws, so they are made in float32.
+            # In float32, since half precision would bias the norms of the draws.
             drawn = self.draw(self.n_proj, logits, accumulate_dtype(logits.dtype))
             w = drawn.to(logits.dtype).expand(self.n_proj, n, m)
         return w, of_mean / len(w)
 
     def _given(self, projection: Any, logits: Tensor) -> Tensor:
         if self.n_proj == -1:
-            raise ValueError("projection is given and n_proj is -1, which draws none: drop one")
+            raise ValueError(
+                "projection is given and n_proj is -1, which uses no projections: drop one of them"
+            )
         n, m = logits.shape
         projection = arguments.tensor("projection", projection)
         arguments.like("projection", projection, "output", logits)
@@ -149,7 +151,7 @@ class RandomPenalty(ProjectionPenalty):
 
 
 def unit_rows(logits: Tensor) -> Tensor:
-    """All unit vectors for all samples, ``[m, N, m]``, without the memory of it."""
+    """All unit vectors for all samples, ``[m, N, m]``, expanded from ``[m, 1, m]``."""
     n, m = logits.shape
     eye = torch.eye(m, dtype=logits.dtype, device=logits.device)
     return eye.unsqueeze(1).expand(m, n, m)

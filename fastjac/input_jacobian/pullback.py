@@ -12,17 +12,16 @@ from fastjac.per_sample import measure, total
 class Pullback:
     """A run ``output = model(x)`` and products with the Jacobian ``J_n = ∂output_n/∂x_n``.
 
-    A penalty on the input Jacobian is a function of a pullback. How the products are computed
-    differs from one subclass to another; the numbers and the gradients do not.
+    A penalty on the input Jacobian is a function of a pullback. The subclasses compute the products
+    in different ways, with the same results and gradients.
 
     Attributes:
-        x: the input, ``[N, ...]``. It is for shapes, dtype and device, and for penalties that use
-            its numbers.
+        x: the input, ``[N, ...]``, for penalties that use its numbers, shape, dtype or device.
         output: the output of the model, ``[N, ...]``. A penalty may use it in any differentiable
             way.
 
-    The products are differentiable with respect to the parameters of the model, ``x`` and the
-    argument: once at least.
+    The products are differentiable at least once with respect to the parameters of the model,
+    ``x`` and their argument.
     """
 
     x: Tensor

@@ -1,4 +1,4 @@
-"""Which pullback a penalty gets in the model form, and the run of the model that makes it."""
+"""Chooses the engine of a penalty in the model form, and runs the model with it."""
 
 from __future__ import annotations
 
@@ -9,34 +9,36 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
+from torch.nn.modules.lazy import LazyModuleMixin
 
-from fastjac import arguments, distributed
+from fastjac import distributed
 from fastjac.input_jacobian import by_autograd
 from fastjac.input_jacobian.chain import Chain, Unsupported
 from fastjac.input_jacobian.chain.tape import why_not
 from fastjac.input_jacobian.compiled import engine as compiled
+from fastjac.input_jacobian.compiled.buffers import places_of
 
 ENGINES = ("auto", "chain", "autograd", "compiled")
 
 
 class Request(NamedTuple):
-    """What is asked for: ``per_sample(pull, *targets, **named)`` of the pullback of a model."""
+    """A call of a penalty: ``per_sample(pull, *targets, **named)`` of the pullback of a model."""
 
-    asker: type  # its name stands in messages; what is remembered of a model is kept apart by it
+    asker: type  # the class of the penalty
     engine: str
     at: str | None
     per_sample: Callable[..., Tensor]
     targets: tuple[Any, ...] = ()
-    named: dict[str, Any] = {}  # noqa: RUF012 (read only)
+    named: dict[str, Any] = {}  # noqa: RUF012 (never modified)
 
 
-# By model, then training mode and asker: None if the chain engine took it, or why it did not.
+# By model, then by training mode and class of penalty: why the chain engine cannot run the model,
+# or None if it can.
 _tried: weakref.WeakKeyDictionary[nn.Module, dict[Any, str | None]] = weakref.WeakKeyDictionary()
 
 
 def run(request: Request, model: Callable[..., Any], x: Tensor) -> tuple[Tensor, Tensor]:
-    """Runs the model; returns its output and what ``per_sample`` makes of its pullback."""
+    """Runs the model; returns its output and what ``per_sample`` returns for its pullback."""
     _, engine, at, per_sample, targets, named = request
     if engine == "compiled":
         if at is not None:
@@ -53,11 +55,11 @@ def run(request: Request, model: Callable[..., Any], x: Tensor) -> tuple[Tensor,
 
 
 def _hidden(at: str) -> str:
-    return f"at={at!r} asks for the gradient with respect to a hidden tensor: use engine='autograd'"
+    return f"at={at!r} needs a gradient with respect to a hidden tensor: use engine='autograd'"
 
 
 def _chain_wanted(request: Request, model: Any, x: Tensor) -> bool:
-    """Whether to try the chain engine. Raises where it was named and is known to refuse."""
+    """Whether to try the chain engine. Raises if it was asked for and cannot run this call."""
     if request.engine == "autograd":
         return False
     reason = _refusal(request, model, x)
@@ -73,12 +75,11 @@ def _chain_wanted(request: Request, model: Any, x: Tensor) -> bool:
 
 
 def _refusal(request: Request, model: Any, x: Tensor) -> str | None:
-    """Why the chain engine cannot run this call, as far as can be told before it."""
+    """Why the chain engine cannot run this call, as far as this is known before it; else None."""
     if request.at is not None:
         return _hidden(request.at)
-    if not isinstance(x, Tensor) or not x.is_floating_point() or x.is_nested:
-        return "x is not a batch of floating-point samples"
-    if x.dim() == 0 or len(x) == 0:
+    is_batch = isinstance(x, Tensor) and x.is_floating_point() and not x.is_nested and x.dim() > 0
+    if not is_batch or len(x) == 0:
         return "x is not a batch of floating-point samples"
     if x.layout != torch.strided:
         return f"x is a {x.layout} tensor"
@@ -87,23 +88,26 @@ def _refusal(request: Request, model: Any, x: Tensor) -> str | None:
         return reason
     if not isinstance(model, nn.Module):
         return None if request.engine == "chain" else "model is a function, not an nn.Module"
-    return _tried.get(model, {}).get((model.training, request.asker))
+    tried, key = _tried.setdefault(model, {}), (model.training, request.asker)
+    if key not in tried:
+        for part in model.modules():
+            if hasattr(part, "_orig_mod"):
+                tried[key] = "a part of the model is compiled"
+            elif isinstance(part, LazyModuleMixin) and part.has_uninitialized_params():
+                return "a lazy module is not initialized"
+    return tried.get(key)
 
 
 def _by_chain(
     request: Request, model: Callable[..., Any], x: Tensor
 ) -> tuple[Tensor, Tensor] | None:
-    """Output and values, or None if the model turns out not to be a chain."""
-    key = isinstance(model, nn.Module) and (model.training, request.asker)
-    first = isinstance(model, nn.Module) and key not in _tried.get(model, {})
-    if first:
-        parts = list(model.modules())  # type: ignore[attr-defined]
-        if any(hasattr(part, "_orig_mod") for part in parts):
-            _remember(model, key, "a part of the model is compiled")
-        if any(hasattr(part, "_orig_mod") or _uninitialized(part) for part in parts):
-            return None
-    # The first run may stop half-way: the next one starts from the same buffers and random numbers.
-    state = _State(model, x) if first else None
+    """Output and values, or None if the chain engine cannot run the model."""
+    tried: dict[Any, str | None] = {}
+    state, key = None, None
+    if isinstance(model, nn.Module):
+        tried, key = _tried[model], (model.training, request.asker)
+        if key not in tried:  # if this run fails, the next one starts from the same state
+            state = _State(model, x)
     try:
         result = _values(Chain(model, x), request)
     except Unsupported as error:
@@ -113,53 +117,32 @@ def _by_chain(
             raise RuntimeError(
                 f"engine='chain' cannot run this model: {error}. Use engine='autograd'"
             ) from error
-        if state is None and not error.early:  # it was taken before, and does something else now
+        if state is None and not error.early:
             raise RuntimeError(
-                f"the chain engine took this model before and cannot take it now: {error}. Its "
-                "buffers may have been updated; use engine='autograd'"
+                f"the chain engine ran this model before and cannot run it now: {error}. The "
+                "buffers of the model may have been updated already. Use engine='autograd'"
             ) from error
-        _remember(model, key, str(error))
+        tried[key] = str(error)
         warnings.warn(
             f"{request.asker.__name__}: engine='autograd' runs instead of the chain engine, which "
-            f"cannot take this model: {error}. Set engine='autograd' to avoid this warning",
+            f"cannot run this model: {error}. Set engine='autograd' to avoid this warning",
             stacklevel=7,
         )
         return None
-    if first:
-        _remember(model, key, None)
+    tried[key] = None
     return result
 
 
-def _remember(model: Any, key: Any, reason: str | None) -> None:
-    _tried.setdefault(model, {})[key] = reason
-
-
 def _values(chain: Chain, request: Request) -> tuple[Tensor, Tensor]:
-    output = chain.output
-    arguments.batch("output", output, "x", len(chain.x))
-    if not output.is_floating_point():
-        raise TypeError(f"output has dtype {output.dtype}: it must be floating point")
-    if output.numel() == 0:
-        raise ValueError(f"output has shape {tuple(output.shape)}: it holds no numbers per sample")
+    by_autograd.check_output(chain.output, len(chain.x))
     return chain.values(request.per_sample(chain, *request.targets, **request.named))
 
 
-def _uninitialized(module: nn.Module) -> bool:
-    """Of a lazy module that has not run."""
-    tensors = (*module._parameters.values(), *module._buffers.values())
-    return any(t is not None and is_lazy(t) for t in tensors)
-
-
 class _State:
-    """Buffers of the model and torch's random numbers."""
+    """The buffers of the model and the state of torch's random generators."""
 
     def __init__(self, model: Any, x: Tensor) -> None:
-        self.buffers = [
-            (module._buffers, name, b, b.clone())
-            for module in model.modules()
-            for name, b in module._buffers.items()
-            if b is not None
-        ]
+        self.buffers = [(*place, place[-1].clone()) for place in places_of(model)]
         self.cuda = x.device if x.is_cuda else None
         self.random = torch.get_rng_state()
         self.cuda_random = None if self.cuda is None else torch.cuda.get_rng_state(self.cuda)
@@ -168,23 +151,24 @@ class _State:
         for buffers, name, buffer, before in self.buffers:
             buffers[name] = buffer
             if not torch.equal(buffer, before):
-                buffer.data.copy_(before)  # its version stays: earlier graphs may hold it
+                # Without counting it as a write, since earlier graphs may hold the buffer.
+                buffer.data.copy_(before)
         torch.set_rng_state(self.random)
         if self.cuda is not None and self.cuda_random is not None:
             torch.cuda.set_rng_state(self.cuda_random, self.cuda)
 
 
 def explain(request: Request, model: Any, x: Tensor) -> str:
-    """The engine of a call and the reasons, as text; runs the model once."""
+    """A text that says which engine runs a call, and why; runs the model once."""
     if distributed.is_sharded(model):
         return (
-            f"engine: {request.engine}, inside the forward of fully_shard, which is not tried "
-            "here: ask about the model before it is sharded"
+            f"engine: {request.engine}, inside the forward of fully_shard, which is not run here: "
+            "call explain_engine with the model before it is sharded"
         )
     model = distributed.inside(model)
     if request.engine == "compiled":
         return compiled.explain(model, x, None if request.at is None else _hidden(request.at))
-    reason = "engine='autograd' was asked for" if request.engine == "autograd" else None
+    reason = "engine='autograd' is set" if request.engine == "autograd" else None
     reason = reason or _refusal(request, model, x)
     links: list[str] = []
     if reason is None:

@@ -1,4 +1,4 @@
-"""The chain engine: forward, VJP, JVP and all gradients of a model written out, link by link."""
+"""The chain engine: forward, VJP, JVP and gradients of a recorded model, operation by operation."""
 
 from fastjac.input_jacobian.chain import operations as operations  # fills the table
 from fastjac.input_jacobian.chain.engine import Chain

@@ -1,4 +1,4 @@
-"""From the call of a torch function to the arguments of an operation in the order of its schema."""
+"""Maps a call of a torch function to the arguments of an aten operation, in schema order."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ _KINDS: dict[str, Any] = {
 
 
 class Argument(NamedTuple):
-    name: str  # of the first "input", as users write it
-    kinds: tuple[type, ...]  # what it may be
+    name: str  # the first one is called "input", as in calls by keyword
+    kinds: tuple[type, ...]  # the types that it may have
     default: Any = MISSING
-    length: int | None = None  # of a list that may be given as one number
-    keyword: bool = False  # by keyword only
+    length: int | None = None  # the length of a list that may be given as one number
+    keyword: bool = False  # whether it is keyword only
 
     @classmethod
     def of_schema(cls, a: Any) -> Argument:
         optional = a.type.kind() == "OptionalType"
         kinds = _KINDS.get((a.type.getElementType() if optional else a.type).kind(), ())
-        if "ScalarType" in str(a.real_type):  # a dtype, which is an int to the schema
+        if "ScalarType" in str(a.real_type):  # a dtype, which the schema calls an int
             kinds = ()
         default = a.default_value if a.has_default_value() else MISSING
         kinds = (*kinds, type(None)) if optional else kinds
@@ -37,35 +37,35 @@ class Argument(NamedTuple):
 
 @functools.cache
 def arguments_of(overload: Any) -> list[Argument]:
-    """The arguments of an overload of aten."""
+    """The arguments of an aten overload."""
     first, *others = map(Argument.of_schema, overload._schema.arguments)
     return [first._replace(name="input"), *others]
 
 
 def signature_of(function: Any, arguments: list[Argument]) -> Signature:
-    """Of a Python function, or of one in C++ that has these arguments."""
+    """The signature of a Python function, or of a C++ function with these arguments."""
     if not hasattr(function, "__code__"):
         kinds = Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY
         return Signature([Parameter(a.name, kinds[a.keyword]) for a in arguments])
     found = inspect.signature(function)
-    if "args" in found.parameters:  # F.max_pool2d takes anything and passes it to F._max_pool2d
+    if "args" in found.parameters:  # F.max_pool2d(*args, **kwargs) calls F._max_pool2d
         found = inspect.signature(getattr(F, f"_{function.__name__}"))
     first, *others = found.parameters.values()
     return found.replace(parameters=[first.replace(name="input"), *others])
 
 
 class Binding(NamedTuple):
-    """Where the arguments are in calls of one pattern of types."""
+    """Where the arguments stand in the calls with one sequence of argument types."""
 
-    slots: list[tuple[int | None, Any]]  # a place in the call, or None and the default
-    lists: list[tuple[int, int]]  # arguments that are lists of this length
-    merged: int | None  # where a list begins that is given number by number
-    fixed: list[tuple[int, Any]]  # what the operation has no argument for must be this
+    slots: list[tuple[int | None, Any]]  # per argument: its place in the call or None, its default
+    lists: list[tuple[int, int]]  # which arguments are lists, and of what length
+    merged: int | None  # the place of the first number of a list given as h.view(3, 5)
+    fixed: list[tuple[int, Any]]  # places that the operation has no argument for: must be equal
     in_place: int | None  # the place of ``inplace``
-    rest: tuple[Any, ...] | None  # if the call is the first arguments in order: the others
+    rest: tuple[Any, ...] | None  # the missing arguments, if the call has the first ones in order
 
     def __call__(self, given: tuple[Any, ...]) -> list[Any] | None:
-        """The arguments. None if the operation does not do what the call asks for."""
+        """The arguments, or None if the operation cannot express the call."""
         if self.merged is not None:
             given = (*given[: self.merged], given[self.merged :])
         for i, value in self.fixed:
@@ -81,7 +81,10 @@ class Binding(NamedTuple):
 def bind(
     function: Any, arguments: list[Argument], types: tuple[type, ...], names: tuple[str, ...]
 ) -> Binding | None:
-    """Of a call with objects of these types, the last of them given by name."""
+    """The binding of a call with arguments of these types, the last of them given by keyword.
+
+    Returns None if the operation does not take such a call.
+    """
     n, merged = len(types) - len(names), None
     last = sum(not a.keyword for a in arguments) - 1
     is_list = arguments[last].length is None and list in arguments[last].kinds

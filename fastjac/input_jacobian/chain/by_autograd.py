@@ -1,4 +1,4 @@
-"""The link of any operation that has none of its own."""
+"""The link of an operation that the table (`rules`) does not have."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fastjac.torch_private import tree_flatten, tree_unflatten
 
 
 class ByAutograd(Link):
-    """Any other differentiable operation of torch, by autograd."""
+    """Any differentiable operation of torch, by autograd."""
 
     def __init__(
         self, run: Callable[..., Any], inputs: list[Tensor], parameters: Any, name: str
@@ -31,7 +31,7 @@ class ByAutograd(Link):
             self.out: Tensor = outputs[found[0]]
             self.others = [None if i == found[0] else t for i, t in enumerate(outputs)]
             if self.out.dim() == 0:
-                raise Unsupported(f"{name} returns a number for the whole batch")
+                raise Unsupported(f"{name} returns one number for the whole batch")
             self.result = None
             check_leaves(self.out, {id(t) for t in self.leaves}, f"{name} depends on")
         self.extras: list[Tensor | None] = [None] * len(self.leaves)
@@ -39,14 +39,14 @@ class ByAutograd(Link):
         self.pulled: list[Tensor | None] = []
 
     def with_output(self, out: Any) -> Any:
-        """What the function returns, with ``out`` in the place of the output."""
+        """The result of the function, with ``out`` in the place of the differentiable output."""
         self.others[self.output_place] = out
         result = tree_unflatten(self.others, self.spec)
         self.others = []
         return result
 
     def _cotangent(self, rows: Tensor) -> Tensor:
-        """``[K N, ...]`` as a leaf ``[K, N, ...]``, or ``[N, ...]`` for a pass without vmap."""
+        """``[K N, ...]`` as a leaf ``[K, N, ...]``; ``[N, ...]`` if K is 1, which needs no vmap."""
         k = len(rows) // len(self.out)
         rows = rows.view(k, *self.out.shape) if k > 1 else rows
         return rows.detach().requires_grad_()
@@ -62,7 +62,7 @@ class ByAutograd(Link):
         return list(pulled)
 
     def _push(self, pulled: Any, tangents: Any, ends: list[Tensor]) -> list[Tensor | None]:
-        """The gradients of ``⟨pulled, u⟩``."""
+        """The gradients of ``⟨pulled, tangents⟩`` with respect to ``ends``."""
         pairs = [
             (p, u.reshape(p.shape))
             for p, u in zip(pulled, tangents, strict=True)

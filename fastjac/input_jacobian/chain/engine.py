@@ -1,11 +1,10 @@
 """The chain engine: one autograd Function for the model and its input-Jacobian penalty.
 
-The model runs once and is recorded (`tape`). A penalty's values ``R_n = R(g, v)``, ``v = Jᵀ w(g)``
-are computed from the output ``g`` and the VJPs ``v`` as leaves, so any penalty in torch operations
-on them will do. The backward takes ``∂R/∂v`` up through the chain (the JVP), goes through w to the
-output if w depends on it, and down once with the gradients of loss and penalty joined.
-
-Not differentiable a third time: raises.
+The model runs once and is recorded (`tape`). The values of a penalty, ``R_n = R(g, v)`` with
+``v = Jᵀ w(g)``, are computed from the output ``g`` and the VJPs ``v`` as leaves, so R may be any
+differentiable function of them. The backward pushes ``∂R/∂v`` up through the chain (a JVP), goes
+through w to the output if w depends on it, and then down once, for the loss and the penalty
+together. A third derivative raises.
 """
 
 from __future__ import annotations
@@ -26,9 +25,9 @@ from fastjac.ops.row_sqnorm import gradient_of_one, rows_of_one
 
 
 class Recorded:
-    """The sweeps of a recorded run, link by link."""
+    """A recorded run of any model, and its sweeps, link by link."""
 
-    one_product = False  # `pull` can be called again
+    one_product = False  # several products with the Jacobian can be computed
 
     def __init__(self, model: Callable[..., Any], x: Tensor) -> None:
         self.tape, output = record(model, x)
@@ -41,10 +40,10 @@ class Recorded:
                 found.append(link)
         if 0 not in wanted:
             raise Unsupported("the output of the model does not depend on x")
-        self.links: list[Link] = found[::-1]  # those that the output depends on
+        self.links: list[Link] = found[::-1]  # only those that the output depends on
         if self.output.numel() > 0 and any(link.empty for link in self.links):
-            raise Unsupported("an operation returns no numbers")
-        self.tape.values.clear()  # the links hold what they need of them
+            raise Unsupported("an operation returns an empty tensor")
+        self.tape.values.clear()  # the links hold the values that they need
 
     def pull(self, w: Tensor) -> Tensor:
         """``Jᵀ w`` for w ``[K N, ...]``."""
@@ -79,9 +78,10 @@ class Recorded:
     def push(
         self, u: Tensor, keep: bool, wanted: bool, factor: Tensor | None = None
     ) -> Tensor | None:
-        """``J u``, if it is wanted; the links keep what `down` needs.
+        """``J u``, or None if it is not wanted; the links keep what `down` needs.
 
-        With ``factor``, one number a row, of ``2 factor u``, the gradient of squared norms.
+        If ``factor``, one number per row, is given, ``2 factor u`` (the gradient of the squared
+        norms) takes the place of u.
         """
         if factor is not None:
             u = gradient_of_one(u, factor)
@@ -119,22 +119,22 @@ class Product(NamedTuple):
 
     kind: str  # "vjp", "norms" (of VJPs) or "jvp"
     of: Tensor  # the cotangents or tangents, [k, N, ...]
-    v: Tensor | None  # Jᵀ w as [k N, ...], for norms
+    v: Tensor | None  # for "norms": Jᵀ w as [k N, ...]
     leaf: Tensor  # the result, a leaf of the graph of R
 
 
 class Chain(Pullback):
-    """A recorded run of a model. Raises `Unsupported` where the model is no chain."""
+    """A recorded run of a model. Raises `Unsupported` if the model cannot be recorded."""
 
     def __init__(self, model: Callable[..., Any], x: Tensor) -> None:
         self.model, self.given = model, x
         self.run: Any = Mlp.of(model, x) or Recorded(model, x)
-        # Leaves, for R and for what a penalty makes its cotangents of.
+        # Leaves of the graphs of R and of the cotangents.
         self.x = x.detach().requires_grad_(x.requires_grad)
         self.output = self.run.output.detach().requires_grad_()
         self.products: list[Product] = []
 
-    # ---- what penalties call
+    # ---- products with the Jacobian
 
     def vjp(self, w: Tensor, chunk_size: int | None = None) -> Tensor:
         found = []
@@ -181,7 +181,9 @@ class Chain(Pullback):
         leaves = {id(self.output), id(self.x), *(id(product.leaf) for product in self.products)}
         for t in (values, *(product.of for product in self.products)):
             if t.requires_grad and id(t) not in leaves:
-                check_leaves(t, leaves, "the penalty depends, beside the output of the model, on")
+                check_leaves(
+                    t, leaves, "the penalty depends on more than the output of the model: on"
+                )
         return _Chain.apply(self, values, self.given, *self.run.parameters)
 
     # ---- the backward
@@ -192,9 +194,9 @@ class Chain(Pullback):
         for t, version in self.run.versions:
             if t._version != version:
                 raise RuntimeError(
-                    f"a tensor of shape {tuple(t.shape)} that the model was computed with was "
-                    "modified in place before the backward: call backward() before "
-                    "optimizer.step(), or use the out-of-place operation"
+                    f"a tensor of shape {tuple(t.shape)} that the model used was modified in place "
+                    "before the backward: call backward() before optimizer.step(), or use the "
+                    "out-of-place operation"
                 )
         grad_x: Tensor | None = None
         if grad_values is not None and values.requires_grad:
@@ -206,15 +208,16 @@ class Chain(Pullback):
     def _penalty(
         self, grad: Tensor | None, grad_values: Tensor, values: Tensor, keep: bool
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Up through the chain; the gradient of the output with the penalty's part, and of x.
+        """Up through the chain; returns the gradients with respect to the output and to x.
 
-        Of x only what R and its cotangents or tangents use beside the chain.
+        That of the output includes ``grad``. That of x counts only the direct uses of x by R and
+        by the cotangents or tangents.
         """
         leaves = [product.leaf for product in self.products]
         grad_x: Tensor | None = None
 
         def through(t: Tensor, cotangent: Tensor, *more: Tensor) -> list[Any]:
-            """Gradients of ``more``; those of the output and of x are added up."""
+            """The gradients with respect to ``more``; adds those of the output and of x up."""
             nonlocal grad, grad_x
             ends = [self.output, self.x] if self.x.requires_grad else [self.output]
             *found, of_output = torch.autograd.grad(
@@ -230,16 +233,16 @@ class Chain(Pullback):
             cotangents: list[Tensor | None] = [grad_values]
         else:
             cotangents = through(values, grad_values, *leaves)
-        for i in reversed(range(len(leaves))):  # a product may be of the results of earlier ones
+        for i in reversed(range(len(leaves))):  # a product may use the results of earlier ones
             c, (kind, of, v, _) = cotangents[i], self.products[i]
             if c is None:
                 continue
             if kind == "jvp":
-                # The gradients of ⟨c, J u⟩ are those of ⟨Jᵀc, u⟩: the VJP of c, then up with u.
+                # ⟨c, J u⟩ = ⟨Jᵀc, u⟩: its gradients are those of the VJP of c, pushed with u.
                 into: Tensor | None = self.run.pull(_rows(c))
                 self.run.push(_rows(of), keep, False)
             else:
-                if len(leaves) > 1:  # the run holds the state of one product
+                if len(leaves) > 1:  # the run holds the state of the last product only
                     self.run.pull(_rows(of))
                 factor = None if v is None else c if len(of) == 1 else c.repeat(len(of))
                 u = _rows(c) if v is None else v
@@ -251,7 +254,7 @@ class Chain(Pullback):
 
 
 def _rows(t: Tensor) -> Tensor:
-    """``[K N, ...]`` of ``[K, N, ...]``, without its graph."""
+    """``[K, N, ...]`` as ``[K N, ...]``, detached."""
     t = t.detach()
     return t[0] if len(t) == 1 else t.flatten(0, 1)
 
@@ -267,13 +270,14 @@ class _Chain(torch.autograd.Function):
     def backward(ctx, grad, grad_values):
         if torch.is_grad_enabled():
             raise RuntimeError(
-                "the chain engine is differentiable once: the gradient of a penalty was asked for "
-                'with create_graph=True (a third derivative of the model); use engine="autograd"'
+                "the gradient of a penalty was computed with create_graph=True, which needs third "
+                "derivatives of the model: the chain engine is differentiable once; use "
+                'engine="autograd"'
             )
         if ctx.chain is None:
             raise RuntimeError(
-                "backward through the penalty a second time: its tensors have been freed; pass "
-                "retain_graph=True the first time"
+                "backward ran through the penalty a second time, and its tensors have been freed: "
+                "pass retain_graph=True the first time"
             )
         keep = torch_private.backward_retains_graph()
         chain = ctx.chain

@@ -1,4 +1,4 @@
-"""A Sequential of Linear and activation modules: its sweeps are one C++ call each (`ops.mlp`)."""
+"""The sweeps of a Sequential of Linear and activation modules: one C++ call each (`ops.mlp`)."""
 
 from __future__ import annotations
 
@@ -21,17 +21,18 @@ from fastjac.ops.registration import raw
 from fastjac.torch_private import below_autograd
 
 LARGE = 1 << 15
-"""Elements of a layer from which the backward goes layer by layer, each freed before the next.
+"""Elements of a layer from which on the backward goes layer by layer and frees each one at once.
 
-Not with tiles: there the weights, whose gradients take the freed memory, are small.
+The gradients of the weights take the freed memory. With tiles the weights are small, and the
+backward is one call.
 """
 
 TILED = 1 << 16
-"""Elements of a weight up to which each thread takes rows of its own through all layers.
+"""Elements of a weight up to which each thread takes a tile of the rows through all layers.
 
-Against threads that share each GEMM, 2 of them, width 64, batch 100 to 2048: 0.7 to 0.85 of the
-time of a step; width 256: 0.9; from width 512 on no gain, and each thread has weight gradients of
-its own.
+Compared with threads that share each GEMM, a step takes 0.7 to 0.85 of the time (2 threads, width
+64, batch 100 to 2048), and 0.9 at width 256. From width 512 on there is no gain, and each thread
+needs memory for weight gradients of its own.
 """
 
 
@@ -50,7 +51,7 @@ def rows_of_a_thread(n: int) -> int:
 
 
 def _hooked(state: dict[str, Any]) -> bool:
-    """Whether calling a module of this state does more than its class's forward."""
+    """Whether a call of the module with these attributes runs more than its class's forward."""
     return bool(
         "forward" in state
         or state["_forward_hooks"]
@@ -61,15 +62,15 @@ def _hooked(state: dict[str, Any]) -> bool:
 
 
 class Part:
-    """A module of the model as it was found."""
+    """A module of the model as it was when the recipe was made."""
 
     def __init__(self, module: nn.Module) -> None:
-        # Weakly: the first part is the model, the key of this.
+        # A weak reference, since the first part is the model, which is the key of `_recipes`.
         self.module, self.kind = weakref.ref(module), type(module)
         self.state = vars(module)
         self.children = list(module._modules.values())
         self.parameters = dict(module._parameters)
-        # Its options: the slope of a LeakyReLU, say. What else its user keeps there is no matter.
+        # Its options, such as the slope of a LeakyReLU. Other attributes do not matter.
         self.options = [
             (name, dict(value) if name == "params" else value)
             for name, value in self.state.items()
@@ -98,7 +99,7 @@ def _walk(model: nn.Module) -> Iterator[nn.Module]:
 
 
 class Recipe:
-    """What a model is made of. `of` returns None where it is something else than an MLP."""
+    """The layers of an MLP. `of` returns None if the model is not an MLP of the required form."""
 
     def __init__(self, parts: list[Part], layers: list[tuple[Tensor, Any, Any]]) -> None:
         self.parts = parts
@@ -125,15 +126,14 @@ class Recipe:
             return None
         parts = [Part(module) for module in _walk(model)]
         layers: list[tuple[Tensor, Any, Any]] = []
-        open_layer = False  # without an activation yet
+        open_layer = False  # whether the last layer has no activation yet
         for place, part in enumerate(part for part in parts if part.kind is not nn.Sequential):
             module: Any = part.module()
             if part.kind is nn.Flatten and place == 0:
                 if (module.start_dim, module.end_dim) != (1, -1):
                     return None
             elif part.kind is nn.Linear:
-                # Without them, somebody has put plain tensors there.
-                if not {"weight", "bias"} <= part.parameters.keys():
+                if not {"weight", "bias"} <= part.parameters.keys():  # replaced by other tensors
                     return None
                 layers.append((module.weight, module.bias, _IDENTITY))
                 open_layer = True
@@ -144,13 +144,13 @@ class Recipe:
                 found = (IDS[act.fn], get(act.fn).param_values(act.params))
                 layers[-1] = (*layers[-1][:2], found)
                 open_layer = False
-        if len(layers) < 2 or not open_layer:  # ends in an activation
+        if len(layers) < 2 or not open_layer:  # the model ends in an activation
             return None
         recipe = cls(parts, layers)
         return recipe if recipe.holds() and recipe.fits() else None
 
     def holds(self) -> bool:
-        """Whether the model is still what it was."""
+        """Whether the model has not changed."""
         return all([part.holds() for part in self.parts])
 
     def fits(self) -> bool:
@@ -179,7 +179,7 @@ class Recipe:
         return math.prod(x.shape[1:]) == first.shape[1]
 
     def prepare(self) -> None:
-        """By what is trained: each parameter's places among the gradients."""
+        """Sets ``parameters`` (that require grad) and their ``places`` among the gradients."""
         trained = [t is not None and t.requires_grad for t in self.slots]
         if trained == self.trained:
             return
@@ -198,9 +198,9 @@ def _wanted(flags: tuple[bool, ...]) -> Tensor:
 
 
 class Mlp:
-    """One run. `of` returns None where the model is something else."""
+    """One run of an MLP. `of` returns None if the model or x does not fit."""
 
-    one_product = True  # of which `pull` leaves the state in the stacks
+    one_product = True  # `pull` leaves the state of a single product in the stacks
 
     def __init__(self, recipe: Recipe, x: Tensor) -> None:
         n = self.n = len(x)
@@ -221,9 +221,9 @@ class Mlp:
             )
         self.deltas: list[Tensor] = []
         self.u: Tensor | None = None
-        self.factor: Tensor | None = None  # for rows 2 factor u
-        self.waiting = False  # u is for mlp_down to push
-        self.pushed: tuple[list[Tensor], list[Tensor]] | None = None  # as mlp_push leaves them
+        self.factor: Tensor | None = None  # if given, 2 factor u is pushed
+        self.waiting = False  # whether mlp_down has to push u
+        self.pushed: tuple[list[Tensor], list[Tensor]] | None = None  # stacks, deltas of mlp_push
 
     @classmethod
     def of(cls, model: Any, x: Tensor) -> Mlp | None:
@@ -244,14 +244,14 @@ class Mlp:
             del _recipes[model]
             if recipe.fits():
                 raise
-            return None  # the memory of a weight was exchanged for one that does not fit
+            return None  # the memory of a weight was replaced by one that does not fit
 
     def pull(self, w: Tensor) -> Tensor:
         v, _ = self.norms(w)
         return v if v.shape[1:] == self.shape[1:] else v.view(-1, *self.shape[1:])
 
     def norms(self, w: Tensor) -> tuple[Tensor, Tensor]:
-        if self.tile < self.n < len(w):  # several cotangents want one tile
+        if self.tile < self.n < len(w):  # several cotangents need a single tile
             self.stacks, self.tile = list(map(self._pre_activation, self.stacks)), self.n
         with below_autograd():
             *self.deltas, v, norms = raw("mlp_pull")(
@@ -260,11 +260,11 @@ class Mlp:
         return v, norms
 
     def _pre_activation(self, stack: Tensor) -> Tensor:
-        """``z_l`` of a hidden layer, from a stack as `mlp_forward` leaves it, tile by tile."""
+        """``z_l`` of a hidden layer, from the stack of `mlp_forward`, which is in tiles."""
         return torch.cat([part[len(part) // 2 :] for part in stack.split(2 * self.tile)])
 
     def jvp(self, u: Tensor) -> Tensor:
-        """``J u`` for u ``[K N, ...]``: two operations a layer."""
+        """``J u`` for u ``[K N, ...]``, with two operations per layer."""
         u = u.reshape(len(u), -1)
         for weight, activation, stack in zip(
             self.weights, self.activations, [*self.stacks, None], strict=True
@@ -302,7 +302,7 @@ class Mlp:
         return t if wanted else None
 
     def _stack(self, t: Tensor, k: int) -> Tensor:
-        """A copy with room for k cotangents."""
+        """A copy of a stack with room for k cotangents."""
         if k == 1 and len(t) == 2 * self.n:
             return t.clone()
         new = t.new_empty((k + 1) * self.n, t.shape[1])
@@ -347,4 +347,4 @@ class Mlp:
         found = []
         for w, (fn, *_) in zip(self.weights, self.activations, strict=True):
             found += [f"Linear({w.shape[1]}, {w.shape[0]})", names[fn]]
-        return ["one C++ call a sweep:", *found[:-1]]
+        return ["one C++ call per sweep:", *found[:-1]]

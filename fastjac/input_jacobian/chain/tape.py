@@ -1,15 +1,15 @@
 """Records the operations of one run of a model, from its input to its output.
 
-The input of the model is a tensor whose torch functions come here first (`Tracked`). So a model is
-seen however its ``forward`` is written, with hooks, parametrizations and control flow, and the
-record is of the very run it is used for: nothing can be stale. An operation that is not known to be
-right in a chain raises `Unsupported`, with the reason. Not seen, and refused:
+The input of the model is a `Tracked` tensor, whose ``__torch_function__`` records each operation.
+It sees every way of writing a ``forward``, including hooks, parametrizations and control flow, and
+the record is used for this run only. An operation that may be wrong in a chain raises
+`Unsupported` with the reason. These are
 
-* a ``torch.autograd.Function`` and anything else with gradients switched off,
-* operations that write to a tensor that something else shares memory with,
+* a ``torch.autograd.Function`` and everything else that runs with gradients off,
+* operations that write to a tensor which shares its memory with another one,
 * weights that depend on the input.
 
-A tracked tensor that somebody kept raises when it is used after the run: it has no graph.
+A tracked tensor has no autograd graph, so using one after the run raises.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from fastjac.torch_private import tree_flatten, tree_unflatten
 
 
 class KeptTensor(RuntimeError):
-    """A value of another run, which has ended."""
+    """The model uses a tracked tensor of an earlier run."""
 
 
 class Tracked(Recorded):
-    """A value of the chain while it is recorded; ``plain`` has its numbers."""
+    """A tensor of the recorded run; ``plain`` is an ordinary tensor with its numbers."""
 
     tape: Tape
     place: int
@@ -53,30 +53,29 @@ class Tracked(Recorded):
         return found.tape.call(func, args, kwargs)
 
 
-def _asking() -> set[Any]:
-    """Functions that ask about a tensor, not for its numbers."""
-    properties = ("shape", "dtype", "device", "ndim", "layout", "is_cuda", "is_sparse", "names")
-    methods = (
-        *("size", "dim", "numel", "nelement", "stride", "is_contiguous", "is_floating_point"),
-        *("is_complex", "__len__", "element_size", "get_device", "ndimension", "is_nested"),
-    )
-    found = {getattr(Tensor, name).__get__ for name in properties if hasattr(Tensor, name)}
-    found |= {getattr(Tensor, name) for name in methods if hasattr(Tensor, name)}
-    return found | {torch.is_floating_point, torch.is_complex, torch.numel}
+_properties = ("shape", "dtype", "device", "ndim", "layout", "is_cuda", "is_sparse")
+_methods = (
+    *("size", "dim", "numel", "nelement", "stride", "is_contiguous", "is_floating_point"),
+    *("is_complex", "__len__", "element_size", "get_device", "ndimension", "is_nested"),
+)
+ASKING: set[Any] = {
+    *[getattr(Tensor, name).__get__ for name in _properties],
+    *[getattr(Tensor, name) for name in _methods],
+    *(torch.is_floating_point, torch.is_complex, torch.numel),
+}
+"""Functions of a tensor that do not depend on its numbers."""
 
-
-ASKING = _asking()
 RULES: dict[Any, Callable[..., Any]] = {}
-"""Function of torch: ``rule(tape, *args, **kwargs)`` records it, or returns NotImplemented."""
+"""By function: ``rule(tape, *args, **kwargs)`` records a call, or returns NotImplemented."""
 
 DENIED = {
     *("register_hook", "register_post_accumulate_grad_hook", "retain_grad", "requires_grad_"),
     *("backward", "grad", "__set__", "__delete__", "set_", "as_subclass", "__setitem__"),
 }
-"""What acts on a tensor's graph or memory: there is no such graph here."""
+"""Functions that act on the graph of a tensor, which a tracked one lacks, or on its memory."""
 
 _grad_fn: Any = Tensor.grad_fn
-GRAD_FN = _grad_fn.__get__  # asked for by legacy module hooks
+GRAD_FN = _grad_fn.__get__  # module hooks of the old kind read it
 
 REBINDING = {"__iadd__": "add", "__isub__": "sub", "__imul__": "mul", "__itruediv__": "div"}
 
@@ -88,30 +87,30 @@ class Tape:
         self.closed = False
         self.parameters: list[Tensor] = []
         self.numbers: dict[int, int] = {}  # id of a parameter: its place in the list
-        self.versions: list[tuple[Tensor, int]] = []
-        self.differentiable = [x.requires_grad]  # by value: whether anything wants its gradient
+        self.versions: list[tuple[Tensor, int]] = [(x, x._version)]
+        self.differentiable = [x.requires_grad]  # of each value: whether its gradient is needed
         self.x = x
-        self.shared: set[int] = set()  # memory of values that constants share
-        self.versions.append((x, x._version))
+        self.shared: set[int] = set()  # addresses of memory that values and constants share
 
     def value(self, plain: Tensor) -> Tracked:
-        # It requires grad, so that what torch computes of it unseen (in a vmap, say) has a graph
-        # that leads back here, and `_independent` finds it.
+        # The tensor requires grad. What torch computes from it without a call of
+        # __torch_function__ (in a vmap, for example) has a graph then, and `_check_independent`
+        # finds this tensor in it.
         t: Any = Tensor._make_subclass(Tracked, plain, True)
         t.tape, t.place, t.plain = self, len(self.values), plain
         self.values.append(t)
         return t
 
     def watch(self, *tensors: Tensor | None) -> None:
-        """Tensors that must not be written to before the backward."""
+        """Note tensors that must not be modified in place before the backward."""
         for t in tensors:
             if t is not None:
                 self.versions.append((t, t._version))
                 if t.requires_grad:
-                    self._independent(t)
+                    self._check_independent(t)
 
-    def _independent(self, weight: Tensor) -> None:
-        """Raise if a tensor that requires grad depends on x."""
+    def _check_independent(self, weight: Tensor) -> None:
+        """Raises if a tensor that requires grad depends on x."""
 
         def of_x(node: Any) -> bool:
             leaf = getattr(node, "variable", None)
@@ -119,16 +118,16 @@ class Tape:
 
         if weight is self.x or any(map(of_x, graph_nodes(weight))):
             raise Unsupported(
-                "a tensor depends on x beside the model's argument, or by operations that could "
-                "not be recorded"
+                "a tensor depends on x, but not through recorded operations on the argument of the "
+                "model"
             )
 
     def _check_own(self, tensors: Any) -> None:
         for t in tensors:
             if type(t) is Tracked and t.tape is not self:
                 raise KeptTensor(
-                    "a tensor that the model computed in an earlier run under a penalty, and that "
-                    'it kept, has no graph: use engine="autograd" in the penalty'
+                    "the model uses a tensor that it computed and kept in an earlier call of the "
+                    'penalty; the chain engine builds no graph for it: use engine="autograd"'
                 )
 
     def append(self, link: Link, inputs: list[Tracked], out: Tensor) -> Tracked:
@@ -144,14 +143,27 @@ class Tape:
         return self.value(out)
 
     def call(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Record a call of a function of torch; returns what the function returns."""
         if func in ASKING:
             values = [t.plain if type(t) is Tracked else t for t in args]
             return func(*values, **kwargs)
         name = getattr(func, "__name__", str(func))
+        self._check_call(func, name)
+        self._check_own(args)
+        self._check_own(kwargs.values())
+        try:
+            out = self._by_rule(func, args, kwargs)
+            return self.other(func, name, args, kwargs) if out is NotImplemented else out
+        except (Unsupported, KeptTensor):
+            raise
+        except Exception as error:  # if the model is at fault, autograd raises it again
+            raise Unsupported(f"{name} failed: {error}") from error
+
+    def _check_call(self, func: Any, name: str) -> None:
         if self.closed:
             raise RuntimeError(
-                f"{name} of a tensor that the model computed in its run under a penalty, and that "
-                "somebody kept: the chain engine gives a graph to the output alone. Use "
+                f"{name} was called on a tensor that was computed and kept in a call of a penalty; "
+                "the chain engine builds a graph for the output of the model only: use "
                 'engine="autograd" in the penalty'
             )
         if not torch.is_grad_enabled():
@@ -160,80 +172,68 @@ class Tape:
                 "torch.autograd.Function"
             )
         if torch_private.saved_tensor_hooks() is not None:
-            raise Unsupported(f"{name} runs in a checkpoint, or under other saved-tensor hooks")
+            raise Unsupported(f"{name} runs in a checkpoint or under other saved-tensor hooks")
         if torch.is_autocast_enabled(self.x.device.type):
             raise Unsupported(f"{name} runs under autocast")
         if name in DENIED or func == GRAD_FN:
-            raise Unsupported(f"{name} of a hidden tensor")
-        self._check_own(args)
-        self._check_own(kwargs.values())
-        try:
-            rule = RULES.get(func)
-            if rule is not None:
-                out = rule(self, *args, **kwargs)
-                if out is not NotImplemented:
-                    return out
-            return self.other(func, name, args, kwargs)
-        except (Unsupported, KeptTensor):
-            raise
-        except Exception as error:  # autograd will raise it too, or knows better
-            raise Unsupported(f"{name} failed: {error}") from error
+            raise Unsupported(f"{name} is called on a hidden tensor, which has no autograd graph")
+
+    def _by_rule(self, func: Any, args: Any, kwargs: Any) -> Any:
+        rule = RULES.get(func)
+        return NotImplemented if rule is None else rule(self, *args, **kwargs)
 
     def other(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
-        """Any operation of torch, by autograd."""
-        in_place = bool(kwargs.get("inplace"))
-        if in_place:
+        """Record a call for which there is no rule.
+
+        An in-place operation is recorded as the one that it is the in-place form of.
+        """
+        out = NotImplemented
+        if kwargs.get("inplace"):
             kwargs = {**kwargs, "inplace": False}
         elif name in REBINDING or (name.endswith("_") and not name.endswith("__")):
-            plain_name = REBINDING.get(name, name[:-1])
-            func, in_place = getattr(Tensor, plain_name, None), True
+            func = getattr(Tensor, REBINDING.get(name, name[:-1]), None)
             if not callable(func):
                 raise Unsupported(f"{name} writes to a tensor in place")
-            rule = RULES.get(func)
-            if rule is not None:
-                out = rule(self, *args, **kwargs)
-                if out is not NotImplemented:
-                    return self.rebind(args[0], out, name)
+            out = self._by_rule(func, args, kwargs)
         elif kwargs.get("out") is not None:
             raise Unsupported(f"{name} writes to a tensor in place")
+        else:
+            return self._by_autograd(func, name, args, kwargs)
+        if out is NotImplemented:
+            out = self._by_autograd(func, name, args, kwargs)
+        if type(out) is not Tracked:
+            raise Unsupported(f"{name} writes to a tensor in place")
+        return self.rebind(args[0], out, name)
 
+    def _by_autograd(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
         leaves, spec = tree_flatten((args, kwargs))
         self._check_own(leaves)
-        tracked: dict[int, Tracked] = {t.place: t for t in leaves if type(t) is Tracked}
+        tracked = {t.place: t for t in leaves if type(t) is Tracked}  # one of each value
         parameters = {
             id(t): t
             for t in leaves
             if isinstance(t, Tensor) and type(t) is not Tracked and t.requires_grad
         }
-        places = {id(t): i for i, t in enumerate((*tracked.values(), *parameters.values()))}
+        places = {key: i for i, key in enumerate((*tracked, *parameters))}
 
         def run(*tensors: Tensor) -> Any:
-            # A value that was rebound may stand there as two objects.
-            new = [
-                tensors[list(tracked).index(t.place)]
-                if type(t) is Tracked
-                else tensors[places[id(t)]]
-                if id(t) in places
-                else t
-                for t in leaves
-            ]
+            new = []
+            for t in leaves:
+                i = places.get(t.place if type(t) is Tracked else id(t))
+                new.append(t if i is None else tensors[i])
             new_args, new_kwargs = tree_unflatten(new, spec)
             return func(*new_args, **new_kwargs)
 
         inputs = list(tracked.values())
         self.watch(*parameters.values())
         link = ByAutograd(run, [t.plain for t in inputs], parameters.values(), name)
-        if link.output_place < 0:  # a shape, an index, a detached tensor: a constant
-            if in_place:
-                raise Unsupported(f"{name} writes to a tensor in place")
+        if link.output_place < 0:  # a shape, an index or a detached tensor is a constant
             self._note_shared(link.result, inputs)
             return link.result
-        out = self.append(link, inputs, link.out.detach())
-        out = self.rebind(args[0], out, name) if in_place else out
-        return link.with_output(out)
+        return link.with_output(self.append(link, inputs, link.out.detach()))
 
     def _note_shared(self, result: Any, inputs: list[Tracked]) -> None:
-        """``h.detach()`` shows what is written to h later."""
+        """Note values whose memory a constant (``h.detach()``) shares."""
         for t in tree_flatten(result)[0]:
             if not isinstance(t, Tensor) or t.layout != torch.strided:
                 continue
@@ -244,23 +244,25 @@ class Tape:
                     self.versions.append((h.plain, h.plain._version))
 
     def rebind(self, target: Any, out: Tracked, name: str) -> Tracked:
-        """The tensor object ``target`` now has the numbers of ``out``."""
+        """Give the tensor object ``target`` the value ``out``, as an in-place operation does."""
         if type(target) is not Tracked:
-            raise Unsupported(f"{name} writes to a tensor that is no value of the chain")
+            raise Unsupported(f"{name} writes to a tensor that was not computed from x")
         memory = target.plain.untyped_storage().data_ptr()
         if out.plain.dtype != target.plain.dtype or out.plain.shape != target.plain.shape:
-            raise Unsupported(f"{name} casts to the dtype or shape of the tensor it writes to")
+            raise Unsupported(
+                f"{name} changes the dtype or shape of its result to those of its target"
+            )
         if memory in self.shared or any(
             v is not target and v.plain.untyped_storage().data_ptr() == memory for v in self.values
         ):
-            raise Unsupported(f"{name} writes to a tensor that another shares its memory with")
+            raise Unsupported(f"{name} writes to a tensor that shares its memory with another one")
         target.plain, target.place = out.plain, out.place
         self.values[out.place] = target
         return target
 
 
 def record(model: Callable[..., Any], x: Tensor) -> tuple[Tape, Tracked]:
-    """Run the model on x; its operations, and its output."""
+    """Runs the model on x; returns the recorded operations and the output."""
     tape = Tape(x)
 
     def observe(z: Any, fn: str, impl: str, params: dict[str, Any], a: Any) -> Any:
@@ -278,19 +280,16 @@ def record(model: Callable[..., Any], x: Tensor) -> tuple[Tape, Tracked]:
         OBSERVERS.remove(observe)
         tape.closed = True
     if type(output) is not Tracked or output.tape is not tape:
-        kind = type(output).__name__
-        raise Unsupported(
-            "the output of the model does not depend on x"
-            if isinstance(output, Tensor)
-            else f"the output of the model is {kind}, not one tensor"
-        )
+        if isinstance(output, Tensor):
+            raise Unsupported("the output of the model does not depend on x")
+        raise Unsupported(f"the output of the model is {type(output).__name__}, not one tensor")
     return tape, output
 
 
 def why_not(model: Any, x: Tensor) -> str | None:
-    """What can be told before the model runs."""
+    """Why the engine cannot run, as far as this is known before the model runs; else None."""
     if torch.compiler.is_compiling():
-        return "torch.compile traces the call: its own fusion takes the engine's place"
+        return "torch.compile traces the call"
     if torch.is_autocast_enabled(x.device.type):
         return "autocast is on"
     if torch_private.transforms_active():

@@ -1,8 +1,9 @@
-"""What compiles the graphs of the compiled engine: torch's compiler, not trusted blindly.
+"""The backend of the compiled engine: torch's compiler, whose first result is checked.
 
-Seen on torch 2.13: the second derivative of some operations is wrong with no error (`refusal`), and
-inductor gave SpectReg of a LeNet the value 0, for it moved the scatter of a max_pool2d's VJP behind
-its use. So the first run of each graph is compared with torch's own kernels.
+On torch 2.13 the second derivative of some operations is wrong without an error (`refusal`), and
+inductor computed the value 0 for SpectReg of a LeNet, because it moved the scatter in the VJP of
+max_pool2d behind its use. Therefore the first run of each graph is compared with torch's own
+kernels.
 """
 
 from __future__ import annotations
@@ -16,16 +17,16 @@ from torch import Tensor
 from fastjac import torch_private
 
 NAME: Any = "inductor"
-# The pass that moved the scatter is left out; random numbers are those of torch's own kernels.
+# Without the pass that moved the scatter, and with the random numbers of torch's own kernels.
 OPTIONS = {"reorder_for_peak_memory": False, "fallback_random": True}
 
 
 class Refused(RuntimeError):
-    """A graph that is not to be compiled, or whose compiled code is wrong."""
+    """A graph cannot be compiled safely, or its compiled code is wrong."""
 
 
 def compiled(graph: torch.fx.GraphModule, inputs: Any) -> Callable[..., Any]:
-    """For ``torch.compile(backend=...)``."""
+    """The backend, for ``torch.compile(backend=...)``."""
     reason = refusal(graph)
     if reason is not None:
         raise Refused(reason)
@@ -42,7 +43,7 @@ def compiled(graph: torch.fx.GraphModule, inputs: Any) -> Callable[..., Any]:
 
 
 def refusal(graph: torch.fx.GraphModule) -> str | None:
-    """Why torch may differentiate a graph wrongly, if it may."""
+    """Why torch may differentiate the graph wrongly, or None."""
     for part in graph.modules():
         for node in part.graph.nodes if isinstance(part, torch.fx.GraphModule) else ():
             name = getattr(node.target, "__name__", "")
@@ -59,9 +60,10 @@ def refusal(graph: torch.fx.GraphModule) -> str | None:
 
 
 def agree(graph: Callable[..., Any], function: Callable[..., Any], args: Any) -> bool:
-    """Whether compiled code was found to do what its graph does; raises if it does not.
+    """Compares compiled code with its graph, and raises if they differ.
 
-    The tolerances are for other orders of summation: what is looked for is of order 1.
+    Returns False if the results hold NaN or infinities, which show nothing. The tolerances allow
+    other orders of summation; the errors to be found are of order 1.
     """
     devices = {a.device for a in args if isinstance(a, Tensor) and a.is_cuda}
     with torch.random.fork_rng(devices), torch_private.inductor_config().patch(OPTIONS):
@@ -70,7 +72,7 @@ def agree(graph: Callable[..., Any], function: Callable[..., Any], args: Any) ->
         try:
             expected = run_both_ways(graph, args)
         except (RuntimeError, NotImplementedError):
-            return True  # an operation that only the compiler, which takes it apart, can do
+            return True  # an operation that the compiler decomposes and the kernels do not have
     if not all(t.isfinite().all() for t in expected):
         return False
     dtypes = {t.dtype for t in (*args, *expected) if isinstance(t, Tensor)}
@@ -82,14 +84,14 @@ def agree(graph: Callable[..., Any], function: Callable[..., Any], args: Any) ->
         error, size = float((a - b).norm()), float(b.norm())
         if not error <= tolerance * max(size, 1e-3 * largest):
             raise Refused(
-                "engine='compiled' cannot run this model: what torch compiled for it is wrong, by "
-                f"{error:.2g} of {size:.2g}. Use engine='autograd'"
+                "engine='compiled' cannot run this model: the code that torch compiled for it is "
+                f"wrong, by {error:.2g} of {size:.2g}. Use engine='autograd'"
             )
     return True
 
 
 def run_both_ways(f: Callable[..., Any], args: Any) -> list[Tensor]:
-    """Floating-point outputs, and the gradients of a function of them."""
+    """The floating-point outputs, and the gradients of a weighted sum of them."""
     leaves = [
         a.detach().requires_grad_(a.requires_grad) if isinstance(a, Tensor) else a for a in args
     ]
@@ -98,7 +100,8 @@ def run_both_ways(f: Callable[..., Any], args: Any) -> list[Tensor]:
     losses = [(t * weights_like(t)).sum() for t in outputs if t.requires_grad]
     grads: Sequence[Tensor] = ()
     if wanted and losses:
-        # Torch compiles the backward here, and for good: retained, so that others can be.
+        # Torch compiles the backward here, and later calls use it: with retain_graph, so that they
+        # can retain the graph too.
         grads = torch.autograd.grad(
             losses, wanted, retain_graph=True, allow_unused=True, materialize_grads=True
         )
@@ -106,6 +109,6 @@ def run_both_ways(f: Callable[..., Any], args: Any) -> list[Tensor]:
 
 
 def weights_like(t: Tensor) -> Tensor:
-    """From 0.5 to 1.5: some wrong terms would vanish for equal ones."""
+    """Weights from 0.5 to 1.5: some wrong terms would vanish with equal ones."""
     weights = torch.linspace(0.5, 1.5, t.numel(), device=t.device)
     return weights.to(t.dtype).view(t.shape)

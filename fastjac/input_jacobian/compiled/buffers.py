@@ -1,6 +1,7 @@
-"""A model's buffers, for a run of it inside ``torch.func``, which refuses one that writes to them.
+"""Runs a model that writes to its buffers inside ``torch.func``, which does not allow that.
 
-The run is on copies; afterwards the buffers get what it wrote, as an ordinary run leaves them.
+The model runs on copies of the buffers. Afterwards the new values are written to the buffers, which
+are then as after an ordinary run.
 """
 
 from __future__ import annotations
@@ -14,17 +15,17 @@ from torch import Tensor, nn
 from fastjac.penalty import call_model
 
 Place = tuple[dict[str, Tensor | None], str, Tensor]
-"""Where a buffer is held, its name there, and itself."""
+"""A dict that holds a buffer, the name of the buffer in it, and the buffer."""
 
 
 def places_of(model: Any) -> list[Place]:
-    """Of all buffers of a module; a function has none."""
+    """The places of all buffers of a module; a function has none."""
     modules = model.modules() if isinstance(model, nn.Module) else ()
     return [(m._buffers, k, b) for m in modules for k, b in m._buffers.items() if b is not None]
 
 
 def copies_of(places: list[Place]) -> list[Tensor]:
-    """One copy of each buffer, in as many places."""
+    """A copy of the buffer in each place; one buffer in two places has one copy."""
     copies = {id(b): b.clone() for _, _, b in places}
     return [copies[id(b)] for _, _, b in places]
 
@@ -32,12 +33,12 @@ def copies_of(places: list[Place]) -> list[Tensor]:
 def run_on(
     copies: list[Tensor], model: Callable[..., Any], x: Tensor
 ) -> tuple[Tensor, list[Tensor], list[Tensor | None]]:
-    """Inside the transform: the output, and the buffers of the run, before and after it.
+    """Runs the model inside the transform; returns the output and the buffers before and after.
 
-    Not by ``torch.func.functional_call``: it loses the buffers of a module that the model has twice
-    (seen on torch 2.13).
+    ``torch.func.functional_call`` would lose the buffers of a module that occurs twice in the model
+    (torch 2.13).
     """
-    inner: dict[Tensor, Tensor] = {}  # a copy made inside the transform may be written to
+    inner: dict[Tensor, Tensor] = {}  # only copies made inside the transform can be written to
     for t in copies:
         if t not in inner:
             inner[t] = t.clone()
@@ -53,10 +54,10 @@ def run_on(
 
 
 def change_of(before: Tensor, after: Tensor | None) -> str:
-    """``"replaced"``, ``"written"``, or ``"perhaps"`` where torch does not tell.
+    """``"replaced"``, ``"written"``, or ``"perhaps"`` if that is unknown.
 
-    It does not for batch_norm, which does not count its writes to the running statistics, so that
-    graphs that saved them do not raise.
+    batch_norm does not count its writes to the running statistics, so that graphs that saved them
+    do not raise.
     """
     if after is not before:
         return "replaced"
@@ -65,12 +66,12 @@ def change_of(before: Tensor, after: Tensor | None) -> str:
 
 @torch.compiler.allow_in_graph
 def _version_as_shape(t: Tensor) -> Tensor:
-    """Length 1 if ``t`` was written to. Runs while torch traces, where a shape is a constant."""
+    """A tensor of length 1 if ``t`` was written to, else 0; to a tracer the shape is a constant."""
     return torch.empty(int(t._version > 0))
 
 
 def write_back(places: list[Place], after: list[Any], changes: list[str]) -> None:
-    """To the buffers, what the run left in their copies."""
+    """Write what the run left in the copies to the buffers."""
     if "written" in changes:
         _check_apart(places, changes)
     with torch.no_grad():
@@ -80,7 +81,7 @@ def write_back(places: list[Place], after: list[Any], changes: list[str]) -> Non
             elif change == "written":
                 b.copy_(now)
             elif not _expanded(b):
-                b.data.copy_(now)  # not counted as a write, as batch_norm does it
+                b.data.copy_(now)  # without counting it as a write, as batch_norm does
 
 
 def _check_apart(places: list[Place], changes: list[str]) -> None:
@@ -96,5 +97,5 @@ def _check_apart(places: list[Place], changes: list[str]) -> None:
 
 
 def _expanded(t: Tensor) -> bool:
-    """Whether elements share memory, so that nobody can have written to them."""
+    """Whether elements of ``t`` share memory, so that torch does not write to it."""
     return any(size > 1 and step == 0 for size, step in zip(t.shape, t.stride(), strict=True))

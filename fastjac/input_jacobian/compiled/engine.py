@@ -1,8 +1,8 @@
 """The compiled engine: ``torch.func.vjp`` of the model inside ``torch.compile``, as one graph.
 
-Output, VJPs and values are traced together, so torch fuses and differentiates the whole of it; the
-parameters are the module's own, and autograd outside goes on from there, once. The model runs on
-copies of its buffers (`buffers`). Nothing falls back: what cannot run raises.
+Output, VJPs and values are traced together, so torch fuses and differentiates all of it. The
+parameters are those of the module, so autograd outside of the graph differentiates once more. The
+model runs on copies of its buffers (`buffers`). A call that the engine cannot run raises.
 """
 
 from __future__ import annotations
@@ -17,23 +17,24 @@ from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from fastjac import arguments, distributed, torch_private
+from fastjac.input_jacobian.by_autograd import check_output
 from fastjac.input_jacobian.compiled import backend, buffers
 from fastjac.input_jacobian.pullback import Pullback
 from fastjac.ops.autograd import graph_nodes
 
-# Torch's defaults overlook a hook that the model gets after it was compiled, and give up after 8
-# graphs for all the modes, shapes and options. Inside DDP they would split the graph.
+# By default torch would not see hooks that are registered after the compilation, would stop after 8
+# graphs (of all modes, shapes and options), and would split the graph inside DDP.
 CONFIG = {"skip_nnmodule_hook_guards": False, "recompile_limit": 64, "optimize_ddp": False}
 
-# By model, then class of the penalty. Each is compiled from a code object of its own: torch keeps
-# its graphs by code object, and they go when the model does.
+# By model, then by class of the penalty. Each function has a code object of its own: torch keeps
+# graphs by code object, and so they are freed together with the model.
 _functions: weakref.WeakKeyDictionary[Any, dict[type, Callable[..., Any]]] = (
     weakref.WeakKeyDictionary()
 )
 
 
 class CompiledPullback(Pullback):
-    """Of a run inside ``torch.func.vjp``; ``pull`` is the function that this returned."""
+    """The pullback of a run inside ``torch.func.vjp``, which returned ``pull``."""
 
     def __init__(self, x: Tensor, output: Tensor, pull: Callable[[Tensor], Tensor]) -> None:
         self.x, self.output, self.pull = x, output, pull
@@ -48,10 +49,10 @@ class CompiledPullback(Pullback):
         return found[0] if len(found) == 1 else torch.cat(found)
 
     def jvp(self, u: Tensor, chunk_size: int | None = None) -> Tensor:
-        # Torch's JVP of a norm, differentiated again, is wrong without an error (seen on 2.13).
+        # The derivative of torch's JVP of a norm is wrong without an error (torch 2.13).
         raise RuntimeError(
-            "engine='compiled' cannot run this call: the penalty takes a JVP of the model, which "
-            "this engine does not have. Use engine='chain'"
+            "engine='compiled' cannot run this call: the penalty computes a JVP of the model, "
+            "which this engine does not support. Use engine='chain'"
         )
 
     def then(self, f: Callable[[Tensor], Tensor]) -> Pullback:
@@ -66,15 +67,15 @@ def run(
     targets: Any,
     named: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Output and values."""
+    """Runs the model; returns its output and the values of the penalty."""
     arguments.floating("x", x)
     reason = why_not(model, x)
     if reason is not None:
         raise RuntimeError(f"engine='compiled' cannot run this call: {reason}")
     places = buffers.places_of(model)
-    # The graph may save its inputs for the backward: the buffers themselves must not be among them.
+    # Copies, since the graph may save its inputs for the backward.
     copies = buffers.copies_of(places)
-    own = x.view_as(x) if x.requires_grad else x  # a tensor that nobody else has
+    own = x.view_as(x) if x.requires_grad else x  # so that other uses of x can be told apart
     call = (model, per_sample, own, targets, named, copies)
     errors = torch_private.dynamo_errors()
     try:
@@ -82,7 +83,7 @@ def run(
             traced, output, values, *left = _function_of(model, per_sample)(*call)
     except (errors.TorchDynamoException, errors.FailOnRecompileLimitHit) as error:
         if isinstance(error.__cause__, errors.ObservedException):
-            _step(*call)  # raises what torch met while tracing, as it is
+            _step(*call)  # raises the error that torch met while tracing
         raise RuntimeError(
             f"engine='compiled' cannot run this model: {_message(error)}. Use engine='autograd'"
         ) from error
@@ -93,17 +94,18 @@ def run(
         )
     if own is not x and _reaches(x, own, values):
         raise RuntimeError(
-            "engine='compiled' cannot run this call: the model, the penalty's loss or an argument "
-            "depends on x beside the model's argument. Use engine='autograd'"
+            "engine='compiled' cannot run this call: the model, a loss or an argument of the "
+            "penalty depends on x in another way than through the argument of the model. Use "
+            "engine='autograd'"
         )
     buffers.write_back(places, *left)
     return output, values
 
 
 def why_not(model: Any, x: Tensor) -> str | None:
-    """What can be told before anything is compiled."""
+    """Why the engine cannot run, as far as this is known before the compilation; else None."""
     if torch.compiler.is_compiling():
-        return "torch.compile traces it already: use engine='autograd' inside a compiled function"
+        return "torch.compile traces the call: use engine='autograd' inside a compiled function"
     if torch_private.saved_tensor_hooks() is not None:
         return "hooks on saved tensors (a checkpoint) are active: use engine='autograd'"
     if torch_private.has_any_global_hook():
@@ -111,41 +113,44 @@ def why_not(model: Any, x: Tensor) -> str | None:
     if type(x) not in (Tensor, nn.Parameter):
         return f"x is {type(x).__name__}: pass a plain tensor"
     if getattr(type(model), "__weakrefoffset__", 1) == 0:
-        return f"model is {type(model).__name__}, which cannot be cached: wrap it in an nn.Module"
+        return (
+            f"model is {type(model).__name__}, which does not support weak references: wrap it in "
+            "an nn.Module"
+        )
     for part in model.modules() if isinstance(model, nn.Module) else ():
         if hasattr(part, "_orig_mod"):
-            return "the model, or a part of it, is compiled: pass it before compiling"
+            return "the model or a part of it is compiled: pass it before compiling"
         if isinstance(part, nn.parallel.DistributedDataParallel):
             return "a part of the model is a DistributedDataParallel: wrap the whole model in it"
         if distributed.is_sharded(part):
             return (
-                "fully_shard was applied to parts of the model too, whose hooks torch.compile "
-                "cannot trace: apply it to the model alone, or use engine='chain' or 'autograd'"
+                "fully_shard was applied to parts of the model, whose hooks torch.compile cannot "
+                "trace: apply it to the whole model only, or use engine='chain' or 'autograd'"
             )
         if isinstance(part, LazyModuleMixin) and part.has_uninitialized_params():
-            return "a lazy module has not run: run the model once"
+            return "a lazy module is not initialized: run the model once"
     return None
 
 
 def explain(model: Any, x: Tensor, reason: str | None) -> str:
-    """What runs, as text; compiles nothing. ``reason``: why the call is known to raise."""
+    """A description of the engine; nothing is compiled. ``reason``: why the call would raise."""
     reason = reason or why_not(model, x)
     if reason is not None:
         return f"engine: none, the call raises\n   compiled cannot run: {reason}"
     return (
         f"engine: compiled\n   torch.func.vjp inside torch.compile(backend={backend.NAME!r})\n"
-        "   compiles at the first call, and anew for other modes, dtypes and shapes\n"
-        "   raises if torch cannot trace the model, which is not tried here"
+        "   compiles at the first call, and again for other modes, dtypes and shapes\n"
+        "   raises if torch cannot trace the model, which this description does not try"
     )
 
 
 def _function_of(model: Any, per_sample: Any) -> Callable[..., Any]:
-    owner = getattr(model, "__self__", model)  # of a method, which does not last
+    owner = getattr(model, "__self__", model)  # bound methods are temporary objects
     functions = _functions.setdefault(owner, {})
     key = type(getattr(per_sample, "__self__", per_sample))
     if key not in functions:
         own = types.FunctionType(_step.__code__.replace(), _step.__globals__)
-        # Not dynamic: torch fails on dropout and torch.randn of symbolic shapes (seen on 2.13).
+        # Not dynamic: torch 2.13 fails on dropout and torch.randn of symbolic shapes.
         functions[key] = torch.compile(own, fullgraph=True, dynamic=False, backend=backend.compiled)
     return functions[key]
 
@@ -158,22 +163,25 @@ def _step(
     named: Any,
     copies: list[Tensor],
 ) -> tuple[bool, Tensor, Tensor, list[Tensor | None], list[str]]:
-    """What is compiled: whether it is, output, values, the buffers and what happened to them."""
+    """The compiled function.
+
+    Returns whether it runs compiled, the output, the values, and the buffers and their changes.
+    """
 
     def run(x: Tensor) -> tuple[Tensor, Any]:
-        # A view, since torch traces x itself as if it did not require grad.
+        # A view, since torch traces x itself as a tensor that does not require grad.
         output, *held = buffers.run_on(copies, model, x.view_as(x))
-        arguments.batch("output", output, "x", len(x))
-        if not output.is_floating_point():
-            raise TypeError(f"output has dtype {output.dtype}: it must be floating point")
-        output = output.view_as(output)  # of this transform, even if it is a parameter
+        check_output(output, len(x))
+        output = output.view_as(output)  # a tensor of this transform, even for a parameter
         if not output.requires_grad:
-            raise RuntimeError("output does not depend on x: see that the model does not detach it")
+            raise RuntimeError(
+                "output does not depend on x: check that the model does not detach it"
+            )
         return output, held
 
-    vjp: Any = torch.func.vjp  # its type forgets what has_aux adds
+    vjp: Any = torch.func.vjp  # its annotation does not cover has_aux
     output, pull, (before, after) = vjp(run, x, has_aux=True)
-    pullback = CompiledPullback(x.detach(), output, lambda w: pull(w)[0])
+    pullback = CompiledPullback(x, output, lambda w: pull(w)[0])
     values = per_sample(pullback, *targets, **named)
     changes = [buffers.change_of(b, now) for b, now in zip(before, after, strict=True)]
     left = [None if b is None else b.detach() for b in after]
@@ -181,7 +189,7 @@ def _step(
 
 
 def _reaches(x: Tensor, own: Tensor, values: Tensor) -> bool:
-    """Whether the graph of ``values`` leads to ``x`` by another way than ``own``, a view of it."""
+    """Whether the graph of ``values`` leads to ``x`` in another way than through its view."""
     assert own.grad_fn is not None
     goal = own.grad_fn.next_functions[0][0]
     return any(node is goal for node in graph_nodes(values, own.grad_fn))
@@ -189,8 +197,8 @@ def _reaches(x: Tensor, own: Tensor, values: Tensor) -> bool:
 
 def _message(error: Exception) -> str:
     if isinstance(error, torch_private.dynamo_errors().FailOnRecompileLimitHit):
-        return f"there are {CONFIG['recompile_limit']} graphs of it for other shapes and modes"
+        return f"it has {CONFIG['recompile_limit']} graphs already, for other shapes and modes"
     text = " ".join(str(getattr(error, "inner_exception", error)).split("\n")[:2]).rstrip(". ")
     if "TensorWrapper" in text:
-        return "it keeps a tensor that it computes (in an attribute, a list) beyond the call"
+        return "it keeps a tensor that it computes (in an attribute or a list) after the call"
     return text
