@@ -7,7 +7,8 @@ from fastjac._version import __version__
 from fastjac.cli import check, info
 from fastjac.functional import FUNCTIONS as _FUNCTIONS
 from fastjac.nn import Act, fuse, unfuse
-from fastjac.ops import act, act_stats, row_sqnorm, softmax_residual
+from fastjac.ops import *  # noqa: F403
+from fastjac.ops import __all__ as _ops
 from fastjac.ops.dispatch import explain
 from fastjac.ops.native import backend as _backend
 from fastjac.penalties import *  # noqa: F403
@@ -24,8 +25,6 @@ __all__ = [
     "Warmup",
     "WeightSchedule",
     "__version__",
-    "act",
-    "act_stats",
     "check",
     "explain",
     "fuse",
@@ -34,11 +33,10 @@ __all__ = [
     "penalties",
     "presets",
     "reference",
-    "row_sqnorm",
     "schedules",
-    "softmax_residual",
     "unfuse",
     *_FUNCTIONS,
+    *_ops,
     *_penalties,
 ]
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fastjac.activations import TABLE, get
 from fastjac.functional import FUNCTIONS
 from fastjac.observers import activate
-from fastjac.ops import act
+from fastjac.ops.act import act
 from fastjac.ops.dispatch import Op
 
 

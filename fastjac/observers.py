@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fastjac.ops import act
+from fastjac.ops.act import act
 
 OBSERVERS: list[Callable[..., Tensor | None]] = []
 """Each observer is called with ``(z, fn, impl, params, a)``. It returns ``φ(z)`` if it computes

@@ -1,14 +1,14 @@
 """Writes what follows from the registries: ``python -m fastjac.cli.support`` in the project folder.
 
-These are the support table of ``README.md``, and ``fastjac/penalties/__init__.pyi``, which tells
-type checkers and editors the names that the package finds when it is imported.
+These are the support table of ``README.md``, and the stubs ``__init__.pyi`` of the packages
+``fastjac.penalties`` and ``fastjac.ops``, which tell type checkers and editors the names that a
+package finds when it is imported.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
-import fastjac.penalties
 from fastjac.activations import TABLE
 from fastjac.ops.dispatch import FLOAT_DTYPES, OPS
 from fastjac.penalties import PENALTIES, Example, InputPenalty, Penalty, PenaltySpec, Pullback
@@ -61,20 +61,25 @@ def update(text: str) -> str:
     return f"{text[:begin]}{BEGIN}\n{markdown()}\n{text[end:]}"
 
 
-def stub() -> str:
-    """The text of ``fastjac/penalties/__init__.pyi``."""
+def stubs() -> dict[str, str]:
+    """The text of the stub of each package, by the folder of the package."""
+    ops = [f"from fastjac.ops.{name} import {name} as {name}" for name in OPS]
     classes = [Example, InputPenalty, Penalty, PenaltySpec, Pullback]
     classes += [spec.module for spec in PENALTIES.values()]
-    imports = [f"from {c.__module__} import {c.__name__} as {c.__name__}" for c in classes]
-    lines = [
-        *("# Written by python -m fastjac.cli.support.", "from collections.abc import Callable"),
-        *("from typing import Any", "", *sorted(imports), "", "__all__: list[str]"),
-        *("PENALTIES: dict[str, PenaltySpec]", *(f"{n}: Callable[..., Any]" for n in PENALTIES)),
-    ]
-    return "\n".join([*lines, ""])
+    penalties = [f"from {c.__module__} import {c.__name__} as {c.__name__}" for c in classes]
+    forms = ["PENALTIES: dict[str, PenaltySpec]", *(f"{n}: Callable[..., Any]" for n in PENALTIES)]
+    head = "# Written by python -m fastjac.cli.support."
+    typing = ["from collections.abc import Callable", "from typing import Any", ""]
+    return {
+        "ops": "\n".join([head, *sorted(ops), "", "__all__: list[str]", ""]),
+        "penalties": "\n".join(
+            [head, *typing, *sorted(penalties), "", "__all__: list[str]", *forms, ""]
+        ),
+    }
 
 
 if __name__ == "__main__":
     readme = Path("README.md")
     readme.write_text(update(readme.read_text()))
-    Path(fastjac.penalties.__file__).with_suffix(".pyi").write_text(stub())
+    for package, text in stubs().items():
+        Path("fastjac", package, "__init__.pyi").write_text(text)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fastjac.activations import TABLE
 from fastjac.layerwise.batch_norm import Normed
 from fastjac.nn import Act, ConvAct1d, ConvAct2d, ConvAct3d, LinearAct, activation_of
-from fastjac.ops import act
+from fastjac.ops.act import act
 
 LINEAR = (nn.Linear,)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)

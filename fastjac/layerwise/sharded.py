@@ -21,8 +21,8 @@ from torch import Tensor
 from fastjac import torch_private
 from fastjac.distributed import active, is_dtensor
 from fastjac.layerwise.layers import LayerCall, Nonlinearity
-from fastjac.ops import row_sqnorm
 from fastjac.ops.dispatch import accumulate_dtype
+from fastjac.ops.row_sqnorm import row_sqnorm
 
 # ---- FSDP2
 

@@ -28,10 +28,10 @@ from fastjac.layerwise.layer_act import LayerActOptions, apply_layer_act, layer_
 from fastjac.layerwise.layers import Layer, LayerCall, Nonlinearity, conv_options
 from fastjac.layerwise.norms import Gain, norm_gain
 from fastjac.layerwise.passes import Pass, Term
-from fastjac.ops import act_stats, row_sqnorm
+from fastjac.ops.act_stats import act_stats
 from fastjac.ops.dispatch import OPS, accumulate_dtype
 from fastjac.ops.registration import suffix_of
-from fastjac.ops.row_sqnorm import rows_in_memory, tapped
+from fastjac.ops.row_sqnorm import row_sqnorm, rows_in_memory, tapped
 from fastjac.torch_private import saved_tensor_hooks
 
 NO_GAIN = Gain()

@@ -1,8 +1,15 @@
-"""The fused ops, one file each: function, derivatives, fake kernels and schema."""
+"""The fused ops, one file each: function, derivatives, fake kernels and schema.
 
-from fastjac.ops.act import act
-from fastjac.ops.act_stats import act_stats
-from fastjac.ops.row_sqnorm import row_sqnorm
-from fastjac.ops.softmax_residual import softmax_residual
+The files are found when the package is imported. An op that is registered with `dispatch.Op` is a
+function of this package and of ``fastjac``.
+"""
 
-__all__ = ["act", "act_stats", "row_sqnorm", "softmax_residual"]
+from importlib import import_module
+from pkgutil import iter_modules
+
+# By import_module: the attribute `act` of this package becomes the function.
+_MODULES = {m.name: import_module(f"{__name__}.{m.name}") for m in iter_modules(__path__)}
+_OPS = _MODULES["dispatch"].OPS
+globals().update({name: getattr(_MODULES[name], name) for name in _OPS})
+
+__all__ = list(_OPS)

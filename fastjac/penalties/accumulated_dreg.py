@@ -14,7 +14,7 @@ from fastjac import arguments, distributed, reference
 from fastjac.layerwise.layers import LayerCall, Nonlinearity, written_to
 from fastjac.layerwise.passes import Pass, Term
 from fastjac.layerwise.penalty import LayerOptions, LayerPenalty
-from fastjac.ops import act
+from fastjac.ops.act import act
 from fastjac.ops.dispatch import accumulate_dtype
 from fastjac.penalties.registry import PenaltySpec, pushed_example
 from fastjac.per_sample import measure

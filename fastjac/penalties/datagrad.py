@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastjac import arguments, reference
 from fastjac.input_jacobian.projections import ProjectionPenalty
-from fastjac.ops import softmax_residual
+from fastjac.ops.softmax_residual import softmax_residual
 from fastjac.penalties.registry import PenaltySpec, classifier_example
 
 
