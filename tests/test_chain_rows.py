@@ -168,8 +168,10 @@ def test_row(name: str, call: Call) -> None:
 
 
 FAULTS: dict[str, tuple[type, str, str]] = {
-    "transpose": (links.Linear, "into", "narrow"),
-    "map": (links.Linear, "jvp", "expand"),
+    "transpose": (links.Map, "vjp", "narrow"),
+    "map": (links.Map, "jvp", "expand"),
+    "transpose of a sum": (links.Linear, "into", "cat"),
+    "map of a sum": (links.Linear, "jvp", "cat"),
     "transpose of a product": (links.Product, "into", "conv2d"),
     "map of a product": (links.Product, "jvp", "mul.Tensor"),
     "second order": (links.Product, "push", "matmul"),
@@ -187,6 +189,8 @@ def test_wrong_number_of_a_kind_is_seen(fault: str, monkeypatch: pytest.MonkeyPa
         if method == "push":
             link.extras = [None] * len(link.extras)
             return found
+        if type(found) is tuple:
+            return tuple([1.001 * t for t in found])
         return found if found is None else 1.001 * found
 
     monkeypatch.setattr(kind, method, wrong)

@@ -201,7 +201,9 @@ def test_a_tensor_as_activation_parameter_is_refused():
         lambda: fastjac.sine(X, omega, impl="reference"),
         lambda: fastjac.Act("sine", omega=omega),
     ):
-        with pytest.raises(TypeError, match="omega is Parameter: a parameter of an activation must be a Python num"):
+        with pytest.raises(
+            TypeError, match="omega is Parameter: a parameter of an activation must be"
+        ):
             call()
 
 

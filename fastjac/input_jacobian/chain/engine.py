@@ -130,7 +130,7 @@ class Chain(Pullback):
         self.model, self.given = model, x
         self.run: Any = Mlp.of(model, x) or Recorded(model, x)
         # Leaves of the graphs of R and of the cotangents.
-        self.x = x.detach().requires_grad_(x.requires_grad)
+        self.x = x.detach().requires_grad_() if x.requires_grad else x.detach()
         self.output = self.run.output.detach().requires_grad_()
         self.products: list[Product] = []
 
@@ -139,7 +139,7 @@ class Chain(Pullback):
     def vjp(self, w: Tensor, chunk_size: int | None = None) -> Tensor:
         found = []
         for part in self._parts(w, chunk_size):
-            v = self.run.pull(_rows(part)).view(len(part), *self.x.shape)
+            v = self.run.pull(_rows(part)).view(part.shape[0], *self.x.shape)
             found.append(self._leaf("vjp", part, None, v))
         return found[0] if len(found) == 1 else torch.cat(found)
 
@@ -147,8 +147,8 @@ class Chain(Pullback):
         found = []
         for part in self._parts(w, chunk_size):
             v, norms = self.run.norms(_rows(part))
-            if len(part) > 1:
-                norms = norms.view(len(part), -1).sum(0)
+            if part.shape[0] > 1:
+                norms = norms.view(part.shape[0], -1).sum(0)
             found.append(self._leaf("norms", part, v, norms))
         return found[0] if len(found) == 1 else torch.stack(found).sum(0)
 
@@ -244,7 +244,7 @@ class Chain(Pullback):
             else:
                 if len(leaves) > 1:  # the run holds the state of the last product only
                     self.run.pull(_rows(of))
-                factor = None if v is None else c if len(of) == 1 else c.repeat(len(of))
+                factor = None if v is None else c if of.shape[0] == 1 else c.repeat(of.shape[0])
                 u = _rows(c) if v is None else v
                 into = self.run.push(u, keep, of.requires_grad, factor)
             if into is not None and of.requires_grad:
@@ -256,7 +256,7 @@ class Chain(Pullback):
 def _rows(t: Tensor) -> Tensor:
     """``[K, N, ...]`` as ``[K N, ...]``, detached."""
     t = t.detach()
-    return t[0] if len(t) == 1 else t.flatten(0, 1)
+    return t[0] if t.shape[0] == 1 else t.flatten(0, 1)
 
 
 class _Chain(torch.autograd.Function):

@@ -9,7 +9,7 @@ For an operation ``out = f(a, θ)`` the four sweeps of a step with an input-Jaco
 
 The gradient of ``⟨δ, f_a(a, θ) u⟩`` is the second-order term. It follows from the kind:
 
-    `Linear`         linear in all operands together: none
+    `Map`, `Linear`  linear in one value, or in all operands together: none
     `Product`        linear in each of two: the transposes at δ and u
     `Elementwise`    φ''(z) δ u
     `norms`          written out
@@ -90,13 +90,14 @@ def plus_(a: Tensor | None, b: Tensor | None) -> Tensor | None:
 
 def copies(a: Tensor, rows: Tensor) -> Tensor:
     """``[K N, ...]`` of ``a`` ``[N, ...]``, K so that it has as many samples as ``rows``."""
-    k = len(rows) // len(a)
+    k = rows.shape[0] // a.shape[0]  # a tenth of the cost of len(), which is written in Python
     return a if k == 1 else a.expand(k, *a.shape).flatten(0, 1)
 
 
 def of_shape(a: Tensor, rows: Tensor) -> Tensor:
     """As `copies`, of which only the shape is looked at: no memory."""
-    return a if len(a) == len(rows) else a[:1].expand(len(rows), *a.shape[1:])
+    n = rows.shape[0]
+    return a if a.shape[0] == n else a[:1].expand(n, *a.shape[1:])
 
 
 class Operands(Link):
@@ -137,37 +138,63 @@ class LinearRow(NamedTuple):
     arity: int
 
 
-class Linear(Operands):
-    """``out = Σ_i A_i a_i + c``; of the operands the shapes are kept."""
+class Map(Link):
+    """``out = A a + c``, linear in one value, of which only the shape is kept."""
 
-    call: Any = None  # A of a single input, where the row has none
+    call: Any = None  # A, where the row has none
+
+    def __init__(self, row: LinearRow, a: Tensor, args: Any, out: Tensor) -> None:
+        self.row, self.args, self.before, self.after = row, args, a.shape[1:], out.shape[1:]
+
+    def vjp(self, delta):
+        return (self.row.transpose(delta, (delta.shape[0], *self.before), *self.args),)
+
+    def jvp(self, tangents):
+        (u,) = tangents
+        if self.call is not None:
+            return self.call(u)
+        assert self.row.apply is not None
+        return self.row.apply(u, (u.shape[0], *self.after), *self.args)
+
+    def backward(self, grad, wanted, keep):
+        into = None if grad is None or not wanted[0] else self.vjp(grad)[0]
+        if not keep:
+            self.args = self.call = None
+        return (into,), ()
+
+
+class Add(Link):
+    """``out = a + b``, two values of one shape."""
+
+    def vjp(self, delta):
+        return delta, delta
+
+    def jvp(self, tangents):
+        return plus(*tangents)
+
+    def backward(self, grad, wanted, keep):
+        return (grad, grad), ()
+
+
+class Linear(Operands):
+    """``out = Σ_i A_i a_i + c``; only the shapes of the operands are kept."""
 
     def __init__(self, operands, inside, trained, row, args, out):
         super().__init__([t.shape for t in operands], inside, trained)
         self.row, self.args, self.after = row, args, out.shape[1:]
 
-    def _more(self, i: int) -> Any:
-        return self.args if self.row.arity == 1 else (i, self.operands, *self.args)
-
     def into(self, i, d, total=None):
         shape = self.operands[i]
-        shape = (len(d), *shape[1:]) if i in self.inside else shape
-        return self.row.transpose(d, shape, *self._more(i))
+        shape = (d.shape[0], *shape[1:]) if i in self.inside else shape
+        return self.row.transpose(d, shape, i, self.operands, *self.args)
 
     def jvp(self, tangents):
-        if self.call is not None:
-            return self.call(tangents[0])
         total = None
         for i, u in zip(self.inside, tangents, strict=True):
             if u is not None:
-                total = plus(total, self.row.apply(u, (len(u), *self.after), *self._more(i)))
+                shape = (u.shape[0], *self.after)
+                total = plus(total, self.row.apply(u, shape, i, self.operands, *self.args))
         return total
-
-    def backward(self, grad, wanted, keep):
-        found = super().backward(grad, wanted, keep)
-        if not keep:
-            self.args = self.call = None
-        return found
 
 
 class ProductRow(NamedTuple):
@@ -311,7 +338,7 @@ class Elementwise(Link):
             return self.jvp(tangents)
         z = copies(self.z, u)
         extra, u = self.run(self.act_backward, z, self.delta, u, 1, *self.args)
-        k = len(u) // len(self.z)
+        k = u.shape[0] // self.z.shape[0]
         extra = extra if k == 1 else extra.view(k, *self.z.shape).sum(0)
         self.extra = plus_(self.extra, extra)
         if not keep:

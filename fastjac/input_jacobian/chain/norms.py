@@ -54,7 +54,7 @@ class Norm(Link):
 
     def split(self, rows: Tensor) -> Tensor:
         """``[K N, ...]`` as ``[K, N, ...]``, or as ``[N, ...]`` if K is 1."""
-        return rows if len(rows) == len(self.a) else rows.view(-1, *self.a.shape)
+        return rows if rows.shape[0] == self.a.shape[0] else rows.view(-1, *self.a.shape)
 
     def summed(self, t: Tensor) -> Tensor:
         """The sum over K."""

@@ -27,7 +27,8 @@ from fastjac.input_jacobian.chain.rules import (
     anything,
     linear,
     product,
-    record_linear,
+    record_add,
+    record_map,
 )
 from fastjac.input_jacobian.chain.tape import RULES, Tape, Tracked
 from fastjac.ops.dispatch import OPS
@@ -150,6 +151,7 @@ linear("avg_pool3d", lambda d, s, *o: aten.avg_pool3d_backward(d, like(d, s), *o
 linear("adaptive_avg_pool2d", lambda d, s, _: aten._adaptive_avg_pool2d_backward(d, like(d, s)),
        when=lambda a, size: None not in size)
 linear("max_pool2d", unpick, pick, forward=max_pool2d, when=lambda a, *options: a.dim() == 4)
+add_overloads("add.Tensor", lambda arguments: record_add)
 linear("add.Tensor", *scaled(lambda alpha: (1, alpha)), arity=2)
 linear("sub.Tensor", *scaled(lambda alpha: (1, -alpha)), arity=2)
 linear("rsub.Tensor", *scaled(lambda alpha: (-alpha, 1)), arity=2)
@@ -157,7 +159,7 @@ linear("cat concat concatenate", cut, put, arity=0)
 # fmt: on
 
 _row = LinearRow(put_at, None, is_slicing, None, 1)  # aten knows no indexing
-_record = partial(record_linear, _row, "__getitem__")
+_record = partial(record_map, _row, "__getitem__")
 _arguments = [Argument("input", (Tensor,)), Argument("index", (object,))]
 add(Row("__getitem__", _arguments, _record), Tensor.__getitem__)
 

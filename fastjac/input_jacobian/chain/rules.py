@@ -16,9 +16,11 @@ from torch import Tensor
 
 from fastjac.input_jacobian.chain.binding import Argument, Binding, arguments_of, bind
 from fastjac.input_jacobian.chain.links import (
+    Add,
     Layer,
     Linear,
     LinearRow,
+    Map,
     Operands,
     Product,
     ProductRow,
@@ -126,10 +128,30 @@ def off_batch(arguments: list[Argument]) -> Callable[..., bool]:
     return when if places else anything
 
 
-def record_linear(row: LinearRow, name: str, tape: Tape, call: Any, *values: Any) -> Any:
+def record_map(row: LinearRow, name: str, tape: Tape, call: Any, a: Any, *args: Any) -> Any:
     function, given, options = call
+    if type(a) is not Tracked or not given:  # or given by keyword
+        return NotImplemented
+    plain, rest = a.plain, given[1:]
+    if not row.when(plain, *args):
+        return NotImplemented
+    if row.forward is not None:
+        out, args = row.forward(plain, *args)
+    else:
+        out = function(plain, *rest, **options)
+    if not (out.dim() and plain.dim()) or len(out) != len(plain) or out.dtype != plain.dtype:
+        return NotImplemented
+    link = Map(row, plain, args, out)
+    link.name = name
+    if row.apply is None:
+        link.call = lambda u: function(u, *rest, **options)
+    return tape.append(link, [a], out)
+
+
+def record_linear(row: LinearRow, name: str, tape: Tape, call: Any, *values: Any) -> Any:
     count = row.arity or 1
-    operands, args, rest = values[:count], values[count:], given[count:]
+    operands, args = values[:count], values[count:]
+    function, given, options = call
     if len(given) < count:  # an operand by keyword
         return NotImplemented
     if row.arity == 0:
@@ -137,25 +159,28 @@ def record_linear(row: LinearRow, name: str, tape: Tape, call: Any, *values: Any
     plain, inside, trained = sort_out(operands)
     if not inside or not row.when(plain[inside[0]], *args):
         return NotImplemented
-    if row.forward is not None:
-        out, args = row.forward(*plain, *args)
-    else:
-        out = function(*(plain if row.arity else (plain,)), *rest, **options)
+    out = function(*(plain if row.arity else (plain,)), *given[count:], **options)
     shape, dtype = out.shape, out.dtype
     for i in inside:
         t = plain[i]
-        if not shape or t.shape[0] != shape[0] or t.dtype != dtype:
-            return NotImplemented
-        if row.arity != 1 and t.dim() != len(shape):
+        if not shape or t.dim() != len(shape) or t.shape[0] != shape[0] or t.dtype != dtype:
             return NotImplemented
     for i in trained:
         if plain[i].dtype != dtype:
             return NotImplemented
         tape.watch(operands[i])
-    link = Linear(plain, inside, trained, row, args, out)
-    if row.apply is None:
-        link.call = lambda u: function(u, *rest, **options)
-    return append(tape, name, link, operands, out)
+    return append(tape, name, Linear(plain, inside, trained, row, args, out), operands, out)
+
+
+def record_add(name: str, tape: Tape, call: Any, a: Any, b: Any, alpha: Any) -> Any:
+    """Of two values of one shape; `record_linear` takes the other sums."""
+    if type(a) is not Tracked or type(b) is not Tracked or alpha != 1:
+        return NotImplemented
+    if a.plain.shape != b.plain.shape or a.plain.dtype != b.plain.dtype or not a.plain.dim():
+        return NotImplemented
+    link = Add()
+    link.name = name
+    return tape.append(link, [a, b], a.plain + b.plain)
 
 
 def linear(
@@ -178,7 +203,8 @@ def linear(
 
     def make(arguments: list[Argument]) -> Any:
         whether = when or off_batch(arguments[arity or 1 :])
-        return partial(record_linear, LinearRow(transpose, apply, whether, forward, arity))
+        row = LinearRow(transpose, apply, whether, forward, arity)
+        return partial(record_map if arity == 1 else record_linear, row)
 
     add_overloads(names, make)
 

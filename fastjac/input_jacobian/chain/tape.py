@@ -89,7 +89,7 @@ class Tape:
         self.numbers: dict[int, int] = {}  # id of a parameter: its place in the list
         self.versions: list[tuple[Tensor, int]] = [(x, x._version)]
         self.differentiable = [x.requires_grad]  # of each value: whether its gradient is needed
-        self.x = x
+        self.x, self.device_type = x, x.device.type
         self.shared: set[int] = set()  # addresses of memory that values and constants share
 
     def value(self, plain: Tensor) -> Tracked:
@@ -136,9 +136,9 @@ class Tape:
                 self.numbers[id(p)] = len(self.parameters)
                 self.parameters.append(p)
         link.empty = out.numel() == 0
-        link.inputs, link.output = tuple(t.place for t in inputs), len(self.values)
+        link.inputs, link.output = tuple([t.place for t in inputs]), len(self.values)
         self.links.append(link)
-        wanted = bool(link.parameters) or any(self.differentiable[i] for i in link.inputs)
+        wanted = bool(link.parameters) or any([self.differentiable[i] for i in link.inputs])
         self.differentiable.append(wanted)
         return self.value(out)
 
@@ -150,9 +150,11 @@ class Tape:
         name = getattr(func, "__name__", str(func))
         self._check_call(func, name)
         self._check_own(args)
-        self._check_own(kwargs.values())
+        if kwargs:
+            self._check_own(kwargs.values())
         try:
-            out = self._by_rule(func, args, kwargs)
+            rule = RULES.get(func)
+            out = NotImplemented if rule is None else rule(self, *args, **kwargs)
             return self.other(func, name, args, kwargs) if out is NotImplemented else out
         except (Unsupported, KeptTensor):
             raise
@@ -173,14 +175,10 @@ class Tape:
             )
         if torch_private.saved_tensor_hooks() is not None:
             raise Unsupported(f"{name} runs in a checkpoint or under other saved-tensor hooks")
-        if torch.is_autocast_enabled(self.x.device.type):
+        if torch.is_autocast_enabled(self.device_type):
             raise Unsupported(f"{name} runs under autocast")
         if name in DENIED or func == GRAD_FN:
             raise Unsupported(f"{name} is called on a hidden tensor, which has no autograd graph")
-
-    def _by_rule(self, func: Any, args: Any, kwargs: Any) -> Any:
-        rule = RULES.get(func)
-        return NotImplemented if rule is None else rule(self, *args, **kwargs)
 
     def other(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
         """Record a call for which there is no rule.
@@ -194,7 +192,8 @@ class Tape:
             func = getattr(Tensor, REBINDING.get(name, name[:-1]), None)
             if not callable(func):
                 raise Unsupported(f"{name} writes to a tensor in place")
-            out = self._by_rule(func, args, kwargs)
+            rule = RULES.get(func)
+            out = NotImplemented if rule is None else rule(self, *args, **kwargs)
         elif kwargs.get("out") is not None:
             raise Unsupported(f"{name} writes to a tensor in place")
         else:
