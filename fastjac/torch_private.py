@@ -1,7 +1,8 @@
 """The private names of torch that fastjac uses: why each is needed, and what happens without it.
 
-No other file uses a private name. If this torch lacks one, `missing` lists it, and using what is
-defined in its place raises an error that gives the reason. A test prints the list.
+No other file uses a private name of a module of torch. If this torch lacks one, `missing` lists
+it, and using what is defined in its place raises an error that gives the reason. A test prints the
+list.
 """
 
 from __future__ import annotations

@@ -221,7 +221,7 @@ def test_nothing_stays_in_memory() -> None:
     model, x = three_layers(lambda m, x: m.c(F.gelu(m.a(x)))), torch.randn(3, 4)
 
     def recorded() -> int:
-        return sum(type(t).__name__ in ("Tracked", "Recorded", "Tape") for t in gc.get_objects())
+        return sum(type(t).__name__ in ("Tracked", "RecordedRun", "Tape") for t in gc.get_objects())
 
     gc.collect()
     before = recorded()

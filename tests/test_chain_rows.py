@@ -16,7 +16,7 @@ from fastjac.activations import TABLE
 from fastjac.functional import FUNCTIONS
 from fastjac.input_jacobian.chain import links, rules
 from fastjac.input_jacobian.chain.tape import record
-from fastjac.penalties import TangentProp
+from fastjac.penalties import FrobReg, Sobolev, TangentProp
 
 pytestmark = pytest.mark.usefixtures("double")
 
@@ -196,3 +196,57 @@ def test_wrong_number_of_a_kind_is_seen(fault: str, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(kind, method, wrong)
     with pytest.raises(AssertionError):
         test_row(name, ROWS[name][-1])
+
+
+def complex_of(h: Tensor) -> Tensor:
+    return torch.view_as_complex(h.reshape(len(h), -1, 2))
+
+
+# Calls that look like a row and are none, or whose sizes coincide: of h [4, 4], N = C = K = 4.
+ODD: dict[str, Call] = {
+    "complex times constant": lambda m, h: torch.view_as_real(
+        complex_of(h) * torch.polar(torch.ones(2), torch.tensor([0.3, 1.0]))
+    ).flatten(1),
+    "complex square": lambda m, h: torch.view_as_real(complex_of(h) * complex_of(h)).flatten(1),
+    "complex quotient": lambda m, h: torch.fft.irfft(torch.fft.rfft(h) / (1 + 2j), 4),
+    "complex matmul": lambda m, h: torch.view_as_real(complex_of(h) @ m.z).flatten(1),
+    "complex linear": lambda m, h: torch.view_as_real(F.linear(complex_of(h), m.z)).flatten(1),
+    "narrow from the end": lambda m, h: h + h.narrow(1, -1, 1),
+    "narrow two from the end": lambda m, h: h.narrow(1, -2, 2),
+    "swapaxes of samples": lambda m, h: h.swapaxes(0, 1).roll(1, 1).swapaxes(0, 1),
+    "transpose of samples": lambda m, h: h.T.flip(1).T * h,
+    "sum over samples": lambda m, h: h - h.mean(0, keepdim=True),
+    "one sample": lambda m, h: h[:1] + h,
+    "legacy empty tensor": lambda m, h: torch.cat([torch.empty(0), h], 1),
+    "bias for each sample": lambda m, h: F.linear(h, m.w, m.b),
+    "outer product of samples": lambda m, h: (h[None] * h[:, None]).sum(0),
+}
+
+
+class OddModel(nn.Module):
+    def __init__(self, call: Call) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.call, self.z = nn.Linear(4, 4), call, torch.randn(2, 2, dtype=torch.complex128)
+        self.w, self.b = (nn.Parameter(torch.randn(4, 4)) for _ in "wb")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.call(self, torch.tanh(self.a(x))).sin()
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_calls_that_are_no_row(name: str) -> None:
+    model, x = OddModel(ODD[name]), torch.randn(4, 4)
+    for make, targets in (
+        (FrobReg, ()),
+        (Sobolev, (torch.randn(4, model(x).shape[1], 4),)),
+        (TangentProp, (torch.randn(4, 4),)),
+        (TangentProp, (torch.randn(3, 4, 4),)),
+    ):
+        steps = [make(engine=engine, reduction="none") for engine in ("chain", "autograd")]
+        same(*[run(model, x, penalty, *targets) for penalty in steps])
+
+
+def test_bmm_of_matrices_raises() -> None:
+    with pytest.raises(RuntimeError, match="must be a 3D tensor"):
+        FrobReg(engine="chain")(OddModel(lambda m, h: torch.bmm(h, m.w)), torch.randn(4, 4))

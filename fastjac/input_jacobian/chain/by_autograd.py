@@ -1,4 +1,4 @@
-"""The link of an operation that the table (`rules`) does not have."""
+"""The link of an operation that the table (`operations`) does not have."""
 
 from __future__ import annotations
 
@@ -92,8 +92,10 @@ class ByAutograd(Link):
         return self._rows(tangent)
 
     def jvp(self, tangents):
-        n = next(len(t) for t in tangents if t is not None)
-        delta = self._cotangent(self.out.new_zeros(n, *self.out.shape[1:]))
+        pairs = zip(tangents, self.leaves, strict=False)
+        k = next(len(t) // len(leaf) for t, leaf in pairs if t is not None)
+        # Dimension 0 of the output need not have the size of that of the inputs.
+        delta = self._cotangent(self.out.new_zeros(k * len(self.out), *self.out.shape[1:]))
         (tangent,) = self._push(self._pull(delta), tangents, [delta])
         return self._rows(tangent)
 

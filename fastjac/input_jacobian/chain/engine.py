@@ -24,7 +24,7 @@ from fastjac.input_jacobian.pullback import Pullback
 from fastjac.ops.row_sqnorm import gradient_of_one, rows_of_one
 
 
-class Recorded:
+class RecordedRun:
     """A recorded run of any model, and its sweeps, link by link."""
 
     one_product = False  # several products with the Jacobian can be computed
@@ -114,7 +114,7 @@ class Recorded:
         return [link.describe() for link in self.links]
 
 
-class Product(NamedTuple):
+class JacobianProduct(NamedTuple):
     """A product with the Jacobian that a penalty asked for."""
 
     kind: str  # "vjp", "norms" (of VJPs) or "jvp"
@@ -128,11 +128,11 @@ class Chain(Pullback):
 
     def __init__(self, model: Callable[..., Any], x: Tensor) -> None:
         self.model, self.given = model, x
-        self.run: Any = Mlp.of(model, x) or Recorded(model, x)
+        self.run: Any = Mlp.of(model, x) or RecordedRun(model, x)
         # Leaves of the graphs of R and of the cotangents.
         self.x = x.detach().requires_grad_() if x.requires_grad else x.detach()
         self.output = self.run.output.detach().requires_grad_()
-        self.products: list[Product] = []
+        self.products: list[JacobianProduct] = []
 
     # ---- products with the Jacobian
 
@@ -166,14 +166,14 @@ class Chain(Pullback):
     def _parts(self, t: Tensor, chunk_size: int | None) -> tuple[Tensor, ...]:
         parts = (t,) if chunk_size is None or chunk_size >= len(t) else t.split(chunk_size)
         if self.run.one_product and len(parts) + len(self.products) > 1:
-            self.run = Recorded(
+            self.run = RecordedRun(
                 self.model, self.given
             )  # an MLP: nothing acts twice by a second run
         return parts
 
     def _leaf(self, kind: str, of: Tensor, v: Tensor | None, result: Tensor) -> Tensor:
         leaf = result.requires_grad_()
-        self.products.append(Product(kind, of, v, leaf))
+        self.products.append(JacobianProduct(kind, of, v, leaf))
         return leaf
 
     def values(self, values: Tensor) -> tuple[Tensor, Tensor]:

@@ -212,7 +212,7 @@ class ProductRow(NamedTuple):
 
 
 class Product(Operands):
-    """``out = f(a, b)``, linear in a and in b; ``f(a, b) + c`` where there is a bias.
+    """``out = f(a, b)``, linear in a and in b.
 
     The gradient of ``⟨δ, f(u, b)⟩`` with respect to b is the transpose of f in b at δ and u.
     """
@@ -225,8 +225,6 @@ class Product(Operands):
 
     def into(self, i, d, total=None, other=None):
         row = self.row
-        if i == 2:
-            return row.into[2](d)
         if other is None:
             other = self.operands[1 - i]
             if self.samples[1 - i]:
@@ -273,9 +271,10 @@ class Product(Operands):
 
 
 class Layer(Product):
-    """A `Product` of a value and a weight: the same formulas without the questions.
+    """A `Product` of a value and a weight, with a bias added or None.
 
-    Most operations of a network are layers, and a sweep through one costs a few microseconds.
+    The formulas are those of `Product`, without its case distinctions: most operations of a network
+    are layers, and a sweep through one costs a few microseconds.
     """
 
     def vjp(self, delta):

@@ -63,6 +63,11 @@ def spread_mean(d: Tensor, shape: Any, dims: Any, *rest: Any) -> Tensor:
     return spread(d / math.prod(shape[i] for i in dims), shape, dims, *rest)
 
 
+def narrow_back(d: Tensor, shape: Any, dim: int, start: int, length: int) -> Tensor:
+    start %= shape[dim]  # it may count from the end
+    return aten.slice_backward(d, shape, dim, start, start + length, 1)
+
+
 def permute_back(d: Tensor, shape: Any, dims: Any) -> Tensor:
     return d.permute(sorted(range(len(dims)), key=lambda i: dims[i] % len(dims)))
 
@@ -140,7 +145,7 @@ linear("flip", lambda d, s, dims: d.flip(dims))
 linear("roll", lambda d, s, shifts, dims: d.roll([-shift for shift in shifts], dims))
 linear("expand", lambda d, s, *_: d.sum_to_size(s), lambda u, s, *_: u.expand(s),
        when=lambda a, size, _: len(size) == a.dim())
-linear("narrow", lambda d, s, dim, start, n: aten.slice_backward(d, s, dim, start, start + n, 1))
+linear("narrow", narrow_back)
 linear("select.int", lambda d, s, dim, index: aten.select_backward(d, s, dim, index))
 linear("pad", lambda d, s, pad, *_: F.pad(d, [-p for p in pad]), when=is_zero_pad)
 linear("pixel_shuffle", lambda d, s, r: F.pixel_unshuffle(d, r))
@@ -204,6 +209,7 @@ def convolution_into_weight(d: Tensor, a: Tensor, weight: Tensor, *options: Any)
     return aten.convolution_backward(d, a, weight, None, *options, [False, True, False])[1]
 
 
+MATMUL = (lambda d, b, a: d.matmul(b.mT).sum_to_size(a.shape), matmul_into_right)
 CONVOLUTION = (
     convolution_into_input,
     convolution_into_weight,
@@ -212,8 +218,8 @@ CONVOLUTION = (
 # fmt: off
 product("mul.Tensor", lambda a, b, _: a * b, (times_into, times_into))
 product("div.Tensor", lambda a, b, _: a / b, (lambda d, b, a: (d / b).sum_to_size(a.shape), None))
-product("matmul bmm", lambda a, b, _: a.matmul(b),
-        (lambda d, b, a: d.matmul(b.mT).sum_to_size(a.shape), matmul_into_right), (1, 2))
+product("matmul", lambda a, b, _: a.matmul(b), MATMUL, (1, 2))
+product("bmm", lambda a, b, _: a.bmm(b), MATMUL, (1, 2))
 product("linear", F.linear,
         (lambda d, w, a: d.matmul(w), lambda d, a, w: flat(d).t().mm(flat(a)),
          lambda d: flat(d).sum(0)),

@@ -96,8 +96,6 @@ def sort_out(operands: Any) -> tuple[list[Any], list[int], list[int]]:
         if type(t) is Tracked:
             inside.append(i)
             plain.append(t.plain)
-        elif t is None:
-            plain.append(None)
         else:
             if t.requires_grad:
                 trained.append(i)
@@ -116,7 +114,7 @@ def append(tape: Tape, name: str, link: Operands, operands: Any, out: Tensor) ->
 
 def off_batch(arguments: list[Argument]) -> Callable[..., bool]:
     """Whether the arguments that are dimensions are given and are not that of the samples."""
-    places = [i for i, a in enumerate(arguments) if a.name in ("dim", "dims", "dim0", "dim1")]
+    places = [i for i, a in enumerate(arguments) if a.name.startswith(("dim", "axis"))]
 
     def when(a: Tensor, *args: Any) -> bool:
         for i in places:
@@ -165,6 +163,8 @@ def record_linear(row: LinearRow, name: str, tape: Tape, call: Any, *values: Any
         t = plain[i]
         if not shape or t.dim() != len(shape) or t.shape[0] != shape[0] or t.dtype != dtype:
             return NotImplemented
+    if row.arity == 0 and any([t.dim() != len(shape) for t in plain]):
+        return NotImplemented  # torch.cat leaves out an empty tensor of one dimension
     for i in trained:
         if plain[i].dtype != dtype:
             return NotImplemented
@@ -222,6 +222,8 @@ def record_product(row: ProductRow, name: str, tape: Tape, call: Any, *operands:
         return NotImplemented
     tape.watch(*[t for t in operands if type(t) is not Tracked])
     out = row.apply(*plain, None)
+    if out.is_complex():  # the transposes would need the conjugate
+        return NotImplemented
     shape, samples = out.shape, [False, False]
     for i, t in enumerate(plain):
         of_samples = len(shape) == t.dim() > row.core[i]
@@ -241,6 +243,8 @@ def record_layer(
 ) -> Any:
     if type(a) is not Tracked or type(weight) is Tracked or type(bias) is Tracked:
         raise Unsupported(f"{name}: the weight depends on x")
+    if weight.is_complex() or (bias is not None and bias.dim() != 1):
+        return NotImplemented
     tape.watch(weight, bias)
     operands = [a.plain, weight.detach(), None if bias is None else bias.detach()]
     trained = [i for i, t in ((1, weight), (2, bias)) if t is not None and t.requires_grad]
