@@ -198,17 +198,25 @@ class Linear(Operands):
 
 
 class ProductRow(NamedTuple):
-    """A product of a and b, sample by sample; of a layer, b is the weight and there is a bias.
+    """The functions of a product ``f(a, b)`` that is taken sample by sample.
 
-    ``into`` has the transposes in a and b, of (d, the other operand, one of the shape of the
-    result, *arguments), and for a layer that in the bias, of d. None: not linear in that operand.
+    Attributes:
+        apply: ``f``, called as ``apply(a, b, bias, *arguments)``. Only a layer, where b is the
+            weight, has arguments and a bias that is not None.
+        into: the transposes with respect to a and b, called as ``(d, other, like, *arguments)``,
+            where ``other`` is the other operand and ``like`` has the shape of the result. A layer
+            has a third one with respect to the bias, called as ``(d)``. None where ``f`` is not
+            linear in the operand.
+        core: how many dimensions of a and of b are not dimensions of samples.
+        add_into: ``(total, d, a)``: adds the transpose with respect to b to ``total``, in place.
+        arrange: maps the arguments of the call to those of the other functions.
     """
 
-    apply: Callable[..., Tensor]  # (a, b, bias or None, *arguments of a layer)
+    apply: Callable[..., Tensor]
     into: tuple[Callable[..., Tensor] | None, ...]
-    core: tuple[int, int] = (0, 0)  # how many dimensions of a and b are not the samples'
-    add_into: Callable[..., Tensor] | None = None  # (total, d, a): in b, in the memory of total
-    arrange: Callable[..., Any] | None = None  # the arguments as these functions take them
+    core: tuple[int, int] = (0, 0)
+    add_into: Callable[..., Tensor] | None = None
+    arrange: Callable[..., Any] | None = None
 
 
 class Product(Operands):

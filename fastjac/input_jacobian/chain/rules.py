@@ -192,13 +192,19 @@ def linear(
     forward: Any = None,
     arity: int = 1,
 ) -> None:
-    """Rows of what is linear in its operand, sample by sample, ``when(a, *arguments)``.
+    """Adds rows for operations that are linear in their operand, sample by sample.
 
-    ``transpose(d, shape, *arguments)`` and ``apply(u, shape, *arguments)`` return this shape.
-    Without ``apply`` it is the call itself, without ``when`` no dimension may be the samples'.
-    ``forward(a, *arguments)``, for which the call stands too, returns the result and what the two
-    others have in the place of the arguments. With ``arity`` operands, or 0 for a list, the two
-    are of operand i: ``(d, shape, i, shapes of all, *arguments)``.
+    Args:
+        names: the overloads of aten.
+        transpose: ``(d, shape, *arguments)``, which returns a tensor of this shape.
+        apply: the operation without its constant part, ``(u, shape, *arguments)``; by default the
+            call itself is repeated.
+        when: ``(a, *arguments)``, whether the rule holds; by default, whether no argument names the
+            dimension of the samples.
+        forward: ``(a, *arguments)``, which returns the result, and what ``transpose`` and ``apply``
+            get instead of the arguments; by default the call itself is repeated.
+        arity: the number of operands, 0 for a list of them. If it is not 1, ``transpose`` and
+            ``apply`` are those of operand i: ``(d, shape, i, shapes, *arguments)``.
     """
 
     def make(arguments: list[Argument]) -> Any:

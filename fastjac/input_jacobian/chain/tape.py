@@ -2,12 +2,11 @@
 
 The input of the model is a `Tracked` tensor, whose ``__torch_function__`` records each operation.
 It sees every way of writing a ``forward``, including hooks, parametrizations and control flow, and
-the record is used for this run only. An operation that may be wrong in a chain raises
-`Unsupported` with the reason. These are
+the record is used for this run only. `Unsupported` is raised, with the reason, for
 
 * a ``torch.autograd.Function`` and everything else that runs with gradients off,
-* operations that write to a tensor which shares its memory with another one,
-* weights that depend on the input.
+* an operation that writes to a tensor which shares its memory with another one,
+* a layer whose weight depends on the input.
 
 A tracked tensor has no autograd graph, so using one after the run raises.
 """
