@@ -139,7 +139,9 @@ def test_adding_an_activation_is_one_row(tmp_path):
             shutil.copy(ROOT / part, tmp_path / part)
     table = tmp_path / "fastjac" / "activations.py"
     text = table.read_text()
-    text = text.replace("\nROWS =", NEW_FUNCTION, 1).replace("\n)\n\nTABLE:", NEW_ROW, 1)
+    for anchor, new in (("\nROWS =", NEW_FUNCTION), ("\n)\n\n\nTABLE:", NEW_ROW)):
+        assert text.count(anchor) == 1
+        text = text.replace(anchor, new)
     table.write_text(text)
     env = {**os.environ, "FASTJAC_CUDA": "0"}
     subprocess.run(
