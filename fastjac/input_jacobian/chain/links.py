@@ -90,7 +90,8 @@ def plus_(a: Tensor | None, b: Tensor | None) -> Tensor | None:
 
 def copies(a: Tensor, rows: Tensor) -> Tensor:
     """``[K N, ...]`` of ``a`` ``[N, ...]``, K so that it has as many samples as ``rows``."""
-    k = rows.shape[0] // a.shape[0]  # a tenth of the cost of len(), which is written in Python
+    # Not by len(), which torch has in Python: 0.4 µs a call for 0.1 µs, and each link asks often.
+    k = rows.shape[0] // a.shape[0]
     return a if k == 1 else a.expand(k, *a.shape).flatten(0, 1)
 
 
