@@ -123,6 +123,33 @@ tree_unflatten = _private("torch.utils._pytree.tree_unflatten", *_NESTED)
 tree_leaves = _private("torch.utils._pytree.tree_leaves", *_NESTED)
 
 
+def shape_of_node(node: Any, output: int = 0) -> torch.Size:
+    """The shape of an output of the operation that a node of the autograd graph belongs to."""
+    return node._input_metadata[output].shape
+
+
+def dtype_of_node(node: Any, output: int = 0) -> torch.dtype:
+    """The dtype of such an output."""
+    return node._input_metadata[output].dtype
+
+
+_raw_names: dict[type, list[str]] = {}
+
+
+def has_saved_hooks(node: Any) -> bool:
+    """Whether the tensors of a node were saved under hooks (a checkpoint, ``save_on_cpu``)."""
+    names = _raw_names.get(type(node))
+    if names is None:
+        names = [name for name in dir(node) if name.startswith("_raw_saved_")]
+        _raw_names[type(node)] = names
+    for name in names:
+        saved = getattr(node, name)
+        for t in saved if isinstance(saved, tuple | list) else (saved,):
+            if t.unpack_hook is not None:
+                return True
+    return False
+
+
 def saved_tensor_hooks() -> Any:
     """The innermost hooks on saved tensors (a checkpoint, ``save_on_cpu``), or None."""
     return None if torch.compiler.is_compiling() else _top_hooks(True)

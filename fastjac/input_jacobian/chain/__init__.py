@@ -1,7 +1,8 @@
-"""The chain engine: forward, VJP, JVP and gradients of a recorded model, operation by operation."""
+"""The chain engine: a double backward from the autograd graph, operation by operation."""
 
-from fastjac.input_jacobian.chain import operations as operations  # fills the table
-from fastjac.input_jacobian.chain.engine import Chain
-from fastjac.input_jacobian.chain.links import Unsupported
+from fastjac.input_jacobian.chain import nodes as nodes  # fills the table
+from fastjac.input_jacobian.chain.engine import Chain, GraphRun
+from fastjac.input_jacobian.chain.mlp import Mlp
+from fastjac.input_jacobian.chain.rules import Unsupported
 
-__all__ = ["Chain", "Unsupported"]
+__all__ = ["Chain", "GraphRun", "Mlp", "Unsupported"]

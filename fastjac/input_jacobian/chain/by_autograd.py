@@ -1,117 +1,103 @@
-"""The link of an operation that the table (`operations`) does not have."""
+"""The rule of an operation that the table (`nodes`) does not have."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
-from fastjac.input_jacobian.chain.links import Link, Unsupported, check_leaves, plus
-from fastjac.torch_private import tree_flatten, tree_unflatten
+from fastjac.input_jacobian.chain.rules import Rule, Unsupported
+from fastjac.torch_private import shape_of_node
+
+_saved_names: dict[type, list[str]] = {}
 
 
-class ByAutograd(Link):
-    """Any differentiable operation of torch, by autograd."""
+def saved_tensors(node: Any) -> list[Tensor]:
+    """The tensors that torch saved for the backward of an operation."""
+    names = _saved_names.get(type(node))
+    if names is None:
+        names = [name for name in dir(node) if name.startswith("_saved_")]
+        names = [name for name in names if not name.endswith(("_sym_sizes", "_sym_strides"))]
+        _saved_names[type(node)] = names
+    found: list[Tensor] = []
+    for name in names if names else ["saved_tensors"] if hasattr(node, "saved_tensors") else []:
+        value = getattr(node, name)
+        for t in value if isinstance(value, tuple | list) else [value]:
+            if isinstance(t, Tensor):
+                found.append(t)
+    return found
 
-    def __init__(
-        self, run: Callable[..., Any], inputs: list[Tensor], parameters: Any, name: str
-    ) -> None:
-        self.parameters, self.name, self.count = tuple(parameters), name, len(inputs)
-        self.leaves = [t.detach().requires_grad_() for t in (*inputs, *self.parameters)]
-        with torch.enable_grad():
-            self.result = run(*self.leaves)
-        outputs, self.spec = tree_flatten(self.result)
-        found = [i for i, t in enumerate(outputs) if isinstance(t, Tensor) and t.requires_grad]
-        if len(found) > 1:
-            raise Unsupported(f"{name} returns several tensors")
-        self.output_place: int = found[0] if found else -1
-        if found:
-            self.out: Tensor = outputs[found[0]]
-            self.others = [None if i == found[0] else t for i, t in enumerate(outputs)]
-            if self.out.dim() == 0:
-                raise Unsupported(f"{name} returns one number for the whole batch")
-            self.result = None
-            check_leaves(self.out, {id(t) for t in self.leaves}, f"{name} depends on")
-        self.extras: list[Tensor | None] = [None] * len(self.leaves)
-        self.delta: Any = None
-        self.pulled: list[Tensor | None] = []
 
-    def with_output(self, out: Any) -> Any:
-        """The result of the function, with ``out`` in the place of the differentiable output."""
-        self.others[self.output_place] = out
-        result = tree_unflatten(self.others, self.spec)
-        self.others = []
-        return result
+class ByAutograd(Rule):
+    """Any operation that torch can differentiate twice, by its own double backward.
 
-    def _cotangent(self, rows: Tensor) -> Tensor:
-        """``[K N, ...]`` as a leaf ``[K, N, ...]``; ``[N, ...]`` if K is 1, which needs no vmap."""
-        k = len(rows) // len(self.out)
-        rows = rows.view(k, *self.out.shape) if k > 1 else rows
-        return rows.detach().requires_grad_()
+    ``p = f_aᵀ δ`` is computed once more, in a graph. The gradients of ``⟨p, u⟩`` with respect to δ
+    and the saved tensors are the JVP and the second-order terms.
+    """
 
-    def _pull(self, delta: Tensor) -> list[Tensor | None]:
+    def __init__(self, output: int) -> None:
+        self.output = output  # the one that is used
+
+    def targets(self, node):
+        inputs, results = [], []
+        for t in saved_tensors(node):
+            if t.requires_grad:
+                (results if t.grad_fn is node else inputs).append(t)
+        if not inputs or not results:
+            return tuple(inputs or results)
+        # A gradient for an input includes what goes through the result. So the inputs alone are
+        # targets, if all of them are saved.
+        edges = {(t.grad_fn, t.output_nr) if t.grad_fn else id(t) for t in inputs}
+        for f, i in node.next_functions:
+            leaf = getattr(f, "variable", None)
+            if f is not None and (f, i) not in edges and id(leaf) not in edges:
+                raise Unsupported(f"{type(node).__name__} has no rule")
+        return tuple(inputs)
+
+    def _pull(self, node: Any, us: Any, delta: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """``f_aᵀ δ`` for the inputs with a tangent, and the tangents."""
+        edges = [
+            (GradientEdge(f, i), u)
+            for (f, i), u in zip(node.next_functions, us, strict=True)
+            if u is not None
+        ]
         with torch.enable_grad():
             pulled = torch.autograd.grad(
-                *(self.out, self.leaves[: self.count], delta),
+                [GradientEdge(node, self.output)],
+                [edge for edge, _ in edges],
+                [delta],
                 create_graph=True,
                 allow_unused=True,
-                is_grads_batched=delta.dim() > self.out.dim(),
+                is_grads_batched=delta.dim() > len(shape_of_node(node, self.output)),
             )
-        return list(pulled)
+        pairs = [(p, u) for p, (_, u) in zip(pulled, edges, strict=True) if p is not None]
+        pairs = [(p, u) for p, u in pairs if p.requires_grad]
+        return [p for p, _ in pairs], [u for _, u in pairs]
 
-    def _push(self, pulled: Any, tangents: Any, ends: list[Tensor]) -> list[Tensor | None]:
-        """The gradients of ``⟨pulled, tangents⟩`` with respect to ``ends``."""
-        pairs = [
-            (p, u.reshape(p.shape))
-            for p, u in zip(pulled, tangents, strict=True)
-            if p is not None and u is not None and p.requires_grad
-        ]
-        if not pairs:
-            return [None] * len(ends)
-        products, us = zip(*pairs, strict=True)
-        return list(torch.autograd.grad(products, ends, us, retain_graph=True, allow_unused=True))
+    def jvp(self, node, lead, us):
+        shape = shape_of_node(node, self.output)
+        like = next(u for u in us if u is not None)
+        delta = like.new_zeros(*lead, *shape).requires_grad_()
+        return self._apply(node, us, delta, ())[0]
 
-    def _rows(self, tangent: Tensor | None) -> Tensor | None:
-        return None if tangent is None else tangent.reshape(-1, *self.out.shape[1:])
+    def push(self, node, lead, us, delta, wanted):
+        delta = delta.detach().requires_grad_()
+        out, *extras = self._apply(node, us, delta, self.targets(node))
+        return out, tuple(extras)
 
-    def vjp(self, delta):
-        self.delta = self._cotangent(delta)
-        self.pulled = self._pull(self.delta)
-        return tuple(
-            None if p is None else p.detach().reshape(-1, *leaf.shape[1:])
-            for p, leaf in zip(self.pulled, self.leaves, strict=False)
-        )
-
-    def push(self, tangents, keep, out):
-        *extras, tangent = self._push(self.pulled, tangents, [*self.leaves, self.delta])
-        self.extras = [plus(a, b) for a, b in zip(self.extras, extras, strict=True)]
-        if not keep:
-            self.pulled, self.delta = [], None
-        return self._rows(tangent)
-
-    def jvp(self, tangents):
-        pairs = zip(tangents, self.leaves, strict=False)
-        k = next(len(t) // len(leaf) for t, leaf in pairs if t is not None)
-        # Dimension 0 of the output need not have the size of that of the inputs.
-        delta = self._cotangent(self.out.new_zeros(k * len(self.out), *self.out.shape[1:]))
-        (tangent,) = self._push(self._pull(delta), tangents, [delta])
-        return self._rows(tangent)
-
-    def backward(self, grad, wanted, keep):
-        extras, self.extras = self.extras, [None] * len(self.leaves)
-        grads: list[Tensor | None] = [None] * len(self.leaves)
-        if grad is not None:
-            grads = list(
-                torch.autograd.grad(
-                    self.out, self.leaves, grad, retain_graph=keep, allow_unused=True
-                )
+    def _apply(self, node: Any, us: Any, delta: Tensor, targets: tuple[Tensor, ...]) -> Any:
+        pulled, tangents = self._pull(node, us, delta)
+        if not pulled:
+            return torch.zeros_like(delta), *[None] * len(targets)
+        try:
+            out, *extras = torch.autograd.grad(
+                pulled, [delta, *targets], tangents, retain_graph=True, allow_unused=True
             )
-        total = [plus(a, b) for a, b in zip(grads, extras, strict=True)]
-        if not keep:
-            del self.out
-        return tuple(total[: self.count]), tuple(total[self.count :])
-
-    def describe(self) -> str:
-        return f"by autograd: {self.name}"
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"the second derivative of the operation {type(node).__name__} of the model is "
+                f"needed, and torch cannot compute it: {error}"
+            ) from error
+        return torch.zeros_like(delta) if out is None else out.detach(), *extras

@@ -1,10 +1,15 @@
-"""The chain engine: one autograd Function for the model and its input-Jacobian penalty.
+"""The chain engine: one autograd Function for the input-Jacobian penalty of a model.
 
-The model runs once and is recorded (`tape`). The values of a penalty, ``R_n = R(g, v)`` with
+The model runs once, in the ordinary way. The values of a penalty, ``R_n = R(g, v)`` with
 ``v = Jᵀ w(g)``, are computed from the output ``g`` and the VJPs ``v`` as leaves, so R may be any
-differentiable function of them. The backward pushes ``∂R/∂v`` up through the chain (a JVP), goes
-through w to the output if w depends on it, and then down once, for the loss and the penalty
-together. A third derivative raises.
+differentiable function of them. Autograd computes v and the cotangents δ of the operations, without
+``create_graph``. The backward pushes ``∂R/∂v`` up through the recorded operations (a JVP), which
+gives the second-order terms, and goes through w to the output if w depends on it. The second-order
+terms are gradients of the tensors that torch saved for its own backward. Autograd adds them to the
+gradient of the loss and goes down once, for both. A third derivative raises.
+
+A Sequential of Linear and activation modules takes another way (`mlp`): the whole of this in a few
+calls of C++, the forward included.
 """
 
 from __future__ import annotations
@@ -17,101 +22,76 @@ from torch import Tensor
 
 from fastjac import torch_private
 from fastjac.input_jacobian.by_autograd import Composed
-from fastjac.input_jacobian.chain.links import Link, Unsupported, check_leaves, plus
-from fastjac.input_jacobian.chain.mlp import Mlp
-from fastjac.input_jacobian.chain.tape import record
+from fastjac.input_jacobian.chain.record import Record
+from fastjac.input_jacobian.chain.rules import Unsupported
 from fastjac.input_jacobian.pullback import Pullback
+from fastjac.ops.autograd import graph_nodes
 from fastjac.ops.row_sqnorm import gradient_of_one, rows_of_one
 
 
-class RecordedRun:
-    """A recorded run of any model, and its sweeps, link by link."""
+class GraphRun:
+    """The sweeps over a recorded graph. w, u and their products have a first dimension of K."""
 
     one_product = False  # several products with the Jacobian can be computed
+    own_output = False  # the output is in the graph of torch
 
-    def __init__(self, model: Callable[..., Any], x: Tensor) -> None:
-        self.tape, output = record(model, x)
-        self.end, self.output = output.place, output.plain
-        self.parameters, self.versions = self.tape.parameters, self.tape.versions
-        wanted, found = {self.end}, []
-        for link in reversed(self.tape.links):
-            if link.output in wanted:
-                wanted.update(link.inputs)
-                found.append(link)
-        if 0 not in wanted:
-            raise Unsupported("the output of the model does not depend on x")
-        self.links: list[Link] = found[::-1]  # only those that the output depends on
-        if self.output.numel() > 0 and any(link.empty for link in self.links):
-            raise Unsupported("an operation returns an empty tensor")
-        self.tape.values.clear()  # the links hold the values that they need
+    def __init__(self, x: Tensor, output: Tensor) -> None:
+        self.record = Record(x, output)
+        self.output = output
+        self.parameters = [output, *self.record.targets]
+        self.deltas: list[Tensor | None] = []
+        self.extras: list[Tensor | None] = [None] * len(self.record.targets)
+
+    def check(self) -> None:
+        """Torch itself raises if a tensor that it saved was modified."""
 
     def pull(self, w: Tensor) -> Tensor:
-        """``Jᵀ w`` for w ``[K N, ...]``."""
-        deltas: dict[int, Tensor] = {self.end: w}
-        for link in reversed(self.links):
-            delta = deltas.pop(link.output, None)
-            link.idle = delta is None
-            if delta is None:
-                continue
-            for i, d in zip(link.inputs, link.vjp(delta), strict=True):
-                if d is not None:
-                    deltas[i] = d if i not in deltas else deltas[i] + d
-        if 0 not in deltas:
-            raise Unsupported("the output of the model does not depend on x")
-        return deltas[0]
+        """``Jᵀ w``."""
+        lead = tuple(w.shape[:1]) if w.shape[0] > 1 else ()
+        v, self.deltas = self.record.pull(w if lead else w[0], lead)
+        return v if lead else v.unsqueeze(0)
 
     def norms(self, w: Tensor) -> tuple[Tensor, Tensor]:
-        """``v = Jᵀ w`` and ``‖v‖²`` of each row."""
+        """``v = Jᵀ w`` and ``Σ_k ‖v_k‖²`` of each sample."""
         v = self.pull(w).contiguous()
-        return v, rows_of_one(v)
+        norms = rows_of_one(v.flatten(0, 1))
+        return v, norms if len(v) == 1 else norms.view(len(v), -1).sum(0)
 
     def jvp(self, u: Tensor) -> Tensor:
-        """``J u`` for u ``[K N, ...]``."""
-        tangents: dict[int, Tensor | None] = {0: u}
-        for link in self.links:
-            incoming = [tangents.get(i) for i in link.inputs]
-            if any(t is not None for t in incoming):
-                tangents[link.output] = link.jvp(incoming)
-        t = tangents.get(self.end)
-        return self.output.new_zeros(len(u), *self.output.shape[1:]) if t is None else t
+        """``J u``."""
+        return self._push(u, None, True)
 
     def push(
         self, u: Tensor, keep: bool, wanted: bool, factor: Tensor | None = None
     ) -> Tensor | None:
-        """``J u``, or None if it is not wanted; the links keep what `down` needs.
+        """``J u``, or None if it is not wanted; keeps the second-order terms.
 
-        If ``factor``, one number per row, is given, ``2 factor u`` (the gradient of the squared
+        If ``factor``, one number per sample, is given, ``2 factor u`` (the gradient of the squared
         norms) takes the place of u.
         """
         if factor is not None:
-            u = gradient_of_one(u, factor)
-        tangents: dict[int, Tensor | None] = {0: u}
-        for link in self.links:
-            incoming = [tangents.get(i) for i in link.inputs]
-            if link.idle or all(t is None for t in incoming):
-                continue
-            tangents[link.output] = link.push(incoming, keep, wanted or link.output != self.end)
-        return tangents.get(self.end)
+            u = gradient_of_one(u.flatten(0, 1), factor.repeat(len(u))).view(u.shape)
+        out = self._push(u, self.deltas, wanted)
+        if not keep:
+            self.deltas = []
+        return out
+
+    def _push(self, u: Tensor, deltas: Any, wanted: bool) -> Any:
+        lead = tuple(u.shape[:1]) if u.shape[0] > 1 else ()
+        with torch.no_grad():
+            out = self.record.push(u if lead else u[0], lead, deltas, self.extras, wanted)
+        if wanted and out is None:
+            out = self.output.new_zeros(*lead, *self.output.shape)
+        return out if lead or out is None else out.unsqueeze(0)
 
     def down(self, grad: Tensor | None, keep: bool) -> list[Tensor | None]:
-        """Gradients of x and the parameters."""
-        tape = self.tape
-        grads: dict[int, Tensor] = {} if grad is None else {self.end: grad}
-        found: list[Tensor | None] = [None] * (1 + len(tape.parameters))
-        for link in reversed(self.links):
-            wanted = tuple(tape.differentiable[i] for i in link.inputs)
-            into, of_parameters = link.backward(grads.pop(link.output, None), wanted, keep)
-            for i, g, want in zip(link.inputs, into, wanted, strict=True):
-                if want and g is not None:
-                    grads[i] = g if i not in grads else grads[i] + g
-            for p, g in zip(link.parameters, of_parameters, strict=True):
-                place = 1 + tape.numbers[id(p)]
-                found[place] = plus(found[place], g)
-        found[0] = grads.get(0)
+        """The gradients of x and the parameters."""
+        found = [None, grad, *self.extras]
+        self.extras = [None] * len(self.extras)
         return found
 
     def describe(self) -> list[str]:
-        return [link.describe() for link in self.links]
+        return self.record.describe()
 
 
 class JacobianProduct(NamedTuple):
@@ -124,14 +104,13 @@ class JacobianProduct(NamedTuple):
 
 
 class Chain(Pullback):
-    """A recorded run of a model. Raises `Unsupported` if the model cannot be recorded."""
+    """The pullback of a run of a model. Raises `Unsupported` if its graph cannot be recorded."""
 
-    def __init__(self, model: Callable[..., Any], x: Tensor) -> None:
-        self.model, self.given = model, x
-        self.run: Any = Mlp.of(model, x) or RecordedRun(model, x)
+    def __init__(self, x: Tensor, run: Any) -> None:
+        self.given, self.run = x, run
         # Leaves of the graphs of R and of the cotangents.
         self.x = x.detach().requires_grad_() if x.requires_grad else x.detach()
-        self.output = self.run.output.detach().requires_grad_()
+        self.output = run.output.detach().requires_grad_()
         self.products: list[JacobianProduct] = []
 
     # ---- products with the Jacobian
@@ -139,25 +118,20 @@ class Chain(Pullback):
     def vjp(self, w: Tensor, chunk_size: int | None = None) -> Tensor:
         found = []
         for part in self._parts(w, chunk_size):
-            v = self.run.pull(_rows(part)).view(part.shape[0], *self.x.shape)
-            found.append(self._leaf("vjp", part, None, v))
+            found.append(self._leaf("vjp", part, None, self.run.pull(part.detach())))
         return found[0] if len(found) == 1 else torch.cat(found)
 
     def squared_norms(self, w: Tensor, chunk_size: int | None = None) -> Tensor:
         found = []
         for part in self._parts(w, chunk_size):
-            v, norms = self.run.norms(_rows(part))
-            if part.shape[0] > 1:
-                norms = norms.view(part.shape[0], -1).sum(0)
+            v, norms = self.run.norms(part.detach())
             found.append(self._leaf("norms", part, v, norms))
         return found[0] if len(found) == 1 else torch.stack(found).sum(0)
 
     def jvp(self, u: Tensor, chunk_size: int | None = None) -> Tensor:
         found = []
         for part in self._parts(u, chunk_size):
-            with torch.no_grad():
-                t = self.run.jvp(_rows(part)).view(len(part), *self.output.shape)
-            found.append(self._leaf("jvp", part, None, t))
+            found.append(self._leaf("jvp", part, None, self.run.jvp(part.detach())))
         return found[0] if len(found) == 1 else torch.cat(found)
 
     def then(self, f: Callable[[Tensor], Tensor]) -> Pullback:
@@ -166,9 +140,7 @@ class Chain(Pullback):
     def _parts(self, t: Tensor, chunk_size: int | None) -> tuple[Tensor, ...]:
         parts = (t,) if chunk_size is None or chunk_size >= len(t) else t.split(chunk_size)
         if self.run.one_product and len(parts) + len(self.products) > 1:
-            self.run = RecordedRun(
-                self.model, self.given
-            )  # an MLP: nothing acts twice by a second run
+            self.run = self.run.as_graph()
         return parts
 
     def _leaf(self, kind: str, of: Tensor, v: Tensor | None, result: Tensor) -> Tensor:
@@ -181,23 +153,16 @@ class Chain(Pullback):
         leaves = {id(self.output), id(self.x), *(id(product.leaf) for product in self.products)}
         for t in (values, *(product.of for product in self.products)):
             if t.requires_grad and id(t) not in leaves:
-                check_leaves(
-                    t, leaves, "the penalty depends on more than the output of the model: on"
-                )
-        return _Chain.apply(self, values, self.given, *self.run.parameters)
+                _check_leaves(t, leaves)
+        found = _Chain.apply(self, values, self.given, *self.run.parameters)
+        return found if self.run.own_output else (self.run.output, found)
 
     # ---- the backward
 
     def backward(
         self, grad: Tensor | None, grad_values: Tensor | None, values: Tensor, keep: bool
     ) -> list[Tensor | None]:
-        for t, version in self.run.versions:
-            if t._version != version:
-                raise RuntimeError(
-                    f"a tensor of shape {tuple(t.shape)} that the model used was modified in place "
-                    "before the backward: call backward() before optimizer.step(), or use the "
-                    "out-of-place operation"
-                )
+        self.run.check()
         grad_x: Tensor | None = None
         if grad_values is not None and values.requires_grad:
             grad, grad_x = self._penalty(grad, grad_values, values, keep)
@@ -239,13 +204,12 @@ class Chain(Pullback):
                 continue
             if kind == "jvp":
                 # ⟨c, J u⟩ = ⟨Jᵀc, u⟩: its gradients are those of the VJP of c, pushed with u.
-                into: Tensor | None = self.run.pull(_rows(c))
-                self.run.push(_rows(of), keep, False)
+                into: Tensor | None = self.run.pull(c)
+                self.run.push(of.detach(), keep, False)
             else:
                 if len(leaves) > 1:  # the run holds the state of the last product only
-                    self.run.pull(_rows(of))
-                factor = None if v is None else c if of.shape[0] == 1 else c.repeat(of.shape[0])
-                u = _rows(c) if v is None else v
+                    self.run.pull(of.detach())
+                u, factor = (c, None) if v is None else (v, c)
                 into = self.run.push(u, keep, of.requires_grad, factor)
             if into is not None and of.requires_grad:
                 of_earlier = through(of, into.view(of.shape), *leaves[:i])
@@ -253,10 +217,19 @@ class Chain(Pullback):
         return grad, grad_x
 
 
-def _rows(t: Tensor) -> Tensor:
-    """``[K, N, ...]`` as ``[K N, ...]``, detached."""
-    t = t.detach()
-    return t[0] if t.shape[0] == 1 else t.flatten(0, 1)
+def _check_leaves(t: Tensor, known: set[int]) -> None:
+    """Raise if t depends on a leaf that is not among the known ones: its gradient would be lost."""
+    for node in graph_nodes(t):
+        leaf = getattr(node, "variable", None)
+        if leaf is not None and id(leaf) not in known:
+            raise Unsupported(
+                "the penalty depends on more than the output of the model: on a tensor of shape "
+                f"{tuple(leaf.shape)} that requires grad"
+            )
+
+
+def plus(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return b if a is None else a if b is None else a + b
 
 
 class _Chain(torch.autograd.Function):
@@ -264,10 +237,11 @@ class _Chain(torch.autograd.Function):
     def forward(ctx, chain, values, x, *parameters):
         ctx.chain, ctx.values = chain, values
         ctx.set_materialize_grads(False)
-        return chain.output.detach().clone(), values.detach()
+        values = values.detach()
+        return (chain.output.detach().clone(), values) if chain.run.own_output else values
 
     @staticmethod
-    def backward(ctx, grad, grad_values):
+    def backward(ctx, *grads):
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "the gradient of a penalty was computed with create_graph=True, which needs third "
@@ -281,6 +255,7 @@ class _Chain(torch.autograd.Function):
             )
         keep = torch_private.backward_retains_graph()
         chain = ctx.chain
+        grad, grad_values = grads if chain.run.own_output else (None, *grads)
         found = chain.backward(grad, grad_values, ctx.values, keep)
         if not keep:
             ctx.chain = ctx.values = None

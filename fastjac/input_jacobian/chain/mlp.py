@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn.modules import module as module_hooks
 
 from fastjac.activations import IDS, MAX_PARAMS, TABLE, get
-from fastjac.input_jacobian.chain.links import copies
+from fastjac.input_jacobian.by_autograd import run_model
+from fastjac.input_jacobian.chain.engine import GraphRun
 from fastjac.nn import Act, activation_of
 from fastjac.ops import mlp as mlp  # registers the ops
 from fastjac.ops.dispatch import OPS
@@ -201,8 +202,10 @@ class Mlp:
     """One run of an MLP. `of` returns None if the model or x does not fit."""
 
     one_product = True  # `pull` leaves the state of a single product in the stacks
+    own_output = True  # the forward runs in C++ and builds no graph
 
-    def __init__(self, recipe: Recipe, x: Tensor) -> None:
+    def __init__(self, model: nn.Module, recipe: Recipe, x: Tensor) -> None:
+        self.model, self.given = model, x
         n = self.n = len(x)
         self.shape = x.shape
         self.x = x if x.dim() == 2 and x.is_contiguous() else x.detach().flatten(1).contiguous()
@@ -239,23 +242,44 @@ class Mlp:
         if not recipe.takes(x):
             return None
         try:
-            return cls(recipe, x)
+            return cls(model, recipe, x)
         except RuntimeError:
             del _recipes[model]
             if recipe.fits():
                 raise
             return None  # the memory of a weight was replaced by one that does not fit
 
+    def check(self) -> None:
+        """Raises if the model or x was modified since the forward."""
+        for t, version in self.versions:
+            if t._version != version:
+                raise RuntimeError(
+                    f"a tensor of shape {tuple(t.shape)} that the model used was modified in place "
+                    "before the backward: call backward() before optimizer.step(), or use the "
+                    "out-of-place operation"
+                )
+
+    def as_graph(self) -> GraphRun:
+        """The run in the ordinary way. Nothing acts twice: the modules compute and do no more."""
+        x, output = run_model(self.model, self.given, None)
+        return GraphRun(x, output)
+
     def pull(self, w: Tensor) -> Tensor:
-        v, _ = self.norms(w)
-        return v if v.shape[1:] == self.shape[1:] else v.view(-1, *self.shape[1:])
+        v, _ = self._pull(w)
+        return v.view(len(w), *self.shape)
 
     def norms(self, w: Tensor) -> tuple[Tensor, Tensor]:
-        if self.tile < self.n < len(w):  # several cotangents need a single tile
+        v, norms = self._pull(w)
+        v = v.view(len(w), *self.shape)
+        return v, norms if len(w) == 1 else norms.view(len(w), -1).sum(0)
+
+    def _pull(self, w: Tensor) -> tuple[Tensor, Tensor]:
+        if self.tile < self.n < len(w) * self.n:  # several cotangents need a single tile
             self.stacks, self.tile = list(map(self._pre_activation, self.stacks)), self.n
         with below_autograd():
             *self.deltas, v, norms = raw("mlp_pull")(
-                w.contiguous(), self.weights, self.stacks, self.n, self.tile, self.plan
+                *(w.flatten(0, 1).contiguous(), self.weights, self.stacks, self.n, self.tile),
+                self.plan,
             )
         return v, norms
 
@@ -264,16 +288,18 @@ class Mlp:
         return torch.cat([part[len(part) // 2 :] for part in stack.split(2 * self.tile)])
 
     def jvp(self, u: Tensor) -> Tensor:
-        """``J u`` for u ``[K N, ...]``, with two operations per layer."""
-        u = u.reshape(len(u), -1)
-        for weight, activation, stack in zip(
-            self.weights, self.activations, [*self.stacks, None], strict=True
-        ):
-            u = u.mm(weight.t())
-            if stack is not None:
-                z = copies(self._pre_activation(stack), u)
-                with below_autograd():
-                    u = raw("act")(z, u, 1, *activation)
+        """``J u``, with two operations per layer."""
+        k = len(u)
+        u = u.reshape(k, self.n, -1)
+        with torch.no_grad():
+            for weight, activation, stack in zip(
+                self.weights, self.activations, [*self.stacks, None], strict=True
+            ):
+                u = u.matmul(weight.t())
+                if stack is not None:
+                    z = self._pre_activation(stack).expand(u.shape).contiguous()
+                    with below_autograd():
+                        u = raw("act")(z, u, 1, *activation)
         return u
 
     def push(
@@ -281,9 +307,9 @@ class Mlp:
     ) -> Tensor | None:
         if keep and factor is not None:
             u = u.clone()
-        self.factor = None if factor is None else factor.contiguous()
-        self.u = u if u.dim() == 2 and u.is_contiguous() else u.reshape(len(u), -1).contiguous()
-        k = len(u) // self.n
+        k = u.numel() // self.x.numel()
+        self.u = u.detach().reshape(k * self.n, -1).contiguous()
+        self.factor = None if factor is None else factor.repeat(k) if k > 1 else factor.contiguous()
         stacks, deltas = self.stacks, self.deltas
         if keep:
             deltas = [d.clone() for d in deltas]
@@ -299,7 +325,7 @@ class Mlp:
                 *(wanted, self.plan),
             )
         self.factor = None
-        return t if wanted else None
+        return t.view(k, *self.output.shape) if wanted else None
 
     def _stack(self, t: Tensor, k: int) -> Tensor:
         """A copy of a stack with room for k cotangents."""

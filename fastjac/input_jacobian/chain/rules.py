@@ -1,269 +1,339 @@
-"""How the calls of a torch function become links, by the kind of the operation (`links`).
+"""What the chain engine asks of one operation, by the operation's kind.
 
-`operations` has the table. Which overload a call means follows from the types of its arguments
-(`binding`).
+A rule is a set of functions of a node of the autograd graph. The node holds what torch saved in
+the forward, ``node._saved_…``, and rules read it from there. For an operation ``out = f(a, θ)``
+and its cotangents ``δ``, which autograd computes, a rule gives
+
+    jvp         f_a u
+    push        the same, and the gradients of ⟨δ, f_a u⟩ with respect to the saved tensors
+
+The second gradients are the second-order terms of the double backward. They follow from the kind:
+
+    `Linear`     linear in all inputs together: none
+    `Products`   linear in each of two: the transposes at δ and u
+    `Pointwise`  φ'' δ u
+    `norms`      written out
+    `by_autograd`  of any other operation, by autograd
+
+The rule says which saved tensors have such a gradient (`targets`); a tensor that torch did not
+save, because its gradient is not needed, is None.
+
+K cotangents a sample are computed together: δ and u then have a first dimension of size K, which
+the saved tensors do not have. ``lead`` is ``(K,)``, or ``()`` for a single cotangent.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from fastjac.input_jacobian.chain.binding import Argument, Binding, arguments_of, bind
-from fastjac.input_jacobian.chain.links import (
-    Add,
-    Layer,
-    Linear,
-    LinearRow,
-    Map,
-    Operands,
-    Product,
-    ProductRow,
-    Unsupported,
-)
-from fastjac.input_jacobian.chain.tape import RULES, Tape, Tracked
+from fastjac.torch_private import shape_of_node
 
-aten = torch.ops.aten
+Tangents = tuple[Tensor | None, ...]  # one of each input of a node; None is zero
 
 
-class Row(NamedTuple):
-    """An operation: its arguments, and how a call of it is recorded."""
-
-    name: str
-    arguments: list[Argument]
-    record: Callable[..., Any]  # (tape, call, *arguments): a value, or NotImplemented
-
-
-ROWS: list[Row] = []
+class Unsupported(RuntimeError):
+    """A graph, or a call, that the chain engine cannot take."""
 
 
 class Rule:
-    """What the calls of one function of torch are recorded as."""
+    """The rule of one kind of operation."""
 
-    def __init__(self, function: Any) -> None:
-        self.function = function
-        self.rows: list[Row] = []
-        self.bound: dict[Any, list[tuple[Row, Binding]]] = {}  # by the types of the arguments
+    output = 0  # which output of the operation `jvp` is of, if it returns one tensor
 
-    def __call__(self, tape: Tape, *args: Any, **kwargs: Any) -> Any:
-        given = (*args, *kwargs.values()) if kwargs else args
-        types = tuple(map(type, given))
-        pattern: Any = (*types, *kwargs) if kwargs else types
-        found = self.bound.get(pattern)
-        if found is None:
-            tried = [(r, bind(self.function, r.arguments, types, tuple(kwargs))) for r in self.rows]
-            found = self.bound[pattern] = [(r, b) for r, b in tried if b is not None]
-        for row, binding in found:
-            rest = binding.rest
-            arguments = binding(given) if rest is None else (*given, *rest) if rest else given
-            if arguments is None:
-                continue
-            out = row.record(tape, (self.function, args, kwargs), *arguments)
-            if out is NotImplemented:
-                continue
-            in_place = binding.in_place is not None and given[binding.in_place]
-            return tape.rebind(args[0], out, row.name) if in_place else out
-        return NotImplemented
-
-
-def add(row: Row, *functions: Any) -> None:
-    ROWS.append(row)
-    for function in dict.fromkeys(functions):
-        rule: Any = RULES.setdefault(function, Rule(function))
-        rule.rows.append(row)
-
-
-def add_overloads(names: str, make: Callable[[list[Argument]], Any]) -> None:
-    """Rows for overloads (``"squeeze squeeze.dim"``), of the functions that have their name."""
-    for full_name in names.split():
-        name, _, overload = full_name.partition(".")
-        places = [(place, s) for place in (torch, F, Tensor) for s in (name, f"__{name}__")]
-        functions = [getattr(place, s) for place, s in places if hasattr(place, s)]
-        arguments = arguments_of(getattr(getattr(aten, name), overload or "default"))
-        add(Row(full_name, arguments, partial(make(arguments), name)), *functions)
-
-
-def sort_out(operands: Any) -> tuple[list[Any], list[int], list[int]]:
-    """The numbers of the operands; which of them are values of the chain, and which parameters."""
-    plain: list[Any] = []
-    inside, trained = [], []
-    for i, t in enumerate(operands):
-        if type(t) is Tracked:
-            inside.append(i)
-            plain.append(t.plain)
-        else:
-            if t.requires_grad:
-                trained.append(i)
-            plain.append(t.detach())
-    return plain, inside, trained
-
-
-def append(tape: Tape, name: str, link: Operands, operands: Any, out: Tensor) -> Tracked:
-    link.name = name
-    link.parameters = tuple([operands[i] for i in link.trained])
-    return tape.append(link, [operands[i] for i in link.inside], out)
-
-
-# ---- linear in all operands together
-
-
-def off_batch(arguments: list[Argument]) -> Callable[..., bool]:
-    """Whether the arguments that are dimensions are given and are not that of the samples."""
-    places = [i for i, a in enumerate(arguments) if a.name.startswith(("dim", "axis"))]
-
-    def when(a: Tensor, *args: Any) -> bool:
-        for i in places:
-            dims = [args[i]] if isinstance(args[i], int) else args[i]
-            if not dims or any([d % a.dim() == 0 for d in dims]):
-                return False
+    def takes(self, node: Any, inside: tuple[bool, ...]) -> bool:
+        """Whether the rule holds for this node; ``inside`` says which inputs depend on x."""
         return True
 
-    return when if places else anything
+    def targets(self, node: Any) -> tuple[Tensor | None, ...]:
+        """The saved tensors that `push` returns gradients for."""
+        return ()
+
+    def jvp(self, node: Any, lead: tuple[int, ...], us: Tangents) -> Any:
+        """The tangent of the output; of an operation with several outputs, a tuple."""
+        raise NotImplementedError
+
+    def push(
+        self, node: Any, lead: tuple[int, ...], us: Tangents, delta: Tensor, wanted: bool
+    ) -> tuple[Any, tuple[Tensor | None, ...]]:
+        """`jvp`, None if it is not wanted, and the gradients for the targets.
+
+        It is called only if there are targets that require grad.
+        """
+        raise NotImplementedError
 
 
-def record_map(row: LinearRow, name: str, tape: Tape, call: Any, a: Any, *args: Any) -> Any:
-    function, given, options = call
-    if type(a) is not Tracked or not given:  # or given by keyword
-        return NotImplemented
-    plain, rest = a.plain, given[1:]
-    if not row.when(plain, *args):
-        return NotImplemented
-    if row.forward is not None:
-        out, args = row.forward(plain, *args)
-    else:
-        out = function(plain, *rest, **options)
-    if not (out.dim() and plain.dim()) or len(out) != len(plain) or out.dtype != plain.dtype:
-        return NotImplemented
-    link = Map(row, plain, args, out)
-    link.name = name
-    if row.apply is None:
-        link.call = lambda u: function(u, *rest, **options)
-    return tape.append(link, [a], out)
+RULES: dict[Any, Rule] = {}
+"""By the name of the type of the node, or by the ``autograd.Function``."""
 
 
-def record_linear(row: LinearRow, name: str, tape: Tape, call: Any, *values: Any) -> Any:
-    count = row.arity or 1
-    operands, args = values[:count], values[count:]
-    function, given, options = call
-    if len(given) < count:  # an operand by keyword
-        return NotImplemented
-    if row.arity == 0:
-        operands = operands[0]
-    plain, inside, trained = sort_out(operands)
-    if not inside or not row.when(plain[inside[0]], *args):
-        return NotImplemented
-    out = function(*(plain if row.arity else (plain,)), *given[count:], **options)
-    shape, dtype = out.shape, out.dtype
-    for i in inside:
-        t = plain[i]
-        if not shape or t.dim() != len(shape) or t.shape[0] != shape[0] or t.dtype != dtype:
-            return NotImplemented
-    if row.arity == 0 and any([t.dim() != len(shape) for t in plain]):
-        return NotImplemented  # torch.cat leaves out an empty tensor of one dimension
-    for i in trained:
-        if plain[i].dtype != dtype:
-            return NotImplemented
-        tape.watch(operands[i])
-    return append(tape, name, Linear(plain, inside, trained, row, args, out), operands, out)
+def add(names: str, rule: Rule) -> None:
+    """Add a rule for nodes: ``"Sum.1"`` is ``SumBackward1``, and ``"Sum"`` ``SumBackward0``."""
+    for name in names.split():
+        stem, _, overload = name.partition(".")
+        RULES[f"{stem}Backward{overload or 0}"] = rule
 
 
-def record_add(name: str, tape: Tape, call: Any, a: Any, b: Any, alpha: Any) -> Any:
-    """Of two values of one shape; `record_linear` takes the other sums."""
-    if type(a) is not Tracked or type(b) is not Tracked or alpha != 1:
-        return NotImplemented
-    if a.plain.shape != b.plain.shape or a.plain.dtype != b.plain.dtype or not a.plain.dim():
-        return NotImplemented
-    link = Add()
-    link.name = name
-    return tape.append(link, [a, b], a.plain + b.plain)
+def signed(value: int) -> int:
+    """A number that a node holds. Torch gives negative ones as unsigned numbers of 64 bits."""
+    return value - (1 << 64) if value >= 1 << 63 else value
 
 
-def linear(
-    names: str,
-    transpose: Any,
-    apply: Any = None,
-    *,
-    when: Any = None,
-    forward: Any = None,
-    arity: int = 1,
-) -> None:
-    """Adds rows for operations that are linear in their operand, sample by sample.
+def align(u: Tensor, lead: tuple[int, ...], dim: int) -> Tensor:
+    """``[*lead, *shape]`` as a tensor that broadcasts with ``[*lead, <dim dimensions>]``."""
+    if not lead or u.dim() > dim:
+        return u
+    return u.reshape(*lead, *(1,) * (dim + 1 - u.dim()), *u.shape[1:])
+
+
+def whole(u: Tensor, lead: tuple[int, ...], shape: torch.Size) -> Tensor:
+    """u, broadcast to ``[*lead, *shape]``."""
+    full = (*lead, *shape)
+    return u if u.shape == full else align(u, lead, len(shape)).expand(full)
+
+
+def over_lead(t: Tensor, lead: tuple[int, ...]) -> Tensor:
+    """The sum over the cotangents."""
+    return t.sum(0) if lead else t
+
+
+class Linear(Rule):
+    """An operation that is linear in its one input, given as ``(node, u)`` for one cotangent."""
+
+    def __init__(self, apply: Callable[[Any, Tensor], Any]) -> None:
+        self.apply = apply
+
+    def jvp(self, node, lead, us):
+        (u,) = (u for u in us if u is not None)
+        if lead:
+            return torch.vmap(lambda u: self.apply(node, u))(u)
+        return self.apply(node, u)
+
+
+class Sum(Rule):
+    """``Σ_i c_i a_i``, with broadcasting; ``factors(node)`` gives the c_i."""
+
+    def __init__(self, factors: Callable[[Any], tuple[float, ...]]) -> None:
+        self.factors = factors
+
+    def jvp(self, node, lead, us):
+        total, shape = None, shape_of_node(node)
+        for u, factor in zip(us, self.factors(node), strict=False):
+            if u is None:
+                continue
+            u = align(u if factor == 1 else u * factor, lead, len(shape))
+            total = u if total is None else total + u
+        return whole(total, lead, shape)
+
+
+class Joined(Rule):
+    """An operation that is linear in all inputs, given as ``(node, lead, tangents)``."""
+
+    def __init__(self, join: Callable[..., Tensor], when: Callable[..., bool] | None = None):
+        self.join, self.when = join, when
+
+    def takes(self, node, inside):
+        return self.when is None or self.when(node, inside)
+
+    def jvp(self, node, lead, us):
+        return self.join(node, lead, us)
+
+
+class Matmul(Rule):
+    """``a @ b``, of matrices or batches of them, and a constant or a tensor that is added."""
+
+    def __init__(self, a: str, b: str, slots: tuple[int, int], added: bool = False) -> None:
+        self.a, self.b, self.slots, self.added = f"_saved_{a}", f"_saved_{b}", slots, added
+
+    def takes(self, node, inside):
+        # `beta` and `alpha` of torch.addmm are for those who call it; layers leave them at 1.
+        return not self.added or (node._saved_beta == node._saved_alpha == 1)
+
+    def targets(self, node):
+        return getattr(node, self.a), getattr(node, self.b)
+
+    def jvp(self, node, lead, us):
+        i, j = self.slots
+        total = None
+        if us[i] is not None:
+            total = us[i] @ getattr(node, self.b)
+        if us[j] is not None:
+            part = getattr(node, self.a) @ us[j]
+            total = part if total is None else total + part
+        if self.added and us[0] is not None:
+            shape = shape_of_node(node)
+            added = whole(us[0], lead, shape)
+            total = added if total is None else total + added
+        return total
+
+    def push(self, node, lead, us, delta, wanted):
+        of_a, of_b = us[self.slots[0]], us[self.slots[1]]
+        into_a = into_b = None
+        if of_b is not None:
+            into_a = over_lead(delta @ of_b.mT, lead)
+        if of_a is not None:
+            if lead and delta.dim() == 3:  # matrices: one product for all cotangents
+                into_b = delta.flatten(0, 1).mT @ of_a.flatten(0, 1)
+            else:
+                into_b = over_lead(delta.mT @ of_a, lead)
+            into_b = into_b.mT  # stored as torch's own gradient of a weight, which it is added to
+        return self.jvp(node, lead, us) if wanted else None, (into_a, into_b)
+
+
+class Convolution(Rule):
+    """All convolutions, transposed and not."""
+
+    def takes(self, node, inside):
+        return inside == (True, False, False)
+
+    def targets(self, node):
+        return (node._saved_weight,)
+
+    def _options(self, node: Any) -> tuple[Any, ...]:
+        return (
+            *(node._saved_stride, node._saved_padding, node._saved_dilation),
+            *(node._saved_transposed, node._saved_output_padding, node._saved_groups),
+        )
+
+    def jvp(self, node, lead, us):
+        u = us[0].flatten(0, 1) if lead else us[0]
+        out = torch.convolution(u, node._saved_weight, None, *self._options(node))
+        return out.unflatten(0, (*lead, -1)) if lead else out
+
+    def push(self, node, lead, us, delta, wanted):
+        u, d = (us[0].flatten(0, 1), delta.flatten(0, 1)) if lead else (us[0], delta)
+        weight = node._saved_weight
+        into = torch.ops.aten.convolution_backward(
+            d, u, weight, None, *self._options(node), [False, True, False]
+        )[1]
+        return self.jvp(node, lead, us) if wanted else None, (into,)
+
+
+class Mul(Rule):
+    """``a * b``, with broadcasting."""
+
+    def targets(self, node):
+        return node._saved_self, node._saved_other
+
+    def jvp(self, node, lead, us):
+        total = None
+        for u, other in zip(us, (node._saved_other, node._saved_self), strict=True):
+            if u is not None:
+                part = align(u, lead, max(other.dim(), u.dim() - len(lead))) * other
+                total = part if total is None else align_add(total, part, lead)
+        return whole(total, lead, shape_of_node(node))
+
+    def push(self, node, lead, us, delta, wanted):
+        a, b = node._saved_self, node._saved_other
+        into_a = into_b = None
+        dim = delta.dim() - len(lead)
+        if us[1] is not None and a is not None and a.requires_grad:
+            into_a = (delta * align(us[1], lead, dim)).sum_to_size(a.shape)
+        if us[0] is not None and b is not None and b.requires_grad:
+            into_b = (delta * align(us[0], lead, dim)).sum_to_size(b.shape)
+        return self.jvp(node, lead, us) if wanted else None, (into_a, into_b)
+
+
+def align_add(a: Tensor, b: Tensor, lead: tuple[int, ...]) -> Tensor:
+    dim = max(a.dim(), b.dim()) - len(lead)
+    return align(a, lead, dim) + align(b, lead, dim)
+
+
+class Div(Rule):
+    """``a / b``, with broadcasting."""
+
+    def takes(self, node, inside):
+        return node._saved_self is not None or not inside[1]
+
+    def targets(self, node):
+        return node._saved_self, node._saved_other
+
+    def jvp(self, node, lead, us):
+        a, b, shape = node._saved_self, node._saved_other, shape_of_node(node)
+        total = None
+        if us[0] is not None:
+            total = align(us[0], lead, len(shape)) / b
+        if us[1] is not None:
+            part = align(us[1], lead, len(shape)) * (-a / (b * b))
+            total = part if total is None else total + part
+        return whole(total, lead, shape)
+
+    def push(self, node, lead, us, delta, wanted):
+        a, b = node._saved_self, node._saved_other
+        dim = delta.dim() - len(lead)
+        u, t = (None if u is None else align(u, lead, dim) for u in us)
+        scaled = delta / (b * b)
+        into_a = into_b = None
+        if t is not None and a.requires_grad:
+            into_a = (-scaled * t).sum_to_size(a.shape)
+        if b.requires_grad:
+            into_b = 0 if u is None else -scaled * u
+            if t is not None:
+                into_b = into_b + 2 * scaled * t * a / b
+            into_b = into_b.sum_to_size(b.shape)
+        return self.jvp(node, lead, us) if wanted else None, (into_a, into_b)
+
+
+class Pointwise(Rule):
+    """An elementwise operation whose derivative is a function of one saved tensor s.
 
     Args:
-        names: the overloads of aten.
-        transpose: ``(d, shape, *arguments)``, which returns a tensor of this shape.
-        apply: the operation without its constant part, ``(u, shape, *arguments)``; by default the
-            call itself is repeated.
-        when: ``(a, *arguments)``, whether the rule holds; by default, whether no argument names the
-            dimension of the samples.
-        forward: ``(a, *arguments)``, which returns the result, and what ``transpose`` and ``apply``
-            get instead of the arguments; by default the call itself is repeated.
-        arity: the number of operands, 0 for a list of them. If it is not 1, ``transpose`` and
-            ``apply`` are those of operand i: ``(d, shape, i, shapes, *arguments)``.
+        saved: the name of s, which is the input or the output.
+        slope: ``(node, s)``: the derivative of the output with respect to the input.
+        bend: ``(node, s)``: the derivative of the slope with respect to s; None is zero.
     """
 
-    def make(arguments: list[Argument]) -> Any:
-        whether = when or off_batch(arguments[arity or 1 :])
-        row = LinearRow(transpose, apply, whether, forward, arity)
-        return partial(record_map if arity == 1 else record_linear, row)
+    def __init__(self, saved: str, slope: Any, bend: Any = None) -> None:
+        self.saved, self.slope, self.bend = f"_saved_{saved}", slope, bend
 
-    add_overloads(names, make)
+    def targets(self, node):
+        return () if self.bend is None else (getattr(node, self.saved),)
 
+    def jvp(self, node, lead, us):
+        return us[0] * self.slope(node, getattr(node, self.saved))
 
-def anything(*arguments: Any) -> bool:
-    return True
-
-
-# ---- products
-
-
-def record_product(row: ProductRow, name: str, tape: Tape, call: Any, *operands: Any) -> Any:
-    plain, inside, trained = sort_out(operands)
-    if not inside or (None in row.into and (inside, trained) != ([0], [])):
-        return NotImplemented
-    tape.watch(*[t for t in operands if type(t) is not Tracked])
-    out = row.apply(*plain, None)
-    if out.is_complex():  # the transposes would need the conjugate
-        return NotImplemented
-    shape, samples = out.shape, [False, False]
-    for i, t in enumerate(plain):
-        of_samples = len(shape) == t.dim() > row.core[i]
-        if i in inside:
-            samples[i] = True
-            if not of_samples or t.shape[0] != shape[0] or t.dtype != out.dtype:
-                return NotImplemented
-        else:  # a constant may have numbers for each sample, a parameter may not
-            samples[i] = of_samples and len(t) != 1
-            if i in trained and (samples[i] or t.dtype != out.dtype):
-                return NotImplemented
-    return append(tape, name, Product(plain, inside, trained, row, samples, ()), operands, out)
+    def push(self, node, lead, us, delta, wanted):
+        s = getattr(node, self.saved)
+        extra = over_lead(delta * us[0], lead) * self.bend(node, s)
+        return us[0] * self.slope(node, s) if wanted else None, (extra,)
 
 
-def record_layer(
-    row: ProductRow, name: str, tape: Tape, call: Any, a: Any, weight: Any, bias: Any, *args: Any
-) -> Any:
-    if type(a) is not Tracked or type(weight) is Tracked or type(bias) is Tracked:
-        raise Unsupported(f"{name}: the weight depends on x")
-    if weight.is_complex() or (bias is not None and bias.dim() != 1):
-        return NotImplemented
-    tape.watch(weight, bias)
-    operands = [a.plain, weight.detach(), None if bias is None else bias.detach()]
-    trained = [i for i, t in ((1, weight), (2, bias)) if t is not None and t.requires_grad]
-    if row.arrange is not None:
-        args = row.arrange(*args)
-    out = row.apply(*operands, *args)
-    if not out.dim() == a.plain.dim() > row.core[0] or out.dtype != a.plain.dtype:
-        return NotImplemented
-    link = Layer(operands, [0], trained, row, (True, False), args)
-    return append(tape, name, link, (a, weight, bias), out)
+class Softmax(Rule):
+    """``s = softmax(a)``, with the symmetric Jacobian ``S: u → s (u − Σ s u)``."""
+
+    def targets(self, node):
+        return (node._saved_result,)
+
+    def _dims(self, node: Any, lead: tuple[int, ...], u: Tensor) -> tuple[Any, int]:
+        dim = signed(node._saved_dim)
+        return node._saved_result, dim + len(lead) * (dim >= 0)
+
+    def jvp(self, node, lead, us):
+        s, dim = self._dims(node, lead, us[0])
+        su = s * us[0]
+        return torch.addcmul(su, s, su.sum(dim, keepdim=True), value=-1)
+
+    def push(self, node, lead, us, delta, wanted):
+        s, dim = self._dims(node, lead, us[0])
+        u = us[0].to(delta.dtype)
+        of_u = (s * u).sum(dim, keepdim=True)
+        of_delta = (s * delta).sum(dim, keepdim=True)
+        extra = over_lead(delta * (u - of_u) - u * of_delta, lead)
+        return s * (u - of_u) if wanted else None, (extra,)
 
 
-def product(names: str, *columns: Any) -> None:
-    row = ProductRow(*columns)
-    record = record_product if len(row.into) == 2 else record_layer
-    add_overloads(names, lambda arguments: partial(record, row))
+class LogSoftmax(Softmax):
+    """``r = log softmax(a)``, with the JVP ``u − Σ s u`` and the VJP ``δ − s Σ δ``, s = exp r."""
+
+    def jvp(self, node, lead, us):
+        r, dim = self._dims(node, lead, us[0])
+        return us[0] - (r.exp() * us[0]).sum(dim, keepdim=True)
+
+    def push(self, node, lead, us, delta, wanted):
+        r, dim = self._dims(node, lead, us[0])
+        su = r.exp() * us[0].to(delta.dtype)
+        extra = over_lead(-delta.sum(dim, keepdim=True) * su, lead)
+        return us[0] - su.sum(dim, keepdim=True) if wanted else None, (extra,)
