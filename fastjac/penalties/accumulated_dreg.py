@@ -14,6 +14,7 @@ from fastjac import arguments, distributed, reference
 from fastjac.layerwise.layers import LayerCall, Nonlinearity, written_to
 from fastjac.layerwise.passes import Pass, Term
 from fastjac.layerwise.penalty import LayerOptions, LayerPenalty
+from fastjac.layerwise.tangents import NormTangents
 from fastjac.ops.act import act
 from fastjac.ops.dispatch import accumulate_dtype
 from fastjac.penalties.registry import PenaltySpec, pushed_example
@@ -89,7 +90,8 @@ class AccumulatedDREG(LayerPenalty):
         vars(self)["_hooks"] = saved_tensor_hooks()
         with forward_ad.dual_level():
             try:
-                dual, values = super().model_form(model, forward_ad.make_dual(x, u))
+                with NormTangents():
+                    dual, values = super().model_form(model, forward_ad.make_dual(x, u))
             except NotImplementedError as error:
                 raise NotImplementedError(
                     "an operation of the model has no forward-mode derivative. Under torch.compile "
