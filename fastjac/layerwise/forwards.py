@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from fastjac.activations import get
 from fastjac.distributed import is_dtensor
 from fastjac.layerwise.layers import (
-    BATCH_NORM,
     CONVOLUTION,
     LAYER_ACTS,
     LINEAR,
@@ -227,7 +226,12 @@ class NormForward(Forward):
         y = self.plain(*args, **kwargs)
         if running is None or call is None or call.norm is not None:
             return y
-        if isinstance(self.module, BATCH_NORM) or call.layer.linear:
+        # The channels of the norm must be those of the layer: a BatchNorm has them in dimension 1.
+        if isinstance(self.module, nn.LayerNorm):
+            same = call.layer.linear
+        else:
+            same = not call.layer.linear or y.dim() == 2
+        if same:
             running.norm_ran(call, self.module, y)
         return y
 
