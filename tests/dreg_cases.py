@@ -137,7 +137,7 @@ LAYERS = [
     *(
         Case(
             f"{kind.__name__}{'' if not more else ', ' + words}",
-            lambda k=kind, m=more: k(C, C, 2, **m),
+            lambda k=kind, m=more: k(C, C, 3 if m.get("padding") == "same" else 2, **m),
         )
         for kind, more, words in (
             (nn.Conv1d, {}, ""),

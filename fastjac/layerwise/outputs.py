@@ -9,7 +9,6 @@ from __future__ import annotations
 import weakref
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fastjac.torch_private import tree_leaves

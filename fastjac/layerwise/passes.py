@@ -18,7 +18,6 @@ from fastjac.layerwise.sharded import sharding
 from fastjac.ops.act_stats import transformed
 from fastjac.torch_private import saved_tensor_hooks, transforms_active, tree_leaves
 
-
 UNKNOWN_WEIGHT = (
     "the weight that it computed with is not known: its forward does not return, unchanged, the "
     "result of one call of F.linear, or of F.conv1d and the like"
