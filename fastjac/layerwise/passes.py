@@ -279,6 +279,8 @@ class Pass:
 
 def samples_of(args: Any, kwargs: Any) -> int | None:
     """Dimension 0 of the first tensor that has one; None without such a tensor."""
+    if args and isinstance(args[0], Tensor) and args[0].dim() > 0:  # most models: 10 µs less
+        return args[0].shape[0]
     for t in tree_leaves((args, kwargs)):
         if isinstance(t, Tensor) and t.dim() > 0:
             return t.shape[0]

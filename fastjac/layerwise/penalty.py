@@ -39,7 +39,9 @@ class LayerPenalty(LayerStatistic, ModelPenalty):
     * attached: ``penalty = DREG(model, ...)``, then in the training loop ``output = model(x)`` and
       ``loss + penalty()``. The outputs and the ``state_dict`` of the model do not change.
       ``penalty()`` covers the forward passes since its last call, and takes their samples together.
-      Passes in ``eval()`` mode, without gradients, or whose graph has been freed do not count.
+      Passes in ``eval()`` mode, without gradients, or whose graph has been freed do not count. The
+      graph is freed by a backward, or when the program deletes the output, and what it computed
+      from it, before the next pass begins. ``penalty()`` warns of passes that were so deleted.
       ``detach()`` ends it, and so does deleting the penalty. Deep copies and pickles of the model
       are not attached; shallow copies (``copy.copy``, DataParallel's replicas) run the original.
     * called: ``output, value = DREG(...)(model, x)`` observes this one run.
@@ -180,6 +182,7 @@ class LayerPenalty(LayerStatistic, ModelPenalty):
         """Forgets the forward passes since the last ``penalty()``."""
         if self._watch is not None:
             self._watch.passes.clear()
+            self._watch.dropped = 0
 
     def _attached_value(self) -> Tensor:
         if self._watch is None:
