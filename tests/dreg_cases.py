@@ -1,15 +1,12 @@
-"""Layer kinds, norms and activations for the sweep of DREG, and the formula written out.
+"""Layer kinds, norms and activations for the sweep of DREG, and what DREG does with each.
 
-``python tests/dreg_cases.py docs/LAYERS.md`` writes the page that shows what DREG counts;
-`test_dreg_sweep.py` checks each combination.
+`test_dreg_sweep.py` checks each combination; `dreg_table.py` writes the page.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from types import MethodType
 from typing import Any
 
@@ -19,7 +16,6 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
 import fastjac
-from fastjac import reference
 from fastjac.layerwise.layers import ACTIVATIONS
 from fastjac.layerwise.passes import UNKNOWN_WEIGHT as WEIGHT
 
@@ -186,14 +182,6 @@ def is_linear(layer: Any) -> bool:
     return isinstance(layer, nn.Linear)
 
 
-def row_norms(layer: Any) -> Tensor:
-    """``‖W_c‖²`` of each unit or output channel."""
-    w, groups = weight_of(layer), getattr(layer, "groups", 1)
-    if "Transpose" not in " ".join(kind.__name__ for kind in type(layer).__mro__):
-        return w.flatten(1).square().sum(1)
-    return torch.cat([part.square().transpose(0, 1).flatten(1).sum(1) for part in w.chunk(groups)])
-
-
 def input_of(name: str, layer: Any, n: int = 3) -> Tensor:
     if name.endswith("[N, T, C]"):
         return torch.randn(n, 2, C)
@@ -276,20 +264,6 @@ def norm_left_out(case: Case, layer: Any, x: Tensor) -> str | None:
     return NOT_SEEN if other and x.dim() > 2 else case.left_out
 
 
-def gain(norm: Any, z: Tensor) -> Tensor:
-    """``k²`` of ``y = k (z − μ) + β``, broadcast with z."""
-    if norm is None:
-        return torch.ones(())
-    if isinstance(norm, nn.LayerNorm):
-        gamma = torch.ones(()) if norm.weight is None else norm.weight
-        return gamma.square() / (z.var(-1, unbiased=False, keepdim=True) + norm.eps)
-    others = [d for d in range(z.dim()) if d != 1]
-    batch = norm.training or norm.running_var is None
-    var = z.var(others, unbiased=False) if batch else norm.running_var
-    gamma = torch.ones(()) if norm.weight is None else norm.weight
-    return (gamma.square() / (var + norm.eps)).view(-1, *[1] * (z.dim() - 2))
-
-
 # ---- activations
 
 
@@ -346,129 +320,3 @@ ACTS = [
     Case("RReLU", lambda: nn.RReLU(0.1, 0.1), NOT_SEEN),
     Case("Softmax", lambda: nn.Softmax(-1), NOT_SEEN),
 ]
-
-
-def function_of(act: Any) -> Callable[[Tensor], Tensor]:
-    if isinstance(act, nn.Hardsigmoid):  # torch cannot differentiate its own twice
-        return lambda t: F.relu6(t + 3) / 6
-    return lambda t: act(t.clone())  # the clone is for activations that write in place
-
-
-# ---- the model, and the formula
-
-
-class Net(nn.Module):
-    def __init__(self, layer: Case, norm: Case, act: Case) -> None:
-        super().__init__()
-        self.layer = layer.make()
-        x = input_of(layer.name, self.layer, 2)
-        with torch.no_grad():
-            z = self.layer(x)
-        self.norm = norm.make(self.layer, z)
-        self.act = act.make()
-        self.second, self.tanh, self.head = nn.LazyLinear(3), nn.Tanh(), nn.Linear(3, 2)
-        self.second(torch.zeros(1, z[0].numel()))
-
-    def forward(self, x: Tensor) -> Tensor:
-        z = self.layer(x)
-        z = z if self.norm is None else self.norm(z)
-        return self.head(self.tanh(self.second(self.act(z).flatten(1))))
-
-
-def written_out(net: Net, x: Tensor, left_out: bool, options: dict[str, Any]) -> tuple[Any, Tensor]:
-    """The output of the model, and ``R_n``: plain operations, without fastjac."""
-    z = net.layer(x)
-    if isinstance(net.layer, Written):
-        z = z.clone()
-    k = None if left_out else gain(net.norm, z)
-    y = z if net.norm is None else net.norm(z)
-    phi = function_of(net.act)
-    a = net.act(y.clone())
-    hidden = net.second(a.flatten(1))
-    output = net.head(net.tanh(hidden))
-    terms = []
-    if not left_out:
-        dim = -1 if is_linear(net.layer) else 1
-        slope = reference.derivative(phi, y).square()
-        if options.get("use_weight", True):
-            slope = slope * k
-        terms.append(
-            _term(slope.movedim(dim, 1), row_norms(net.layer), weight_of(net.layer), options)
-        )
-    w = net.second.weight
-    terms.append(_term((1 - hidden.tanh().square()).square(), w.square().sum(1), w, options))
-    if options.get("include_output"):
-        w = net.head.weight
-        terms.append(_term(torch.ones_like(output), w.square().sum(1), w, options))
-    value = torch.stack(terms).sum(0)
-    return output, value / len(terms) if options.get("layers") == "mean" else value
-
-
-def _term(slope: Tensor, rows: Tensor, weight: Tensor, options: dict[str, Any]) -> Tensor:
-    slope = slope.flatten(2) if slope.dim() > 2 else slope.unsqueeze(2)  # [N, C, P]
-    value = slope.sum(2) if not options.get("use_weight", True) else slope.sum(2) * rows
-    value = value.sum(1)
-    divide = {"sum": 1, "units": len(rows), "elements": weight.numel()}[options.get("over", "sum")]
-    value = value / divide
-    if options.get("positions") == "mean":
-        value = value / slope.shape[2]
-    if options.get("squared", True):
-        return value
-    return torch.where(value > 0, torch.where(value > 0, value, 1).sqrt(), 0)  # gradient 0 at 0
-
-
-OPTIONS: list[dict[str, Any]] = [
-    {},
-    {"over": "units"},
-    {"over": "elements", "include_output": True},
-    {"positions": "mean"},
-    {"layers": "mean", "reduction": "sum"},
-    {"use_weight": False},
-    {"squared": False},
-    {"reduction": "none", "include_output": True},
-]
-
-
-# ---- the page
-
-HEAD = """# What DREG counts
-
-Which layers the layer-wise penalties count, in a model that computes layer, norm and activation one
-after the other. This page is written by `python tests/dreg_cases.py docs/LAYERS.md` from a table;
-`tests/test_dreg_sweep.py` runs the combinations of its rows, attached, called and compiled, with
-the norm in training and in eval mode and with each option, and compares output, value and all
-gradients with the written-out formula in float64.
-
-✓ means that the layer counts. A number is the reason with which the layer stands in
-`layers_left_out`: no value contains a layer whose weight or slope is not known. If no layer is
-left, the call raises. Under `torch.compile` some rows raise, with the message given.
-"""
-
-
-def page() -> str:
-    notes: list[str] = []
-    parts = [HEAD]
-    for title, cases in (("layer", LAYERS), ("norm", NORMS), ("activation", ACTS)):
-        parts.append(f"| {title} | eager | compiled |\n| --- | --- | --- |")
-        for case in cases:
-            cells = [
-                _cell(reason, notes) for reason in (case.left_out, case.compiled or case.left_out)
-            ]
-            if case.name.startswith("LayerNorm") and case.left_out is None:
-                cells = [f"{c}, after a convolution {_cell(NOT_SEEN, notes)}" for c in cells]
-            parts.append(f"| {case.name} | {cells[0]} | {cells[1]} |")
-        parts.append("")
-    parts += [f"{i}. “{note}”" for i, note in enumerate(notes, 1)]
-    return "\n".join(parts) + "\n"
-
-
-def _cell(reason: str | None, notes: list[str]) -> str:
-    if reason is None:
-        return "✓"
-    if reason not in notes:
-        notes.append(reason)
-    return f"[{notes.index(reason) + 1}]"
-
-
-if __name__ == "__main__":
-    Path(sys.argv[1]).write_text(page())

@@ -14,19 +14,9 @@ from typing import Any
 
 import pytest
 import torch
-from dreg_cases import (
-    ACTS,
-    LAYERS,
-    NORM_NOT_SEEN,
-    NORMS,
-    OPTIONS,
-    Case,
-    Net,
-    input_of,
-    norm_left_out,
-    page,
-    written_out,
-)
+from dreg_cases import ACTS, LAYERS, NORM_NOT_SEEN, NORMS, Case, input_of, norm_left_out
+from dreg_formula import OPTIONS, Net, written_out
+from dreg_table import page
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
@@ -182,4 +172,4 @@ def test_compiled(layer: Case, norm: Case, act: Case, no_stale_graphs: None) -> 
 
 
 def test_page_is_up_to_date() -> None:
-    assert PAGE.read_text() == page(), "run: python tests/dreg_cases.py docs/LAYERS.md"
+    assert PAGE.read_text() == page(), "run: python tests/dreg_table.py docs/LAYERS.md"

@@ -201,13 +201,20 @@ def test_passes_count_as_long_as_a_loss_has_their_output(end: str) -> None:
 
 
 def test_a_model_that_ends_in_an_activation_returns_a_tensor_that_can_be_written_to() -> None:
-    model, x = nn.Sequential(nn.Linear(4, 5), nn.Tanh()), torch.randn(3, 4)
-    truth = model(x) * 2
-    penalty = DREG(model)
-    output = model(x)
-    output.mul_(2)
-    close(output, truth)
-    (output.sum() + penalty()).backward()
+    model, x = nn.Sequential(nn.Linear(4, 5), nn.GELU()), torch.randn(3, 4)
+    grads = []
+    for attach in (False, True):
+        if attach:
+            penalty = DREG(model)
+            output = model(x)
+            value = penalty()
+        else:
+            output, value = DREG()(model, x)
+            output = output.clone()
+        output.mul_(2)
+        loss = output.square().sum() + value
+        grads.append((output, *torch.autograd.grad(loss, list(model.parameters()))))
+    close(*grads)
 
 
 # ---- norms under forward mode

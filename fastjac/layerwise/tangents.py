@@ -8,6 +8,7 @@ in elementary operations. The output is torch's.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -71,7 +72,7 @@ def _instance_norm(
     return _normed(input, dims, _channels(weight, input), _channels(bias, input), eps)
 
 
-WRITTEN = {
+WRITTEN: dict[Any, Callable[..., Tensor | None]] = {
     F.layer_norm: _layer_norm,
     F.batch_norm: _batch_norm,
     F.instance_norm: _instance_norm,

@@ -39,8 +39,9 @@ class AccumulatedDREG(LayerPenalty):
     formula: it is another reading of the word "layer-wise".
 
     It counts the layers that DREG finds. The tangent also goes through all operations between
-    them. Through LayerNorm, BatchNorm and InstanceNorm it is computed by fastjac, since the gradient
-    of torch's forward-mode derivative is wrong there. ``layers_found`` and ``layers_left_out`` are as in DREG.
+    them. Through LayerNorm, BatchNorm and InstanceNorm fastjac computes it, since the gradient of
+    torch's forward-mode derivative is wrong there. ``layers_found`` and ``layers_left_out`` are as
+    in DREG.
 
     Arguments:
         model: an nn.Module, all of whose operations have a forward-mode derivative (otherwise torch
