@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from chain_cases import three_layers, close, convnet, run, same, spectreg
+from chain_cases import close, convnet, run, same, spectreg, three_layers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from layer_cases import Model

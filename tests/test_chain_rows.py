@@ -292,7 +292,7 @@ def test_hardsigmoid(k: int) -> None:
                 run(model, x, TangentProp(engine=engine), t),
             )
         )
-    for (step, truth) in zip(*found, strict=True):
+    for step, truth in zip(*found, strict=True):
         assert step.gradients.keys() == truth.gradients.keys()
         for g, t in zip(step.gradients.values(), truth.gradients.values(), strict=True):
             # Torch's own kernel rounds 1/6 to float32.

@@ -79,8 +79,11 @@ class Record:
         self._places: dict[int, int] = {}  # of targets, by id
         if self.end == self.source:
             raise Unsupported("the output of the model is x")
-        for node, sources, used in _walk(self.end, self.source):
-            self._add(node, sources, used)
+        try:
+            for node, sources, used in _walk(self.end, self.source):
+                self._add(node, sources, used)
+        except RuntimeError as error:  # of torch, if a tensor was modified after it was saved
+            raise Unsupported(str(error)) from error
 
     def _add(self, node: Any, sources: tuple[Edge | None, ...], used: list[int]) -> None:
         kind = kind_of(node)
