@@ -173,7 +173,7 @@ records = [r for r in fastjac.check.run(impl=["cpu", "triton"]) if r["example"] 
 assert len(records) == 8 and all(r["ok"] for r in records), records
 
 folder, row = Path(sys.argv[1]), TABLE["bent_identity"]
-for name, text in codegen.cpp_headers({row.name: row}, "of a test").items():
+for name, text in codegen.cpp_headers([row], "of a test").items():
     (folder / name).write_text(text)
 host.compile_host(folder / "host.so", table=folder)
 host.load(folder / "host.so")
