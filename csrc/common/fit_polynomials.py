@@ -82,7 +82,9 @@ if __name__ == "__main__":
     ln2_half = real("0.3466")
     show_double("exp q", lambda r: (mpmath.expm1(r) - r) / r**2, -ln2_half, ln2_half, 9)
     atanh, tanh = mpmath.atanh, mpmath.tanh
-    show_double("log1p p", lambda q: 2 * (atanh(root(q)) - root(q)) / root(q) ** 3, 0, real(1) / 9, 9)
+    show_double(
+        "log1p p", lambda q: 2 * (atanh(root(q)) - root(q)) / root(q) ** 3, 0, real(1) / 9, 9
+    )
     show_double("tanh p", lambda q: (tanh(root(q)) - root(q)) / root(q) ** 3, 0, real("0.36"), 10)
 
     def mills(s):  # up to a = 38.6, below which exp(-a²/2) is 0 in double

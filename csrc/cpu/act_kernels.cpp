@@ -8,12 +8,20 @@
 namespace fastjac::FASTJAC_ISA {
 namespace {
 
-// The number of 16-bit elements that are widened at once: five such buffers fit into the L1 cache.
-constexpr int64_t run = 1024;
+// The number of 16-bit elements that are widened at once: eight such buffers fit into the L1 cache.
+constexpr int64_t run = 512;
+
+template <class T>
+struct Operands {
+  const T* in[5];
+  T* out[3];
+};
 
 template <class A, int K, class T>
-void forward_loop(const T* __restrict z, const T* __restrict g, const T*, T* __restrict out, T*,
-                  int64_t n, Params<T> params) {
+void forward_loop(const Operands<T>& at, int64_t n, Params<T> params) {
+  const T* __restrict z = at.in[0];
+  const T* __restrict g = at.in[1];
+  T* __restrict out = at.out[0];
   if (K >= A::zero_from) {  // g is not read
     for (int64_t i = 0; i < n; ++i) out[i] = T(0);
   } else if (g == nullptr) {
@@ -24,17 +32,39 @@ void forward_loop(const T* __restrict z, const T* __restrict g, const T*, T* __r
 }
 
 template <class A, int K, class T>
-void backward_loop(const T* __restrict z, const T* __restrict g, const T* __restrict v,
-                   T* __restrict out, T* __restrict out_g, int64_t n, Params<T> params) {
+void backward_loop(const Operands<T>& at, int64_t n, Params<T> params) {
+  const T* __restrict z = at.in[0];
+  const T* __restrict g = at.in[1];
+  const T* __restrict v = at.in[2];
+  T* __restrict out = at.out[0];
+  T* __restrict out_g = at.out[1];
   for (int64_t i = 0; i < n; ++i) {
     out[i] = A::template times<K + 1>(z[i], g[i] * v[i], params);
     out_g[i] = A::template times<K>(z[i], v[i], params);
   }
 }
 
+template <class A, int K, class T>
+void double_backward_loop(const Operands<T>& at, int64_t n, Params<T> params) {
+  const T* __restrict z = at.in[0];
+  const T* __restrict g = at.in[1];
+  const T* __restrict v = at.in[2];
+  const T* __restrict p = at.in[3];
+  const T* __restrict q = at.in[4];
+  T* __restrict out = at.out[0];
+  T* __restrict out_g = at.out[1];
+  T* __restrict out_v = at.out[2];
+  for (int64_t i = 0; i < n; ++i) {
+    out[i] = A::template times<K + 2>(z[i], g[i] * v[i] * p[i], params) +
+             A::template times<K + 1>(z[i], v[i] * q[i], params);
+    out_g[i] = A::template times<K + 1>(z[i], v[i] * p[i], params);
+    out_v[i] = A::template times<K + 1>(z[i], g[i] * p[i], params) +
+               A::template times<K>(z[i], q[i], params);
+  }
+}
+
 template <class T>
-using Loop = void (*)(const T* z, const T* g, const T* v, T* out, T* out_g, int64_t n,
-                      Params<T> params);
+using Loop = void (*)(const Operands<T>& at, int64_t n, Params<T> params);
 
 // The loop for an activation and an order in a compute type; null if there is no such order.
 template <class T>
@@ -62,35 +92,46 @@ Loop<T> find_backward(int64_t fn, int64_t order) {
 }
 
 template <class T>
-const T* at(const void* pointer, int64_t i) {
-  return pointer == nullptr ? nullptr : static_cast<const T*>(pointer) + i;
-}
-
-template <class T>
-T* at(void* pointer, int64_t i) {
-  return pointer == nullptr ? nullptr : static_cast<T*>(pointer) + i;
+Loop<T> find_double_backward(int64_t fn, int64_t order) {
+  Loop<T> loop = nullptr;
+  visit_activation(fn, [&](auto a) {
+    using A = decltype(a);
+    constexpr Loop<T> loops[] = {double_backward_loop<A, 0, T>, double_backward_loop<A, 1, T>};
+    if (order >= 0 && order < 2) loop = loops[order];
+  });
+  return loop;
 }
 
 template <class T>
 bool in_place(Loop<T> loop, const ActCall& call, int64_t begin, int64_t end) {
   if (loop == nullptr) return false;
-  loop(at<T>(call.z, begin), at<T>(call.g, begin), at<T>(call.v, begin), at<T>(call.out, begin),
-       at<T>(call.out_g, begin), end - begin, call.params.to<T>());
+  Operands<T> at{};
+  for (int k = 0; k < 5; ++k) {
+    if (call.in[k]) at.in[k] = static_cast<const T*>(call.in[k]) + begin;
+  }
+  for (int k = 0; k < 3; ++k) {
+    if (call.out[k]) at.out[k] = static_cast<T*>(call.out[k]) + begin;
+  }
+  loop(at, end - begin, call.params.to<T>());
   return true;
 }
 
 template <class S>
 bool widened(Loop<float> loop, const ActCall& call, int64_t begin, int64_t end) {
   if (loop == nullptr) return false;
-  alignas(64) float z[run], g[run], v[run], out[run], out_g[run];
+  alignas(64) float in[5][run], out[3][run];
+  Operands<float> at{};
+  for (int k = 0; k < 5; ++k) at.in[k] = call.in[k] ? in[k] : nullptr;
+  for (int k = 0; k < 3; ++k) at.out[k] = call.out[k] ? out[k] : nullptr;
   for (int64_t i = begin; i < end; i += run) {
     const int64_t n = end - i < run ? end - i : run;
-    storage::load(at<S>(call.z, i), z, n);
-    if (call.g) storage::load(at<S>(call.g, i), g, n);
-    if (call.v) storage::load(at<S>(call.v, i), v, n);
-    loop(z, call.g ? g : nullptr, v, out, out_g, n, call.params.to<float>());
-    storage::store(out, at<S>(call.out, i), n);
-    if (call.out_g) storage::store(out_g, at<S>(call.out_g, i), n);
+    for (int k = 0; k < 5; ++k) {
+      if (call.in[k]) storage::load(static_cast<const S*>(call.in[k]) + i, in[k], n);
+    }
+    loop(at, n, call.params.to<float>());
+    for (int k = 0; k < 3; ++k) {
+      if (call.out[k]) storage::store(out[k], static_cast<S*>(call.out[k]) + i, n);
+    }
   }
   return true;
 }
@@ -114,8 +155,12 @@ bool backward(const ActCall& call, int64_t begin, int64_t end) {
   return run_call(find_backward<float>, find_backward<double>, call, begin, end);
 }
 
+bool double_backward(const ActCall& call, int64_t begin, int64_t end) {
+  return run_call(find_double_backward<float>, find_double_backward<double>, call, begin, end);
+}
+
 }  // namespace
 
-const ActKernels act_kernels = {forward, backward};
+const ActKernels act_kernels = {forward, backward, double_backward};
 
 }  // namespace fastjac::FASTJAC_ISA

@@ -14,7 +14,7 @@ from fastjac.distributed import is_dtensor
 from fastjac.layerwise.layers import Layer, LayerCall, Nonlinearity
 from fastjac.layerwise.norms import batch_normed
 from fastjac.layerwise.sharded import sharding
-from fastjac.ops.act_stats import transformed
+from fastjac.ops.autograd import transformed
 from fastjac.torch_private import comptime, saved_tensor_hooks, transforms_active
 
 

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from fastjac.activations import IDS, KERNEL_ROWS, MAX_ORDER, SLOPES, TABLE, Activation, get
-from fastjac.ops.autograd import Add, Function, Multiply
+from fastjac.ops.autograd import Add, Function, Multiply, recorded, transformed
 from fastjac.ops.dispatch import Example, Op
 from fastjac.ops.registration import check_like, raw, register, suffix_of
 from fastjac.torch_private import below_autograd
@@ -215,7 +215,12 @@ class _Act(Function):
             return _Act.apply(z, v, 0, *rest), *[None] * (2 + len(rest))
         needs_z, needs_g = ctx.needs_input_grad[:2]
         grad_z = grad_g = None
-        if needs_z and needs_g and order < MAX_ORDER and not KERNEL_ROWS[rest[0]].is_zero(order + 1):
+        if (
+            needs_z
+            and needs_g
+            and order < MAX_ORDER
+            and not KERNEL_ROWS[rest[0]].is_zero(order + 1)
+        ):
             grad_z, grad_g = _ActBackward.apply(z, g, v, order, *rest)
         else:
             if needs_z:
@@ -237,6 +242,15 @@ class _Act(Function):
         if g_t is not None:
             terms.append(_derivative(z, g_t, order, *rest))
         return functools.reduce(Add.apply, terms)
+
+
+def _one_pass(z: Tensor, p: Tensor, q: Tensor, order: int, suffix: str) -> bool:
+    """Whether `act_double_backward`, which is not differentiable, can compute a third order.
+
+    It has a CPU kernel only. On a GPU, and if the result is differentiated, `act` computes it.
+    """
+    plain = z.device.type == "cpu" and not suffix and order + 2 <= MAX_ORDER
+    return plain and not recorded(p, q) and not transformed()
 
 
 class _ActBackward(Function):
@@ -262,6 +276,11 @@ class _ActBackward(Function):
         order, *rest = ctx.constants
         needs_z, needs_g, needs_v = ctx.needs_input_grad[:3]
         grad_z = grad_g = grad_v = None
+        *others, suffix = rest
+        if needs_z and _one_pass(z, p, q, order, suffix):
+            with below_autograd():
+                args = z, g, v, p, q, order, others[0], others[1:]
+                return *raw("act_double_backward")(*args), *[None] * (1 + len(rest))
         if needs_z:
             grad_z = _derivative(z, v * q, order + 1, *rest)
             grad_z = grad_z + _derivative(z, g * v * p, order + 2, *rest)
@@ -307,6 +326,12 @@ def _fake_backward(z, g, v, *rest):
     return torch.empty_like(z), torch.empty_like(z)
 
 
+def _fake_double_backward(z, g, v, p, q, *rest):
+    for operand, name in ((g, "g"), (v, "v"), (p, "p"), (q, "q")):
+        check_like(operand, z, name)
+    return tuple(torch.empty_like(z) for _ in range(3))
+
+
 def _batched(op, info, in_dims, *args):
     """Move the batch dimension to the front: the ops are elementwise and take any shape."""
 
@@ -337,4 +362,10 @@ register(
     fake=_fake_backward,
     vmap=_batched,
     triton="act",
+)
+register(
+    "act_double_backward(Tensor z, Tensor g, Tensor v, Tensor p, Tensor q, int order, int fn,"
+    " float[] params) -> (Tensor, Tensor, Tensor)",
+    derivative="differentiate torch.ops.fastjac.act_backward instead",
+    fake=_fake_double_backward,
 )
