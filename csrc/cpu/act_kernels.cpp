@@ -11,17 +11,11 @@ namespace {
 // The number of 16-bit elements that are widened at once: eight such buffers fit into the L1 cache.
 constexpr int64_t run = 512;
 
-template <class T>
-struct Operands {
-  const T* in[5];
-  T* out[3];
-};
-
+// The pointers are parameters, because GCC ignores __restrict of local variables: the loop with
+// eight pointers was then not vectorised.
 template <class A, int K, class T>
-void forward_loop(const Operands<T>& at, int64_t n, Params<T> params) {
-  const T* __restrict z = at.in[0];
-  const T* __restrict g = at.in[1];
-  T* __restrict out = at.out[0];
+void forward_loop(const T* __restrict z, const T* __restrict g, const T*, const T*, const T*,
+                  T* __restrict out, T*, T*, int64_t n, Params<T> params) {
   if (K >= A::zero_from) {  // g is not read
     for (int64_t i = 0; i < n; ++i) out[i] = T(0);
   } else if (g == nullptr) {
@@ -32,12 +26,9 @@ void forward_loop(const Operands<T>& at, int64_t n, Params<T> params) {
 }
 
 template <class A, int K, class T>
-void backward_loop(const Operands<T>& at, int64_t n, Params<T> params) {
-  const T* __restrict z = at.in[0];
-  const T* __restrict g = at.in[1];
-  const T* __restrict v = at.in[2];
-  T* __restrict out = at.out[0];
-  T* __restrict out_g = at.out[1];
+void backward_loop(const T* __restrict z, const T* __restrict g, const T* __restrict v, const T*,
+                   const T*, T* __restrict out, T* __restrict out_g, T*, int64_t n,
+                   Params<T> params) {
   for (int64_t i = 0; i < n; ++i) {
     out[i] = A::template times<K + 1>(z[i], g[i] * v[i], params);
     out_g[i] = A::template times<K>(z[i], v[i], params);
@@ -45,15 +36,9 @@ void backward_loop(const Operands<T>& at, int64_t n, Params<T> params) {
 }
 
 template <class A, int K, class T>
-void double_backward_loop(const Operands<T>& at, int64_t n, Params<T> params) {
-  const T* __restrict z = at.in[0];
-  const T* __restrict g = at.in[1];
-  const T* __restrict v = at.in[2];
-  const T* __restrict p = at.in[3];
-  const T* __restrict q = at.in[4];
-  T* __restrict out = at.out[0];
-  T* __restrict out_g = at.out[1];
-  T* __restrict out_v = at.out[2];
+void double_backward_loop(const T* __restrict z, const T* __restrict g, const T* __restrict v,
+                          const T* __restrict p, const T* __restrict q, T* __restrict out,
+                          T* __restrict out_g, T* __restrict out_v, int64_t n, Params<T> params) {
   for (int64_t i = 0; i < n; ++i) {
     out[i] = A::template times<K + 2>(z[i], g[i] * v[i] * p[i], params) +
              A::template times<K + 1>(z[i], v[i] * q[i], params);
@@ -64,7 +49,8 @@ void double_backward_loop(const Operands<T>& at, int64_t n, Params<T> params) {
 }
 
 template <class T>
-using Loop = void (*)(const Operands<T>& at, int64_t n, Params<T> params);
+using Loop = void (*)(const T* z, const T* g, const T* v, const T* p, const T* q, T* out, T* out_g,
+                      T* out_v, int64_t n, Params<T> params);
 
 // The loop for an activation and an order in a compute type; null if there is no such order.
 template <class T>
@@ -103,16 +89,21 @@ Loop<T> find_double_backward(int64_t fn, int64_t order) {
 }
 
 template <class T>
+const T* at(const void* pointer, int64_t i) {
+  return pointer == nullptr ? nullptr : static_cast<const T*>(pointer) + i;
+}
+
+template <class T>
+T* at(void* pointer, int64_t i) {
+  return pointer == nullptr ? nullptr : static_cast<T*>(pointer) + i;
+}
+
+template <class T>
 bool in_place(Loop<T> loop, const ActCall& call, int64_t begin, int64_t end) {
   if (loop == nullptr) return false;
-  Operands<T> at{};
-  for (int k = 0; k < 5; ++k) {
-    if (call.in[k]) at.in[k] = static_cast<const T*>(call.in[k]) + begin;
-  }
-  for (int k = 0; k < 3; ++k) {
-    if (call.out[k]) at.out[k] = static_cast<T*>(call.out[k]) + begin;
-  }
-  loop(at, end - begin, call.params.to<T>());
+  loop(at<T>(call.in[0], begin), at<T>(call.in[1], begin), at<T>(call.in[2], begin),
+       at<T>(call.in[3], begin), at<T>(call.in[4], begin), at<T>(call.out[0], begin),
+       at<T>(call.out[1], begin), at<T>(call.out[2], begin), end - begin, call.params.to<T>());
   return true;
 }
 
@@ -120,17 +111,15 @@ template <class S>
 bool widened(Loop<float> loop, const ActCall& call, int64_t begin, int64_t end) {
   if (loop == nullptr) return false;
   alignas(64) float in[5][run], out[3][run];
-  Operands<float> at{};
-  for (int k = 0; k < 5; ++k) at.in[k] = call.in[k] ? in[k] : nullptr;
-  for (int k = 0; k < 3; ++k) at.out[k] = call.out[k] ? out[k] : nullptr;
   for (int64_t i = begin; i < end; i += run) {
     const int64_t n = end - i < run ? end - i : run;
     for (int k = 0; k < 5; ++k) {
-      if (call.in[k]) storage::load(static_cast<const S*>(call.in[k]) + i, in[k], n);
+      if (call.in[k]) storage::load(at<S>(call.in[k], i), in[k], n);
     }
-    loop(at, n, call.params.to<float>());
+    loop(in[0], call.in[1] ? in[1] : nullptr, in[2], in[3], in[4], out[0], out[1], out[2], n,
+         call.params.to<float>());
     for (int k = 0; k < 3; ++k) {
-      if (call.out[k]) storage::store(out[k], static_cast<S*>(call.out[k]) + i, n);
+      if (call.out[k]) storage::store(out[k], at<S>(call.out[k], i), n);
     }
   }
   return true;
