@@ -349,8 +349,8 @@ ROWS = (
         torch="torch.nn.functional.hardswish",
         module="Hardswish",
         derivatives=(
-            "z * ((0 if z <= -3 else (6 if z >= 3 else z + 3)) / 6)",
-            "0 if z <= -3 else (1 if z >= 3 else z / 3 + 0.5)",
+            f"z * ((0 if z <= -3 else (6 if z >= 3 else z + 3)) * {1 / 6!r})",
+            f"0 if z <= -3 else (1 if z >= 3 else z * {1 / 3!r} + 0.5)",
             f"0 if z <= -3 else (0 if z >= 3 else {1 / 3!r})",
             "0",
         ),
@@ -361,7 +361,7 @@ ROWS = (
         torch="fastjac.activations.hardsigmoid",
         module="Hardsigmoid",
         derivatives=(
-            "(0 if z <= -3 else (6 if z >= 3 else z + 3)) / 6",
+            f"(0 if z <= -3 else (6 if z >= 3 else z + 3)) * {1 / 6!r}",
             f"0 if z <= -3 else (0 if z >= 3 else {1 / 6!r})",
             "0",
             "0",
