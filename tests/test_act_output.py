@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import DEVICE, off_kinks
+from torch import nn
 
 import fastjac
 from fastjac.activations import IDS, KERNEL_ROWS, ROWS, TABLE
@@ -202,6 +203,24 @@ def test_hardsigmoid_has_a_second_derivative():
         inside = (z.abs() < 3).double()
         torch.testing.assert_close(grad_w, 2 * w * inside / 36, rtol=1e-14, atol=0)
         assert not grad_z.any()
+
+
+def test_hardsigmoid_of_torch_on_the_chain():
+    """The chain engine takes torch's own call, and computes what torch cannot."""
+
+    class Clamp(nn.Module):
+        def forward(self, z):
+            return F.relu6(z + 3) / 6
+
+    found = []
+    x = torch.linspace(-4, 4, 15, dtype=torch.float64, device=DEVICE).reshape(5, 3)
+    for phi, engine in ((nn.Hardsigmoid(), "chain"), (Clamp(), "autograd")):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(3, 6), phi, nn.Linear(6, 2)).to(DEVICE, torch.float64)
+        fastjac.FrobReg(engine=engine)(model, x)[1].backward()
+        found.append([p.grad for p in model.parameters() if p.grad is not None])
+    for got, want in zip(*found, strict=False):
+        torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-10)  # torch's slope is float32's
 
 
 @pytest.mark.parametrize("impl", IMPLS)

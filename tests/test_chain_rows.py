@@ -113,6 +113,7 @@ ROWS: dict[str, list[Call]] = {
     "layer_norm": [lambda m, h: m.layer_norm(h), lambda m, h: F.layer_norm(h, [6, 6])],
 }
 ROWS |= {fn: [lambda m, h, fn=fn: getattr(F, fn, FUNCTIONS[fn])(h)] for fn in TABLE}
+ROWS["hardsigmoid"] = [lambda m, h: FUNCTIONS["hardsigmoid"](h)]  # torch's has no second derivative
 
 
 def model_of(call: Call) -> nn.Module:
