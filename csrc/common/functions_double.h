@@ -1,5 +1,5 @@
-// The functions of functions.h in double, for the CPU: without branches and calls, so that loops are
-// vectorised. libm is 2 to 9 times slower in the loops of the activations. fit_polynomials.py
+// The functions of functions.h in double, for the CPU: without branches and calls, so that loops
+// are vectorised. libm is 2 to 9 times slower in the loops of the activations. fit_polynomials.py
 // computes the constants, and tests/test_functions.py checks the errors that are given here.
 #pragma once
 
