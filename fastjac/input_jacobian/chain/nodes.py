@@ -245,9 +245,6 @@ add("Clamp.1", Pointwise("self", inside_range))
 add("ClampMin", Pointwise("self", lambda n, u, s: u * (s >= n._saved_min)))
 add("ClampMax", Pointwise("self", lambda n, u, s: u * (s <= n._saved_max)))
 add("Abs", Pointwise("self", lambda n, u, s: u * s.sgn()))
-add("Tanh", Pointwise("result", lambda n, u, s: aten.tanh_backward(u, s), lambda n, s: -2 * s))
-add("Sigmoid", Pointwise("result", lambda n, u, s: aten.sigmoid_backward(u, s),
-                         lambda n, s: 1 - 2 * s))
 add("Exp", Pointwise("result", lambda n, u, s: u * s, lambda n, s: 1))
 add("Log", Pointwise("self", lambda n, u, s: u / s, lambda n, s: -1 / (s * s)))
 add("Sqrt", Pointwise("result", lambda n, u, s: 0.5 * u / s, lambda n, s: -0.5 / (s * s)))
@@ -267,30 +264,39 @@ SELU = (1.0507009873554805, 1.6732632423543772, 1)
 def elu(n: Any) -> Any:
     scales = n._saved_scale, n._saved_alpha, n._saved_input_scale
     if scales == SELU:
-        return IDS["selu"], ()
-    return (IDS["elu"], (scales[1],)) if scales[0] == scales[2] == 1 else None
+        return 1, IDS["selu"], ()
+    return (1, IDS["elu"], (scales[1],)) if scales[0] == scales[2] == 1 else None
 
 
-def constant(fn: str, *params: float) -> Callable[[Any], Any]:
-    found = IDS[fn], params
+def of_input(fn: str, params: Any = ()) -> Callable[[Any], Any]:
+    """A row of the table, with the names of the node's numbers or with numbers."""
+    found, names = (1, IDS[fn], params), params
+    if any(isinstance(name, str) for name in params):
+        return lambda n: (1, IDS[fn], tuple([getattr(n, f"_saved_{name}") for name in names]))
     return lambda n: found
+
+
+def gelu(n: Any) -> Any:
+    return 1, IDS["gelu_tanh" if n._saved_approximate == "tanh" else "gelu"], ()
 
 
 # fmt: off
 KERNELS: dict[str, tuple[Callable[[Any], Any], float]] = {
-    "Gelu": (lambda n: (IDS["gelu_tanh" if n._saved_approximate == "tanh" else "gelu"], ()), 2.4),
-    "Silu": (constant("silu"), 4.4),
-    "Mish": (constant("mish"), 6.0),
-    "Softplus": (lambda n: (IDS["softplus"], (n._saved_beta, n._saved_threshold)), 2.4),
+    "Gelu": (gelu, 2.4),
+    "Silu": (of_input("silu"), 4.4),
+    "Mish": (of_input("mish"), 6.0),
+    "Softplus": (of_input("softplus", ("beta", "threshold")), 2.4),
     "Elu": (elu, 2.4),
-    "Celu": (lambda n: (IDS["celu"], (n._saved_alpha,)), 2.4),
-    "Hardswish": (constant("hardswish"), 1.6),
-    "Sin": (constant("sine", 1.0), 1.5),
+    "Celu": (of_input("celu", ("alpha",)), 2.4),
+    "Hardswish": (of_input("hardswish"), 1.6),
+    "Sin": (of_input("sine", (1.0,)), 1.5),
 }
 # fmt: on
 for _name, (_read, _gain) in KERNELS.items():
     add(_name, Activation(_read))
     GAINS[f"{_name}Backward0"] = _gain
+for _name, _slope in (("Tanh", IDS["tanh_slope"]), ("Sigmoid", IDS["sigmoid_slope"])):
+    add(_name, Activation(lambda n, slope=_slope: (0, slope, ()), "result"))
 RULES[_Act] = OwnActivation()
 
 # Torch lacks the second derivative of it.
