@@ -132,8 +132,8 @@ linear("Sort Topk Max Min Kthvalue Median.1 Cummax Cummin", picked)
 linear("MaxPool2DWithIndices MaxPool3DWithIndices AdaptiveMaxPool2D AdaptiveMaxPool3D", pooled)
 linear("AvgPool2D", average(F.avg_pool2d))
 linear("AvgPool3D", average(F.avg_pool3d))
-linear("AdaptiveAvgPool2D", lambda n, u: F.adaptive_avg_pool2d(u, shape_of_node(n)[-2:]))
-linear("AdaptiveAvgPool3D", lambda n, u: F.adaptive_avg_pool3d(u, shape_of_node(n)[-3:]))
+linear("AdaptiveAvgPool2D", lambda n, u: aten.adaptive_avg_pool2d(u, shape_of_node(n)[-2:]))
+linear("AdaptiveAvgPool3D", lambda n, u: aten.adaptive_avg_pool3d(u, shape_of_node(n)[-3:]))
 linear("UpsampleNearest1D", lambda n, u: aten.upsample_nearest1d(
     u, n._saved_output_size, n._saved_scales))
 linear("UpsampleNearest2D", lambda n, u: aten.upsample_nearest2d(
@@ -162,9 +162,8 @@ def stacked(node: Any, lead: tuple[int, ...], us: Any) -> Tensor:
 
 def joined(node: Any, lead: tuple[int, ...], us: Any) -> Tensor:
     dim = signed(node._saved_dim)
-    shapes = joined_shapes(node)
-    kept = [(u, shape) for u, shape in zip(us, shapes, strict=True) if shape is not None]
-    us, shapes = zip(*kept, strict=True)
+    pairs = zip(us, joined_shapes(node), strict=True)
+    us, shapes = zip(*[pair for pair in pairs if pair[1] is not None], strict=True)
     return torch.cat(filled(us, shapes, lead), dim + len(lead) * (dim >= 0))
 
 
@@ -276,6 +275,11 @@ def of_input(fn: str, params: Any = ()) -> Callable[[Any], Any]:
     return lambda n: found
 
 
+def of_output(fn: str) -> Callable[[Any], Any]:
+    found = 0, IDS[fn], ()
+    return lambda n: found
+
+
 def gelu(n: Any) -> Any:
     return 1, IDS["gelu_tanh" if n._saved_approximate == "tanh" else "gelu"], ()
 
@@ -295,11 +299,11 @@ KERNELS: dict[str, tuple[Callable[[Any], Any], float]] = {
 for _name, (_read, _gain) in KERNELS.items():
     add(_name, Activation(_read))
     GAINS[f"{_name}Backward0"] = _gain
-for _name, _slope in (("Tanh", IDS["tanh_slope"]), ("Sigmoid", IDS["sigmoid_slope"])):
-    add(_name, Activation(lambda n, slope=_slope: (0, slope, ()), "result"))
+add("Tanh", Activation(of_output("tanh_slope"), "result"))
+add("Sigmoid", Activation(of_output("sigmoid_slope"), "result"))
 RULES[_Act] = OwnActivation()
 
-# Torch lacks the second derivative of it.
+# Torch lacks its second derivative, so the chain engine is needed.
 GAINS["HardsigmoidBackward0"] = math.inf
 
 # ---- softmax and norms
