@@ -222,7 +222,7 @@ class Penalty(nn.Module):
         if self.reduction == "none":
             return factor * values
         # The mean over no samples would be 0/0.
-        mean = self.reduction == "mean" and len(values) > 0
+        mean = self.reduction == "mean" and values.shape[0] > 0
         value = values.mean() if mean else values.sum()
         return value if factor == 1 else factor * value
 

@@ -63,14 +63,16 @@ def vjp(output: Tensor, x: Tensor, w: Tensor, chunk_size: int | None = None) -> 
     If the graph contains an ``autograd.Function`` that is not one of fastjac (a compiled model is
     one), the cotangents are computed one at a time: in a batched pass torch 2.13 drops the
     second-order term of such a Function without an error, while a single pass is exact or raises.
-    Inside ``torch.compile`` the default is one at a time too, since torch cannot trace a batched
-    pass with dynamic shapes, and such a Function raises.
+    Inside ``torch.compile``, where such a Function raises, and symbolic ``make_fx`` the default is
+    one at a time too, since torch cannot trace a batched pass with dynamic shapes.
     """
     if torch.compiler.is_compiling():
         refuse_functions()
         size = chunk_size or 1
+    elif any(isinstance(n, torch.SymInt) for t in (output, x, w) for n in t.shape):
+        size = chunk_size or 1
     else:
-        size = chunk_size or len(w)
+        size = chunk_size or w.shape[0]
         if size > 1 and holds_foreign_function(output):
             size = 1
     found = [_pass(output, x, part) for part in w.split(size)]
@@ -78,7 +80,7 @@ def vjp(output: Tensor, x: Tensor, w: Tensor, chunk_size: int | None = None) -> 
 
 
 def _pass(output: Tensor, x: Tensor, w: Tensor) -> Tensor:
-    batched = len(w) > 1
+    batched = w.shape[0] > 1
     try:
         (v,) = torch.autograd.grad(
             output,
@@ -92,7 +94,7 @@ def _pass(output: Tensor, x: Tensor, w: Tensor) -> Tensor:
         if not batched:
             raise
         raise RuntimeError(
-            f"the batched pass over {len(w)} cotangents failed: if an operation of the model does "
+            f"the batched pass over {w.shape[0]} cotangents failed: if an operation of the model does "
             f"not support vmap, use chunk_size=1. The error of torch is: {error}"
         ) from error
     if v is None:

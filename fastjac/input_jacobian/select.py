@@ -79,7 +79,7 @@ def _refusal(request: Request, model: Any, x: Tensor) -> str | None:
     if request.at is not None:
         return _hidden(request.at)
     is_batch = isinstance(x, Tensor) and x.is_floating_point() and not x.is_nested and x.dim() > 0
-    if not is_batch or len(x) == 0:
+    if not is_batch or x.shape[0] == 0:
         return "x is not a batch of floating-point samples"
     if x.layout != torch.strided:
         return f"x is a {x.layout} tensor"

@@ -116,7 +116,7 @@ class LayerPenalty(LayerStatistic, ModelPenalty):
         finally:
             watch.remove()
         self._shares = []
-        return output, self._finish(seen, output, len(x))
+        return output, self._finish(seen, output, x.shape[0])
 
     def _finish(self, seen: Pass, output: Any, batch: int | None) -> Tensor | Sum:
         outputs = [output] if isinstance(output, Tensor) else tree_leaves(output)
