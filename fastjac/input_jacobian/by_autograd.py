@@ -94,8 +94,8 @@ def _pass(output: Tensor, x: Tensor, w: Tensor) -> Tensor:
         if not batched:
             raise
         raise RuntimeError(
-            f"the batched pass over {w.shape[0]} cotangents failed: if an operation of the model does "
-            f"not support vmap, use chunk_size=1. The error of torch is: {error}"
+            f"the batched pass over {w.shape[0]} cotangents failed: if an operation of the model "
+            f"does not support vmap, use chunk_size=1. The error of torch is: {error}"
         ) from error
     if v is None:
         raise RuntimeError(

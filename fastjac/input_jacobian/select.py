@@ -126,7 +126,7 @@ def _by_chain(
         warnings.warn(
             f"{request.asker.__name__}: engine='autograd' runs instead of the chain engine, which "
             f"cannot run this model: {error}. Set engine='autograd' to avoid this warning",
-            stacklevel=7,
+            stacklevel=8,
         )
         return None
     tried[key] = None

@@ -232,9 +232,9 @@ def named(fn: int, values: Sequence[float]) -> tuple[str, dict[str, float]]:
 
 class _ActStats(Function):
     @staticmethod
-    def forward(z, w, dim, per_sample, scale, fn, values, suffix):
+    def forward(z, weights, dim, per_sample, scale, fn, values, suffix):
         with below_autograd():
-            return raw("act_stats" + suffix)(z, w, dim, per_sample, scale, fn, values)
+            return raw("act_stats" + suffix)(z, weights, dim, per_sample, scale, fn, values)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
