@@ -142,6 +142,18 @@ def test_every_option(spec: PenaltySpec, options: dict[str, Any]) -> None:
     check(step, inputs)
 
 
+@pytest.mark.parametrize("spec", [s for s in SPECS if forms_of(s.values[0])[0][0] == "graph"])
+def test_references(spec: PenaltySpec) -> None:
+    """The definitions that are functions of x and output."""
+
+    class Reference(nn.Module):
+        def forward(self, *arguments: Any) -> Tensor:
+            return spec.reference(*arguments)
+
+    step, inputs, _ = step_of(spec, "graph", None, {})
+    check(Step(step.model, Reference(), "graph"), inputs)
+
+
 LAYERS = {
     "conv, BatchNorm": [nn.Conv2d(2, 5, 2), nn.BatchNorm2d(5), nn.ReLU()],
     "conv, BatchNorm in eval mode": [nn.Conv2d(2, 5, 2), nn.BatchNorm2d(5).eval(), nn.Tanh()],
