@@ -16,12 +16,21 @@ from fastjac.penalty import call_model
 from fastjac.per_sample import measure
 from fastjac.torch_private import comptime, shape_of_node, traced_graphs
 
+GRAPH_FORM = "use the model form, penalty(model, x, ...)"
+
 
 class AutogradPullback(Pullback):
     """The pullback of ``x`` and ``output`` in one graph; differentiable as often as the graph."""
 
-    def __init__(self, x: Tensor, output: Tensor, operations: Operations | None = None) -> None:
+    def __init__(
+        self,
+        x: Tensor,
+        output: Tensor,
+        operations: Operations | None = None,
+        why_not_chain: str = GRAPH_FORM,
+    ) -> None:
         self.x, self.output, self.operations = x, output, operations
+        self.why_not_chain = why_not_chain
 
     def vjp(self, w: Tensor, chunk_size: int | None = None) -> Tensor:
         return vjp(self.output, self.x, w, chunk_size, self.operations)
@@ -41,8 +50,13 @@ class AutogradPullback(Pullback):
         """
         if torch.compiler.is_compiling():
             comptime(REFUSE_JVP)
-        elif norm := (self.operations or Operations(self.output)).wrong_third:
-            raise RuntimeError(JVP_OF_NORM.format(norm))
+        else:
+            operations = self.operations or Operations(self.output)
+            if operations.wrong_again:
+                raise RuntimeError(GRADIENT_IN_MODEL.format(operations.wrong_again))
+            if operations.wrong_third:
+                message = JVP_OF_NORM.format(operations.wrong_third)
+                raise RuntimeError(f"{message}, which cannot run this call: {self.why_not_chain}")
         w = torch.zeros_like(self.output, requires_grad=True)
         (v,) = vjp(self.output, self.x, w.unsqueeze(0))
         return vjp(v, w, u, chunk_size)
@@ -103,8 +117,7 @@ MISSING = {
 
 JVP_OF_NORM = (
     "the gradient of a JVP through {} is needed, which torch computes wrongly (it takes mean and "
-    "variance for constants): use the model form, penalty(model, x, ...), with engine='auto' or "
-    "'chain', outside of torch.compile"
+    "variance for constants). The chain engine computes it rightly"
 )
 
 BATCHED_NORM = (
@@ -299,7 +312,10 @@ REFUSE_FUNCTIONS = _traced_calls(
     "compute the penalty outside of the compiled function",
 )
 REFUSE_BATCHED = _traced_calls(("group_norm",), BATCHED_NORM)
-REFUSE_JVP = _traced_calls(("layer_norm", "batch_norm", "instance_norm"), JVP_OF_NORM)
+REFUSE_JVP = _traced_calls(
+    ("layer_norm", "batch_norm", "instance_norm"),
+    JVP_OF_NORM + ": compute the penalty outside of torch.compile",
+)
 
 
 def check_output(output: Tensor, n: int) -> None:

@@ -92,7 +92,8 @@ def _run(request: Request, model: Any, x: Any) -> tuple[Tensor, Pullback, str | 
         except Unsupported as error:
             reason = str(error)
     distributed.check_graph(x, output)
-    return output, by_autograd.AutogradPullback(x, output, operations), reason
+    pull = by_autograd.AutogradPullback(x, output, operations, str(reason))
+    return output, pull, reason
 
 
 HOST = 2e4

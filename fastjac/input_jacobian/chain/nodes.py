@@ -37,8 +37,8 @@ from fastjac.torch_private import dtype_of_node, shape_of_node
 aten = torch.ops.aten
 
 
-def linear(names: str, apply: Callable[[Any, Tensor], Any]) -> None:
-    add(names, Linear(apply))
+def linear(names: str, apply: Callable[[Any, Tensor], Any], several: bool = False) -> None:
+    add(names, Linear(apply, several))
 
 
 # ---- linear in the only input
@@ -125,9 +125,11 @@ linear("Diagonal", lambda n, u: u.diagonal(*map(signed, (n._saved_offset, n._sav
 linear("Tril", lambda n, u: u.tril(signed(n._saved_diagonal)))
 linear("Triu", lambda n, u: u.triu(signed(n._saved_diagonal)))
 linear("MaskedFill", lambda n, u: u.masked_fill(n._saved_mask, 0))
-linear("Split UnsafeSplit", lambda n, u: u.split(n._saved_split_size, signed(n._saved_dim)))
-linear("SplitWithSizes", lambda n, u: u.split(list(n._saved_split_sizes), signed(n._saved_dim)))
-linear("Unbind", lambda n, u: u.unbind(signed(n._saved_dim)))
+linear("Split UnsafeSplit", lambda n, u: u.split(n._saved_split_size, signed(n._saved_dim)),
+       several=True)
+linear("SplitWithSizes", lambda n, u: u.split(list(n._saved_split_sizes), signed(n._saved_dim)),
+       several=True)
+linear("Unbind", lambda n, u: u.unbind(signed(n._saved_dim)), several=True)
 linear("Sort Topk Max Min Kthvalue Median.1 Cummax Cummin", picked)
 linear("MaxPool2DWithIndices MaxPool3DWithIndices AdaptiveMaxPool2D AdaptiveMaxPool3D", pooled)
 linear("AvgPool2D", average(F.avg_pool2d))

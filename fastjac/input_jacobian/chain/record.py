@@ -93,8 +93,9 @@ class Record:
         rule: Any = kind.rule
         targets: tuple[int, ...] = ()
         delta = -1
-        if kind.asks and not rule.takes(node, tuple([s is not None for s in sources])):
-            rule = None
+        if rule is not None:
+            if (used != _FIRST and not rule.several and set(used) != {rule.output}) or (kind.asks and not rule.takes(node, tuple([s is not None for s in sources]))):
+                rule = None
         if rule is None:
             if len(set(used)) > 1:
                 raise Unsupported(f"{kind.name} has several outputs and no rule")
@@ -162,11 +163,11 @@ class Record:
                     if place >= 0 and extra is not None:
                         before = extras[place]
                         extras[place] = extra if before is None else before + extra
-            if isinstance(out, Tensor):
-                tangents[node, rule.output] = out
-            elif out is not None:
+            if rule.several:
                 for i, t in enumerate(out):
                     tangents[node, i] = t
+            elif out is not None:
+                tangents[node, rule.output] = out
         return tangents.get(self.end)
 
     def describe(self) -> list[str]:
@@ -176,6 +177,8 @@ class Record:
             names.append(f"by autograd: {name}" if isinstance(rule, ByAutograd) else name)
         return names
 
+
+_FIRST = [0]
 
 HIDDEN = {
     "CopySlices": "an operation writes to a part of a tensor in place",

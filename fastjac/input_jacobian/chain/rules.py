@@ -42,7 +42,8 @@ class Unsupported(RuntimeError):
 class Rule:
     """The rule of one kind of operation."""
 
-    output = 0  # which output of the operation `jvp` is of, if it returns one tensor
+    output = 0  # which output of the operation `jvp` is of
+    several = False  # whether `jvp` returns a tuple for all of them
 
     def takes(self, node: Any, inside: tuple[bool, ...]) -> bool:
         """Whether the rule holds for this node; ``inside`` says which inputs depend on x."""
@@ -103,8 +104,8 @@ def over_lead(t: Tensor, lead: tuple[int, ...]) -> Tensor:
 class Linear(Rule):
     """An operation that is linear in its one input, given as ``(node, u)`` for one cotangent."""
 
-    def __init__(self, apply: Callable[[Any, Tensor], Any]) -> None:
-        self.apply = apply
+    def __init__(self, apply: Callable[[Any, Tensor], Any], several: bool = False) -> None:
+        self.apply, self.several = apply, several
 
     def jvp(self, node, lead, us):
         (u,) = (u for u in us if u is not None)
