@@ -94,7 +94,8 @@ class Record:
         targets: tuple[int, ...] = ()
         delta = -1
         if rule is not None:
-            if (used != _FIRST and not rule.several and set(used) != {rule.output}) or (kind.asks and not rule.takes(node, tuple([s is not None for s in sources]))):
+            others = used != _FIRST and not rule.several and set(used) != {rule.output}
+            if others or (kind.asks and not rule.takes(node, tuple(map(bool, sources)))):
                 rule = None
         if rule is None:
             if len(set(used)) > 1:
