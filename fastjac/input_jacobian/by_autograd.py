@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -10,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from fastjac import arguments
+from fastjac.input_jacobian import guards
+from fastjac.input_jacobian.guards import Operations
 from fastjac.input_jacobian.pullback import Pullback
-from fastjac.ops.autograd import Function
 from fastjac.penalty import call_model
 from fastjac.per_sample import measure
-from fastjac.torch_private import comptime, shape_of_node, traced_graphs
+from fastjac.torch_private import comptime
 
 GRAPH_FORM = "use the model form, penalty(model, x, ...)"
 
@@ -46,20 +46,17 @@ class AutogradPullback(Pullback):
     def jvp(self, u: Tensor, chunk_size: int | None = None) -> Tensor:
         """A VJP of a VJP, since ``v(w) = Jᵀw`` is linear in ``w`` and ``J u = (∂v/∂w)ᵀ u``.
 
-        Raises for the norms of `WRONG_THIRD`: the gradient of the result is a third derivative.
+        The gradient of the result is a third derivative; `guards` has those that raise.
         """
         if torch.compiler.is_compiling():
-            comptime(REFUSE_JVP)
-        else:
-            operations = self.operations or Operations(self.output)
-            if operations.wrong_again:
-                raise RuntimeError(GRADIENT_IN_MODEL.format(operations.wrong_again))
-            if operations.wrong_third:
-                message = JVP_OF_NORM.format(operations.wrong_third)
-                raise RuntimeError(f"{message}, which cannot run this call: {self.why_not_chain}")
+            comptime(guards.REFUSE_JVP)
         w = torch.zeros_like(self.output, requires_grad=True)
-        (v,) = vjp(self.output, self.x, w.unsqueeze(0))
-        return vjp(v, w, u, chunk_size)
+        (v,) = vjp(self.output, self.x, w.unsqueeze(0), None, guards.NOTHING)
+        t = vjp(v, w, u, chunk_size)
+        if not torch.compiler.is_compiling():
+            operations = self.operations or Operations(self.output)
+            guards.check_backward(t, operations, self.why_not_chain)
+        return t
 
     def then(self, f: Callable[[Tensor], Tensor]) -> Pullback:
         return AutogradPullback(self.x, f(self.output))
@@ -85,125 +82,6 @@ class Composed(Pullback):
         return Composed(self, f)
 
 
-# What torch 2.13 computes wrongly without an error, by the node of its graph. Each is shown by a
-# test (`tests/test_torch_wrong.py`), which fails once torch is right.
-
-WRONG_THIRD = {
-    "NativeLayerNormBackward0": "layer_norm",
-    "NativeBatchNormBackward0": "batch_norm or instance_norm",
-    "CudnnBatchNormBackward0": "batch_norm or instance_norm",
-    "MiopenBatchNormBackward0": "batch_norm or instance_norm",
-}
-"""Norms in training mode whose third derivative takes mean and variance for constants."""
-
-WRONG_AGAIN = {
-    node.replace("Backward0", "BackwardBackward0"): name for node, name in WRONG_THIRD.items()
-}
-"""The first derivatives of these norms, as a part of a model; a penalty needs two more."""
-
-WRONG_BATCHED = {"NativeGroupNormBackward0"}
-"""Whose second derivative is wrong for several cotangents at once."""
-
-_ATTENTION = "run the model under torch.nn.attention.sdpa_kernel(SDPBackend.MATH)"
-
-MISSING = {
-    "HardsigmoidBackward0": "use the model form, penalty(model, x, ...), with engine='auto'",
-    "ScaledDotProductFlashAttentionForCpuBackward0": _ATTENTION,
-    "ScaledDotProductFlashAttentionBackward0": _ATTENTION,
-    "ScaledDotProductEfficientAttentionBackward0": _ATTENTION,
-    "ScaledDotProductCudnnAttentionBackward0": _ATTENTION,
-}
-"""Operations whose second derivative torch does not have, and what to do."""
-
-JVP_OF_NORM = (
-    "the gradient of a JVP through {} is needed, which torch computes wrongly (it takes mean and "
-    "variance for constants). The chain engine computes it rightly"
-)
-
-BATCHED_NORM = (
-    "chunk_size is more than 1, and torch differentiates {} wrongly for several cotangents at "
-    "once: inside torch.compile use chunk_size=1"
-)
-
-GRADIENT_IN_MODEL = (
-    "the model itself computes a gradient through {}, and torch computes the derivatives of that "
-    "gradient wrongly (it takes mean and variance for constants): use another norm (GroupNorm, "
-    "RMSNorm), or write the norm out"
-)
-
-THIRD = (
-    "the gradient of a penalty was computed with create_graph=True, which needs the third "
-    "derivative of {}, and torch computes it wrongly (it takes mean and variance for constants): "
-    "use another norm (GroupNorm, RMSNorm), or write the norm out"
-)
-
-
-MISSING_SECOND = (
-    "the second derivative of {} is needed, an operation of the model, and torch does not have it: "
-    "{}"
-)
-
-
-class Operations:
-    """What the graph of a tensor contains that torch does not differentiate rightly."""
-
-    def __init__(self, output: Tensor) -> None:
-        self.foreign = False  # an autograd.Function that is not of fastjac
-        self.wrong_third = self.wrong_again = ""  # names of norms
-        self.wrong_batched = False
-        self.missing = ""  # the node of an operation without a second derivative
-        self.count = 0
-        self.gain = 0.0  # nanoseconds that the chain engine saves, see `GAINS`
-        seen: set[Any] = set()
-        left = [output.grad_fn]
-        while left:
-            node = left.pop()
-            if node is None or node in seen:
-                continue
-            seen.add(node)
-            left += [following for following, _ in node.next_functions]
-            kind = _kinds.get(type(node))
-            if kind is None:
-                kind = _kinds[type(node)] = _kind(node)
-            if not kind:
-                continue
-            if type(node).__name__ in GAINS:
-                self.gain += GAINS[type(node).__name__] * math.prod(shape_of_node(node))
-            if kind == "foreign":
-                self.foreign = True
-            elif kind == "missing":
-                self.missing = type(node).__name__
-            elif kind == "batched":
-                self.wrong_batched = True
-            elif kind == "third":
-                if getattr(node, "_saved_training", True):
-                    self.wrong_third = WRONG_THIRD[type(node).__name__]
-            elif kind == "again" and getattr(node, "_saved_train", True):
-                self.wrong_again = WRONG_AGAIN[type(node).__name__]
-        self.count = len(seen)
-
-
-GAINS: dict[str, float] = {}
-"""By node: nanoseconds an element that the chain engine saves, for a single cotangent."""
-
-_kinds: dict[type, str] = {}
-
-
-def _kind(node: Any) -> str:
-    """What `Operations` notes about the nodes of a type; "" if nothing."""
-    name = type(node).__name__
-    forward = getattr(node, "_forward_cls", None)
-    if forward is not None:
-        return "" if issubclass(forward, Function) else "foreign"
-    for kind, names in (
-        *(("third", WRONG_THIRD), ("again", WRONG_AGAIN), ("batched", WRONG_BATCHED)),
-        *(("missing", MISSING), ("gain", GAINS)),
-    ):
-        if name in names:
-            return kind
-    return ""
-
-
 def vjp(
     output: Tensor,
     x: Tensor,
@@ -218,7 +96,7 @@ def vjp(
 
     The cotangents are computed one at a time if a batched pass would be wrong in torch 2.13: if the
     graph contains an ``autograd.Function`` that is not one of fastjac (a compiled model is one),
-    whose second-order term is dropped without an error, or one of `WRONG_BATCHED`. Inside
+    whose second-order term is dropped without an error, or one of `guards.WRONG_BATCHED`. Inside
     ``torch.compile``, where such a Function raises, and symbolic ``make_fx`` the default is one at
     a time too, since torch cannot trace a batched pass with dynamic shapes.
     """
@@ -234,13 +112,11 @@ def _checked(
 ) -> Tensor:
     """``Jᵀ w``, or for a size, that of K cotangents in passes of this size."""
     if torch.compiler.is_compiling():
-        comptime(REFUSE_FUNCTIONS)
+        comptime(guards.REFUSE_FUNCTIONS)
         if size > 1:
-            comptime(REFUSE_BATCHED)
+            comptime(guards.REFUSE_BATCHED)
     else:
         operations = operations or Operations(output)
-        if operations.wrong_again:
-            raise RuntimeError(GRADIENT_IN_MODEL.format(operations.wrong_again))
         if operations.foreign or operations.wrong_batched:
             size = min(size, 1)
     if size == 0:
@@ -249,23 +125,9 @@ def _checked(
         v = torch.stack([_pass(output, x, part) for part in w])
     else:
         v = torch.cat([_pass(output, x, part, True) for part in w.split(size)])
-    if operations is not None and v.requires_grad:
-        if operations.wrong_third:
-            _refuse_backward(v, THIRD.format(operations.wrong_third), third=True)
-        if operations.missing:
-            name, advice = operations.missing, MISSING[operations.missing]
-            _refuse_backward(v, MISSING_SECOND.format(name.removesuffix("Backward0"), advice))
+    if operations is not None:
+        guards.check_backward(v, operations)
     return v
-
-
-def _refuse_backward(v: Tensor, message: str, third: bool = False) -> None:
-    """Raise in the backward of v, or only in one with ``create_graph=True``."""
-
-    def refuse(gradient: Tensor) -> None:
-        if torch.is_grad_enabled() or not third:
-            raise RuntimeError(message)
-
-    v.register_hook(refuse)
 
 
 def _pass(output: Tensor, x: Tensor, w: Tensor, batched: bool = False) -> Tensor:
@@ -286,36 +148,6 @@ def _pass(output: Tensor, x: Tensor, w: Tensor, batched: bool = False) -> Tensor
             "that the model does not detach it"
         )
     return v
-
-
-def _traced_calls(names: tuple[str, ...], message: str) -> Callable[[Any], None]:
-    """A `comptime` function that raises if the traced graph calls a function of one of the names.
-
-    Made once, as a global: dynamo cannot give a comptime function a closure of traced values.
-    """
-
-    def check(context: Any) -> None:
-        for graph in traced_graphs(context):
-            for node in graph.nodes:
-                called = getattr(node.target, "__name__", str(node.target))
-                if called in names:
-                    raise RuntimeError(message.format(called))
-
-    return check
-
-
-# When torch 2.13 traces `autograd.grad`, it drops the second-order term of an autograd.Function
-# without an error. The ops of fastjac are single operations in the graph and are not affected.
-REFUSE_FUNCTIONS = _traced_calls(
-    ("autograd_function_apply",),
-    "the model calls a torch.autograd.Function, whose second derivative is lost in torch.compile: "
-    "compute the penalty outside of the compiled function",
-)
-REFUSE_BATCHED = _traced_calls(("group_norm",), BATCHED_NORM)
-REFUSE_JVP = _traced_calls(
-    ("layer_norm", "batch_norm", "instance_norm"),
-    JVP_OF_NORM + ": compute the penalty outside of torch.compile",
-)
 
 
 def check_output(output: Tensor, n: int) -> None:

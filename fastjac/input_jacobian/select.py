@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from fastjac import distributed, torch_private
-from fastjac.input_jacobian import by_autograd
+from fastjac.input_jacobian import by_autograd, guards
 from fastjac.input_jacobian.chain import Chain, GraphRun, Mlp, Unsupported
 from fastjac.input_jacobian.compiled import engine as compiled
 from fastjac.input_jacobian.compiled.buffers import places_of
@@ -83,7 +83,7 @@ def _run(request: Request, model: Any, x: Any) -> tuple[Tensor, Pullback, str | 
     if reason is None and hooks != RemovableHandle.next_id:
         # Torch counts all hooks. One on a hidden tensor changes the gradient, and is not seen.
         reason = "the model registers hooks when it runs"
-    operations = by_autograd.Operations(output) if output.grad_fn is not None else None
+    operations = guards.Operations(output) if output.grad_fn is not None else None
     if reason is None and operations is not None and not _pays(request, output, operations):
         reason = "autograd is as fast on this network (engine='chain' runs it)"
     if reason is None:
@@ -92,7 +92,8 @@ def _run(request: Request, model: Any, x: Any) -> tuple[Tensor, Pullback, str | 
         except Unsupported as error:
             reason = str(error)
     distributed.check_graph(x, output)
-    pull = by_autograd.AutogradPullback(x, output, operations, str(reason))
+    why = f"it does not run this call, because {reason}"
+    pull = by_autograd.AutogradPullback(x, output, operations, why)
     return output, pull, reason
 
 
@@ -100,12 +101,12 @@ HOST = 2e4
 """Nanoseconds of Python that the chain engine takes more than autograd for a node of the graph."""
 
 
-def _pays(request: Request, output: Tensor, operations: by_autograd.Operations) -> bool:
+def _pays(request: Request, output: Tensor, operations: guards.Operations) -> bool:
     """Whether the chain engine is worth trying: named, needed, or faster.
 
     For several cotangents torch dispatches each operation under vmap, and the chain engine was
     faster or as fast in all cases measured. For a single one it gains in some elementwise double
-    backwards (`by_autograd.GAINS`), for each element, and loses in Python, for each node. Both were
+    backwards (`guards.GAINS`), for each element, and loses in Python, for each node. Both were
     measured on one core of a CPU. For a GPU a hundredth of the gain is assumed, by its bandwidth;
     that is not measured yet. JVPs are not a question of speed: torch differentiates those of some
     norms wrongly.

@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastjac.activations import IDS
-from fastjac.input_jacobian.by_autograd import GAINS
 from fastjac.input_jacobian.chain.activations import Activation, OwnActivation
 from fastjac.input_jacobian.chain.norms import BatchNorm, GroupNorm, LayerNorm
 from fastjac.input_jacobian.chain.rules import (
@@ -31,6 +30,7 @@ from fastjac.input_jacobian.chain.rules import (
     signed,
     whole,
 )
+from fastjac.input_jacobian.guards import GAINS
 from fastjac.ops.act import _Act
 from fastjac.torch_private import dtype_of_node, shape_of_node
 

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from fastjac.input_jacobian.by_autograd import GRADIENT_IN_MODEL, MISSING, WRONG_AGAIN
 from fastjac.input_jacobian.chain.by_autograd import ByAutograd
 from fastjac.input_jacobian.chain.rules import RULES, Rule, Unsupported
+from fastjac.input_jacobian.guards import GRADIENT_IN_MODEL, MISSING, WRONG_AGAIN
 from fastjac.ops.autograd import Function
 from fastjac.torch_private import saved_names, saved_under_hooks
 

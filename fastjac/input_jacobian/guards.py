@@ -1,0 +1,202 @@
+"""What torch differentiates wrongly or not at all, by the node of its graph, and the guards.
+
+The lists are those of torch 2.13. Each entry is shown by a test, `tests/test_torch_wrong.py`, which
+fails once torch is right. A guard computes such a call in another way, or raises in the backward:
+the value of a penalty is right in all cases, it is the gradient that is not.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastjac.ops.autograd import Function
+from fastjac.torch_private import shape_of_node, traced_graphs
+
+WRONG_THIRD = {
+    "NativeLayerNormBackward0": "layer_norm",
+    "NativeBatchNormBackward0": "batch_norm or instance_norm",
+    "CudnnBatchNormBackward0": "batch_norm or instance_norm",
+    "MiopenBatchNormBackward0": "batch_norm or instance_norm",
+}
+"""Norms in training mode whose third derivative takes mean and variance for constants."""
+
+WRONG_AGAIN = {
+    node.replace("Backward0", "BackwardBackward0"): name for node, name in WRONG_THIRD.items()
+}
+"""The first derivatives of these norms, as a part of a model; a penalty needs two more."""
+
+WRONG_BATCHED = {"NativeGroupNormBackward0"}
+"""Whose second derivative is wrong for several cotangents at once."""
+
+_ATTENTION = "run the model under torch.nn.attention.sdpa_kernel(SDPBackend.MATH)"
+
+MISSING = {
+    "HardsigmoidBackward0": "use the model form, penalty(model, x, ...), with engine='auto'",
+    "ScaledDotProductFlashAttentionForCpuBackward0": _ATTENTION,
+    "ScaledDotProductFlashAttentionBackward0": _ATTENTION,
+    "ScaledDotProductEfficientAttentionBackward0": _ATTENTION,
+    "ScaledDotProductCudnnAttentionBackward0": _ATTENTION,
+}
+"""Operations whose second derivative torch does not have, and what to do."""
+
+JVP_OF_NORM = (
+    "the gradient of a JVP through {} is needed, which torch computes wrongly (it takes mean and "
+    "variance for constants). The chain engine computes it rightly: "
+)
+
+BATCHED_NORM = (
+    "chunk_size is more than 1, and torch differentiates {} wrongly for several cotangents at "
+    "once: inside torch.compile use chunk_size=1"
+)
+
+GRADIENT_IN_MODEL = (
+    "the model itself computes a gradient through {}, and torch computes the derivatives of that "
+    "gradient wrongly (it takes mean and variance for constants): use another norm (GroupNorm, "
+    "RMSNorm), or write the norm out"
+)
+
+THIRD = (
+    "the gradient of a penalty was computed with create_graph=True, which needs the third "
+    "derivative of {}, and torch computes it wrongly (it takes mean and variance for constants): "
+    "use another norm (GroupNorm, RMSNorm), or write the norm out"
+)
+
+
+MISSING_SECOND = (
+    "the second derivative of {} is needed, an operation of the model, and torch does not have it: "
+    "{}"
+)
+
+
+class Operations:
+    """What the graph of a tensor contains that torch does not differentiate rightly."""
+
+    def __init__(self, output: Tensor) -> None:
+        self.foreign = False  # an autograd.Function that is not of fastjac
+        self.wrong_third = self.wrong_again = ""  # names of norms
+        self.wrong_batched = False
+        self.missing = ""  # the node of an operation without a second derivative
+        self.count = 0
+        self.gain = 0.0  # nanoseconds that the chain engine saves, see `GAINS`
+        seen: set[Any] = set()
+        left = [output.grad_fn]
+        while left:
+            node = left.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            left += [following for following, _ in node.next_functions]
+            kind = _kinds.get(type(node))
+            if kind is None:
+                kind = _kinds[type(node)] = _kind(node)
+            if not kind:
+                continue
+            if type(node).__name__ in GAINS:
+                self.gain += GAINS[type(node).__name__] * math.prod(shape_of_node(node))
+            if kind == "foreign":
+                self.foreign = True
+            elif kind == "missing":
+                self.missing = type(node).__name__
+            elif kind == "batched":
+                self.wrong_batched = True
+            elif kind == "third":
+                if getattr(node, "_saved_training", True):
+                    self.wrong_third = WRONG_THIRD[type(node).__name__]
+            elif kind == "again" and getattr(node, "_saved_train", True):
+                self.wrong_again = WRONG_AGAIN[type(node).__name__]
+        self.count = len(seen)
+
+
+GAINS: dict[str, float] = {}
+"""By node: nanoseconds an element that the chain engine saves, for a single cotangent."""
+
+_kinds: dict[type, str] = {}
+
+
+def _kind(node: Any) -> str:
+    """What `Operations` notes about the nodes of a type; "" if nothing."""
+    name = type(node).__name__
+    forward = getattr(node, "_forward_cls", None)
+    if forward is not None:
+        return "" if issubclass(forward, Function) else "foreign"
+    for kind, names in (
+        *(("third", WRONG_THIRD), ("again", WRONG_AGAIN), ("batched", WRONG_BATCHED)),
+        *(("missing", MISSING), ("gain", GAINS)),
+    ):
+        if name in names:
+            return kind
+    return ""
+
+
+class _Nothing:
+    wrong_batched = foreign = False
+    wrong_third = wrong_again = missing = ""
+
+
+NOTHING: Any = _Nothing()
+"""`Operations` of a VJP that `check_backward` is not wanted for."""
+
+
+def check_backward(v: Tensor, operations: Operations, of_jvp: str = "") -> None:
+    """Make the backward of a VJP raise where torch would compute a wrong gradient, or none.
+
+    ``of_jvp``, for a JVP, says how to reach the chain engine, or why it does not run.
+    """
+    if not v.requires_grad:
+        return
+    if operations.wrong_again:
+        _refuse_backward(v, GRADIENT_IN_MODEL.format(operations.wrong_again))
+    if operations.wrong_third:
+        norm = operations.wrong_third
+        if of_jvp:
+            _refuse_backward(v, f"{JVP_OF_NORM.format(norm)}{of_jvp}")
+        else:
+            _refuse_backward(v, THIRD.format(norm), third=True)
+    if operations.missing:
+        name, advice = operations.missing, MISSING[operations.missing]
+        _refuse_backward(v, MISSING_SECOND.format(name.removesuffix("Backward0"), advice))
+
+
+def _refuse_backward(v: Tensor, message: str, third: bool = False) -> None:
+    """Raise in the backward of v, or only in one with ``create_graph=True``."""
+
+    def refuse(gradient: Tensor) -> None:
+        if torch.is_grad_enabled() or not third:
+            raise RuntimeError(message)
+
+    v.register_hook(refuse)
+
+
+def _traced_calls(names: tuple[str, ...], message: str) -> Callable[[Any], None]:
+    """A `comptime` function that raises if the traced graph calls a function of one of the names.
+
+    Made once, as a global: dynamo cannot give a comptime function a closure of traced values.
+    """
+
+    def check(context: Any) -> None:
+        for graph in traced_graphs(context):
+            for node in graph.nodes:
+                called = getattr(node.target, "__name__", str(node.target))
+                if called in names:
+                    raise RuntimeError(message.format(called))
+
+    return check
+
+
+# When torch 2.13 traces `autograd.grad`, it drops the second-order term of an autograd.Function
+# without an error. The ops of fastjac are single operations in the graph and are not affected.
+REFUSE_FUNCTIONS = _traced_calls(
+    ("autograd_function_apply",),
+    "the model calls a torch.autograd.Function, whose second derivative is lost in torch.compile: "
+    "compute the penalty outside of the compiled function",
+)
+REFUSE_BATCHED = _traced_calls(("group_norm",), BATCHED_NORM)
+REFUSE_JVP = _traced_calls(
+    ("layer_norm", "batch_norm", "instance_norm"),
+    JVP_OF_NORM + "compute the penalty outside of torch.compile",
+)

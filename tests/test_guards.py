@@ -1,0 +1,113 @@
+"""Where torch differentiates wrongly or not at all: the right numbers, or an error that says so."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from chain_cases import close, run, same, spectreg, three_layers
+from torch import Tensor, nn
+
+from fastjac.penalties import FrobReg, TangentProp
+
+pytestmark = pytest.mark.usefixtures("double")
+
+
+def normed(norm: nn.Module) -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 6), norm, nn.Tanh(), nn.Linear(6, 3))
+
+
+NORMS = {
+    "layer_norm": lambda: nn.LayerNorm(6),
+    "batch_norm": lambda: nn.BatchNorm1d(6),
+    "instance_norm": lambda: nn.Sequential(
+        nn.Unflatten(1, (2, 3)), nn.InstanceNorm1d(2), nn.Flatten()
+    ),
+}
+
+
+@pytest.mark.parametrize("shape", [(2, 4), (1, 3)], ids=str)
+@pytest.mark.parametrize("form", ["chain", "auto", "autograd", "graph"])
+def test_several_cotangents_through_group_norm(form: str, shape: tuple[int, int]) -> None:
+    """One cotangent at a time is right in torch; the batched pass over them is not."""
+    groups, channels = shape
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        *(nn.Conv1d(3, channels, 1), nn.GroupNorm(groups, channels), nn.SiLU(), nn.Flatten()),
+        nn.Linear(2 * channels, 2),
+    )
+    x = torch.randn(2, 3, 2)
+    expected = run(model, x, FrobReg(engine="autograd", chunk_size=1))
+    if form != "graph":
+        same(run(model, x, FrobReg(engine=form)), expected)
+        return
+    x.requires_grad_()
+    value = FrobReg()(x, model(x))
+    close(value, expected.value)
+    # `run` weights the samples of a value; of the mean there is one.
+    output = model(x)
+    found = torch.autograd.grad(
+        output.square().sum() + 0.5 * FrobReg()(x, output), list(model.parameters())
+    )
+    close(list(found), [expected.gradients[name] for name, _ in model.named_parameters()])
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_gradient_of_a_jvp_through_a_norm(norm: str) -> None:
+    """In the model form it is right (`test_chain`). By autograd the value is; the backward raises."""
+    model, x, t = normed(NORMS[norm]()), torch.randn(5, 4), torch.randn(5, 4)
+    truth = TangentProp()(model, x, t)[1]
+    x.requires_grad_()
+    for value, reason in (
+        (TangentProp()(x, model(x), t), "use the model form"),
+        (TangentProp(engine="autograd")(model, x, t)[1], "engine='autograd' is set"),
+    ):
+        close(value, truth)
+        with pytest.raises(RuntimeError, match=f"JVP through .*{norm}.*{reason}"):
+            value.backward()
+    evaluated = model.eval()
+    if norm == "batch_norm":  # with constants for mean and variance
+        TangentProp()(x, evaluated(x), t).backward()
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_third_derivative_of_a_norm(norm: str) -> None:
+    model, x = normed(NORMS[norm]()), torch.randn(5, 4, requires_grad=True)
+    for value in (spectreg("autograd")(model, x)[1], spectreg("auto")(x, model(x))):
+        torch.autograd.grad(value, x, retain_graph=True)
+        with pytest.raises(RuntimeError, match="needs the third derivative of .*norm"):
+            torch.autograd.grad(value, x, create_graph=True)
+
+
+@pytest.mark.parametrize("form", ["chain", "auto", "autograd", "graph"])
+def test_model_that_computes_a_gradient_through_a_norm(form: str) -> None:
+    norm = nn.LayerNorm(5)
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        h = m.a(x)
+        (g,) = torch.autograd.grad(norm(h).sin().sum(), h, create_graph=True)
+        return m.c(g)
+
+    model, x = three_layers(forward), torch.randn(3, 4, requires_grad=True)
+    with pytest.raises(RuntimeError, match="itself computes a gradient through layer_norm"):
+        penalty = spectreg(form if form != "graph" else "auto")
+        value = penalty(x, model(x)) if form == "graph" else penalty(model, x)[1]
+        value.backward()
+
+
+def test_operation_without_a_second_derivative() -> None:
+    x = torch.randn(3, 4, requires_grad=True)
+    model = nn.Sequential(nn.Linear(4, 5), nn.Hardsigmoid(), nn.Linear(5, 3))
+    value = spectreg("auto", n_proj=1)(x, model(x))
+    with pytest.raises(RuntimeError, match="second derivative of Hardsigmoid.*use the model form"):
+        value.backward()
+    spectreg("auto", n_proj=1)(model, x)[1].backward()
+    x = torch.randn(2, 2, 3, 4, requires_grad=True)
+    attention = three_layers(
+        lambda m, x: F.scaled_dot_product_attention(m.a(x), m.b(m.a(x)), m.a(x))
+    )
+    for value in (spectreg("auto", n_proj=1)(attention, x)[1], spectreg("auto")(x, attention(x))):
+        with pytest.raises(RuntimeError, match="second derivative of Scaled.*SDPBackend.MATH"):
+            value.backward()
