@@ -133,20 +133,20 @@ def dtype_of_node(node: Any, output: int = 0) -> torch.dtype:
     return node._input_metadata[output].dtype
 
 
-_raw_names: dict[type, list[str]] = {}
+def saved_names(node: Any) -> list[str]:
+    """The names of the tensors that nodes of this type save, for `saved_under_hooks`."""
+    return [name for name in dir(node) if name.startswith("_raw_saved_")]
 
 
-def has_saved_hooks(node: Any) -> bool:
-    """Whether the tensors of a node were saved under hooks (a checkpoint, ``save_on_cpu``)."""
-    names = _raw_names.get(type(node))
-    if names is None:
-        names = [name for name in dir(node) if name.startswith("_raw_saved_")]
-        _raw_names[type(node)] = names
+def saved_under_hooks(node: Any, names: list[str]) -> bool:
+    """Whether a tensor of a node was saved under hooks (a checkpoint, ``save_on_cpu``)."""
     for name in names:
         saved = getattr(node, name)
-        for t in saved if isinstance(saved, tuple | list) else (saved,):
-            if t.unpack_hook is not None:
+        if isinstance(saved, tuple | list):
+            if any([t.unpack_hook is not None for t in saved]):
                 return True
+        elif saved.unpack_hook is not None:
+            return True
     return False
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -10,22 +11,38 @@ from torch import Tensor, nn
 
 from fastjac import arguments
 from fastjac.input_jacobian.pullback import Pullback
-from fastjac.ops.autograd import Function, graph_nodes
+from fastjac.ops.autograd import Function
 from fastjac.penalty import call_model
-from fastjac.torch_private import comptime, traced_graphs
+from fastjac.per_sample import measure
+from fastjac.torch_private import comptime, shape_of_node, traced_graphs
 
 
 class AutogradPullback(Pullback):
     """The pullback of ``x`` and ``output`` in one graph; differentiable as often as the graph."""
 
-    def __init__(self, x: Tensor, output: Tensor) -> None:
-        self.x, self.output = x, output
+    def __init__(self, x: Tensor, output: Tensor, operations: Operations | None = None) -> None:
+        self.x, self.output, self.operations = x, output, operations
 
     def vjp(self, w: Tensor, chunk_size: int | None = None) -> Tensor:
-        return vjp(self.output, self.x, w, chunk_size)
+        return vjp(self.output, self.x, w, chunk_size, self.operations)
+
+    def squared_norms(self, w: Tensor, chunk_size: int | None = None) -> Tensor:
+        if w.shape[0] > 1:
+            return super().squared_norms(w, chunk_size)
+        # Without the dimension of size 1, whose views are nodes of the graph (15 µs a step).
+        return measure(
+            _checked(self.output, self.x, w.squeeze(0), 0, self.operations), "l2_squared", 1
+        )
 
     def jvp(self, u: Tensor, chunk_size: int | None = None) -> Tensor:
-        """A VJP of a VJP, since ``v(w) = Jᵀw`` is linear in ``w`` and ``J u = (∂v/∂w)ᵀ u``."""
+        """A VJP of a VJP, since ``v(w) = Jᵀw`` is linear in ``w`` and ``J u = (∂v/∂w)ᵀ u``.
+
+        Raises for the norms of `WRONG_THIRD`: the gradient of the result is a third derivative.
+        """
+        if torch.compiler.is_compiling():
+            refuse_traced(JVP_NORMS, JVP_OF_NORM)
+        elif norm := (self.operations or Operations(self.output)).wrong_third:
+            raise RuntimeError(JVP_OF_NORM.format(norm))
         w = torch.zeros_like(self.output, requires_grad=True)
         (v,) = vjp(self.output, self.x, w.unsqueeze(0))
         return vjp(v, w, u, chunk_size)
@@ -54,42 +71,167 @@ class Composed(Pullback):
         return Composed(self, f)
 
 
-def vjp(output: Tensor, x: Tensor, w: Tensor, chunk_size: int | None = None) -> Tensor:
+# What torch 2.13 computes wrongly without an error, by the node of its graph. Each is shown by a test
+# (`tests/test_torch_wrong.py`), which fails once torch is right.
+
+WRONG_THIRD = {
+    "NativeLayerNormBackward0": "layer_norm",
+    "NativeBatchNormBackward0": "batch_norm or instance_norm",
+    "CudnnBatchNormBackward0": "batch_norm or instance_norm",
+    "MiopenBatchNormBackward0": "batch_norm or instance_norm",
+}
+"""Norms in training mode whose third derivative takes mean and variance for constants."""
+
+WRONG_AGAIN = {
+    node.replace("Backward0", "BackwardBackward0"): name for node, name in WRONG_THIRD.items()
+}
+"""The first derivatives of these norms, as a part of a model; a penalty needs two more."""
+
+WRONG_BATCHED = {"NativeGroupNormBackward0"}
+"""Whose second derivative is wrong for several cotangents at once."""
+
+JVP_NORMS = ("layer_norm", "batch_norm", "instance_norm")
+
+JVP_OF_NORM = (
+    "the gradient of a JVP through {} is needed, which torch computes wrongly (it takes mean and "
+    "variance for constants): use the model form, penalty(model, x, ...), with engine='auto' or "
+    "'chain', outside of torch.compile"
+)
+
+BATCHED_NORM = (
+    "chunk_size is more than 1, and torch differentiates {} wrongly for several cotangents at once: "
+    "inside torch.compile use chunk_size=1"
+)
+
+GRADIENT_IN_MODEL = (
+    "the model itself computes a gradient through {}, and torch computes the derivatives of that "
+    "gradient wrongly (it takes mean and variance for constants): use another norm (GroupNorm, "
+    "RMSNorm), or write the norm out"
+)
+
+THIRD = (
+    "the gradient of a penalty was computed with create_graph=True, which needs the third "
+    "derivative of {}, and torch computes it wrongly (it takes mean and variance for constants): "
+    "use another norm (GroupNorm, RMSNorm), or write the norm out"
+)
+
+
+class Operations:
+    """What the graph of a tensor contains that torch does not differentiate rightly."""
+
+    def __init__(self, output: Tensor) -> None:
+        self.foreign = False  # an autograd.Function that is not of fastjac
+        self.wrong_third = self.wrong_again = ""  # names of norms
+        self.wrong_batched = False
+        self.count = 0
+        self.gain = 0.0  # nanoseconds that the chain engine saves, see `GAINS`
+        seen: set[Any] = set()
+        left = [output.grad_fn]
+        while left:
+            node = left.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            left += [following for following, _ in node.next_functions]
+            kind = _kinds.get(type(node))
+            if kind is None:
+                kind = _kinds[type(node)] = _kind(node)
+            if not kind:
+                continue
+            if type(kind) is float:
+                self.gain += kind * math.prod(shape_of_node(node))
+            elif kind == "foreign":
+                self.foreign = True
+            elif kind == "batched":
+                self.wrong_batched = True
+            elif kind == "third":
+                if getattr(node, "_saved_training", True):
+                    self.wrong_third = WRONG_THIRD[type(node).__name__]
+            elif getattr(node, "_saved_train", True):
+                self.wrong_again = WRONG_AGAIN[type(node).__name__]
+        self.count = len(seen)
+
+
+GAINS: dict[str, float] = {}
+"""By node: nanoseconds an element that the chain engine saves, for a single cotangent."""
+
+_kinds: dict[type, str | float] = {}
+
+
+def _kind(node: Any) -> str | float:
+    """What is wrong about the nodes of a type, or what the chain engine saves; "" if neither."""
+    name = type(node).__name__
+    forward = getattr(node, "_forward_cls", None)
+    if forward is not None:
+        return "" if issubclass(forward, Function) else "foreign"
+    for kind, names in ("third", WRONG_THIRD), ("again", WRONG_AGAIN), ("batched", WRONG_BATCHED):
+        if name in names:
+            return kind
+    return GAINS.get(name, "")
+
+
+def vjp(
+    output: Tensor,
+    x: Tensor,
+    w: Tensor,
+    chunk_size: int | None = None,
+    operations: Operations | None = None,
+) -> Tensor:
     """``Jᵀ w_k`` for cotangents ``w`` ``[K, *output.shape]``, as ``[K, *x.shape]``.
 
     Up to ``chunk_size`` cotangents share one batched pass (``is_grads_batched``); a single one
     needs no vmap. The result is differentiable, also with respect to ``w``.
 
-    If the graph contains an ``autograd.Function`` that is not one of fastjac (a compiled model is
-    one), the cotangents are computed one at a time: in a batched pass torch 2.13 drops the
-    second-order term of such a Function without an error, while a single pass is exact or raises.
-    Inside ``torch.compile`` the default is one at a time too, since torch cannot trace a batched
-    pass with dynamic shapes, and such a Function raises.
+    The cotangents are computed one at a time if a batched pass would be wrong in torch 2.13: if the
+    graph contains an ``autograd.Function`` that is not one of fastjac (a compiled model is one),
+    whose second-order term is dropped without an error, or one of `WRONG_BATCHED`. Inside
+    ``torch.compile`` the default is one at a time too, since torch cannot trace a batched pass with
+    dynamic shapes, and such a Function raises.
     """
+    if w.shape[0] == 1:
+        return _checked(output, x, w.squeeze(0), 0, operations).unsqueeze(0)
+    compiling = torch.compiler.is_compiling()
+    return _checked(output, x, w, chunk_size or (1 if compiling else w.shape[0]), operations)
+
+
+def _checked(
+    output: Tensor, x: Tensor, w: Tensor, size: int, operations: Operations | None
+) -> Tensor:
+    """``Jᵀ w``, or for a size, that of K cotangents in passes of this size."""
     if torch.compiler.is_compiling():
         refuse_functions()
-        size = chunk_size or 1
+        if size > 1:
+            refuse_traced(("group_norm",), BATCHED_NORM)
     else:
-        size = chunk_size or len(w)
-        if size > 1 and holds_foreign_function(output):
-            size = 1
-    found = [_pass(output, x, part) for part in w.split(size)]
-    return found[0] if len(found) == 1 else torch.cat(found)
+        operations = operations or Operations(output)
+        if operations.wrong_again:
+            raise RuntimeError(GRADIENT_IN_MODEL.format(operations.wrong_again))
+        if operations.foreign or operations.wrong_batched:
+            size = min(size, 1)
+    if size == 0:
+        v = _pass(output, x, w)
+    elif size == 1:
+        v = torch.stack([_pass(output, x, part) for part in w])
+    else:
+        v = torch.cat([_pass(output, x, part, True) for part in w.split(size)])
+    if operations is not None and operations.wrong_third and v.requires_grad:
+        norm = operations.wrong_third
+
+        def refuse_third(gradient: Tensor) -> None:
+            if torch.is_grad_enabled():
+                raise RuntimeError(THIRD.format(norm))
+
+        v.register_hook(refuse_third)
+    return v
 
 
-def _pass(output: Tensor, x: Tensor, w: Tensor) -> Tensor:
-    batched = len(w) > 1
+def _pass(output: Tensor, x: Tensor, w: Tensor, batched: bool = False) -> Tensor:
     try:
         (v,) = torch.autograd.grad(
-            output,
-            x,
-            w if batched else w[0],
-            create_graph=True,
-            allow_unused=True,
-            is_grads_batched=batched,
+            output, x, w, create_graph=True, allow_unused=True, is_grads_batched=batched
         )
     except RuntimeError as error:
-        if not batched:
+        if not batched or "is not implemented" in str(error):  # one at a time it is not, either
             raise
         raise RuntimeError(
             f"the batched pass over {len(w)} cotangents failed: if an operation of the model does "
@@ -100,16 +242,7 @@ def _pass(output: Tensor, x: Tensor, w: Tensor) -> Tensor:
             "output does not depend on x: pass the tensor that went into the model, and check "
             "that the model does not detach it"
         )
-    return v if batched else v.unsqueeze(0)
-
-
-def holds_foreign_function(output: Tensor) -> bool:
-    """Whether the graph of ``output`` contains an ``autograd.Function`` that is not of fastjac."""
-    for node in graph_nodes(output):
-        forward = getattr(node, "_forward_cls", None)
-        if forward is not None and not issubclass(forward, Function):
-            return True
-    return False
+    return v
 
 
 def refuse_functions() -> None:
@@ -118,15 +251,23 @@ def refuse_functions() -> None:
     When torch 2.13 traces ``autograd.grad``, it drops the second-order term of a Function without
     an error. The ops of fastjac are single operations in the graph and are not affected.
     """
+    refuse_traced(
+        ("autograd_function_apply",),
+        "the model calls a torch.autograd.Function, whose second derivative is lost in "
+        "torch.compile: compute the penalty outside of the compiled function",
+    )
+
+
+def refuse_traced(names: tuple[str, ...], message: str) -> None:
+    """Raises, while torch compiles, if the traced graph calls a function of one of the names."""
 
     @comptime
     def check(context: Any) -> None:
-        targets = [node.target for graph in traced_graphs(context) for node in graph.nodes]
-        if any(getattr(t, "__name__", "") == "autograd_function_apply" for t in targets):
-            raise RuntimeError(
-                "the model calls a torch.autograd.Function, whose second derivative is lost in "
-                "torch.compile: compute the penalty outside of the compiled function"
-            )
+        for graph in traced_graphs(context):
+            for node in graph.nodes:
+                called = getattr(node.target, "__name__", str(node.target))
+                if called in names:
+                    raise RuntimeError(message.format(called))
 
 
 def check_output(output: Tensor, n: int) -> None:

@@ -33,15 +33,16 @@ class InputPenalty(Penalty):
 
     ``engine`` (model form) is one of
 
-    * ``"chain"``: computes the double backward operation by operation from a record of the run,
-      without ``create_graph``;
+    * ``"chain"``: computes the double backward operation by operation, from the autograd graph of
+      the run and without ``create_graph``; the value is differentiable once;
     * ``"autograd"``: ``torch.autograd.grad`` with ``create_graph=True``;
     * ``"compiled"``: ``torch.func.vjp`` inside ``torch.compile``;
-    * ``"auto"`` (default): the chain engine for an ``nn.Module`` that it can record, and autograd
-      for anything else, with a warning the first time.
+    * ``"auto"`` (default): the chain engine where it can read the graph and is faster, else
+      autograd.
 
-    If a named engine cannot run a call, it raises. ``explain_engine(model, x)`` returns which
-    engine runs and why.
+    ``"chain"``, ``"autograd"`` and ``"auto"`` run the model once, in the ordinary way, and choose
+    after the run, for this call alone. If a named engine cannot run a call, it raises.
+    ``explain_engine(model, x)`` returns which engine runs and why.
 
     ``"compiled"`` is for models that torch traces as one graph. It compiles for seconds at the
     first call, and again for other shapes, dtypes and modes. The first run of the compiled code is
@@ -51,6 +52,8 @@ class InputPenalty(Penalty):
     model keeps) or would differentiate wrongly (a ``torch.autograd.Function``, ``.data``, hooks on
     tensors).
     """
+
+    uses_jvp = False  # whether `per_sample` calls `Pullback.jvp`
 
     def __init__(
         self, *, at: str | None = None, engine: str = "auto", **options: Unpack[PenaltyOptions]
@@ -101,4 +104,8 @@ class InputPenalty(Penalty):
         return select.explain(self._request(), model, x)
 
     def _request(self, *targets: Any, **named: Any) -> select.Request:
-        return select.Request(type(self), self.engine, self.at, self.per_sample, targets, named)
+        return select.Request(self, targets, named)
+
+    def products(self, output: Tensor) -> int:
+        """How many products with the Jacobian of a sample `per_sample` takes, for ``"auto"``."""
+        return 1

@@ -8,7 +8,7 @@ it pays, else autograd. A Sequential of Linear and activation modules runs in C+
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,58 +19,98 @@ from fastjac.input_jacobian import by_autograd
 from fastjac.input_jacobian.chain import Chain, GraphRun, Mlp, Unsupported
 from fastjac.input_jacobian.compiled import engine as compiled
 from fastjac.input_jacobian.compiled.buffers import places_of
+from fastjac.input_jacobian.pullback import Pullback
 
 ENGINES = ("auto", "chain", "autograd", "compiled")
+
+
+class Asks(Protocol):
+    """What the choice asks of a penalty."""
+
+    engine: str
+    at: str | None
+    uses_jvp: bool
+
+    def per_sample(self, pull: Pullback, *targets: Any, **named: Any) -> Tensor: ...
+
+    def products(self, output: Tensor) -> int: ...
 
 
 class Request(NamedTuple):
     """A call of a penalty: ``per_sample(pull, *targets, **named)`` of the pullback of a model."""
 
-    asker: type  # the class of the penalty
-    engine: str
-    at: str | None
-    per_sample: Callable[..., Tensor]
+    penalty: Asks
     targets: tuple[Any, ...] = ()
     named: dict[str, Any] = {}  # noqa: RUF012 (never modified)
 
 
 def run(request: Request, model: Callable[..., Any], x: Tensor) -> tuple[Tensor, Tensor]:
     """Runs the model; returns its output and what ``per_sample`` returns for its pullback."""
-    _, engine, at, per_sample, targets, named = request
-    if engine == "compiled":
-        if at is not None:
+    penalty, targets, named = request
+    if penalty.engine == "compiled":
+        if penalty.at is not None:
             raise RuntimeError(
-                f"engine='compiled' cannot run this call: at={at!r} needs a gradient with respect "
-                "to a hidden tensor: use engine='autograd'"
+                f"engine='compiled' cannot run this call: at={penalty.at!r} needs a gradient with "
+                "respect to a hidden tensor: use engine='autograd'"
             )
-        return compiled.run(per_sample, model, x, targets, named)
+        return compiled.run(penalty.per_sample, model, x, targets, named)
+    output, pull, reason = _run(request, model, x)
+    if isinstance(pull, Chain):
+        return pull.values(penalty.per_sample(pull, *targets, **named))
+    if penalty.engine == "chain":
+        raise RuntimeError(f"engine='chain' cannot run this call: {reason}. Use engine='autograd'")
+    return output, penalty.per_sample(pull, *targets, **named)
+
+
+def _run(request: Request, model: Any, x: Any) -> tuple[Tensor, Pullback, str | None]:
+    """Runs the model; returns the output, the pullback, and why it is not the chain engine's."""
+    at = request.penalty.at
     reason = _why_not(request, x)
-    chain: Chain | None = None
+    mlp = Mlp.of(model, x) if reason is None and at is None else None
+    if mlp is not None:
+        return mlp.output, Chain(x, mlp), None
+    hooks = RemovableHandle.next_id
+    x, output = by_autograd.run_model(model, x, at)
+    by_autograd.check_graph(x, output)
+    if reason is None and hooks != RemovableHandle.next_id:
+        # Torch counts all hooks. One on a hidden tensor changes the gradient, and is not seen.
+        reason = "the model registers hooks when it runs"
+    operations = by_autograd.Operations(output) if output.grad_fn is not None else None
+    if reason is None and operations is not None and not _pays(request, output, operations):
+        reason = "autograd is as fast on this network (engine='chain' runs it)"
     if reason is None:
-        mlp = Mlp.of(model, x) if at is None else None
-        if mlp is not None:
-            chain = Chain(x, mlp)
-        else:
-            hooks = RemovableHandle.next_id
-            x, output = by_autograd.run_model(model, x, at)
-            by_autograd.check_graph(x, output)
-            chain, reason = _chain_of(request, x, output, hooks)
-    else:
-        x, output = by_autograd.run_model(model, x, at)
-        by_autograd.check_graph(x, output)
-    if chain is not None:
-        return chain.values(per_sample(chain, *targets, **named))
-    if engine == "chain":
-        raise RuntimeError(
-            f"engine='chain' cannot run this call: {reason}. Use engine='autograd'"
-        )
+        try:
+            return output, Chain(x, GraphRun(x, output)), None
+        except Unsupported as error:
+            reason = str(error)
     distributed.check_graph(x, output)
-    return output, per_sample(by_autograd.AutogradPullback(x, output), *targets, **named)
+    return output, by_autograd.AutogradPullback(x, output, operations), reason
+
+
+HOST = 2e4
+"""Nanoseconds of Python that the chain engine takes more than autograd for a node of the graph."""
+
+
+def _pays(request: Request, output: Tensor, operations: by_autograd.Operations) -> bool:
+    """Whether the chain engine is worth trying: named, needed, or faster.
+
+    For several cotangents torch dispatches each operation under vmap, and the chain engine was
+    faster or as fast in all cases measured. For a single one it gains in some elementwise double
+    backwards (`by_autograd.GAINS`), for each element, and loses in Python, for each node. Both were
+    measured on one core of a CPU. For a GPU a hundredth of the gain is assumed, by its bandwidth;
+    that is not measured yet. JVPs are not a question of speed: torch differentiates those of some
+    norms wrongly.
+    """
+    penalty = request.penalty
+    if penalty.engine == "chain" or penalty.uses_jvp or penalty.products(output) > 1:
+        return True
+    host = HOST * operations.count * (1 if output.device.type == "cpu" else 100)
+    return operations.gain > host
 
 
 def _why_not(request: Request, x: Any) -> str | None:
     """Why the chain engine cannot run this call, as far as this is known before it; else None."""
-    if request.engine == "autograd":
+    if request.penalty.engine == "autograd":
         return "engine='autograd' is set"
     if torch.compiler.is_compiling():
         return "torch.compile traces the call"
@@ -88,19 +128,6 @@ def _why_not(request: Request, x: Any) -> str | None:
         if isinstance(t, Tensor) and t.requires_grad:
             return "an argument of the penalty requires grad"
     return None
-
-
-def _chain_of(
-    request: Request, x: Tensor, output: Tensor, hooks: int
-) -> tuple[Chain | None, str | None]:
-    """The chain engine for a graph, or why it does not run."""
-    if hooks != RemovableHandle.next_id:  # torch numbers all hooks; those of a graph are not seen
-        return None, "the model registers hooks when it runs"
-    try:
-        run = GraphRun(x, output)
-    except Unsupported as error:
-        return None, str(error)
-    return Chain(x, run), None
 
 
 class _State:
@@ -125,28 +152,19 @@ class _State:
 
 def explain(request: Request, model: Any, x: Tensor) -> str:
     """A text that says which engine runs a call, and why; runs the model once."""
+    engine = request.penalty.engine
     if distributed.is_sharded(model):
         return (
-            f"engine: {request.engine}, inside the forward of fully_shard, which is not run here: "
+            f"engine: {engine}, inside the forward of fully_shard, which is not run here: "
             "call explain_engine with the model before it is sharded"
         )
     model = distributed.inside(model)
-    if request.engine == "compiled":
+    if engine == "compiled":
         return compiled.explain(model, x, None)
-    reason = _why_not(request, x)
-    links: list[str] = []
-    if reason is None:
-        state = _State(model, x) if isinstance(model, nn.Module) else None
-        mlp = Mlp.of(model, x) if request.at is None else None
-        if mlp is not None:
-            links = mlp.describe()
-        else:
-            hooks = RemovableHandle.next_id
-            x, output = by_autograd.run_model(model, x, request.at)
-            chain, reason = _chain_of(request, x, output, hooks)
-            links = [] if chain is None else chain.run.describe()
-        if state is not None:
-            state.restore()
-    if reason is not None:
-        return f"engine: autograd\n   chain cannot run: {reason}"
-    return "\n".join(["engine: chain", *(f"   {link}" for link in links)])
+    state = _State(model, x) if isinstance(model, nn.Module) else None
+    _, pull, reason = _run(request, model, x)
+    if state is not None:
+        state.restore()
+    if isinstance(pull, Chain):
+        return "\n".join(["engine: chain", *(f"   {step}" for step in pull.run.describe())])
+    return f"engine: autograd\n   not chain: {reason}"

@@ -74,7 +74,12 @@ def graph_nodes(t: Tensor, *without: Any) -> Iterator[Any]:
 
     The nodes ``without`` and those that are reached only through them are left out.
     """
-    seen, left = set(without), [t.grad_fn]
+    return nodes_from(t.grad_fn, *without)
+
+
+def nodes_from(node: Any, *without: Any) -> Iterator[Any]:
+    """Iterate over a node and all that its backward leads to, as `graph_nodes`."""
+    seen, left = set(without), [node]
     while left:
         node = left.pop()
         if node is None or node in seen:

@@ -45,6 +45,8 @@ class TangentProp(InputPenalty):
         True
     """
 
+    uses_jvp = True
+
     def __init__(self, *, chunk_size: int | None = None, **options: Unpack[InputOptions]) -> None:
         super().__init__(**options)
         self.chunk_size = arguments.chunk_size(chunk_size)

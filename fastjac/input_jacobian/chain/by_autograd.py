@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from fastjac.input_jacobian.chain.rules import Rule, Unsupported
-from fastjac.torch_private import shape_of_node
+from fastjac.ops.autograd import nodes_from
+from fastjac.torch_private import dtype_of_node, shape_of_node
 
 _saved_names: dict[type, list[str]] = {}
 
@@ -39,6 +40,24 @@ class ByAutograd(Rule):
 
     def __init__(self, output: int) -> None:
         self.output = output  # the one that is used
+
+    def check(self, node: Any) -> None:
+        """Raises for graphs in which autograd cannot separate the operation from others.
+
+        Those are complex numbers, where ⟨δ, f_a u⟩ is no product of real ones, and inputs of which
+        one is computed from another: its gradient would include the way through the other one.
+        """
+        name = type(node).__name__
+        inputs = [edge for edge in node.next_functions if edge[0] is not None]
+        types = [dtype_of_node(node, self.output), *[dtype_of_node(f, i) for f, i in inputs]]
+        if any(dtype.is_complex for dtype in types):
+            raise Unsupported(f"{name} computes with complex numbers")
+        for i, (f, _) in enumerate(inputs):
+            others = {other for j, (other, _) in enumerate(inputs) if j != i}
+            if others and any(n in others for n in nodes_from(f)):
+                raise Unsupported(
+                    f"{name} has no rule, and one of its inputs is computed from another one"
+                )
 
     def targets(self, node):
         inputs, results = [], []
@@ -79,7 +98,7 @@ class ByAutograd(Rule):
     def jvp(self, node, lead, us):
         shape = shape_of_node(node, self.output)
         like = next(u for u in us if u is not None)
-        delta = like.new_zeros(*lead, *shape).requires_grad_()
+        delta = like.new_zeros((*lead, *shape)).requires_grad_()
         return self._apply(node, us, delta, ())[0]
 
     def push(self, node, lead, us, delta, wanted):

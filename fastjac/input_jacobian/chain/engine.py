@@ -81,7 +81,7 @@ class GraphRun:
         with torch.no_grad():
             out = self.record.push(u if lead else u[0], lead, deltas, self.extras, wanted)
         if wanted and out is None:
-            out = self.output.new_zeros(*lead, *self.output.shape)
+            out = self.output.new_zeros((*lead, *self.output.shape))
         return out if lead or out is None else out.unsqueeze(0)
 
     def down(self, grad: Tensor | None, keep: bool) -> list[Tensor | None]:

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastjac.activations import IDS
+from fastjac.input_jacobian.by_autograd import GAINS
 from fastjac.input_jacobian.chain.activations import Activation, OwnActivation
 from fastjac.input_jacobian.chain.norms import BatchNorm, GroupNorm, LayerNorm
 from fastjac.input_jacobian.chain.rules import (
@@ -186,7 +188,7 @@ def filled(us: Any, shapes: Any, lead: tuple[int, ...]) -> list[Tensor]:
     """The tangents, with zeros of the given shapes for None."""
     like = next(u for u in us if u is not None)
     return [
-        like.new_zeros(*lead, *shape) if u is None else u
+        like.new_zeros((*lead, *shape)) if u is None else u
         for u, shape in zip(us, shapes, strict=True)
     ]
 
@@ -215,9 +217,12 @@ add("Div", Div())
 # ---- elementwise, from the input s or the output s
 
 
-def power(n: Any, s: Tensor) -> Tensor:
-    e = n._saved_exponent
-    return e * s ** (e - 1)
+def inside_range(n: Any, u: Tensor, s: Tensor) -> Tensor:
+    low, high = n._saved_min, n._saved_max
+    inside = None if low is None else s >= low
+    if high is not None:
+        inside = s <= high if inside is None else inside & (s <= high)
+    return u if inside is None else u * inside
 
 
 def power_bend(n: Any, s: Tensor) -> Tensor:
@@ -225,62 +230,63 @@ def power_bend(n: Any, s: Tensor) -> Tensor:
     return e * (e - 1) * s ** (e - 2)
 
 
-def inside_range(n: Any, s: Tensor) -> Tensor:
-    low, high = n._saved_min, n._saved_max
-    inside = torch.ones_like(s, dtype=torch.bool)
-    if low is not None:
-        inside = s >= low
-    if high is not None:
-        inside = inside & (s <= high)
-    return inside
-
-
 # fmt: off
-add("Relu", Pointwise("result", lambda n, s: s > 0))
-add("LeakyRelu", Pointwise("self", lambda n, s: torch.where(s > 0, 1, n._saved_negative_slope)))
-add("Hardtanh", Pointwise("self", lambda n, s: (s > n._saved_min_val) & (s < n._saved_max_val)))
+add("Relu", Pointwise("result", lambda n, u, s: aten.threshold_backward(u, s, 0)))
+add("LeakyRelu", Pointwise("self", lambda n, u, s: aten.leaky_relu_backward(
+    u, s, n._saved_negative_slope, False)))
+add("Hardtanh", Pointwise("self", lambda n, u, s: aten.hardtanh_backward(
+    u, s, n._saved_min_val, n._saved_max_val)))
+add("Hardsigmoid", Pointwise("self", lambda n, u, s: aten.hardsigmoid_backward(u, s)))
 add("Clamp.1", Pointwise("self", inside_range))
-add("ClampMin", Pointwise("self", lambda n, s: s >= n._saved_min))
-add("ClampMax", Pointwise("self", lambda n, s: s <= n._saved_max))
-add("Abs", Pointwise("self", lambda n, s: s.sgn()))
-add("Tanh", Pointwise("result", lambda n, s: 1 - s * s, lambda n, s: -2 * s))
-add("Sigmoid", Pointwise("result", lambda n, s: s * (1 - s), lambda n, s: 1 - 2 * s))
-add("Exp", Pointwise("result", lambda n, s: s, lambda n, s: 1))
-add("Log", Pointwise("self", lambda n, s: 1 / s, lambda n, s: -1 / (s * s)))
-add("Sqrt", Pointwise("result", lambda n, s: 0.5 / s, lambda n, s: -0.5 / (s * s)))
-add("Rsqrt", Pointwise("result", lambda n, s: -0.5 * s**3, lambda n, s: -1.5 * s * s))
-add("Reciprocal", Pointwise("result", lambda n, s: -s * s, lambda n, s: -2 * s))
-add("Sin", Pointwise("self", lambda n, s: s.cos(), lambda n, s: -s.sin()))
-add("Cos", Pointwise("self", lambda n, s: -s.sin(), lambda n, s: -s.cos()))
-add("Pow", Pointwise("self", power, power_bend))
+add("ClampMin", Pointwise("self", lambda n, u, s: u * (s >= n._saved_min)))
+add("ClampMax", Pointwise("self", lambda n, u, s: u * (s <= n._saved_max)))
+add("Abs", Pointwise("self", lambda n, u, s: u * s.sgn()))
+add("Tanh", Pointwise("result", lambda n, u, s: aten.tanh_backward(u, s), lambda n, s: -2 * s))
+add("Sigmoid", Pointwise("result", lambda n, u, s: aten.sigmoid_backward(u, s),
+                         lambda n, s: 1 - 2 * s))
+add("Exp", Pointwise("result", lambda n, u, s: u * s, lambda n, s: 1))
+add("Log", Pointwise("self", lambda n, u, s: u / s, lambda n, s: -1 / (s * s)))
+add("Sqrt", Pointwise("result", lambda n, u, s: 0.5 * u / s, lambda n, s: -0.5 / (s * s)))
+add("Rsqrt", Pointwise("result", lambda n, u, s: -0.5 * u * s**3, lambda n, s: -1.5 * s * s))
+add("Reciprocal", Pointwise("result", lambda n, u, s: -u * s * s, lambda n, s: -2 * s))
+add("Cos", Pointwise("self", lambda n, u, s: -u * s.sin(), lambda n, s: -s.cos()))
+add("Pow", Pointwise("self", lambda n, u, s: u * n._saved_exponent * s ** (n._saved_exponent - 1),
+                     power_bend))
 # fmt: on
 
 
 # ---- elementwise, by the kernels of the activation table
 
-NO: dict[str, float] = {}
+SELU = (1.0507009873554805, 1.6732632423543772, 1)
 
 
-def elu(n: Any) -> tuple[str, dict[str, float]] | None:
-    if n._saved_scale == n._saved_input_scale == 1:
-        return "elu", {"alpha": n._saved_alpha}
-    selu = n._saved_scale == 1.0507009873554805 and n._saved_alpha == 1.6732632423543772
-    return ("selu", NO) if selu and n._saved_input_scale == 1 else None
+def elu(n: Any) -> Any:
+    scales = n._saved_scale, n._saved_alpha, n._saved_input_scale
+    if scales == SELU:
+        return IDS["selu"], ()
+    return (IDS["elu"], (scales[1],)) if scales[0] == scales[2] == 1 else None
 
 
-KERNELS: dict[str, Callable[[Any], Any]] = {
-    "Gelu": lambda n: ("gelu_tanh" if n._saved_approximate == "tanh" else "gelu", NO),
-    "Silu": lambda n: ("silu", NO),
-    "Mish": lambda n: ("mish", NO),
-    "Softplus": lambda n: (
-        "softplus", {"beta": n._saved_beta, "threshold": n._saved_threshold}),
-    "Elu": elu,
-    "Celu": lambda n: ("celu", {"alpha": n._saved_alpha}),
-    "Hardswish": lambda n: ("hardswish", NO),
-    "LogSigmoid": lambda n: ("logsigmoid", NO),
+def constant(fn: str, *params: float) -> Callable[[Any], Any]:
+    found = IDS[fn], params
+    return lambda n: found
+
+
+# fmt: off
+KERNELS: dict[str, tuple[Callable[[Any], Any], float]] = {
+    "Gelu": (lambda n: (IDS["gelu_tanh" if n._saved_approximate == "tanh" else "gelu"], ()), 2.4),
+    "Silu": (constant("silu"), 4.4),
+    "Mish": (constant("mish"), 6.0),
+    "Softplus": (lambda n: (IDS["softplus"], (n._saved_beta, n._saved_threshold)), 2.4),
+    "Elu": (elu, 2.4),
+    "Celu": (lambda n: (IDS["celu"], (n._saved_alpha,)), 2.4),
+    "Hardswish": (constant("hardswish"), 1.6),
+    "Sin": (constant("sine", 1.0), 1.5),
 }
-for _name, _activation in KERNELS.items():
-    add(_name, Activation(_activation))
+# fmt: on
+for _name, (_read, _gain) in KERNELS.items():
+    add(_name, Activation(_read))
+    GAINS[f"{_name}Backward0"] = _gain
 RULES[_Act] = OwnActivation()
 
 # ---- softmax and norms
@@ -290,3 +296,4 @@ add("LogSoftmax", LogSoftmax())
 add("NativeLayerNorm", LayerNorm())
 add("NativeBatchNorm CudnnBatchNorm", BatchNorm())
 add("NativeGroupNorm", GroupNorm())
+GAINS["NativeGroupNormBackward0"] = GAINS["NativeBatchNormBackward0"] = 1.0

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from fastjac.input_jacobian.by_autograd import GRADIENT_IN_MODEL, WRONG_AGAIN
 from fastjac.input_jacobian.chain.by_autograd import ByAutograd
 from fastjac.input_jacobian.chain.rules import RULES, Rule, Unsupported
 from fastjac.ops.autograd import Function
-from fastjac.torch_private import dtype_of_node, has_saved_hooks
+from fastjac.torch_private import saved_names, saved_under_hooks
 
 Edge = tuple[Any, int]  # a node and the number of its output: a value of the run
 
@@ -33,6 +34,36 @@ class Step(NamedTuple):
     delta: int  # the place of its cotangent among the captured ones, or -1
 
 
+class Kind:
+    """What is known of all nodes of one type."""
+
+    def __init__(self, node: Any) -> None:
+        self.name = type(node).__name__
+        own = getattr(node, "_forward_cls", None)
+        self.rule = RULES.get(self.name if own is None else own)
+        self.asks = self.rule is not None and type(self.rule).takes is not Rule.takes
+        self.bends = self.rule is None or type(self.rule).targets is not Rule.targets
+        self.saved = saved_names(node)
+        self.why_not: str | None = None  # no rule can be made
+        if self.name in WRONG_AGAIN:
+            self.why_not = GRADIENT_IN_MODEL.format(WRONG_AGAIN[self.name])
+        elif own is not None and not issubclass(own, Function):
+            self.why_not = f"the model calls {own.__name__}, a torch.autograd.Function"
+        elif own is None and self.rule is None and not self.name[-1:].isdigit():
+            # Torch generates the nodes with a numbered name, and shows all that they save.
+            self.why_not = f"{self.name}: {HIDDEN.get(self.name, 'torch does not show its data')}"
+
+
+_kinds: dict[type, Kind] = {}
+
+
+def kind_of(node: Any) -> Kind:
+    kind = _kinds.get(type(node))
+    if kind is None:
+        kind = _kinds[type(node)] = Kind(node)
+    return kind
+
+
 class Record:
     """The steps from ``x`` to ``output`` in the order of the forward."""
 
@@ -43,40 +74,31 @@ class Record:
         self.steps: list[Step] = []
         self.targets: list[Tensor] = []
         self.captured: list[GradientEdge] = []
-        self.one_by_one = False  # whether torch is wrong about several cotangents at once
         self._places: dict[int, int] = {}  # of targets, by id
         if self.end == self.source:
             raise Unsupported("the output of the model is x")
         for node, sources, used in _walk(self.end, self.source):
             self._add(node, sources, used)
 
-    def _add(self, node: Any, sources: tuple[Edge | None, ...], used: set[int]) -> None:
-        kind = type(node)
-        rule = RULES.get(kind.__name__)
+    def _add(self, node: Any, sources: tuple[Edge | None, ...], used: list[int]) -> None:
+        kind = kind_of(node)
+        if kind.why_not is not None:
+            raise Unsupported(kind.why_not)
+        rule, targets, delta = kind.rule, (), -1
+        if kind.asks and not rule.takes(node, tuple([s is not None for s in sources])):
+            rule = None
         if rule is None:
-            own = getattr(node, "_forward_cls", None)
-            if own is not None and not issubclass(own, Function):
-                raise Unsupported(f"the model calls {own.__name__}, a torch.autograd.Function")
-            rule = RULES.get(own)
-        else:
-            own = None
-        if has_saved_hooks(node):
+            if len(set(used)) > 1:
+                raise Unsupported(f"{kind.name} has several outputs and no rule")
+            rule = ByAutograd(used[0])
+            rule.check(node)
+        if kind.saved and saved_under_hooks(node, kind.saved):
             raise Unsupported("tensors are saved under hooks (a checkpoint)")
-        if rule is None or not rule.takes(node, tuple([s is not None for s in sources])):
-            # Torch generates the nodes with a numbered name, and shows all that they save.
-            if own is None and not kind.__name__[-1:].isdigit():
-                raise Unsupported(f"{kind.__name__} cannot be read: {HIDDEN.get(kind.__name__, 'it is not generated')}")
-            if len(used) > 1:
-                raise Unsupported(f"{kind.__name__} has several outputs and no rule")
-            rule = ByAutograd(*used)
-        if dtype_of_node(node, min(used)).is_complex:
-            raise Unsupported(f"{kind.__name__} returns complex numbers")
-        self.one_by_one |= kind.__name__ in ONE_BY_ONE
-        targets = tuple([self._target(t) for t in rule.targets(node)])
-        delta = -1
-        if any([place >= 0 for place in targets]):
-            delta = len(self.captured)
-            self.captured.append(GradientEdge(node, min(used)))
+        if kind.bends:
+            targets = tuple([self._target(t) for t in rule.targets(node)])
+            if targets and max(targets) >= 0:
+                delta = len(self.captured)
+                self.captured.append(GradientEdge(node, used[0]))
         self.steps.append(Step(node, rule, sources, targets, delta))
 
     def _target(self, t: Tensor | None) -> int:
@@ -91,21 +113,15 @@ class Record:
 
     def pull(self, w: Tensor, lead: tuple[int, ...]) -> tuple[Tensor, list[Tensor | None]]:
         """``Jᵀ w`` for ``w`` ``[*lead, *output.shape]``, and the cotangents of the steps."""
-        ends = [self.x, *self.captured]
-        if lead and self.one_by_one:
-            found = [self._pull(part, ends, False) for part in w]
-            deltas = [None if d[0] is None else torch.stack(d) for d in zip(*found, strict=True)]
-        else:
-            deltas = self._pull(w, ends, bool(lead))
-        v = deltas.pop(0)
-        return self.x.new_zeros(*lead, *self.x.shape) if v is None else v, deltas
-
-    def _pull(self, w: Tensor, ends: list[Any], batched: bool) -> list[Any]:
-        return list(
-            torch.autograd.grad(
-                self.output, ends, w, retain_graph=True, allow_unused=True, is_grads_batched=batched
-            )
+        v, *deltas = torch.autograd.grad(
+            self.output,
+            [self.x, *self.captured],
+            w,
+            retain_graph=True,
+            allow_unused=True,
+            is_grads_batched=bool(lead),
         )
+        return self.x.new_zeros((*lead, *self.x.shape)) if v is None else v, deltas
 
     def push(
         self,
@@ -156,37 +172,39 @@ HIDDEN = {
     "CppFunction": "TorchScript or an extension has its own derivatives",
 }
 
-ONE_BY_ONE = {"NativeGroupNormBackward0"}
-"""Operations whose derivative torch computes wrongly for several cotangents at once."""
 
-
-def _walk(end: Edge, source: Edge) -> list[tuple[Any, tuple[Edge | None, ...], set[int]]]:
+def _walk(end: Edge, source: Edge) -> list[tuple[Any, tuple[Edge | None, ...], list[int]]]:
     """The nodes that depend on the source, in the order of the forward.
 
     Each with its inputs that depend on the source, and the numbers of its outputs that are used.
     """
-    found: dict[Any, tuple[Any, tuple[Edge | None, ...], set[int]] | None] = {}
+    found: dict[Any, tuple[Any, tuple[Edge | None, ...], list[int]] | None] = {None: None}
     left = [end[0]]
     while left:
         node = left[-1]
-        if node in found:
-            left.pop()
-            continue
         inputs = node.next_functions
-        new = [f for f, i in inputs if f is not None and f not in found and (f, i) != source]
-        if new:
-            left += new
+        ready = True
+        for e in inputs:
+            if e[0] not in found and e != source:
+                left.append(e[0])
+                ready = False
+        if not ready:
             continue
         left.pop()
-        sources = tuple(
-            [e if e == source or (e[0] is not None and found.get(e[0])) else None for e in inputs]
-        )
-        used: set[int] = set()
-        found[node] = (node, sources, used) if any(sources) else None
-        for e in sources:
-            if e is not None and e != source:
-                found[e[0]][2].add(e[1])
+        if node in found:
+            continue
+        step = None
+        for e in inputs:
+            if e == source or found[e[0]]:
+                sources = tuple([e if e == source or found[e[0]] else None for e in inputs])
+                step = node, sources, []
+                break
+        found[node] = step
+        if step is not None:
+            for e in sources:
+                if e is not None and e != source:
+                    found[e[0]][2].append(e[1])
     if found.get(end[0]) is None:
         raise Unsupported("the output of the model does not depend on x")
-    found[end[0]][2].add(end[1])
+    found[end[0]][2].append(end[1])
     return [step for step in found.values() if step is not None]

@@ -282,23 +282,23 @@ class Pointwise(Rule):
 
     Args:
         saved: the name of s, which is the input or the output.
-        slope: ``(node, s)``: the derivative of the output with respect to the input.
+        apply: ``(node, u, s)``: the slope of the operation times u.
         bend: ``(node, s)``: the derivative of the slope with respect to s; None is zero.
     """
 
-    def __init__(self, saved: str, slope: Any, bend: Any = None) -> None:
-        self.saved, self.slope, self.bend = f"_saved_{saved}", slope, bend
+    def __init__(self, saved: str, apply: Any, bend: Any = None) -> None:
+        self.saved, self.apply, self.bend = f"_saved_{saved}", apply, bend
 
     def targets(self, node):
         return () if self.bend is None else (getattr(node, self.saved),)
 
     def jvp(self, node, lead, us):
-        return us[0] * self.slope(node, getattr(node, self.saved))
+        return self.apply(node, us[0], getattr(node, self.saved))
 
     def push(self, node, lead, us, delta, wanted):
         s = getattr(node, self.saved)
         extra = over_lead(delta * us[0], lead) * self.bend(node, s)
-        return us[0] * self.slope(node, s) if wanted else None, (extra,)
+        return self.apply(node, us[0], s) if wanted else None, (extra,)
 
 
 class Softmax(Rule):
