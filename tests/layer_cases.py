@@ -44,11 +44,15 @@ def one_layer(act: nn.Module, forward: Any = lambda m, x: m.head(m.act(m.fc(x)))
 
 
 def recorded(model: nn.Module, x: Tensor, pairs: dict[str, Any]) -> tuple[Tensor, list[Any]]:
-    """Output and the reference's stack, seen by plain hooks: ``pairs`` names Linear → φ."""
+    """Output and the reference's stack, seen by plain hooks.
+
+    ``pairs`` names Linear → φ, or (φ, a function of the module that makes the weight).
+    """
     stack = []
 
-    def hook(phi: Any, module: Any, args: Any, z: Tensor) -> None:
-        stack.append((z.clone(), module.weight, phi))  # as it is before an in-place activation
+    def hook(pair: Any, module: Any, args: Any, z: Tensor) -> None:
+        phi, weight = pair if isinstance(pair, tuple) else (pair, lambda m: m.weight)
+        stack.append((z.clone(), weight(module), phi))  # as it is before an in-place activation
 
     handles = [
         model.get_submodule(name).register_forward_hook(partial(hook, phi))

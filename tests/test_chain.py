@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from chain_cases import close, convnet, run, same, spectreg
+from chain_cases import close, convnet, run, same, spectreg, three_layers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from layer_cases import Model
@@ -133,10 +133,8 @@ def test_every_penalty_equals_its_reference(
 @pytest.mark.parametrize("spec", specs_with("engine"))
 def test_what_the_engine_cannot_run_is_said(spec: PenaltySpec) -> None:
     call = Call(spec, engine="chain")
-    with pytest.raises(RuntimeError, match="engine='chain' cannot run this call: "):
-        call.values(at="0")
     call.x = call.x[:0].detach()
-    with pytest.raises(RuntimeError, match="not a batch of floating-point samples"):
+    with pytest.raises(RuntimeError, match="engine='chain' cannot run this call: x is empty"):
         call.values()
 
 
@@ -206,6 +204,9 @@ def test_third_derivative_is_refused(sweeps: str) -> None:
     for penalty in (spectreg("auto"), spectreg("chain")):
         output, value = penalty(model, x)
         for t in (value, output.sum()):
+            if sweeps == "links" and t is not value:  # the output is in the graph of torch
+                assert torch.autograd.grad(t, x, create_graph=True)[0].requires_grad
+                continue
             with pytest.raises(RuntimeError, match='differentiable once.*use engine="autograd"'):
                 torch.autograd.grad(t, x, create_graph=True, retain_graph=True)
     value = spectreg("autograd")(model, x)[1]
@@ -221,7 +222,10 @@ def test_written_to_between_forward_and_backward(what: str, sweeps: str) -> None
     value = spectreg("chain")(by_way(model, x, sweeps), x)[1]
     with torch.no_grad():
         (x if what == "x" else model.get_parameter(what)).add_(1)
-    with pytest.raises(RuntimeError, match="modified in place before the backward"):
+    if sweeps == "links" and what.endswith("bias"):  # no backward needs its numbers
+        value.backward()
+        return
+    with pytest.raises(RuntimeError, match="modified (in place before the b|by an inplace oper)"):
         value.backward()
 
 
@@ -309,14 +313,25 @@ def test_explain_engine_lists_the_links_and_leaves_no_trace() -> None:
     before, state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
     text = spectreg("auto").explain_engine(model, x)
     assert text.splitlines()[0] == "engine: chain"
-    for word in ("linear", "gelu", "unflatten", "batch_norm"):
+    for word in ("Addmm", "Gelu", "Convolution", "NativeBatchNorm", "MaxPool2DWithIndices"):
         assert word in text
     assert torch.equal(torch.get_rng_state(), state)
     for name, t in model.state_dict().items():
         assert torch.equal(t, before[name])
-    assert "by autograd: softmax" in spectreg("auto").explain_engine(nn.Softmax(1), x)
-    assert spectreg("autograd").explain_engine(model, x).endswith("engine='autograd' is set")
-    assert "model is a function" in spectreg("auto").explain_engine(lambda t: model(t), x)
+    model = three_layers(lambda m, x: m.c(F.gelu(m.a(x)).cumprod(1)))
+    assert "by autograd: Cumprod" in spectreg("chain").explain_engine(model, x)
+    assert "not chain: engine='autograd' is set" in spectreg("autograd").explain_engine(model, x)
+
+
+@pytest.mark.usefixtures("double")
+def test_auto_takes_the_faster_engine() -> None:
+    """For a single cotangent the chain engine must save more than it takes; for several it runs."""
+    small, large = torch.randn(3, 4), torch.randn(20000, 4)
+    model = three_layers(lambda m, x: m.c(F.silu(m.b(F.silu(m.a(x))))))
+    for x, n_proj, engine in ((small, 1, "autograd"), (large, 1, "chain"), (small, 2, "chain")):
+        text = spectreg("auto", n_proj=n_proj).explain_engine(model, x)
+        assert text.startswith(f"engine: {engine}")
+    assert TangentProp().explain_engine(model, small).startswith("engine: chain")
 
 
 @pytest.mark.usefixtures("double")

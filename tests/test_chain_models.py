@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from chain_cases import agrees, three_layers
+from chain_cases import agrees, falls_back, three_layers
 from layer_cases import Model
 from torch import Tensor, nn
 
@@ -85,10 +85,12 @@ LAYERS: dict[str, tuple[Callable[[], list[nn.Module]], tuple[int, ...]]] = {
 def test_layer(name: str, training: bool) -> None:
     make, shape = LAYERS[name]
     x, model = torch.randn(shape), nn.Sequential(*make(), nn.Flatten()).train(training)
+    if name == "conv2d circular":  # padded by writing to parts of a tensor
+        falls_back(model, x, "writes to a part of a tensor")
+        return
     agrees(model, x, n_proj=1)
-    if name != "group norm":  # torch fails in a batched pass over it (2.13)
-        agrees(model, x)
-        agrees(model, x, n_proj=3, chunk_size=2)
+    agrees(model, x)
+    agrees(model, x, n_proj=3, chunk_size=2)
 
 
 @pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])

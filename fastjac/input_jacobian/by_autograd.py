@@ -71,8 +71,8 @@ class Composed(Pullback):
         return Composed(self, f)
 
 
-# What torch 2.13 computes wrongly without an error, by the node of its graph. Each is shown by a test
-# (`tests/test_torch_wrong.py`), which fails once torch is right.
+# What torch 2.13 computes wrongly without an error, by the node of its graph. Each is shown by a
+# test (`tests/test_torch_wrong.py`), which fails once torch is right.
 
 WRONG_THIRD = {
     "NativeLayerNormBackward0": "layer_norm",
@@ -90,6 +90,17 @@ WRONG_AGAIN = {
 WRONG_BATCHED = {"NativeGroupNormBackward0"}
 """Whose second derivative is wrong for several cotangents at once."""
 
+_ATTENTION = "run the model under torch.nn.attention.sdpa_kernel(SDPBackend.MATH)"
+
+MISSING = {
+    "HardsigmoidBackward0": "use the model form, penalty(model, x, ...), with engine='auto'",
+    "ScaledDotProductFlashAttentionForCpuBackward0": _ATTENTION,
+    "ScaledDotProductFlashAttentionBackward0": _ATTENTION,
+    "ScaledDotProductEfficientAttentionBackward0": _ATTENTION,
+    "ScaledDotProductCudnnAttentionBackward0": _ATTENTION,
+}
+"""Operations whose second derivative torch does not have, and what to do."""
+
 JVP_NORMS = ("layer_norm", "batch_norm", "instance_norm")
 
 JVP_OF_NORM = (
@@ -99,8 +110,8 @@ JVP_OF_NORM = (
 )
 
 BATCHED_NORM = (
-    "chunk_size is more than 1, and torch differentiates {} wrongly for several cotangents at once: "
-    "inside torch.compile use chunk_size=1"
+    "chunk_size is more than 1, and torch differentiates {} wrongly for several cotangents at "
+    "once: inside torch.compile use chunk_size=1"
 )
 
 GRADIENT_IN_MODEL = (
@@ -116,6 +127,12 @@ THIRD = (
 )
 
 
+MISSING_SECOND = (
+    "the second derivative of {} is needed, an operation of the model, and torch does not have it: "
+    "{}"
+)
+
+
 class Operations:
     """What the graph of a tensor contains that torch does not differentiate rightly."""
 
@@ -123,6 +140,7 @@ class Operations:
         self.foreign = False  # an autograd.Function that is not of fastjac
         self.wrong_third = self.wrong_again = ""  # names of norms
         self.wrong_batched = False
+        self.missing = ""  # the node of an operation without a second derivative
         self.count = 0
         self.gain = 0.0  # nanoseconds that the chain engine saves, see `GAINS`
         seen: set[Any] = set()
@@ -138,16 +156,18 @@ class Operations:
                 kind = _kinds[type(node)] = _kind(node)
             if not kind:
                 continue
-            if type(kind) is float:
-                self.gain += kind * math.prod(shape_of_node(node))
-            elif kind == "foreign":
+            if type(node).__name__ in GAINS:
+                self.gain += GAINS[type(node).__name__] * math.prod(shape_of_node(node))
+            if kind == "foreign":
                 self.foreign = True
+            elif kind == "missing":
+                self.missing = type(node).__name__
             elif kind == "batched":
                 self.wrong_batched = True
             elif kind == "third":
                 if getattr(node, "_saved_training", True):
                     self.wrong_third = WRONG_THIRD[type(node).__name__]
-            elif getattr(node, "_saved_train", True):
+            elif kind == "again" and getattr(node, "_saved_train", True):
                 self.wrong_again = WRONG_AGAIN[type(node).__name__]
         self.count = len(seen)
 
@@ -155,19 +175,22 @@ class Operations:
 GAINS: dict[str, float] = {}
 """By node: nanoseconds an element that the chain engine saves, for a single cotangent."""
 
-_kinds: dict[type, str | float] = {}
+_kinds: dict[type, str] = {}
 
 
-def _kind(node: Any) -> str | float:
-    """What is wrong about the nodes of a type, or what the chain engine saves; "" if neither."""
+def _kind(node: Any) -> str:
+    """What `Operations` notes about the nodes of a type; "" if nothing."""
     name = type(node).__name__
     forward = getattr(node, "_forward_cls", None)
     if forward is not None:
         return "" if issubclass(forward, Function) else "foreign"
-    for kind, names in ("third", WRONG_THIRD), ("again", WRONG_AGAIN), ("batched", WRONG_BATCHED):
+    for kind, names in (
+        *(("third", WRONG_THIRD), ("again", WRONG_AGAIN), ("batched", WRONG_BATCHED)),
+        *(("missing", MISSING), ("gain", GAINS)),
+    ):
         if name in names:
             return kind
-    return GAINS.get(name, "")
+    return ""
 
 
 def vjp(
@@ -214,15 +237,23 @@ def _checked(
         v = torch.stack([_pass(output, x, part) for part in w])
     else:
         v = torch.cat([_pass(output, x, part, True) for part in w.split(size)])
-    if operations is not None and operations.wrong_third and v.requires_grad:
-        norm = operations.wrong_third
-
-        def refuse_third(gradient: Tensor) -> None:
-            if torch.is_grad_enabled():
-                raise RuntimeError(THIRD.format(norm))
-
-        v.register_hook(refuse_third)
+    if operations is not None and v.requires_grad:
+        if operations.wrong_third:
+            _refuse_backward(v, THIRD.format(operations.wrong_third), third=True)
+        if operations.missing:
+            name, advice = operations.missing, MISSING[operations.missing]
+            _refuse_backward(v, MISSING_SECOND.format(name.removesuffix("Backward0"), advice))
     return v
+
+
+def _refuse_backward(v: Tensor, message: str, third: bool = False) -> None:
+    """Raise in the backward of v, or only in one with ``create_graph=True``."""
+
+    def refuse(gradient: Tensor) -> None:
+        if torch.is_grad_enabled() or not third:
+            raise RuntimeError(message)
+
+    v.register_hook(refuse)
 
 
 def _pass(output: Tensor, x: Tensor, w: Tensor, batched: bool = False) -> Tensor:

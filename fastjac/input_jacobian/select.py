@@ -66,7 +66,9 @@ def _run(request: Request, model: Any, x: Any) -> tuple[Tensor, Pullback, str | 
     """Runs the model; returns the output, the pullback, and why it is not the chain engine's."""
     at = request.penalty.at
     reason = _why_not(request, x)
-    mlp = Mlp.of(model, x) if reason is None and at is None else None
+    mlp = None
+    if reason is None and at is None and not torch.is_autocast_enabled(x.device.type):
+        mlp = Mlp.of(model, x)
     if mlp is not None:
         return mlp.output, Chain(x, mlp), None
     hooks = RemovableHandle.next_id
@@ -124,9 +126,6 @@ def _why_not(request: Request, x: Any) -> str | None:
         return "x is not a dense tensor"
     if x.numel() == 0:
         return "x is empty"
-    for t in (*request.targets, *request.named.values()):
-        if isinstance(t, Tensor) and t.requires_grad:
-            return "an argument of the penalty requires grad"
     return None
 
 

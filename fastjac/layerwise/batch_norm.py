@@ -40,6 +40,7 @@ class Normed(NamedTuple):
     mean: Tensor
     invstd: Tensor  # 1 / √(σ² + ε)
     eps: float
+    node: Any = None  # of y, also after an in-place activation has overwritten y
 
 
 def batch_norm_act(
@@ -77,7 +78,7 @@ def batch_norm_act(
 class _BatchNormAct(Function):
     @staticmethod
     def forward(ctx, z, gamma, beta, normed, scale, fn, params):
-        y, _, mean, invstd, eps = normed
+        y, _, mean, invstd, eps, _ = normed
         with below_autograd():
             a, s = raw("act_stats")(y, None, 1, False, scale, fn, params)
         ctx.set_materialize_grads(False)

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from fastjac.activations import get
 from fastjac.distributed import is_dtensor
 from fastjac.layerwise.layers import (
-    BATCH_NORM,
     CONVOLUTION,
     LAYER_ACTS,
     LINEAR,
@@ -28,10 +27,12 @@ from fastjac.layerwise.layers import (
     Layer,
     LayerCall,
     Nonlinearity,
+    inherits,
     is_activation,
     is_plain,
     nonlinearity_of,
 )
+from fastjac.layerwise.products import Product, Products
 from fastjac.nn import Act
 
 
@@ -42,8 +43,14 @@ class PassObserver(Protocol):
     """``compute(module, x)`` returns the output of a plain layer, or None to have the module
     compute it. It is None in an observer that computes no layers."""
 
-    def layer_ran(self, layer: Layer, x: Tensor, z: Tensor) -> LayerCall:
-        """A layer has computed z from x."""
+    def layer_ran(
+        self, layer: Layer, x: Tensor, z: Tensor, products: list[Product] | None
+    ) -> LayerCall | None:
+        """A layer has computed z from x.
+
+        ``products`` are the calls of ``F.linear`` and convolutions that it made, one of which tells
+        the weight; None if that is the module's. Returns None if the weight is not known.
+        """
 
     def output_replaced(self, layer: Layer, z: Tensor) -> None:
         """A forward hook has replaced the output of the layer's last call by z."""
@@ -119,7 +126,9 @@ def first(args: Any, kwargs: Any) -> Any:
 
 
 def patched(module: nn.Module) -> bool:
-    """Whether the user has set a forward on the instance."""
+    """Whether the user has set a forward on the instance, or a part of one."""
+    if "_conv_forward" in vars(module):
+        return True
     forward = vars(module).get("forward")
     while isinstance(forward, Forward):
         forward = forward.previous
@@ -149,20 +158,31 @@ class LayerForward(Forward):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         observer = self.observer
         running = None if observer is None else observer.running()
-        z = None
+        forward = self.previous or self.own
+        if running is None:
+            return forward(*args, **kwargs)
+        z, products = None, None
         if (
-            running is not None
-            and running.compute is not None
+            running.compute is not None
             and self.layer.plain
             and self.previous is None
             and len(args) == 1
         ):
             z = running.compute(self.module, args[0])
         if z is None:
-            z = (self.previous or self.own)(*args, **kwargs)
-        if running is not None and isinstance(z, Tensor):
-            running.layer_ran(self.layer, args[0] if args else first(args, kwargs), z)
+            z, products = self.computed(forward, *args, **kwargs)
+        if isinstance(z, Tensor):
+            running.layer_ran(self.layer, args[0] if args else first(args, kwargs), z, products)
         return z
+
+    def computed(self, forward: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        """The output of the layer, and the products that it made; None if it is a plain layer."""
+        if self.layer.plain:
+            return forward(*args, **kwargs), None
+        products: list[Product] = []
+        with Products(products):
+            z = forward(*args, **kwargs)
+        return z, products
 
     def hook(self, module: Any, args: Any, z: Any) -> None:
         """The last forward hook of a tensor parallel layer: z is the output that the model gets."""
@@ -189,7 +209,10 @@ class LayerActForward(LayerForward):
                 f"and an activation in place of {type(module).__name__}"
             )
         phi = Nonlinearity(module.act.fn, module.act.impl, module.act.params)
-        call = running.layer_ran(self.layer, x, module.pre_activation(x))
+        z, products = self.computed(module.pre_activation, x)
+        call = running.layer_ran(self.layer, x, z, products)
+        if call is None:
+            return phi.value(z) if a is None else a
         return running.activate(call, phi, a)
 
 
@@ -203,7 +226,12 @@ class NormForward(Forward):
         y = self.plain(*args, **kwargs)
         if running is None or call is None or call.norm is not None:
             return y
-        if isinstance(self.module, BATCH_NORM) or call.layer.linear:
+        # The channels of the norm must be those of the layer: a BatchNorm has them in dimension 1.
+        if isinstance(self.module, nn.LayerNorm):
+            same = call.layer.linear
+        else:
+            same = not call.layer.linear or y.dim() == 2
+        if same:
             running.norm_ran(call, self.module, y)
         return y
 
@@ -252,14 +280,13 @@ class HeldFunction:
 
 def forward_of(module: nn.Module) -> type[Forward] | None:
     """The class of the forward that replaces that of a module; None if nothing replaces it."""
-    if isinstance(module, LAYER_ACTS):
+    if isinstance(module, LAYER_ACTS) and inherits(module, LAYER_ACTS) and not patched(module):
         return LayerActForward
     if isinstance(module, LINEAR + CONVOLUTION):
         return LayerForward
-    if type(module) in NORM and not (
-        isinstance(module, nn.LayerNorm) and len(module.normalized_shape) != 1
-    ):
-        return NormForward
+    if type(module) in NORM and not patched(module):
+        over_several = isinstance(module, nn.LayerNorm) and len(module.normalized_shape) != 1
+        return None if over_several else NormForward
     own = hasattr(module, "fastjac_activation")
     if is_activation(module) and type(module) is not Act and (own or not patched(module)):
         return ActivationForward  # an Act calls the observers itself

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fastjac.activations import TABLE
 from fastjac.layerwise.batch_norm import Normed
+from fastjac.layerwise.products import Product
 from fastjac.nn import Act, ConvAct1d, ConvAct2d, ConvAct3d, LinearAct, activation_of
 from fastjac.ops.act import act
 
@@ -46,7 +47,19 @@ class Layer:
 
     def __post_init__(self) -> None:
         self.linear = isinstance(self.module, LINEAR)
+        self.transposed = isinstance(self.module, TRANSPOSED)
         self.dim = -1 if self.linear else 1  # the dimension of z with the units or channels
+
+    @property
+    def kind(self) -> str:
+        return "linear" if self.linear else "transposed" if self.transposed else "convolution"
+
+    def product_of(self, z: Tensor, products: list[Product]) -> Product | None:
+        """The product that returned z; None if there is none, or z was written to since."""
+        for product in products:
+            if product.kind == self.kind and product.returned(z, self.name):
+                return product
+        return None
 
 
 @dataclass(slots=True, eq=False)
@@ -92,10 +105,11 @@ class LayerCall:
     layer: Layer
     x: Any
     z: Any  # a tensor, or None after `release`
-    weight: Tensor  # what the layer computed with: a parametrization makes another each time
+    weight: Tensor  # what the layer computed with, which may be another than the module's
     version: int  # of z when it was computed
     weight_version: int
     x_version: int
+    groups: int = 1  # of a convolution
     norm: Any = None  # the module
     before_norm: Tensor | None = None
     normed: Normed | None = None  # the result of a BatchNorm in training mode
@@ -115,11 +129,11 @@ class LayerCall:
     @property
     def rows(self) -> Tensor:
         """The weight with one row per unit or output channel in dimension 0."""
-        module, weight = self.layer.module, self.weight
-        if not isinstance(module, TRANSPOSED):
+        weight, groups = self.weight, self.groups
+        if not self.layer.transposed:
             return weight
         # [C_in, C_out/g, taps…]: output channel (group, j) sees the inputs of its group.
-        groups, (c_in, per_group, *taps) = module.groups, weight.shape
+        c_in, per_group, *taps = weight.shape
         by_group = weight.reshape(groups, c_in // groups, per_group, *taps).transpose(1, 2)
         return by_group.reshape(groups * per_group, c_in // groups, *taps)
 
@@ -155,8 +169,15 @@ def written_to(name: str) -> RuntimeError:
 
 def is_activation(module: nn.Module) -> bool:
     """Whether the module is an activation whose derivative can be taken elementwise."""
-    own = callable(getattr(module, "fastjac_activation", None))
-    return own or isinstance(module, (Act, *ACTIVATIONS))
+    if callable(getattr(module, "fastjac_activation", None)):
+        return True
+    return isinstance(module, (Act, *ACTIVATIONS)) and inherits(module, (Act, *ACTIVATIONS))
+
+
+def inherits(module: nn.Module, kinds: tuple[Any, ...]) -> bool:
+    """Whether the forward of the module's class is that of one of these classes."""
+    own = type(module).forward
+    return any(own is kind.forward for kind in kinds if isinstance(module, kind))
 
 
 def nonlinearity_of(

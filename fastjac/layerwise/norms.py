@@ -48,7 +48,7 @@ def norm_gain(call: LayerCall) -> Gain:
     if not norm.training and norm.running_var is not None:
         return Gain(gamma, 1 / (norm.running_var.to(dtype) + norm.eps))
     if call.normed is not None:
-        return Gain(gamma, InverseVariance.apply(z, *call.normed[2:]))
+        return Gain(gamma, InverseVariance.apply(z, *call.normed[2:5]))
     return Gain(gamma, inverse_variance(z, norm.eps))
 
 
@@ -62,7 +62,7 @@ def batch_normed(y: Tensor, norm: Any) -> Normed | None:
         return None
     version = 0 if norm.bias is None else norm.bias._version
     mean, invstd = node._saved_result1, node._saved_result2  # type: ignore[attr-defined]
-    return Normed(y, version, mean, invstd, norm.eps)
+    return Normed(y, version, mean, invstd, norm.eps, node)
 
 
 class InverseVariance(Function):

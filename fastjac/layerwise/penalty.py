@@ -17,7 +17,6 @@ from fastjac.layerwise.passes import LayerStatistic, Pass, Term
 from fastjac.layerwise.watch import Watch
 from fastjac.penalty import ModelPenalty, PenaltyOptions, call_model
 from fastjac.per_sample import attached_zeros
-from fastjac.torch_private import tree_leaves
 
 
 class LayerOptions(PenaltyOptions, total=False):
@@ -40,7 +39,9 @@ class LayerPenalty(LayerStatistic, ModelPenalty):
     * attached: ``penalty = DREG(model, ...)``, then in the training loop ``output = model(x)`` and
       ``loss + penalty()``. The outputs and the ``state_dict`` of the model do not change.
       ``penalty()`` covers the forward passes since its last call, and takes their samples together.
-      Passes in ``eval()`` mode, without gradients, or whose graph has been freed do not count.
+      Passes in ``eval()`` mode, without gradients, or whose graph has been freed do not count. The
+      graph is freed by a backward, or when the program deletes the output, and what it computed
+      from it, before the next pass begins. ``penalty()`` warns of passes that were so deleted.
       ``detach()`` ends it, and so does deleting the penalty. Deep copies and pickles of the model
       are not attached; shallow copies (``copy.copy``, DataParallel's replicas) run the original.
     * called: ``output, value = DREG(...)(model, x)`` observes this one run.
@@ -116,24 +117,22 @@ class LayerPenalty(LayerStatistic, ModelPenalty):
         finally:
             watch.remove()
         self._shares = []
-        return output, self._finish(seen, output, len(x))
+        seen.batch = len(x)
+        seen.complete(self, output)
+        return output, self._finish(seen)
 
-    def _finish(self, seen: Pass, output: Any, batch: int | None) -> Tensor | Sum:
-        outputs = [output] if isinstance(output, Tensor) else tree_leaves(output)
-        left_out = seen.complete(self, outputs)
+    def _finish(self, seen: Pass) -> Tensor | Sum:
         # By vars(), since nn.Module's __setattr__ takes 2 µs.
         state = vars(self)
         state["layers_found"] = [term.call.layer.name for term in seen.terms]
-        state["layers_left_out"] = left_out
-        if self.include_output:
-            ends = seen.activated + [term.call.z for term in seen.terms]
-            if not any(t is o for t in ends for o in outputs):
-                raise RuntimeError(
-                    "include_output is True, but the output of the model is neither the output of "
-                    "a Linear or convolution module nor that of an activation module after one"
-                )
+        state["layers_left_out"] = list(seen.left_out)
+        if self.include_output and not seen.ends_in_layer:
+            raise RuntimeError(
+                "include_output is True, but the output of the model is neither the output of a "
+                "Linear or convolution module nor that of an activation module after one"
+            )
         if not seen.terms:
-            reasons = "; ".join(f"{name}: {why}" for name, why in left_out)
+            reasons = "; ".join(f"{name}: {why}" for name, why in seen.left_out)
             raise RuntimeError(
                 "model has no layer to penalise, which is a Linear or convolution module whose "
                 "output, unchanged or through one BatchNorm or LayerNorm, is the input of an "
@@ -141,7 +140,7 @@ class LayerPenalty(LayerStatistic, ModelPenalty):
                 "module with a callable attribute fastjac_activation. Linear and convolution "
                 f"modules seen: {reasons or 'none at all'}"
             )
-        return self.finish(seen, seen.check_samples(batch))
+        return self.finish(seen, seen.check_samples())
 
     def _reduce(self, values: Any) -> Tensor:
         if not isinstance(values, Sum):
@@ -183,6 +182,7 @@ class LayerPenalty(LayerStatistic, ModelPenalty):
         """Forgets the forward passes since the last ``penalty()``."""
         if self._watch is not None:
             self._watch.passes.clear()
+            self._watch.dropped = 0
 
     def _attached_value(self) -> Tensor:
         if self._watch is None:
@@ -190,6 +190,7 @@ class LayerPenalty(LayerStatistic, ModelPenalty):
                 f"{type(self).__name__}() has no model: attach it, {type(self).__name__}(model), "
                 "or call it with (model, x)"
             )
+        self._watch.forget_dropped()
         passes, self._watch.passes = self._watch.passes, []
         if not passes:
             raise RuntimeError(
@@ -199,16 +200,16 @@ class LayerPenalty(LayerStatistic, ModelPenalty):
         due = [(seen, output) for seen, output in passes if seen is not None]
         if not due:
             self.count_call()
-            outputs = [t for t in tree_leaves(passes[-1][1]) if isinstance(t, Tensor)]
+            outputs = passes[-1][1].tensors
             # Token ids and the loss may come before the tensor that has the samples.
             outputs = [t for t in outputs if t.is_floating_point() and t.requires_grad] or outputs
             output = next((t for t in outputs if t.dim()), outputs[0].reshape(-1))
             zeros = attached_zeros(output)
             return zeros if self.reduction == "none" else zeros.sum()
         vars(self)["_shares"] = []
-        value = self._reduce(_together([self._finish(*one, None) for one in due]))
+        value = self._reduce(_together([self._finish(seen) for seen, _ in due]))
         self.count_call()
-        value = distributed.attached(value, *[output for _, output in due])
+        value = distributed.attached(value, *[t for _, output in due for t in output.tensors])
         return distributed.through_sink(value, self._watch.ddp)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -264,7 +264,7 @@ def _after_batch_norm(seen: Pass, call: LayerCall, phi: Nonlinearity, wanted: Wa
     """Whether `batch_norm_act` can compute the activation and the norm before it."""
     if call.normed is None or phi.fn is None or wanted.per_sample or not wanted.use_weight:
         return False
-    y = call.z
+    y = call.normed.y  # call.z is a copy if the activation writes in place
     if not seen.grad or saved_tensor_hooks() is not None or y._backward_hooks or y.retains_grad:
         return False
     bias = call.norm.bias
@@ -276,7 +276,7 @@ def _after_batch_norm(seen: Pass, call: LayerCall, phi: Nonlinearity, wanted: Wa
 
 def _norm_node(call: LayerCall, phi: Nonlinearity, wanted: Wanted) -> tuple[Tensor, Statistic]:
     assert phi.fn is not None and call.normed is not None
-    node, norm, dtype = call.z.grad_fn, call.norm, call.normed.mean.dtype
+    node, norm, dtype = call.normed.node, call.norm, call.normed.mean.dtype
     # The tensors that the norm computed with. Torch raises here if one was written to since.
     z, gamma = node._saved_input, node._saved_weight
     gamma, beta = (None if t is None else t.to(dtype) for t in (gamma, norm.bias))

@@ -14,6 +14,7 @@ Copies of a watched model (``deepcopy``, pickle) are not watched.
 from __future__ import annotations
 
 import functools
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,7 +23,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from fastjac import torch_private
 from fastjac.distributed import is_dtensor, static_graph
@@ -34,7 +34,8 @@ from fastjac.layerwise.forwards import (
     forward_of,
 )
 from fastjac.layerwise.layers import CONVOLUTION, LINEAR, Layer, Nonlinearity
-from fastjac.layerwise.passes import LayerStatistic, Pass
+from fastjac.layerwise.outputs import Output, apart
+from fastjac.layerwise.passes import LayerStatistic, Pass, samples_of
 from fastjac.nn import held_functions
 from fastjac.observers import OBSERVERS, Recorded
 
@@ -60,12 +61,13 @@ class Watch:
             m: name for m, name in self.names.items() if isinstance(m, LINEAR + CONVOLUTION)
         }
         # With the output of the model; None for a pass that `every` skips.
-        self.passes: list[tuple[Pass | None, Any]] = []
+        self.passes: list[tuple[Pass | None, Output]] = []
         self.current: Pass | None = None
         self.again: Pass | None = None  # the recomputation of a pass by a checkpoint
         self.recompute = False  # whether a recomputation counts
         self.whole: list[Layer] = []  # see `Pass`
         self.ddp: Any = None  # see `distributed.static_graph`
+        self.dropped = 0  # the number of passes since the last penalty() that were dropped
         self.called = 0  # the number of call forms that are running
         self.undo: list[Callable[[], Any]] = []
 
@@ -118,13 +120,17 @@ class Watch:
         self.recompute = wanted == "yes"
         if wanted == "later":
             output = forward(*args, **kwargs)
-            self.passes = [(None, output)]
+            self.passes = [(None, Output(output))]
             return output
         self.forget_stale()
         self.ddp = static_graph()
         with self.one_pass() as seen:
+            seen.batch = samples_of(args, kwargs)
             output = forward(*args, **kwargs)
-        self.passes.append((seen, output))
+            seen.complete(seen.statistic, output)
+        if not seen.compiling:
+            output = apart(output, [term.result.grad_fn for term in seen.terms])
+        self.passes.append((seen, Output(output)))
         if not seen.compiling:  # a value that changes in each step would be compiled again
             self.whole = seen.whole
         return output
@@ -140,9 +146,31 @@ class Watch:
             self.called -= 1
 
     def forget_stale(self) -> None:
-        """Drops the passes that autograd can no longer go back through."""
+        """Drops the passes that autograd can no longer go back through, or that nobody wants to."""
         if self.passes and not torch.compiler.is_compiling():
             self.passes = [p for p in self.passes if p[0] is not None and not p[0].spent()]
+            self._forget(self.passes)
+
+    def forget_dropped(self) -> None:
+        """Drops the passes whose output the program has dropped, except the latest."""
+        if torch.compiler.is_compiling():
+            return
+        self._forget(self.passes[:-1])
+        if self.dropped:
+            warnings.warn(
+                f"{self.dropped} forward passes of the model since the last penalty() do not count "
+                "in it, since their outputs were deleted: keep the outputs until penalty(), or run "
+                "a pass that shall not count under torch.no_grad()",
+                stacklevel=5,
+            )
+            self.dropped = 0
+
+    def _forget(self, passes: list[tuple[Pass | None, Output]]) -> None:
+        for one in passes:
+            one[1].let_go()
+        dropped = [one for one in passes if one[1].dropped()]
+        self.dropped += len(dropped)
+        self.passes = [one for one in self.passes if not any(one is d for d in dropped)]
 
     @contextmanager
     def one_pass(self) -> Iterator[Pass]:
@@ -163,21 +191,18 @@ class Watch:
             )
         if not seen.compiling:
             self._forget_recomputation()
-        # The model and the penalty share a weight that a parametrization computes: spectral norm
-        # would otherwise make a power iteration at each access.
-        with parametrize.cached():
-            self.current = seen
-            OBSERVERS.append(self.observe)  # only for this pass: torch.compile guards on the list
-            try:
-                seen.whole_before = self.whole
-                statistic.before_pass(seen)
-                yield seen
-            finally:
-                if seen.compiling:
-                    OBSERVERS.pop()
-                else:  # other threads may have added theirs
-                    OBSERVERS.remove(self.observe)
-                seen.statistic = self.current = None
+        self.current = seen
+        OBSERVERS.append(self.observe)  # only for this pass: torch.compile guards on the list
+        try:
+            seen.whole_before = self.whole
+            statistic.before_pass(seen)
+            yield seen
+        finally:
+            if seen.compiling:
+                OBSERVERS.pop()
+            else:  # other threads may have added theirs
+                OBSERVERS.remove(self.observe)
+            seen.statistic = self.current = None
 
     def running(self) -> Pass | None:
         """The pass that runs now, or the one that a checkpoint recomputes, or None."""

@@ -14,6 +14,7 @@ from fastjac import arguments, distributed, reference
 from fastjac.layerwise.layers import LayerCall, Nonlinearity, written_to
 from fastjac.layerwise.passes import Pass, Term
 from fastjac.layerwise.penalty import LayerOptions, LayerPenalty
+from fastjac.layerwise.tangents import NormTangents
 from fastjac.ops.act import act
 from fastjac.ops.dispatch import accumulate_dtype
 from fastjac.penalties.registry import PenaltySpec, pushed_example
@@ -38,7 +39,9 @@ class AccumulatedDREG(LayerPenalty):
     formula: it is another reading of the word "layer-wise".
 
     It counts the layers that DREG finds. The tangent also goes through all operations between
-    them. ``layers_found`` and ``layers_left_out`` are as in DREG.
+    them. Through LayerNorm, BatchNorm and InstanceNorm fastjac computes it, since the gradient of
+    torch's forward-mode derivative is wrong there. ``layers_found`` and ``layers_left_out`` are as
+    in DREG.
 
     Arguments:
         model: an nn.Module, all of whose operations have a forward-mode derivative (otherwise torch
@@ -89,7 +92,8 @@ class AccumulatedDREG(LayerPenalty):
         vars(self)["_hooks"] = saved_tensor_hooks()
         with forward_ad.dual_level():
             try:
-                dual, values = super().model_form(model, forward_ad.make_dual(x, u))
+                with NormTangents():
+                    dual, values = super().model_form(model, forward_ad.make_dual(x, u))
             except NotImplementedError as error:
                 raise NotImplementedError(
                     "an operation of the model has no forward-mode derivative. Under torch.compile "

@@ -29,6 +29,10 @@ class DREG(SumOverLayers):
     deterministic), a function of fastjac (``fastjac.gelu(z)``), a torch function that is an
     attribute of a module (``nn.TransformerEncoderLayer``), or any module with a callable attribute
     ``fastjac_activation``, its elementwise ``φ``. A last layer with an activation is a layer too.
+    ``W`` is the weight that ``F.linear`` or the convolution was called with in this run, which a
+    subclass or a parametrization may have computed, and the gradient flows back into what computed
+    it. A layer whose forward does not return the result of such a call is left out. docs/LAYERS.md
+    shows which layers, norms and activations count.
 
     The rows of a convolution are its output positions, so the sum includes the positions.
     ``‖W_c‖²`` contains all taps of output channel c, also those that fall on padding or, in a
@@ -42,17 +46,21 @@ class DREG(SumOverLayers):
     There are two forms. The attached form is faster: ``penalty = DREG(model)``, then in each step
     ``loss(model(x), y) + penalty()``. The activations of the model are then computed together with
     their statistic in one pass, forward and backward; outputs and ``state_dict`` do not change. It
-    covers all forward passes since the last ``penalty()``, and takes their samples together. Passes
-    in eval mode or without gradients do not count. The model may use checkpoints
-    (``use_reentrant=False``), and the model or the whole step may be compiled afterwards.
+    covers the forward passes since the last ``penalty()``, and takes their samples together. Passes
+    in eval mode or without gradients do not count, nor do passes whose output, and all that was
+    computed from it, is deleted before the next pass begins; the latest pass always counts. The
+    model may use checkpoints (``use_reentrant=False``), and the model or the whole step may be
+    compiled afterwards.
     ``detach()`` ends it; copies of the model are not attached. The call form is
     ``output, value = DREG()(model, x)``, without torch.compile. After either, ``layers_found`` has
     the names of the layers in the order in which they ran, ``layers_left_out`` the others with the
     reason, and ``layer_values`` each layer's share of the value.
 
     Arguments:
-        model: an nn.Module in which dimension 0 of all tensors is the samples. x: ``[N, ...]`` of
-        any dtype. There is no graph form.
+        model: an nn.Module in which dimension 0 of all tensors is the samples. Their number N is
+        that of x, or of the first tensor that an attached model is called with; a layer with
+        another number of rows, or a model without such a tensor, raises. x: ``[N, ...]`` of any
+        dtype. There is no graph form.
 
     Options:
         over: ``"sum"``, ``"units"`` to divide the term of a layer by the number of its units or

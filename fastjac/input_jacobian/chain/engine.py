@@ -23,7 +23,6 @@ from torch import Tensor
 from fastjac import torch_private
 from fastjac.input_jacobian.by_autograd import Composed
 from fastjac.input_jacobian.chain.record import Record
-from fastjac.input_jacobian.chain.rules import Unsupported
 from fastjac.input_jacobian.pullback import Pullback
 from fastjac.ops.autograd import graph_nodes
 from fastjac.ops.row_sqnorm import gradient_of_one, rows_of_one
@@ -78,7 +77,7 @@ class GraphRun:
 
     def _push(self, u: Tensor, deltas: Any, wanted: bool) -> Any:
         lead = tuple(u.shape[:1]) if u.shape[0] > 1 else ()
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(self.output.device.type, enabled=False):
             out = self.record.push(u if lead else u[0], lead, deltas, self.extras, wanted)
         if wanted and out is None:
             out = self.output.new_zeros((*lead, *self.output.shape))
@@ -112,6 +111,7 @@ class Chain(Pullback):
         self.x = x.detach().requires_grad_() if x.requires_grad else x.detach()
         self.output = run.output.detach().requires_grad_()
         self.products: list[JacobianProduct] = []
+        self.others: list[Tensor] = []  # leaves that R depends on beside the output and x
 
     # ---- products with the Jacobian
 
@@ -149,13 +149,22 @@ class Chain(Pullback):
         return leaf
 
     def values(self, values: Tensor) -> tuple[Tensor, Tensor]:
-        """``(output, R)`` in the graph of x and the parameters."""
-        leaves = {id(self.output), id(self.x), *(id(product.leaf) for product in self.products)}
+        """``(output, R)`` in the graph of x, the parameters and what else R depends on."""
+        known = {id(self.output), id(self.x), *(id(product.leaf) for product in self.products)}
         for t in (values, *(product.of for product in self.products)):
-            if t.requires_grad and id(t) not in leaves:
-                _check_leaves(t, leaves)
-        found = _Chain.apply(self, values, self.given, *self.run.parameters)
+            if t.requires_grad and id(t) not in known:
+                self._note_leaves(t, known)
+        inputs = self.given, *self.run.parameters, *self.others
+        found = _Chain.apply(self, values, *inputs)
         return found if self.run.own_output else (self.run.output, found)
+
+    def _note_leaves(self, t: Tensor, known: set[int]) -> None:
+        """Note other leaves that t depends on: a target, a parameter of a loss."""
+        for node in graph_nodes(t):
+            leaf = getattr(node, "variable", None)
+            if leaf is not None and id(leaf) not in known:
+                known.add(id(leaf))
+                self.others.append(leaf)
 
     # ---- the backward
 
@@ -163,35 +172,40 @@ class Chain(Pullback):
         self, grad: Tensor | None, grad_values: Tensor | None, values: Tensor, keep: bool
     ) -> list[Tensor | None]:
         self.run.check()
-        grad_x: Tensor | None = None
+        direct: list[Tensor | None] = [None] * (1 + len(self.others))
         if grad_values is not None and values.requires_grad:
-            grad, grad_x = self._penalty(grad, grad_values, values, keep)
+            grad = self._penalty(grad, grad_values, values, keep, direct)
         found = self.run.down(grad, keep)
-        found[0] = plus(found[0], grad_x)
-        return found
+        found[0] = plus(found[0], direct[0])
+        return [*found, *direct[1:]]
 
     def _penalty(
-        self, grad: Tensor | None, grad_values: Tensor, values: Tensor, keep: bool
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Up through the chain; returns the gradients with respect to the output and to x.
+        self,
+        grad: Tensor | None,
+        grad_values: Tensor,
+        values: Tensor,
+        keep: bool,
+        direct: list[Tensor | None],
+    ) -> Tensor | None:
+        """Up through the chain; returns ``grad``, of the output, with the penalty's added.
 
-        That of the output includes ``grad``. That of x counts only the direct uses of x by R and
-        by the cotangents or tangents.
+        ``direct`` gets the gradients of x and the other leaves, as R and the cotangents or tangents
+        use them themselves.
         """
         leaves = [product.leaf for product in self.products]
-        grad_x: Tensor | None = None
+        ends = [self.output, *([self.x] if self.x.requires_grad else []), *self.others]
 
         def through(t: Tensor, cotangent: Tensor, *more: Tensor) -> list[Any]:
-            """The gradients with respect to ``more``; adds those of the output and of x up."""
-            nonlocal grad, grad_x
-            ends = [self.output, self.x] if self.x.requires_grad else [self.output]
-            *found, of_output = torch.autograd.grad(
-                t, [*more, *ends], cotangent, retain_graph=True, allow_unused=True
+            """The gradients with respect to ``more``; adds those of the ends up."""
+            nonlocal grad
+            of_ends = torch.autograd.grad(
+                t, [*ends, *more], cotangent, retain_graph=True, allow_unused=True
             )
-            if len(ends) == 2:
-                of_x, of_output = of_output, found.pop()
-                grad_x = plus(grad_x, of_x)
-            grad = plus(grad, of_output)
+            found = list(of_ends[len(ends) :])
+            grad = plus(grad, of_ends[0])
+            first = 1 - int(self.x.requires_grad)
+            for i, g in enumerate(of_ends[1 : len(ends)], first):
+                direct[i] = plus(direct[i], g)
             return found
 
         if len(leaves) == 1 and values is leaves[0]:
@@ -214,18 +228,7 @@ class Chain(Pullback):
             if into is not None and of.requires_grad:
                 of_earlier = through(of, into.view(of.shape), *leaves[:i])
                 cotangents[:i] = map(plus, cotangents[:i], of_earlier)
-        return grad, grad_x
-
-
-def _check_leaves(t: Tensor, known: set[int]) -> None:
-    """Raise if t depends on a leaf that is not among the known ones: its gradient would be lost."""
-    for node in graph_nodes(t):
-        leaf = getattr(node, "variable", None)
-        if leaf is not None and id(leaf) not in known:
-            raise Unsupported(
-                "the penalty depends on more than the output of the model: on a tensor of shape "
-                f"{tuple(leaf.shape)} that requires grad"
-            )
+        return grad
 
 
 def plus(a: Tensor | None, b: Tensor | None) -> Tensor | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -87,9 +88,9 @@ def average(pool: Any) -> Callable[[Any, Tensor], Tensor]:
 
 
 # fmt: off
-linear("View UnsafeView ReshapeAlias Squeeze Squeeze.1 Squeeze.2 Squeeze.3 Unsqueeze",
+linear("View UnsafeView ReshapeAlias Squeeze Squeeze.1 Squeeze.2 Unsqueeze",
        lambda n, u: u.reshape(shape_of_node(n)))
-linear("Alias Clone Contiguous Identity LiftFresh Add.1 Sub.1", lambda n, u: u)
+linear("Alias Clone Add.1 Sub.1", lambda n, u: u)
 linear("Neg", lambda n, u: -u)
 linear("Mul.1", lambda n, u: u * n._saved_other)
 linear("Div.1", lambda n, u: u / n._saved_other)
@@ -97,7 +98,7 @@ linear("Rsub.1", lambda n, u: u * -n._saved_alpha)
 linear("ToCopy", lambda n, u: u.to(dtype_of_node(n)))
 RULES["CopyBackwards"] = Linear(lambda n, u: u.to(dtype_of_node(n)))
 linear("T", lambda n, u: u.t())
-linear("Transpose Transpose.1 Swapaxes",
+linear("Transpose Transpose.1",
        lambda n, u: u.transpose(signed(n._saved_dim0), signed(n._saved_dim1)))
 linear("Permute", lambda n, u: u.permute([signed(d) for d in n._saved_dims]))
 linear("Expand", lambda n, u: u.expand(shape_of_node(n)))
@@ -133,13 +134,16 @@ linear("AvgPool2D", average(F.avg_pool2d))
 linear("AvgPool3D", average(F.avg_pool3d))
 linear("AdaptiveAvgPool2D", lambda n, u: F.adaptive_avg_pool2d(u, shape_of_node(n)[-2:]))
 linear("AdaptiveAvgPool3D", lambda n, u: F.adaptive_avg_pool3d(u, shape_of_node(n)[-3:]))
-linear("UpsampleNearest1D", lambda n, u: aten.upsample_nearest1d(u, n._saved_output_size, n._saved_scales))
-linear("UpsampleNearest2D", lambda n, u: aten.upsample_nearest2d(u, n._saved_output_size, n._saved_scales_h, n._saved_scales_w))
+linear("UpsampleNearest1D", lambda n, u: aten.upsample_nearest1d(
+    u, n._saved_output_size, n._saved_scales))
+linear("UpsampleNearest2D", lambda n, u: aten.upsample_nearest2d(
+    u, n._saved_output_size, n._saved_scales_h, n._saved_scales_w))
 linear("UpsampleBilinear2D", lambda n, u: aten.upsample_bilinear2d(
     u, n._saved_output_size, n._saved_align_corners, n._saved_scales_h, n._saved_scales_w))
 linear("PixelShuffle", lambda n, u: F.pixel_shuffle(u, n._saved_upscale_factor))
 linear("PixelUnshuffle", lambda n, u: F.pixel_unshuffle(u, n._saved_downscale_factor))
-linear("Im2Col", lambda n, u: F.unfold(u, n._saved_kernel_size, n._saved_dilation, n._saved_padding, n._saved_stride))
+linear("Im2Col", lambda n, u: F.unfold(
+    u, n._saved_kernel_size, n._saved_dilation, n._saved_padding, n._saved_stride))
 linear("NativeDropout", lambda n, u: u * n._saved_result1 / (1 - n._saved_p))
 
 # ---- linear in all inputs
@@ -288,6 +292,9 @@ for _name, (_read, _gain) in KERNELS.items():
     add(_name, Activation(_read))
     GAINS[f"{_name}Backward0"] = _gain
 RULES[_Act] = OwnActivation()
+
+# Torch lacks the second derivative of it.
+GAINS["HardsigmoidBackward0"] = math.inf
 
 # ---- softmax and norms
 

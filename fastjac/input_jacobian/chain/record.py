@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from fastjac.input_jacobian.by_autograd import GRADIENT_IN_MODEL, WRONG_AGAIN
+from fastjac.input_jacobian.by_autograd import GRADIENT_IN_MODEL, MISSING, WRONG_AGAIN
 from fastjac.input_jacobian.chain.by_autograd import ByAutograd
 from fastjac.input_jacobian.chain.rules import RULES, Rule, Unsupported
 from fastjac.ops.autograd import Function
@@ -49,6 +49,8 @@ class Kind:
             self.why_not = GRADIENT_IN_MODEL.format(WRONG_AGAIN[self.name])
         elif own is not None and not issubclass(own, Function):
             self.why_not = f"the model calls {own.__name__}, a torch.autograd.Function"
+        elif self.rule is None and self.name in MISSING:
+            self.why_not = f"torch does not have the second derivative of {self.name}"
         elif own is None and self.rule is None and not self.name[-1:].isdigit():
             # Torch generates the nodes with a numbered name, and shows all that they save.
             self.why_not = f"{self.name}: {HIDDEN.get(self.name, 'torch does not show its data')}"
@@ -77,8 +79,11 @@ class Record:
         self._places: dict[int, int] = {}  # of targets, by id
         if self.end == self.source:
             raise Unsupported("the output of the model is x")
-        for node, sources, used in _walk(self.end, self.source):
-            self._add(node, sources, used)
+        try:
+            for node, sources, used in _walk(self.end, self.source):
+                self._add(node, sources, used)
+        except RuntimeError as error:  # of torch, if a tensor was modified after it was saved
+            raise Unsupported(str(error)) from error
 
     def _add(self, node: Any, sources: tuple[Edge | None, ...], used: list[int]) -> None:
         kind = kind_of(node)
