@@ -13,8 +13,10 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad, grad
+
+import fastjac
 
 pytestmark = pytest.mark.usefixtures("double")
 STEP = 1e-5
@@ -197,6 +199,20 @@ def test_group_norm_without_create_graph_is_right(shape: tuple[int, ...], groups
     """The chain engine computes several cotangents at once, without ``create_graph``."""
     a, ws = torch.randn(shape, requires_grad=True), torch.randn(3, *shape)
     torch.testing.assert_close(pull(a, groups, ws, False, True), pull(a, groups, ws, True, False))
+
+
+# ---- the first derivative
+
+
+def test_cross_map_lrn() -> None:
+    """It has no second derivative, so that every penalty raises."""
+    module, a = nn.CrossMapLRN2d(3, alpha=0.5), torch.randn(2, 4, 3, 2, requires_grad=True)
+    direction = torch.randn_like(a)
+    wrong = error(along(module, a, direction), module, a, direction)
+    assert wrong > 1e-3, "torch has mended CrossMapLRN2d"
+    model = nn.Sequential(module, nn.Flatten())
+    with pytest.raises(RuntimeError, match="don't support automatic differentiation"):
+        fastjac.SpectReg()(model, a)
 
 
 # ---- models that compute a gradient themselves
