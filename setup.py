@@ -66,9 +66,9 @@ def generate(package: Path) -> str:
     """Write the C++ headers and the Triton functions of the activation table; return its hash."""
     activations, codegen = load("activations"), load("codegen")
     table_hash = activations.table_hash()
-    headers = codegen.cpp_headers(activations.TABLE, table_hash)
+    headers = codegen.cpp_headers(activations.KERNEL_ROWS, table_hash)
     files = {BUILD / "generated" / name: text for name, text in headers.items()}
-    files[package / "kernels" / "_phi.py"] = codegen.triton_module(activations.TABLE)
+    files[package / "kernels" / "_phi.py"] = codegen.triton_module(activations.KERNEL_ROWS)
     for path, text in files.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         if not path.exists() or path.read_text() != text:  # keep ninja's timestamps

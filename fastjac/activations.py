@@ -58,6 +58,9 @@ class Activation:
         torch_kwargs: fixed keyword arguments of `torch`.
         kinks: points where φ, φ' or φ'' is not differentiable. The values there are those of torch.
             Tests with finite differences avoid these points.
+        slope: if φ' is a polynomial ψ of the output a = φ(z): (ψ, ψ', ψ'', ψ''') as expressions of
+            ``a`` and the parameters. The derivatives of `fastjac.act` are then computed from a,
+            with no exponential. For z they are φ' = ψ, φ'' = ψ'ψ and φ''' = (ψ''ψ + ψ'²)ψ.
     """
 
     name: str
@@ -68,6 +71,7 @@ class Activation:
     params: Mapping[str, float] = field(default_factory=dict)
     torch_kwargs: Mapping[str, object] = field(default_factory=dict)
     kinks: tuple[float, ...] = ()
+    slope: tuple[str, str, str, str] | None = None
 
     @property
     def zero_from(self) -> int:
@@ -126,6 +130,14 @@ class Activation:
 def sine(z, omega: float = 1.0):
     """sin(ω z), the activation of SIREN (arXiv 2006.09661, ω = 30), for which torch has no name."""
     return (omega * z).sin()
+
+
+def hardsigmoid(z):
+    """relu6(z + 3) / 6. ``torch.nn.functional.hardsigmoid`` has no second derivative, and its first
+    one is float32's 1/6 in float64 too."""
+    from torch.nn.functional import relu6
+
+    return relu6(z + 3) / 6
 
 
 def _logistic(argument: str) -> dict[str, str]:
@@ -295,6 +307,7 @@ ROWS = (
             "q": "4 * e * i * i",  # 1 - tanh², with no cancellation in the tails
         },
         derivatives=("t", "q", "-2 * t * q", "2 * q * (2 * t * t - q)"),
+        slope=("(1 - a) * (1 + a)", "-2 * a", "-2", "0"),
     ),
     Activation(
         name="sigmoid",
@@ -302,6 +315,7 @@ ROWS = (
         module="Sigmoid",
         let={**_logistic("z"), "sr": "e * i * i"},
         derivatives=("s", "sr", "sr * (r - s)", "sr * ((r - s) * (r - s) - 2 * sr)"),
+        slope=("a * (1 - a)", "1 - 2 * a", "-2", "0"),
     ),
     Activation(
         name="softplus",
@@ -335,12 +349,49 @@ ROWS = (
         torch="torch.nn.functional.hardswish",
         module="Hardswish",
         derivatives=(
-            "z * ((0 if z <= -3 else (6 if z >= 3 else z + 3)) / 6)",
-            "0 if z <= -3 else (1 if z >= 3 else z / 3 + 0.5)",
+            f"z * ((0 if z <= -3 else (6 if z >= 3 else z + 3)) * {1 / 6!r})",
+            f"0 if z <= -3 else (1 if z >= 3 else z * {1 / 3!r} + 0.5)",
             f"0 if z <= -3 else (0 if z >= 3 else {1 / 3!r})",
             "0",
         ),
         kinks=(-3.0, 3.0),
+    ),
+    Activation(
+        name="hardsigmoid",
+        torch="fastjac.activations.hardsigmoid",
+        module="Hardsigmoid",
+        derivatives=(
+            f"(0 if z <= -3 else (6 if z >= 3 else z + 3)) * {1 / 6!r}",
+            f"0 if z <= -3 else (0 if z >= 3 else {1 / 6!r})",
+            "0",
+            "0",
+        ),
+        kinks=(-3.0, 3.0),
+    ),
+    Activation(
+        name="hardtanh",
+        torch="torch.nn.functional.hardtanh",
+        module="Hardtanh",
+        params={"min_val": -1.0, "max_val": 1.0},
+        derivatives=(
+            "min_val if z < min_val else (max_val if z > max_val else z)",
+            "0 if z <= min_val else (0 if z >= max_val else 1)",
+            "0",
+            "0",
+        ),
+        kinks=(-1.0, 1.0),
+    ),
+    Activation(
+        name="relu6",
+        torch="torch.nn.functional.relu6",
+        module="ReLU6",
+        derivatives=(
+            "0 if z <= 0 else (6 if z >= 6 else z)",
+            "0 if z <= 0 else (0 if z >= 6 else 1)",
+            "0",
+            "0",
+        ),
+        kinks=(0.0, 6.0),
     ),
     Activation(
         name="sine",
@@ -358,9 +409,38 @@ ROWS = (
 
 
 TABLE: dict[str, Activation] = {row.name: row for row in ROWS}
-"""Every activation by name. The index of a row in `ROWS` is the id that the kernels use."""
+"""Every activation by name."""
 
-IDS: dict[str, int] = {name: index for index, name in enumerate(TABLE)}
+
+def _slope(row: Activation) -> Activation:
+    """ψ with φ'(z) = ψ(φ(z)), as a function of its own: ψ^(k) is its k-th derivative."""
+    assert row.slope is not None
+    return Activation(f"{row.name}_slope", "", row.slope, let={"a": "z"}, params=row.params)
+
+
+def _of_output(row: Activation) -> Activation:
+    """φ and its derivatives with respect to z, as expressions of a = φ(z)."""
+    assert row.slope is not None
+    p, p1, p2, _ = (f"({expression})" for expression in row.slope)
+    derivatives = ("a", p, f"{p1} * {p}", f"({p2} * {p} + {p1} * {p1}) * {p}")
+    return Activation(f"{row.name}_of_output", "", derivatives, let={"a": "z"}, params=row.params)
+
+
+KERNEL_ROWS: tuple[Activation, ...] = (
+    *ROWS,
+    *(make(row) for row in ROWS if row.slope is not None for make in (_slope, _of_output)),
+)
+"""What the kernels compute: the activations, and for each one with a `slope` two more functions,
+whose argument is the output a = φ(z). For an activation "x" they are "x_slope" and "x_of_output".
+They are no activations, so `TABLE` does not have them."""
+
+IDS: dict[str, int] = {row.name: index for index, row in enumerate(KERNEL_ROWS)}
+"""The id of each function in the kernels, by name: its index in `KERNEL_ROWS`."""
+
+SLOPES: dict[int, int] = {
+    IDS[row.name]: IDS[f"{row.name}_slope"] for row in ROWS if row.slope is not None
+}
+"""The id of ψ by the id of its activation."""
 
 MAX_PARAMS = max(len(row.params) for row in ROWS)
 """The largest number of parameters of a row."""

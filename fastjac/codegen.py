@@ -9,7 +9,7 @@ to be installed.
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,7 +88,7 @@ def statements(row: Any, order: int, dialect: Dialect) -> Iterator[tuple[str, st
     yield "", translate(row.derivatives[order], dialect, scope)
 
 
-def cpp_headers(table: Mapping[str, Any], table_hash: str) -> dict[str, str]:
+def cpp_headers(table: Sequence[Any], table_hash: str) -> dict[str, str]:
     """The generated C++ headers by file name."""
     return {
         "activations.h": _functors(table, table_hash),
@@ -96,8 +96,8 @@ def cpp_headers(table: Mapping[str, Any], table_hash: str) -> dict[str, str]:
     }
 
 
-def _param_counts(table: Mapping[str, Any]) -> str:
-    counts = [len(row.params) for row in table.values()]
+def _param_counts(table: Sequence[Any]) -> str:
+    counts = [len(row.params) for row in table]
     return "\n".join(
         (
             "// Generated from fastjac/activations.py by fastjac/codegen.py. Do not edit.",
@@ -115,7 +115,7 @@ def _param_counts(table: Mapping[str, Any]) -> str:
     )
 
 
-def _functors(table: Mapping[str, Any], table_hash: str) -> str:
+def _functors(table: Sequence[Any], table_hash: str) -> str:
     """The functors, for example ``fastjac::Gelu::d<K>(z, params)``, and the switch over them."""
     out = [
         "// Generated from fastjac/activations.py by fastjac/codegen.py. Do not edit.",
@@ -127,7 +127,7 @@ def _functors(table: Mapping[str, Any], table_hash: str) -> str:
         "",
         "namespace fastjac {",
     ]
-    for row in table.values():
+    for row in table:
         zeros = ", ".join(str(row.has_zeros(k)).lower() for k in range(len(row.derivatives)))
         out += [
             "",
@@ -172,13 +172,13 @@ def _functors(table: Mapping[str, Any], table_hash: str) -> str:
         "void visit_activation(int64_t id, Visitor&& visitor) {",
         "  switch (id) {",
     ]
-    for index, row in enumerate(table.values()):
+    for index, row in enumerate(table):
         out.append(f"    case {index}: visitor({_camel(row.name)}{{}}); return;")
     out += ["  }", "}", "", "}  // namespace fastjac", ""]
     return "\n".join(out)
 
 
-def triton_module(table: Mapping[str, Any]) -> str:
+def triton_module(table: Sequence[Any]) -> str:
     """The Triton function ``phi(z, PARAMS, FN, K)``; FN is the index of the row, K the order."""
     out = [
         '"""Generated from fastjac/activations.py by fastjac/codegen.py. Do not edit."""',
@@ -193,7 +193,7 @@ def triton_module(table: Mapping[str, Any]) -> str:
         "@triton.jit",
         "def phi(z, PARAMS: tl.constexpr, FN: tl.constexpr, K: tl.constexpr):",
     ]
-    for index, row in enumerate(table.values()):
+    for index, row in enumerate(table):
         out.append(f"    {'if' if index == 0 else 'elif'} FN == {index}:  # {row.name}")
         for place, parameter in enumerate(row.params):
             out.append(f"        {parameter} = tl.full([], PARAMS[{place}], z.dtype)")

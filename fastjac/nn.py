@@ -16,6 +16,7 @@ from fastjac.activations import TABLE, get
 from fastjac.functional import FUNCTIONS
 from fastjac.observers import activate
 from fastjac.ops.act import act
+from fastjac.ops.act_sizes import never
 from fastjac.ops.dispatch import Op
 
 
@@ -24,7 +25,8 @@ class Act(nn.Module):
 
     Args:
         fn: the activation, a key of `fastjac.activations.TABLE`.
-        impl: the implementation, as in `fastjac.act`.
+        impl: the implementation, as in `fastjac.act`. "auto" calls torch's function where that is
+            at least as fast, as `fastjac.fuse` says.
         **params: the parameters of the activation.
 
     Shapes, dtypes, gradient orders and errors are those of `fastjac.act` with order 0. An unknown
@@ -204,6 +206,14 @@ ConvAct = ConvAct2d
 def fuse(model: nn.Module, *, impl: str = "auto") -> nn.Module:
     """Replace the activations of a model by fused ones, in place, and return the model.
 
+    A fused activation is at least as fast as torch's in the forward and backward, the double
+    backward and the third order, and often faster. Where it would be slower, it is not used: ReLU,
+    LeakyReLU, ReLU6, Hardtanh and Hardswish are not replaced, and the others call torch's function
+    on CPU tensors that are too small for the gain to pay for the call. The table
+    `fastjac.ops.act_sizes.FROM` has the sizes, by activation and dtype. A named ``impl`` replaces
+    all and is used at any size. Hardsigmoid, which torch cannot differentiate twice, is always
+    replaced.
+
     This replaces all submodules whose type is a ``torch.nn`` activation of the table (subclasses
     are not replaced), and torch activation functions that are attributes of modules
     (``nn.TransformerEncoderLayer`` has one). It cannot replace a function that is called inside a
@@ -213,7 +223,7 @@ def fuse(model: nn.Module, *, impl: str = "auto") -> nn.Module:
 
     Args:
         model: any module; if it is an activation itself, its replacement is returned.
-        impl: the implementation that the activations use, as in `fastjac.act`.
+        impl: the implementation that the activations use, as in `Act`.
 
     Raises:
         TypeError: model is not a module.
@@ -234,6 +244,8 @@ def fuse(model: nn.Module, *, impl: str = "auto") -> nn.Module:
     def replacement(module: nn.Module) -> nn.Module:
         if module not in replaced:
             new = None if isinstance(module, Act) else activation_of(module)
+            if new is not None and impl == "auto" and never(new.fn):
+                new = None
             if new is not None:
                 new.impl, new._replaced = impl, (module,)
                 new.training = module.training
@@ -246,6 +258,8 @@ def fuse(model: nn.Module, *, impl: str = "auto") -> nn.Module:
             if child is not None:
                 parent._modules[name] = replacement(child)
         for name, value, fn in held_functions(parent):
+            if impl == "auto" and never(fn):
+                continue
             setattr(parent, name, _Held(value, fn, impl))
     return replacement(model)
 

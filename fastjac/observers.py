@@ -7,24 +7,39 @@ registered in `OBSERVERS`. `Recorded` is the class of the tensors that are recor
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
+from fastjac.activations import TABLE
 from fastjac.ops.act import act
+from fastjac.ops.act_sizes import pays
 
 OBSERVERS: list[Callable[..., Tensor | None]] = []
 """Each observer is called with ``(z, fn, impl, params, a)``. It returns ``φ(z)`` if it computes
 this activation, otherwise ``a``, which is None or the result of an earlier observer."""
 
 
+@functools.cache
+def _torch_function(fn: str) -> Callable[..., Any]:
+    return TABLE[fn].torch_function()
+
+
 def activate(z: Tensor, fn: str, impl: str, params: dict[str, Any]) -> Tensor:
-    """``φ(z)``, computed by an observer or by `fastjac.act`. All activations of fastjac call it."""
+    """``φ(z)``, computed by an observer or by `fastjac.act`. All activations of fastjac call it.
+
+    With ``impl="auto"``, torch computes it where that is faster (`fastjac.ops.act_sizes`).
+    """
     a = None
     for observe in tuple(OBSERVERS):  # the list may change during the loop
         a = observe(z, fn, impl, params, a)
-    return act(z, fn=fn, impl=impl, **params) if a is None else a
+    if a is not None:
+        return a
+    if impl == "auto" and isinstance(z, Tensor) and not pays(z, fn):
+        return _torch_function(fn)(z) if not params else TABLE[fn].torch_function(**params)(z)
+    return act(z, fn=fn, impl=impl, **params)
 
 
 class Recorded(Tensor):

@@ -24,7 +24,8 @@ def off_kinks(name, rows=1):
     """A random z on every side of every kink, far enough for finite differences not to reach it."""
     from fastjac.activations import get
 
-    edges = torch.tensor([-4.0, *(get(name).kinks or [0.0]), 4.0], dtype=torch.float64)
+    kinks = get(name).kinks or (0.0,)
+    edges = torch.tensor([kinks[0] - 4, *kinks, kinks[-1] + 4], dtype=torch.float64)
     low, width = edges[:-1], edges.diff()
     return (low + width * (0.25 + torch.rand(rows, len(low), dtype=low.dtype) / 2)).to(DEVICE)
 

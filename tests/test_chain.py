@@ -22,7 +22,15 @@ from fastjac.bench.networks import lenet, small_resnet
 from fastjac.penalties import DataGrad, FrobReg, PenaltySpec, SpectReg, TangentProp
 
 # Exact in float32: torch's CELU rounds 1 / alpha to it (2.13), whatever the dtype of the tensor.
-PARAMS = {"negative_slope": 0.25, "alpha": 0.5, "beta": 2.0, "threshold": 1.5, "omega": 3.0}
+PARAMS = {
+    "min_val": -0.5,
+    "max_val": 2.0,
+    "negative_slope": 0.25,
+    "alpha": 0.5,
+    "beta": 2.0,
+    "threshold": 1.5,
+    "omega": 3.0,
+}
 
 
 class Residual(nn.Sequential):
@@ -34,7 +42,8 @@ def module_of(name: str, form: str) -> nn.Module:
     """The activation as torch's module or as ours, at its defaults or not."""
     row = TABLE[name]
     params = {k: PARAMS[k] for k in row.params} if form.endswith("other") else {}
-    if row.module is None or form.startswith("ours"):
+    # Torch cannot differentiate its own Hardsigmoid twice, so it is no truth.
+    if row.module in (None, "Hardsigmoid") or form.startswith("ours"):
         return Act(name, **params)
     return getattr(nn, row.module)(**row.torch_kwargs, **params)
 

@@ -8,9 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import fastjac
 from fastjac.activations import TABLE
+from fastjac.ops.act_sizes import FROM, never
 
 
 @pytest.mark.parametrize("name", TABLE)
@@ -54,6 +56,11 @@ def every_activation() -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
+class TwiceDifferentiable(nn.Module):
+    def forward(self, z):
+        return F.relu6(z + 3) / 6
+
+
 def parameter_gradients(model, x):
     x = x.clone().requires_grad_()
     out = model(x)
@@ -66,9 +73,13 @@ def parameter_gradients(model, x):
 def test_fuse_replaces_every_activation_and_changes_no_number():
     model = every_activation().double()
     x = torch.randn(3, 4, dtype=torch.float64)
-    state, before = copy.deepcopy(model.state_dict()), parameter_gradients(model, x)
+    truth = copy.deepcopy(model)
+    for i, module in enumerate(truth):
+        if type(module) is nn.Hardsigmoid:  # torch cannot differentiate its own twice
+            truth[i] = TwiceDifferentiable()
+    state, before = copy.deepcopy(model.state_dict()), parameter_gradients(truth, x)
     originals = list(model)
-    assert fastjac.fuse(model) is model
+    assert fastjac.fuse(model, impl="cpu") is model
     replaceable = sum(row.module is not None for row in TABLE.values())
     assert sum(isinstance(m, fastjac.Act) for m in model) == replaceable
     assert model.state_dict().keys() == state.keys()
@@ -129,19 +140,76 @@ def test_fuse_of_a_transformer_layer_and_of_an_activation():
 
 
 def test_fused_models_copy_and_pickle():
-    model = fastjac.fuse(nn.Sequential(nn.Linear(2, 3), nn.LeakyReLU(0.3)))
+    model = fastjac.fuse(nn.Sequential(nn.Linear(2, 3), nn.ELU(0.3)))
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         x = torch.randn(4, 2)
         torch.testing.assert_close(other(x), model(x))
-        assert repr(other[1]) == "Act(leaky_relu, negative_slope=0.3)"
-        assert type(fastjac.unfuse(other)[1]) is nn.LeakyReLU
+        assert repr(other[1]) == "Act(elu, alpha=0.3)"
+        assert type(fastjac.unfuse(other)[1]) is nn.ELU
 
 
 def test_what_the_table_has_no_row_for_stays():
-    model = nn.Sequential(nn.ReLU6(), nn.GLU(), nn.Softmax(-1), nn.PReLU())
+    model = nn.Sequential(nn.Hardshrink(), nn.GLU(), nn.Softmax(-1), nn.PReLU())
+    before = list(model)
+    fastjac.fuse(model, impl="cpu")
+    assert list(model) == before
+
+
+SLOWER = [nn.ReLU(), nn.LeakyReLU(), nn.ReLU6(), nn.Hardtanh(), nn.Hardswish()]
+
+
+def test_fuse_leaves_what_torch_computes_faster():
+    model = nn.Sequential(*SLOWER, nn.Tanh(), nn.Hardsigmoid())
     before = list(model)
     fastjac.fuse(model)
+    assert list(model)[:-2] == before[:-2]
+    assert all(isinstance(m, fastjac.Act) for m in model[-2:])
+    layer = nn.TransformerEncoderLayer(8, 2, 16, activation="relu")
+    assert fastjac.fuse(layer).activation is F.relu
+    fastjac.fuse(model, impl="cpu")  # a named implementation replaces all
+    assert all(isinstance(m, fastjac.Act) for m in model)
+    fastjac.unfuse(model)
     assert list(model) == before
+
+
+def test_the_sizes_name_every_activation():
+    assert {"identity", *FROM} == set(TABLE)
+    never_paying = {type(m).__name__ for m in SLOWER}
+    assert {TABLE[fn].module for fn in FROM if never(fn)} == never_paying
+
+
+def is_fused(a):
+    return type(a.grad_fn).__name__ == "_ActBackward"
+
+
+@pytest.mark.parametrize("fn", FROM)
+def test_torch_computes_what_is_too_small_to_pay(fn):
+    """On the CPU, with impl="auto", in modules and functions; `act` itself is always fused."""
+    module, function = fastjac.Act(fn), getattr(fastjac, fn)
+    for dtype, smallest in zip((torch.float32, torch.float64), FROM[fn], strict=False):
+        small = torch.randn(9, dtype=dtype, requires_grad=True)
+        large = torch.randn(smallest or 2**21, dtype=dtype, requires_grad=True)
+        for call in (module, function):
+            assert not is_fused(call(small))
+            assert is_fused(call(large)) == (smallest is not None)
+            if smallest is not None:
+                assert not is_fused(call(large[1:]))
+        assert is_fused(fastjac.act(small, fn=fn)) and is_fused(function(small, impl="cpu"))
+
+
+def test_the_dtype_of_a_result_does_not_depend_on_the_size():
+    """Autocast lets torch compute softplus in float32, and the kernels in bfloat16."""
+    with torch.autocast("cpu", torch.bfloat16):
+        for size in (3, FROM["softplus"][2]):
+            z = torch.randn(size, dtype=torch.bfloat16, requires_grad=True)
+            assert fastjac.softplus(z).dtype == torch.bfloat16
+
+
+def test_a_symbolic_size_is_not_looked_at():
+    """The traced graph is right at another size, on both sides of the table's."""
+    graph = make_fx(lambda z: fastjac.tanh(z).square(), tracing_mode="symbolic")(torch.randn(5))
+    z = torch.randn(FROM["tanh"][0] + 1)
+    torch.testing.assert_close(graph(z), torch.tanh(z).square())
 
 
 def test_errors():

@@ -30,7 +30,7 @@ ENVIRONMENT = {
 def call_ops(folder: Path, flags, *ops: str, kernels: Path = CUDA):
     """Builds the kernels of a folder with sanitizers and calls the named ops, or all."""
     names = ("gelu", "sine")  # each activation has 8 kernels to compile
-    headers = codegen.cpp_headers({name: TABLE[name] for name in names}, "of a test")
+    headers = codegen.cpp_headers([TABLE[name] for name in names], "of a test")
     for name, text in headers.items():
         (folder / name).write_text(text)
     (folder / "schemas.inc").write_text("".join(f'm.def("{s}");\n' for s in SCHEMAS))

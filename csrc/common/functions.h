@@ -1,8 +1,9 @@
-// The functions that the activation table uses. nvcc uses those of CUDA. On the CPU, double uses
-// libm, and float uses the functions without branches below, which GCC and Clang vectorise (they do
-// not vectorise calls of libm). fit_polynomials.py computes the constants. tests/test_functions.py
-// checks that the error of each function, compared with libm in double, is below the bound that is
-// given here.
+// The functions that the activation table uses. nvcc uses those of CUDA. On the CPU, they are the
+// functions without branches below and in functions_double.h, which GCC and Clang vectorise (they
+// do not vectorise calls of libm). Only sin and cos of double are those of libm, because their
+// reduction for large arguments needs branches. fit_polynomials.py computes the constants.
+// tests/test_functions.py checks that the error of each function, compared with a wider type, is
+// below the bound that is given here.
 #pragma once
 
 #include <cmath>
@@ -23,11 +24,15 @@ FASTJAC_HD T where(bool condition, T yes, T no) {
   return condition ? yes : no;
 }
 
+#ifdef __CUDA_ARCH__
+
 FASTJAC_HD double exp(double x) { return ::exp(x); }
 FASTJAC_HD double exp_neg(double x) { return ::exp(x); }
 FASTJAC_HD double expm1(double x) { return ::expm1(x); }
 FASTJAC_HD double log1p(double x) { return ::log1p(x); }
-#ifdef __CUDA_ARCH__
+FASTJAC_HD double abs(double x) { return ::fabs(x); }
+FASTJAC_HD double tanh(double z, double) { return ::tanh(z); }
+FASTJAC_HD double normcdf(double z, double) { return 0.5 * ::erfc(-0.70710678118654752 * z); }
 
 // sin and cos of CUDA in double call a function for large arguments, which spilled 8 bytes of
 // registers on sm_80. This computes x - k π/2 with π/2 in three parts (exact to |k| = 2^20), and
@@ -67,10 +72,6 @@ FASTJAC_HD double sin(double x) { return ::sin(x); }
 FASTJAC_HD double cos(double x) { return ::cos(x); }
 
 #endif
-
-FASTJAC_HD double abs(double x) { return ::fabs(x); }
-FASTJAC_HD double tanh(double z, double) { return ::tanh(z); }
-FASTJAC_HD double normcdf(double z, double) { return 0.5 * ::erfc(-0.70710678118654752 * z); }
 
 #ifdef __CUDA_ARCH__
 
@@ -249,3 +250,7 @@ FASTJAC_HD float normcdf(float z, float e) {
 #endif
 
 }  // namespace fastjac::math
+
+#ifndef __CUDA_ARCH__
+#include "functions_double.h"
+#endif

@@ -1,4 +1,4 @@
-// `act` and `act_backward` for CPU tensors; see fastjac/ops/act.py.
+// `act`, `act_backward` and `act_double_backward` for CPU tensors; see fastjac/ops/act.py.
 #include <torch/csrc/stable/library.h>
 
 #include <tuple>
@@ -31,8 +31,12 @@ Tensor act(const Tensor& z, const std::optional<Tensor>& g, int64_t order, int64
   Tensor out = torch::stable::empty_like(z);
   const Tensor z_dense = with_strides_of(z, out);
   const Tensor g_dense = g ? with_strides_of(*g, out) : z_dense;
-  run({fn, order, checked_params(fn, params), dtype_of(z), z_dense.const_data_ptr(),
-       g ? g_dense.const_data_ptr() : nullptr, nullptr, out.mutable_data_ptr(), nullptr},
+  run({fn,
+       order,
+       checked_params(fn, params),
+       dtype_of(z),
+       {z_dense.const_data_ptr(), g ? g_dense.const_data_ptr() : nullptr},
+       {out.mutable_data_ptr()}},
       kernels().forward, z.numel());
   return out;
 }
@@ -47,11 +51,41 @@ std::tuple<Tensor, Tensor> act_backward(const Tensor& z, const Tensor& g, const 
   const Tensor z_dense = with_strides_of(z, grad_z);
   const Tensor g_dense = with_strides_of(g, grad_z);
   const Tensor v_dense = with_strides_of(v, grad_z);
-  run({fn, order, checked_params(fn, params), dtype_of(z), z_dense.const_data_ptr(),
-       g_dense.const_data_ptr(), v_dense.const_data_ptr(), grad_z.mutable_data_ptr(),
-       grad_g.mutable_data_ptr()},
+  run({fn,
+       order,
+       checked_params(fn, params),
+       dtype_of(z),
+       {z_dense.const_data_ptr(), g_dense.const_data_ptr(), v_dense.const_data_ptr()},
+       {grad_z.mutable_data_ptr(), grad_g.mutable_data_ptr()}},
       kernels().backward, z.numel());
   return {grad_z, grad_g};
+}
+
+std::tuple<Tensor, Tensor, Tensor> act_double_backward(const Tensor& z, const Tensor& g,
+                                                       const Tensor& v, const Tensor& p,
+                                                       const Tensor& q, int64_t order, int64_t fn,
+                                                       const std::vector<double>& params) {
+  check_operand(g, z, "g");
+  check_operand(v, z, "v");
+  check_operand(p, z, "p");
+  check_operand(q, z, "q");
+  Tensor grad_z = torch::stable::empty_like(z);
+  Tensor grad_g = torch::stable::empty_like(z);
+  Tensor grad_v = torch::stable::empty_like(z);
+  const Tensor z_dense = with_strides_of(z, grad_z);
+  const Tensor g_dense = with_strides_of(g, grad_z);
+  const Tensor v_dense = with_strides_of(v, grad_z);
+  const Tensor p_dense = with_strides_of(p, grad_z);
+  const Tensor q_dense = with_strides_of(q, grad_z);
+  run({fn,
+       order,
+       checked_params(fn, params),
+       dtype_of(z),
+       {z_dense.const_data_ptr(), g_dense.const_data_ptr(), v_dense.const_data_ptr(),
+        p_dense.const_data_ptr(), q_dense.const_data_ptr()},
+       {grad_z.mutable_data_ptr(), grad_g.mutable_data_ptr(), grad_v.mutable_data_ptr()}},
+      kernels().double_backward, z.numel());
+  return {grad_z, grad_g, grad_v};
 }
 
 }  // namespace
@@ -59,6 +93,7 @@ std::tuple<Tensor, Tensor> act_backward(const Tensor& z, const Tensor& g, const 
 STABLE_TORCH_LIBRARY_IMPL(fastjac, CPU, m) {
   m.impl("act", TORCH_BOX(&act));
   m.impl("act_backward", TORCH_BOX(&act_backward));
+  m.impl("act_double_backward", TORCH_BOX(&act_double_backward));
 }
 
 }  // namespace fastjac

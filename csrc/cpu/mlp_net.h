@@ -147,7 +147,7 @@ struct Net {
   void activate(size_t l, int64_t size, int64_t order, const void* z, const void* g,
                 void* out) const {
     const Layer& layer = layers[l];
-    const ActCall call{layer.fn, order, layer.params, dtype, z, g, nullptr, out, nullptr};
+    const ActCall call{layer.fn, order, layer.params, dtype, {z, g}, {out}};
     torch::stable::parallel_for(0, size, grain, [&](int64_t begin, int64_t end) {
       act_kernels().forward(call, begin, end);
     });

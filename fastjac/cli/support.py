@@ -10,6 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from fastjac.activations import TABLE
+from fastjac.ops.act_sizes import never
 from fastjac.ops.dispatch import FLOAT_DTYPES, OPS
 from fastjac.penalties import PENALTIES, Example, InputPenalty, Penalty, PenaltySpec, Pullback
 from fastjac.penalty import ModelPenalty
@@ -47,6 +48,7 @@ def markdown() -> str:
         function = row.torch.removeprefix("fastjac.activations.")
         function += f"(…, {kwargs})" if kwargs else ""
         module = f"`nn.{row.module}{f'({kwargs})' if kwargs else ''}`" if row.module else "–"
+        module += " if `impl` is named" if row.module and never(name) else ""
         activations.append((f"`{name}`", f"`{function}`", params or "–", module))
     ops = [("op", "implementations, best first", "dtypes")]
     dtypes = ", ".join(str(d).removeprefix("torch.") for d in FLOAT_DTYPES)

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastjac.activations import MAX_ORDER, ROWS
+from fastjac.activations import KERNEL_ROWS, MAX_ORDER
 from fastjac.kernels._phi import phi
 from fastjac.ops.dispatch import FLOAT_DTYPES
 from fastjac.ops.registration import check_like
@@ -22,7 +22,7 @@ from fastjac.ops.registration import check_like
 BLOCK, WARPS = 1024, 4
 
 # Whether a product with φ^(order) needs `times` to handle zeros, by row and order.
-ZEROS = [[row.has_zeros(k) for k in range(MAX_ORDER + 1)] for row in ROWS]
+ZEROS = [[row.has_zeros(k) for k in range(MAX_ORDER + 1)] for row in KERNEL_ROWS]
 
 
 @triton.jit
@@ -81,12 +81,12 @@ def with_strides_of(t: Tensor, like: Tensor) -> Tensor:
 
 
 def check_activation(fn: int, params: Sequence[float], order: int, most: int) -> None:
-    if not 0 <= fn < len(ROWS):
+    if not 0 <= fn < len(KERNEL_ROWS):
         raise RuntimeError(f"fastjac: no activation with id {fn}")
-    if len(params) != len(ROWS[fn].params):
+    count = len(KERNEL_ROWS[fn].params)
+    if len(params) != count:
         raise RuntimeError(
-            f"fastjac: the activation with id {fn} has {len(ROWS[fn].params)} parameters, got"
-            f" {len(params)}"
+            f"fastjac: the activation with id {fn} has {count} parameters, got {len(params)}"
         )
     if not 0 <= order <= most:
         raise RuntimeError(f"fastjac: order must be 0 to {most}, got {order}")

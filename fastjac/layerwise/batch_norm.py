@@ -25,8 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastjac.ops.act_stats import composed, named, recorded
-from fastjac.ops.autograd import Function
+from fastjac.ops.act_stats import composed, named
+from fastjac.ops.autograd import Function, recorded
 from fastjac.ops.dispatch import accumulate_dtype
 from fastjac.ops.registration import raw, register
 from fastjac.torch_private import below_autograd

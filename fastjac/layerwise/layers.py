@@ -30,8 +30,7 @@ LAYER_ACTS = (LinearAct, ConvAct1d, ConvAct2d, ConvAct3d)
 # RReLU draws its slopes; softmax and GLU mix elements.
 ACTIVATIONS = (
     *dict.fromkeys(getattr(nn, row.module) for row in TABLE.values() if row.module is not None),
-    *(nn.Hardshrink, nn.Hardsigmoid, nn.Hardtanh, nn.LogSigmoid, nn.PReLU),
-    *(nn.ReLU6, nn.Softshrink, nn.Tanhshrink, nn.Threshold),
+    *(nn.Hardshrink, nn.LogSigmoid, nn.PReLU, nn.Softshrink, nn.Tanhshrink, nn.Threshold),
 )
 
 

@@ -9,8 +9,7 @@ from torch import Tensor, nn
 
 from fastjac.layerwise.batch_norm import Normed, inverse_variance
 from fastjac.layerwise.layers import LayerCall
-from fastjac.ops.act_stats import recorded
-from fastjac.ops.autograd import Function
+from fastjac.ops.autograd import Function, recorded
 from fastjac.ops.dispatch import accumulate_dtype
 from fastjac.torch_private import saved_tensor_hooks
 

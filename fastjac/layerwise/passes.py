@@ -15,7 +15,7 @@ from fastjac.layerwise.layers import Layer, LayerCall, Nonlinearity
 from fastjac.layerwise.norms import batch_normed
 from fastjac.layerwise.products import Product, refuse_written, version_of
 from fastjac.layerwise.sharded import sharding
-from fastjac.ops.act_stats import transformed
+from fastjac.ops.autograd import transformed
 from fastjac.torch_private import saved_tensor_hooks, transforms_active, tree_leaves
 
 UNKNOWN_WEIGHT = (

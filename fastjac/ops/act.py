@@ -10,6 +10,11 @@ and ``act_backward`` computes both in one pass over ``z, g, v``. The forward of 
 ``act_backward(z, δ, v, 1)``. It takes five memory passes; eager torch takes 11 (tanh) to 85
 (GELU-tanh).
 
+If φ' is a polynomial ψ of the output a = φ(z) (tanh, sigmoid), ``act(z, None, 0)`` saves a in place
+of z, which its consumer usually saves too, and its derivative is ``act(a, v, 0)`` of ψ: no
+exponential is computed again. The gradient of the second order then flows through a to z, as in
+torch. In 16 bits z is saved, because 1 - a² has lost most of its digits once a is rounded.
+
 Two ``autograd.Function``s that call each other implement autograd, forward mode and
 ``torch.func``. ``torch.compile`` calls them through ``allow_in_graph``, and the raw ops use the
 same Functions. Without any one of these parts, derivatives were wrong or missing on torch 2.13.
@@ -24,8 +29,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastjac.activations import IDS, MAX_ORDER, ROWS, TABLE, Activation, get
-from fastjac.ops.autograd import Add, Function, Multiply
+from fastjac.activations import IDS, KERNEL_ROWS, MAX_ORDER, SLOPES, TABLE, Activation, get
+from fastjac.ops.autograd import Add, Function, Multiply, recorded, transformed
 from fastjac.ops.dispatch import Example, Op
 from fastjac.ops.registration import check_like, raw, register, suffix_of
 from fastjac.torch_private import below_autograd
@@ -163,7 +168,7 @@ def _elementwise_derivative(f: Any) -> Any:
 
 def _derivative(z, g, order, fn, *rest):
     """φ^(order)(z) · g, differentiable; zeros if φ^(order) is zero everywhere."""
-    row = ROWS[fn]
+    row = KERNEL_ROWS[fn]
     if row.is_zero(order):
         return z.new_zeros(()).expand(z.shape)  # a dense tensor of zeros would cost a memory pass
     if order > MAX_ORDER:
@@ -172,6 +177,9 @@ def _derivative(z, g, order, fn, *rest):
             f" orders 0 to {MAX_ORDER}; use impl='reference', which computes any order"
         )
     return _Act.apply(z, g, order, fn, *rest)
+
+
+_WIDE = (torch.float32, torch.float64)
 
 
 class _Act(Function):
@@ -190,7 +198,12 @@ class _Act(Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        z, g, *ctx.constants = inputs
+        z, g, order, fn, *rest = inputs
+        if order == 0 and g is None and fn in SLOPES and z.dtype in _WIDE:
+            z, fn, ctx.of_output = output, SLOPES[fn], True
+        else:
+            ctx.of_output = False
+        ctx.constants = order, fn, *rest
         ctx.save_for_backward(z, g)
         ctx.save_for_forward(z, g)
 
@@ -198,9 +211,16 @@ class _Act(Function):
     def backward(ctx, v):
         z, g = ctx.saved_tensors
         order, *rest = ctx.constants
+        if ctx.of_output:
+            return _Act.apply(z, v, 0, *rest), *[None] * (2 + len(rest))
         needs_z, needs_g = ctx.needs_input_grad[:2]
         grad_z = grad_g = None
-        if needs_z and needs_g and order < MAX_ORDER and not ROWS[rest[0]].is_zero(order + 1):
+        if (
+            needs_z
+            and needs_g
+            and order < MAX_ORDER
+            and not KERNEL_ROWS[rest[0]].is_zero(order + 1)
+        ):
             grad_z, grad_g = _ActBackward.apply(z, g, v, order, *rest)
         else:
             if needs_z:
@@ -213,6 +233,8 @@ class _Act(Function):
     def jvp(ctx, z_t, g_t, *_):
         z, g = ctx.saved_tensors
         order, *rest = ctx.constants
+        if ctx.of_output:
+            return _Act.apply(z, z_t, 0, *rest)
         terms = []
         if z_t is not None:
             factor = z_t if g is None else Multiply.apply(g, z_t)
@@ -220,6 +242,15 @@ class _Act(Function):
         if g_t is not None:
             terms.append(_derivative(z, g_t, order, *rest))
         return functools.reduce(Add.apply, terms)
+
+
+def _one_pass(z: Tensor, p: Tensor, q: Tensor, order: int, suffix: str) -> bool:
+    """Whether `act_double_backward`, which is not differentiable, can compute a third order.
+
+    It has a CPU kernel only. On a GPU, and if the result is differentiated, `act` computes it.
+    """
+    plain = z.device.type == "cpu" and not suffix and order + 2 <= MAX_ORDER
+    return plain and not recorded(p, q) and not transformed()
 
 
 class _ActBackward(Function):
@@ -245,6 +276,11 @@ class _ActBackward(Function):
         order, *rest = ctx.constants
         needs_z, needs_g, needs_v = ctx.needs_input_grad[:3]
         grad_z = grad_g = grad_v = None
+        *others, suffix = rest
+        if needs_z and _one_pass(z, p, q, order, suffix):
+            with below_autograd():
+                args = z, g, v, p, q, order, others[0], others[1:]
+                return *raw("act_double_backward")(*args), *[None] * (1 + len(rest))
         if needs_z:
             grad_z = _derivative(z, v * q, order + 1, *rest)
             grad_z = grad_z + _derivative(z, g * v * p, order + 2, *rest)
@@ -290,6 +326,12 @@ def _fake_backward(z, g, v, *rest):
     return torch.empty_like(z), torch.empty_like(z)
 
 
+def _fake_double_backward(z, g, v, p, q, *rest):
+    for operand, name in ((g, "g"), (v, "v"), (p, "p"), (q, "q")):
+        check_like(operand, z, name)
+    return tuple(torch.empty_like(z) for _ in range(3))
+
+
 def _batched(op, info, in_dims, *args):
     """Move the batch dimension to the front: the ops are elementwise and take any shape."""
 
@@ -320,4 +362,10 @@ register(
     fake=_fake_backward,
     vmap=_batched,
     triton="act",
+)
+register(
+    "act_double_backward(Tensor z, Tensor g, Tensor v, Tensor p, Tensor q, int order, int fn,"
+    " float[] params) -> (Tensor, Tensor, Tensor)",
+    derivative="differentiate torch.ops.fastjac.act_backward instead",
+    fake=_fake_double_backward,
 )

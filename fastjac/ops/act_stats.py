@@ -30,15 +30,10 @@ from torch import Tensor
 
 from fastjac.activations import IDS, ROWS, TABLE, get
 from fastjac.ops.act import act, check_z
-from fastjac.ops.autograd import Function
+from fastjac.ops.autograd import Function, recorded, transformed
 from fastjac.ops.dispatch import Example, Op, accumulate_dtype
 from fastjac.ops.registration import check_like, impl_of, raw, register, suffix_of
-from fastjac.torch_private import (
-    below_autograd,
-    forward_mode_active,
-    is_legacy_batched,
-    transforms_active,
-)
+from fastjac.torch_private import below_autograd
 
 # What the backward sums in addition to computing ∂z (csrc/common/stats.h).
 NONE, CHANNEL, SAMPLE, BIAS = range(4)
@@ -207,18 +202,6 @@ def composed_grad_z(z, g, weight, scale, fn, params, impl):
         term = act(wide, 2 * scale * weight * slope, 2, fn, impl=impl, **params).to(z.dtype)
         grad = term if grad is None else grad + term
     return grad
-
-
-def recorded(*cotangents: Tensor | None) -> bool:
-    """Whether the running backward is recorded (create_graph=True) or inside torch's older vmap."""
-    return torch.is_grad_enabled() or any(
-        c is not None and is_legacy_batched(c) for c in cotangents
-    )
-
-
-def transformed() -> bool:
-    """Whether forward mode or a ``torch.func`` transform is active."""
-    return transforms_active() or forward_mode_active()
 
 
 def named(fn: int, values: Sequence[float]) -> tuple[str, dict[str, float]]:

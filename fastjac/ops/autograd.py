@@ -11,6 +11,7 @@ from torch import Tensor
 from fastjac.torch_private import (
     add_batch_dim,
     enter_legacy_vmap,
+    forward_mode_active,
     is_legacy_batched,
     leave_legacy_vmap,
     remove_batch_dim,
@@ -25,7 +26,8 @@ class Function(torch.autograd.Function):
     Cost: torch inspects the signature of a Function with ``setup_context`` in every call, which
     takes 26 µs instead of 8. This is not needed here, because these Functions take positional
     arguments only. If no ``torch.func`` transform is active, `apply` calls the C++ base class
-    directly, as torch does after the inspection.
+    directly, as torch does after the inspection. If there is nothing to differentiate, as in a
+    backward without ``create_graph``, it calls ``forward`` (5 µs less).
 
     Correctness: ``autograd.grad(..., is_grads_batched=True, create_graph=True)`` and
     ``autograd.functional.jacobian(vectorize=True)`` run the backward under the older vmap of torch.
@@ -39,12 +41,17 @@ class Function(torch.autograd.Function):
         if transforms_active():
             return super().apply(*args)
         live = []
+        records = forward_mode_active()
         for a in args:
             if isinstance(a, Tensor):
                 if is_legacy_batched(a):
                     return cls._apply_batched(*args)
                 a = unwrap_if_dead(a)  # of a torch.func transform that has ended
+                records = records or a.requires_grad
             live.append(a)
+        records = records and (torch.is_grad_enabled() or forward_mode_active())
+        if not records and "setup_context" in cls.__dict__:  # otherwise forward takes a context
+            return cls.forward(*live)
         return super(torch.autograd.Function, cls).apply(*live)  # type: ignore[misc]
 
     @classmethod
@@ -67,6 +74,18 @@ class Function(torch.autograd.Function):
         if isinstance(out, tuple):
             return tuple(add_batch_dim(o, 0, level) for o in out)
         return add_batch_dim(out, 0, level)
+
+
+def recorded(*cotangents: Tensor | None) -> bool:
+    """Whether the running backward is recorded (create_graph=True) or inside torch's older vmap."""
+    return torch.is_grad_enabled() or any(
+        c is not None and is_legacy_batched(c) for c in cotangents
+    )
+
+
+def transformed() -> bool:
+    """Whether forward mode or a ``torch.func`` transform is active."""
+    return transforms_active() or forward_mode_active()
 
 
 def graph_nodes(t: Tensor, *without: Any) -> Iterator[Any]:

@@ -11,8 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from fastjac.ops.act_stats import recorded, transformed
-from fastjac.ops.autograd import Function
+from fastjac.ops.autograd import Function, recorded, transformed
 from fastjac.ops.dispatch import Example, Op, accumulate_dtype
 from fastjac.ops.registration import raw, register, suffix_of
 from fastjac.torch_private import below_autograd
