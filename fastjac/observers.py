@@ -1,8 +1,7 @@
 """Observers of the activations that run in a model.
 
-There are two: a layer-wise penalty computes an activation together with its statistic, and the
-recording of the chain engine records it as one operation. They do not know each other; both are
-registered in `OBSERVERS`. `Recorded` is the class of the tensors that are recorded.
+A layer-wise penalty computes an activation together with its statistic. It does not know who calls
+the activation, so the two meet here.
 """
 
 from __future__ import annotations
@@ -40,15 +39,3 @@ def activate(z: Tensor, fn: str, impl: str, params: dict[str, Any]) -> Tensor:
     if impl == "auto" and isinstance(z, Tensor) and not pays(z, fn):
         return _torch_function(fn)(z) if not params else TABLE[fn].torch_function(**params)(z)
     return act(z, fn=fn, impl=impl, **params)
-
-
-class Recorded(Tensor):
-    """A tensor whose operations are being recorded.
-
-    An observer that computes activations or layers itself must not compute with such a tensor. It
-    leaves it to the recording, or calls `refuse`.
-    """
-
-    def refuse(self, reason: str) -> None:
-        """Raise an error that ends the recording; the model is then run in another way."""
-        raise NotImplementedError

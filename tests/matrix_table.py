@@ -78,8 +78,6 @@ EXPECTED: dict[str, dict[str, Raises]] = {
         **each(CALLED, Raises("use torch.no_grad() to get the value without a gradient")),
         **each(PROJECTED, Raises("inference mode is active: call model and penalty outside of it")),
     },
-    "autocast_bf16": {"* chain": AUTOGRAD},
-    "autocast_fp16": {"* chain": AUTOGRAD},
     "through_functional_call": each(CALLED, A_FUNCTION),
     "checkpointed": {
         "fused + func.vjp": Raises(

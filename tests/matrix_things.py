@@ -173,7 +173,8 @@ def fused_modules(model: nn.Module) -> None:
         inner[0] = fastjac.nn.LinearAct(4, 5, "gelu", dtype=torch.float64)
     inner[0].weight, inner[0].bias = old.weight, old.bias
     inner[1], inner[3] = nn.Identity(), Function()
-    fastjac.fuse(model)
+    on_cpu = next(model.parameters()).device.type == "cpu"
+    fastjac.fuse(model, impl="cpu" if on_cpu else "auto")  # at any size
 
 
 LAYER_WISE: list[tuple[Any, Any]] = [(DREG, reference.dreg), (Contractive, reference.contractive)]

@@ -102,7 +102,8 @@ def test_memory_formats(memory_format: torch.memory_format) -> None:
     agrees(model, torch.randn(2, 3, 6, 6).to(memory_format=memory_format))
 
 
-@pytest.mark.parametrize("name", list(TABLE))
+# Torch cannot differentiate its Hardsigmoid twice: see test_chain_rows.
+@pytest.mark.parametrize("name", [name for name in TABLE if name != "hardsigmoid"])
 def test_activation_in_every_spelling(name: str) -> None:
     row = TABLE[name]
     params = {k: 0.5 for k in row.params}

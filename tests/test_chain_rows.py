@@ -12,8 +12,8 @@ from chain_cases import run, same, spectreg
 from layer_cases import Model
 from torch import Tensor, nn
 
+import fastjac
 from fastjac.activations import TABLE
-from fastjac.functional import FUNCTIONS
 from fastjac.input_jacobian.chain import activations, rules
 from fastjac.input_jacobian.chain.by_autograd import ByAutograd
 from fastjac.input_jacobian.chain.record import Record
@@ -192,7 +192,7 @@ ROWS: dict[str, list[Call]] = {
     ],
     "NativeGroupNorm": [lambda m, h: m.group_norm(h), lambda m, h: F.group_norm(h, 4)],
 }
-ACTIVATIONS: list[Call] = [lambda m, h, fn=fn: FUNCTIONS[fn](h) for fn in TABLE]  # our own
+ACTIVATIONS: list[Call] = [lambda m, h, fn=fn: fastjac.act(h, fn=fn) for fn in TABLE]
 # Nodes of other devices, which those of a CPU stand for, and one that torch cannot compare with.
 ELSEWHERE = {"CudnnBatchNorm", "CopyBackwards", "Hardsigmoid"}
 
@@ -336,7 +336,7 @@ FAULTS: dict[str, tuple[type, str, str]] = {
     "second order of a convolution": (rules.Convolution, "push", "Convolution"),
     "second order of a quotient": (rules.Div, "push", "Div"),
     "slope": (rules.Pointwise, "jvp", "Relu"),
-    "bend": (rules.Pointwise, "push", "Tanh"),
+    "bend": (rules.Pointwise, "push", "Exp"),
     "kernel": (activations.Kernel, "push", "Gelu"),
 }
 

@@ -40,7 +40,7 @@ class AutogradPullback(Pullback):
         Raises for the norms of `WRONG_THIRD`: the gradient of the result is a third derivative.
         """
         if torch.compiler.is_compiling():
-            refuse_traced(JVP_NORMS, JVP_OF_NORM)
+            comptime(REFUSE_JVP)
         elif norm := (self.operations or Operations(self.output)).wrong_third:
             raise RuntimeError(JVP_OF_NORM.format(norm))
         w = torch.zeros_like(self.output, requires_grad=True)
@@ -100,8 +100,6 @@ MISSING = {
     "ScaledDotProductCudnnAttentionBackward0": _ATTENTION,
 }
 """Operations whose second derivative torch does not have, and what to do."""
-
-JVP_NORMS = ("layer_norm", "batch_norm", "instance_norm")
 
 JVP_OF_NORM = (
     "the gradient of a JVP through {} is needed, which torch computes wrongly (it takes mean and "
@@ -222,9 +220,9 @@ def _checked(
 ) -> Tensor:
     """``Jᵀ w``, or for a size, that of K cotangents in passes of this size."""
     if torch.compiler.is_compiling():
-        refuse_functions()
+        comptime(REFUSE_FUNCTIONS)
         if size > 1:
-            refuse_traced(("group_norm",), BATCHED_NORM)
+            comptime(REFUSE_BATCHED)
     else:
         operations = operations or Operations(output)
         if operations.wrong_again:
@@ -276,29 +274,31 @@ def _pass(output: Tensor, x: Tensor, w: Tensor, batched: bool = False) -> Tensor
     return v
 
 
-def refuse_functions() -> None:
-    """Raises, while torch compiles, if the model calls an ``autograd.Function``.
+def _traced_calls(names: tuple[str, ...], message: str) -> Callable[[Any], None]:
+    """A `comptime` function that raises if the traced graph calls a function of one of the names.
 
-    When torch 2.13 traces ``autograd.grad``, it drops the second-order term of a Function without
-    an error. The ops of fastjac are single operations in the graph and are not affected.
+    Made once, as a global: dynamo cannot give a comptime function a closure of traced values.
     """
-    refuse_traced(
-        ("autograd_function_apply",),
-        "the model calls a torch.autograd.Function, whose second derivative is lost in "
-        "torch.compile: compute the penalty outside of the compiled function",
-    )
 
-
-def refuse_traced(names: tuple[str, ...], message: str) -> None:
-    """Raises, while torch compiles, if the traced graph calls a function of one of the names."""
-
-    @comptime
     def check(context: Any) -> None:
         for graph in traced_graphs(context):
             for node in graph.nodes:
                 called = getattr(node.target, "__name__", str(node.target))
                 if called in names:
                     raise RuntimeError(message.format(called))
+
+    return check
+
+
+# When torch 2.13 traces `autograd.grad`, it drops the second-order term of an autograd.Function
+# without an error. The ops of fastjac are single operations in the graph and are not affected.
+REFUSE_FUNCTIONS = _traced_calls(
+    ("autograd_function_apply",),
+    "the model calls a torch.autograd.Function, whose second derivative is lost in torch.compile: "
+    "compute the penalty outside of the compiled function",
+)
+REFUSE_BATCHED = _traced_calls(("group_norm",), BATCHED_NORM)
+REFUSE_JVP = _traced_calls(("layer_norm", "batch_norm", "instance_norm"), JVP_OF_NORM)
 
 
 def check_output(output: Tensor, n: int) -> None:

@@ -49,10 +49,7 @@ def run(request: Request, model: Callable[..., Any], x: Tensor) -> tuple[Tensor,
     penalty, targets, named = request
     if penalty.engine == "compiled":
         if penalty.at is not None:
-            raise RuntimeError(
-                f"engine='compiled' cannot run this call: at={penalty.at!r} needs a gradient with "
-                "respect to a hidden tensor: use engine='autograd'"
-            )
+            raise RuntimeError(f"engine='compiled' cannot run this call: {_hidden(penalty.at)}")
         return compiled.run(penalty.per_sample, model, x, targets, named)
     output, pull, reason = _run(request, model, x)
     if isinstance(pull, Chain):
@@ -62,16 +59,25 @@ def run(request: Request, model: Callable[..., Any], x: Tensor) -> tuple[Tensor,
     return output, penalty.per_sample(pull, *targets, **named)
 
 
+def _hidden(at: str) -> str:
+    return f"at={at!r} needs a gradient with respect to a hidden tensor: use engine='autograd'"
+
+
 def _run(request: Request, model: Any, x: Any) -> tuple[Tensor, Pullback, str | None]:
     """Runs the model; returns the output, the pullback, and why it is not the chain engine's."""
     at = request.penalty.at
     reason = _why_not(request, x)
+    if torch.compiler.is_compiling():
+        x, output = by_autograd.run_model(model, x, at)
+        by_autograd.check_graph(x, output)
+        distributed.check_graph(x, output)
+        return output, by_autograd.AutogradPullback(x, output), reason
     mlp = None
     if reason is None and at is None and not torch.is_autocast_enabled(x.device.type):
         mlp = Mlp.of(model, x)
     if mlp is not None:
         return mlp.output, Chain(x, mlp), None
-    hooks = RemovableHandle.next_id
+    hooks = RemovableHandle.next_id + (at is not None)  # `run_model` registers one itself
     x, output = by_autograd.run_model(model, x, at)
     by_autograd.check_graph(x, output)
     if reason is None and hooks != RemovableHandle.next_id:
@@ -159,11 +165,14 @@ def explain(request: Request, model: Any, x: Tensor) -> str:
         )
     model = distributed.inside(model)
     if engine == "compiled":
-        return compiled.explain(model, x, None)
+        at = request.penalty.at
+        return compiled.explain(model, x, None if at is None else _hidden(at))
     state = _State(model, x) if isinstance(model, nn.Module) else None
     _, pull, reason = _run(request, model, x)
     if state is not None:
         state.restore()
+    if engine == "chain" and not isinstance(pull, Chain):
+        return f"engine: none, engine='chain' raises\n   {reason}"
     if isinstance(pull, Chain):
         return "\n".join(["engine: chain", *(f"   {step}" for step in pull.run.describe())])
     return f"engine: autograd\n   not chain: {reason}"

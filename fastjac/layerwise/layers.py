@@ -170,7 +170,11 @@ def is_activation(module: nn.Module) -> bool:
     """Whether the module is an activation whose derivative can be taken elementwise."""
     if callable(getattr(module, "fastjac_activation", None)):
         return True
-    return isinstance(module, (Act, *ACTIVATIONS)) and inherits(module, (Act, *ACTIVATIONS))
+    # The forward of a subclass of `Act` is differentiated as it is: otherwise `Act.forward`, which it
+    # may call, would be counted in its place.
+    return isinstance(module, Act) or (
+        isinstance(module, ACTIVATIONS) and inherits(module, ACTIVATIONS)
+    )
 
 
 def inherits(module: nn.Module, kinds: tuple[Any, ...]) -> bool:

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from fastjac.torch_private import comptime
 
-KINDS = {
+KINDS: dict[Any, str] = {
     F.linear: "linear",
     **dict.fromkeys((F.conv1d, F.conv2d, F.conv3d), "convolution"),
     **dict.fromkeys((F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d), "transposed"),

@@ -37,7 +37,7 @@ from fastjac.layerwise.layers import CONVOLUTION, LINEAR, Layer, Nonlinearity
 from fastjac.layerwise.outputs import Output, apart
 from fastjac.layerwise.passes import LayerStatistic, Pass, samples_of
 from fastjac.nn import held_functions
-from fastjac.observers import OBSERVERS, Recorded
+from fastjac.observers import OBSERVERS
 
 LOCK = RLock()
 """Held while forwards are replaced: several threads may call penalties of one model."""
@@ -109,9 +109,6 @@ class Watch:
     def model_called(self, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         if self.called:
             return forward(*args, **kwargs)
-        for t in args:
-            if isinstance(t, Recorded):
-                t.refuse("a layer-wise penalty is attached to the model")
         nested = self.current is not None and self.running() is not None
         statistic = None if nested else self.statistic()
         wanted = "no" if statistic is None else statistic.wanted()

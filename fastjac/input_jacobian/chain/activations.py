@@ -9,38 +9,42 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastjac.activations import ROWS
+from fastjac.activations import KERNEL_ROWS
 from fastjac.input_jacobian.chain.rules import Rule, over_lead
 from fastjac.ops.dispatch import OPS
 from fastjac.ops.registration import raw, suffix_of
 from fastjac.torch_private import below_autograd
 
-Call = tuple[Tensor, int, tuple[float, ...], str]  # z, the id of φ, its parameters, the op's suffix
+# The saved tensor s, the order of the derivative, the id of φ, its parameters, the op's suffix.
+Call = tuple[Tensor, int, int, tuple[float, ...], str]
 
 
 class Kernel(Rule):
-    """``out = φ(z)``; the second-order term ``φ''(z) δ u`` and the JVP are one kernel."""
+    """``out = φ(z)``; the second-order term and the JVP are one kernel.
+
+    s is z, of which the slope is φ'(s), or the output, of which it is ψ(s) (`Activation.slope`).
+    """
 
     def call(self, node: Any) -> Call:
         raise NotImplementedError
 
     def jvp(self, node, lead, us):
-        z, fn, params, suffix = self.call(node)
+        s, order, fn, params, suffix = self.call(node)
         u = us[0]
         with below_autograd():  # past the op's own derivative, which is written in Python
-            return raw("act" + suffix)(of_rows(z, u), u, 1, fn, params)
+            return raw("act" + suffix)(of_rows(s, u), u, order, fn, params)
 
     def push(self, node, lead, us, delta, wanted):
-        z, fn, params, suffix = self.call(node)
+        s, order, fn, params, suffix = self.call(node)
         u = us[0]
         with below_autograd():
-            extra, out = raw("act_backward" + suffix)(of_rows(z, u), delta, u, 1, fn, params)
+            extra, out = raw("act_backward" + suffix)(of_rows(s, u), delta, u, order, fn, params)
         return out, (over_lead(extra, lead),)
 
 
-def of_rows(z: Tensor, u: Tensor) -> Tensor:
-    """z for each cotangent, ``[K, *z.shape]``."""
-    return z if z.shape == u.shape else z.expand(u.shape).contiguous()
+def of_rows(s: Tensor, u: Tensor) -> Tensor:
+    """s for each cotangent, ``[K, *s.shape]``."""
+    return s if s.shape == u.shape else s.expand(u.shape).contiguous()
 
 
 @functools.cache
@@ -51,32 +55,38 @@ def suffix_for(device: str, dtype: torch.dtype) -> str | None:
 
 
 class Activation(Kernel):
-    """A node of torch; ``read(node)`` returns the id of φ and its parameters, or None."""
+    """A node of torch.
 
-    def __init__(self, read: Callable[[Any], Any]) -> None:
-        self.read = read
+    Args:
+        read: ``(node)``: the order, the id of φ and its parameters, or None.
+        saved: the name of s.
+    """
+
+    def __init__(self, read: Callable[[Any], Any], saved: str = "self") -> None:
+        self.read, self.saved = read, f"_saved_{saved}"
 
     def takes(self, node, inside):
-        z = node._saved_self
-        return suffix_for(z.device.type, z.dtype) is not None and self.read(node) is not None
+        s = getattr(node, self.saved)
+        return suffix_for(s.device.type, s.dtype) is not None and self.read(node) is not None
 
     def targets(self, node):
-        return (node._saved_self,)
+        return (getattr(node, self.saved),)
 
     def call(self, node):
-        z = node._saved_self
-        return (z, *self.read(node), suffix_for(z.device.type, z.dtype))
+        s = getattr(node, self.saved)
+        return (s, *self.read(node), suffix_for(s.device.type, s.dtype))
 
 
 class OwnActivation(Kernel):
     """``fastjac.act`` without a factor."""
 
     def takes(self, node, inside):
-        return node.constants[0] == 0 and node.saved_tensors[1] is None
+        return (node.of_output or node.constants[0] == 0) and node.saved_tensors[1] is None
 
     def targets(self, node):
-        return () if ROWS[node.constants[1]].derivatives[2] == "0" else (node.saved_tensors[0],)
+        s, order, fn, *_ = self.call(node)
+        return () if KERNEL_ROWS[fn].derivatives[order + 1] == "0" else (s,)
 
     def call(self, node):
         _, fn, *params, suffix = node.constants
-        return node.saved_tensors[0], fn, params, suffix
+        return node.saved_tensors[0], int(not node.of_output), fn, params, suffix

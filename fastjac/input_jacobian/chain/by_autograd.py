@@ -60,7 +60,8 @@ class ByAutograd(Rule):
                 )
 
     def targets(self, node):
-        inputs, results = [], []
+        inputs: list[Tensor] = []
+        results: list[Tensor] = []
         for t in saved_tensors(node):
             if t.requires_grad:
                 (results if t.grad_fn is node else inputs).append(t)

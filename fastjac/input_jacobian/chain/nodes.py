@@ -132,8 +132,8 @@ linear("Sort Topk Max Min Kthvalue Median.1 Cummax Cummin", picked)
 linear("MaxPool2DWithIndices MaxPool3DWithIndices AdaptiveMaxPool2D AdaptiveMaxPool3D", pooled)
 linear("AvgPool2D", average(F.avg_pool2d))
 linear("AvgPool3D", average(F.avg_pool3d))
-linear("AdaptiveAvgPool2D", lambda n, u: F.adaptive_avg_pool2d(u, shape_of_node(n)[-2:]))
-linear("AdaptiveAvgPool3D", lambda n, u: F.adaptive_avg_pool3d(u, shape_of_node(n)[-3:]))
+linear("AdaptiveAvgPool2D", lambda n, u: aten.adaptive_avg_pool2d(u, shape_of_node(n)[-2:]))
+linear("AdaptiveAvgPool3D", lambda n, u: aten.adaptive_avg_pool3d(u, shape_of_node(n)[-3:]))
 linear("UpsampleNearest1D", lambda n, u: aten.upsample_nearest1d(
     u, n._saved_output_size, n._saved_scales))
 linear("UpsampleNearest2D", lambda n, u: aten.upsample_nearest2d(
@@ -162,9 +162,8 @@ def stacked(node: Any, lead: tuple[int, ...], us: Any) -> Tensor:
 
 def joined(node: Any, lead: tuple[int, ...], us: Any) -> Tensor:
     dim = signed(node._saved_dim)
-    shapes = joined_shapes(node)
-    kept = [(u, shape) for u, shape in zip(us, shapes, strict=True) if shape is not None]
-    us, shapes = zip(*kept, strict=True)
+    pairs = zip(us, joined_shapes(node), strict=True)
+    us, shapes = zip(*[pair for pair in pairs if pair[1] is not None], strict=True)
     return torch.cat(filled(us, shapes, lead), dim + len(lead) * (dim >= 0))
 
 
@@ -245,9 +244,6 @@ add("Clamp.1", Pointwise("self", inside_range))
 add("ClampMin", Pointwise("self", lambda n, u, s: u * (s >= n._saved_min)))
 add("ClampMax", Pointwise("self", lambda n, u, s: u * (s <= n._saved_max)))
 add("Abs", Pointwise("self", lambda n, u, s: u * s.sgn()))
-add("Tanh", Pointwise("result", lambda n, u, s: aten.tanh_backward(u, s), lambda n, s: -2 * s))
-add("Sigmoid", Pointwise("result", lambda n, u, s: aten.sigmoid_backward(u, s),
-                         lambda n, s: 1 - 2 * s))
 add("Exp", Pointwise("result", lambda n, u, s: u * s, lambda n, s: 1))
 add("Log", Pointwise("self", lambda n, u, s: u / s, lambda n, s: -1 / (s * s)))
 add("Sqrt", Pointwise("result", lambda n, u, s: 0.5 * u / s, lambda n, s: -0.5 / (s * s)))
@@ -267,33 +263,47 @@ SELU = (1.0507009873554805, 1.6732632423543772, 1)
 def elu(n: Any) -> Any:
     scales = n._saved_scale, n._saved_alpha, n._saved_input_scale
     if scales == SELU:
-        return IDS["selu"], ()
-    return (IDS["elu"], (scales[1],)) if scales[0] == scales[2] == 1 else None
+        return 1, IDS["selu"], ()
+    return (1, IDS["elu"], (scales[1],)) if scales[0] == scales[2] == 1 else None
 
 
-def constant(fn: str, *params: float) -> Callable[[Any], Any]:
-    found = IDS[fn], params
+def of_input(fn: str, params: Any = ()) -> Callable[[Any], Any]:
+    """A row of the table, with the names of the node's numbers or with numbers."""
+    found, names = (1, IDS[fn], params), params
+    if any(isinstance(name, str) for name in params):
+        return lambda n: (1, IDS[fn], tuple([getattr(n, f"_saved_{name}") for name in names]))
     return lambda n: found
+
+
+def of_output(fn: str) -> Callable[[Any], Any]:
+    found = 0, IDS[fn], ()
+    return lambda n: found
+
+
+def gelu(n: Any) -> Any:
+    return 1, IDS["gelu_tanh" if n._saved_approximate == "tanh" else "gelu"], ()
 
 
 # fmt: off
 KERNELS: dict[str, tuple[Callable[[Any], Any], float]] = {
-    "Gelu": (lambda n: (IDS["gelu_tanh" if n._saved_approximate == "tanh" else "gelu"], ()), 2.4),
-    "Silu": (constant("silu"), 4.4),
-    "Mish": (constant("mish"), 6.0),
-    "Softplus": (lambda n: (IDS["softplus"], (n._saved_beta, n._saved_threshold)), 2.4),
+    "Gelu": (gelu, 2.4),
+    "Silu": (of_input("silu"), 4.4),
+    "Mish": (of_input("mish"), 6.0),
+    "Softplus": (of_input("softplus", ("beta", "threshold")), 2.4),
     "Elu": (elu, 2.4),
-    "Celu": (lambda n: (IDS["celu"], (n._saved_alpha,)), 2.4),
-    "Hardswish": (constant("hardswish"), 1.6),
-    "Sin": (constant("sine", 1.0), 1.5),
+    "Celu": (of_input("celu", ("alpha",)), 2.4),
+    "Hardswish": (of_input("hardswish"), 1.6),
+    "Sin": (of_input("sine", (1.0,)), 1.5),
 }
 # fmt: on
 for _name, (_read, _gain) in KERNELS.items():
     add(_name, Activation(_read))
     GAINS[f"{_name}Backward0"] = _gain
+add("Tanh", Activation(of_output("tanh_slope"), "result"))
+add("Sigmoid", Activation(of_output("sigmoid_slope"), "result"))
 RULES[_Act] = OwnActivation()
 
-# Torch lacks the second derivative of it.
+# Torch lacks its second derivative, so the chain engine is needed.
 GAINS["HardsigmoidBackward0"] = math.inf
 
 # ---- softmax and norms

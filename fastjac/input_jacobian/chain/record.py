@@ -71,7 +71,8 @@ class Record:
 
     def __init__(self, x: Tensor, output: Tensor) -> None:
         self.x, self.output = x, output
-        self.source: Edge = tuple(get_gradient_edge(x))[:2]
+        edge = get_gradient_edge(x)
+        self.source: Edge = edge.node, edge.output_nr
         self.end: Edge = output.grad_fn, output.output_nr
         self.steps: list[Step] = []
         self.targets: list[Tensor] = []
@@ -89,7 +90,9 @@ class Record:
         kind = kind_of(node)
         if kind.why_not is not None:
             raise Unsupported(kind.why_not)
-        rule, targets, delta = kind.rule, (), -1
+        rule: Any = kind.rule
+        targets: tuple[int, ...] = ()
+        delta = -1
         if kind.asks and not rule.takes(node, tuple([s is not None for s in sources])):
             rule = None
         if rule is None:
@@ -118,15 +121,17 @@ class Record:
 
     def pull(self, w: Tensor, lead: tuple[int, ...]) -> tuple[Tensor, list[Tensor | None]]:
         """``Jᵀ w`` for ``w`` ``[*lead, *output.shape]``, and the cotangents of the steps."""
+        ends: Any = [self.x, *self.captured]
         v, *deltas = torch.autograd.grad(
             self.output,
-            [self.x, *self.captured],
+            ends,
             w,
             retain_graph=True,
             allow_unused=True,
             is_grads_batched=bool(lead),
         )
-        return self.x.new_zeros((*lead, *self.x.shape)) if v is None else v, deltas
+        found: list[Tensor | None] = [*deltas]
+        return self.x.new_zeros((*lead, *self.x.shape)) if v is None else v, found
 
     def push(
         self,
@@ -183,7 +188,7 @@ def _walk(end: Edge, source: Edge) -> list[tuple[Any, tuple[Edge | None, ...], l
 
     Each with its inputs that depend on the source, and the numbers of its outputs that are used.
     """
-    found: dict[Any, tuple[Any, tuple[Edge | None, ...], list[int]] | None] = {None: None}
+    found: dict[Any, Any] = {None: None}  # by node: its entry, or None
     left = [end[0]]
     while left:
         node = left[-1]
@@ -198,7 +203,7 @@ def _walk(end: Edge, source: Edge) -> list[tuple[Any, tuple[Edge | None, ...], l
         left.pop()
         if node in found:
             continue
-        step = None
+        step: Any = None
         for e in inputs:
             if e == source or found[e[0]]:
                 sources = tuple([e if e == source or found[e[0]] else None for e in inputs])

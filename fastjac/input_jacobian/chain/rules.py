@@ -120,7 +120,8 @@ class Sum(Rule):
         self.factors = factors
 
     def jvp(self, node, lead, us):
-        total, shape = None, shape_of_node(node)
+        total: Any = None
+        shape = shape_of_node(node)
         for u, factor in zip(us, self.factors(node), strict=False):
             if u is None:
                 continue
@@ -219,7 +220,7 @@ class Mul(Rule):
         return node._saved_self, node._saved_other
 
     def jvp(self, node, lead, us):
-        total = None
+        total: Any = None
         for u, other in zip(us, (node._saved_other, node._saved_self), strict=True):
             if u is not None:
                 part = align(u, lead, max(other.dim(), u.dim() - len(lead))) * other
@@ -253,7 +254,7 @@ class Div(Rule):
 
     def jvp(self, node, lead, us):
         a, b, shape = node._saved_self, node._saved_other, shape_of_node(node)
-        total = None
+        total: Any = None
         if us[0] is not None:
             total = align(us[0], lead, len(shape)) / b
         if us[1] is not None:
@@ -270,10 +271,10 @@ class Div(Rule):
         if t is not None and a.requires_grad:
             into_a = (-scaled * t).sum_to_size(a.shape)
         if b.requires_grad:
-            into_b = 0 if u is None else -scaled * u
+            total: Any = 0 if u is None else -scaled * u
             if t is not None:
-                into_b = into_b + 2 * scaled * t * a / b
-            into_b = into_b.sum_to_size(b.shape)
+                total = total + 2 * scaled * t * a / b
+            into_b = total.sum_to_size(b.shape)
         return self.jvp(node, lead, us) if wanted else None, (into_a, into_b)
 
 
