@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from sweep_cases import Case, cases
 from sweep_truth import ENGINES, KINDS
@@ -158,50 +158,58 @@ def is_fault(case: Case, engine: str, kind: str) -> bool:
 
 HEAD = """# Operations without an exact gradient
 
-Every input-Jacobian penalty runs on every module of `torch.nn` and on common functions, in training
-and eval, by every engine and in the graph form, with one and several cotangents, for sizes that
-are equal and unequal: {cells} cells. A cell is exact: the value and its gradient equal finite
-differences in float64. The cells of this table are not: they raise an error. The page is written by
-`python tests/sweep_table.py docs/LIMITS.md` from a table whose every cell is checked by
-`tests/test_sweep.py` (torch 2.13, on a CPU).
+Every input-Jacobian penalty runs on the modules of `torch.nn` and on common functions, in training
+and eval, by each engine and in the graph form, with one and several cotangents: {cells} cells, for
+three sizes, of which some are equal. A cell is exact, its value and its gradient equal finite
+differences in float64, or it raises an error and is in this table. The page is written by
+`python tests/sweep_table.py docs/LIMITS.md`, and `tests/test_sweep.py` checks every cell (torch 2.13,
+on a CPU).
 
-A number means that the call raises an error, whose message is given below the table.
+A number means that the call raises an error, whose message is given below the table. `on 6×5` is the
+shape of a sample of what the module is given, and `a` the argument of a function.
 """
 
 
 def page() -> str:
     everything, notes = cases(), []
+    rows: dict[tuple[str, ...], list[str]] = {}
+    for case in everything:
+        texts = []
+        for engine in ENGINES:
+            states = {kind: state_of(case, engine, kind) for kind in KINDS}
+            texts.append(cell(states, notes))
+        if set(texts) != {"✓"}:
+            rows.setdefault(tuple(texts), []).append(f"`{case.name}`")
     parts = [HEAD.format(cells=f"{len(everything) * len(ENGINES) * len(KINDS):,}")]
     parts.append(row("", *ENGINES))
     parts.append("|" + " --- |" * (len(ENGINES) + 1))
-    for case in everything:
-        cells = []
-        for engine in ENGINES:
-            states = {kind: state_of(case, engine, kind) for kind in KINDS}
-            cells.append(cell(states, notes))
-        if any(text != "✓" for text in cells):
-            parts.append(row(f"`{case.name}`".replace("|", "\\|"), *cells))
+    parts += [row("<br>".join(names), *texts) for texts, names in rows.items()]
     parts.append("")
-    for number, state in enumerate(notes, 1):
-        parts.append(f"{number}. “{state.message}” ({state.why})")
+    parts += [f"{i}. “{message}” ({why})" for i, (message, why) in enumerate(notes, 1)]
+    if FAULTS:
+        parts.append("\nKnown faults:\n")
+        parts += [f"- `{'`, `'.join(f.cases)}`, {f.cells}: {f.why}" for f in FAULTS]
     return "\n".join(parts) + "\n"
 
 
-def cell(states: dict[str, Raises | None], notes: list[Raises]) -> str:
+def cell(states: dict[str, Raises | None], notes: list[tuple[str, str]]) -> str:
     """What an engine does, with the penalties if they differ."""
-    texts = {}
+    kinds: dict[str, list[str]] = {}
     for kind, state in states.items():
-        if state is not None and state not in notes:
-            notes.append(state)
-        texts[kind] = "✓" if state is None else f"[{notes.index(state) + 1}]"
-    if len(set(texts.values())) == 1:
-        return texts.popitem()[1]
-    names = {text: [kind for kind in texts if texts[kind] == text] for text in texts.values()}
-    return "; ".join(f"{', '.join(kinds)}: {text}" for text, kinds in names.items() if text != "✓")
+        text = "✓"
+        if state is not None:
+            note = state.message, state.why
+            if note not in notes:
+                notes.append(note)
+            text = f"[{notes.index(note) + 1}]"
+        kinds.setdefault(text, []).append(kind)
+    if len(kinds) == 1:
+        return next(iter(kinds))
+    return "; ".join(f"{', '.join(of)}: {text}" for text, of in kinds.items() if text != "✓")
 
 
-def row(*cells: Any) -> str:
-    return "| " + " | ".join(cells) + " |"
+def row(*cells: str) -> str:
+    return "| " + " | ".join(text.replace("|", "\\|") for text in cells) + " |"
 
 
 if __name__ == "__main__":
