@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fastjac import arguments, distributed, torch_private
+from fastjac.ops.autograd import refuse_inference
 from fastjac.per_sample import attached_zeros
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -44,6 +45,15 @@ def check_not_recomputed() -> None:
         raise RuntimeError(
             "the penalty has every > 1 and was called inside a checkpointed function, whose "
             "recomputation would count the call twice: call the penalty outside of that function"
+        )
+
+
+def check_not_traced() -> None:
+    """Raises while ``make_fx`` records, since its graph does the same in each run."""
+    if torch_private.make_fx_traces():
+        raise RuntimeError(
+            "the penalty has every > 1 and was called while make_fx records a graph, which cannot "
+            "count its calls: use every=1, and run the graph with the penalty in every k-th step"
         )
 
 
@@ -140,6 +150,20 @@ class Penalty(nn.Module):
         self, model_or_x: Any, x_or_output: Tensor, *targets: Any, **named: Any
     ) -> Tensor | tuple[Tensor, Tensor]:
         """``(x, output, *targets) -> value`` or ``(model, x, *targets) -> (output, value)``."""
+        if torch.compiler.is_compiling():  # which cannot leave a block with try in its middle
+            return self._called(model_or_x, x_or_output, *targets, **named)
+        try:
+            return self._called(model_or_x, x_or_output, *targets, **named)
+        except RuntimeError as error:
+            names = [p.name for p in self.call_parameters()]
+            names[:2] = ("x", "output") if isinstance(model_or_x, Tensor) else ("model", "x")
+            tensors = [*zip(names, (model_or_x, x_or_output, *targets), strict=False)]
+            refuse_inference(error, [*tensors, *named.items()], model_or_x)
+            raise
+
+    def _called(
+        self, model_or_x: Any, x_or_output: Tensor, *targets: Any, **named: Any
+    ) -> Tensor | tuple[Tensor, Tensor]:
         graph = isinstance(model_or_x, Tensor)
         if not graph and not callable(model_or_x):
             raise TypeError(
@@ -172,7 +196,10 @@ class Penalty(nn.Module):
 
     def due(self) -> bool:
         """Whether this call computes the value (see ``every``)."""
-        return self.every == 1 or not self.training or self._calls == 0
+        if self.every == 1 or not self.training:
+            return True
+        check_not_traced()
+        return self._calls == 0
 
     def count_call(self) -> None:
         if self.every > 1 and self.training:
@@ -222,7 +249,7 @@ class Penalty(nn.Module):
         if self.reduction == "none":
             return factor * values
         # The mean over no samples would be 0/0.
-        mean = self.reduction == "mean" and len(values) > 0
+        mean = self.reduction == "mean" and values.shape[0] > 0
         value = values.mean() if mean else values.sum()
         return value if factor == 1 else factor * value
 

@@ -1,8 +1,9 @@
-"""Quantities per sample: rows, their norms and sums, and zeros in an autograd graph."""
+"""Quantities per sample: rows, their norms and sums, random numbers, zeros in an autograd graph."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,8 +31,36 @@ def measure(v: Tensor, norm: str, lead: int = 2) -> Tensor:
 
 def total(pieces: Iterable[Tensor]) -> Tensor:
     """The sum over K of pieces ``[k, N]``, as ``[N]``; for a single row this is a view."""
-    sums = [piece.sum(0) if len(piece) > 1 else piece.squeeze(0) for piece in pieces]
+    sums = [piece.sum(0) if piece.shape[0] > 1 else piece.squeeze(0) for piece in pieces]
     return sums[0] if len(sums) == 1 else torch.stack(sums).sum(0)
+
+
+def normal(shape: Sequence[int], generator: torch.Generator | None, **options: Any) -> Tensor:
+    """``torch.randn(shape, generator=generator)``, also for sizes that are symbols.
+
+    Torch's functions with the argument ``generator`` raise for the symbolic sizes of ``make_fx``,
+    so the numbers are filled in, which draws the same ones.
+    """
+    if generator is None:
+        return torch.randn(shape, **options)
+    return torch.empty(shape, **options).normal_(generator=generator)
+
+
+def integers(
+    high: int, shape: Sequence[int], generator: torch.Generator | None, **options: Any
+) -> Tensor:
+    """``torch.randint(high, shape, generator=generator)``; see `normal`."""
+    if generator is None:
+        return torch.randint(high, shape, **options)
+    options.setdefault("dtype", torch.int64)
+    return torch.empty(shape, **options).random_(high, generator=generator)
+
+
+def uniform(shape: Sequence[int], generator: torch.Generator | None, **options: Any) -> Tensor:
+    """``torch.rand(shape, generator=generator)``; see `normal`."""
+    if generator is None:
+        return torch.rand(shape, **options)
+    return torch.empty(shape, **options).uniform_(generator=generator)
 
 
 def attached_zeros(output: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from typing_extensions import Unpack
 from fastjac import arguments
 from fastjac.ops.dispatch import accumulate_dtype
 from fastjac.penalties import Eikonal, GradientPenalty, IGPen, SpectReg
-from fastjac.per_sample import rows
+from fastjac.per_sample import rows, uniform
 
 __all__ = ["WGANGP", "deq", "double_backprop", "igr", "r1", "r2", "rnode", "wgan_gp"]
 
@@ -34,15 +34,15 @@ class PresetOptions(TypedDict, total=False):
 
 def half_squared_error(output: Tensor, target: Tensor) -> Tensor:
     """``E_n = ½ ‖g_n − d_n‖²``, ``[N]``."""
-    arguments.batch("target", target, "output", len(output))
-    if output.shape == (len(output), 1) and target.dim() == 1:
+    arguments.batch("target", target, "output", output.shape[0])
+    if output.shape == (output.shape[0], 1) and target.dim() == 1:
         target = target[:, None]
     if target.shape != output.shape:  # torch would broadcast them
         raise ValueError(
             f"target has shape {tuple(target.shape)}: it must have the shape of output, "
             f"{tuple(output.shape)}"
         )
-    return F.mse_loss(output, target, reduction="none").reshape(len(output), -1).sum(1) / 2
+    return F.mse_loss(output, target, reduction="none").reshape(output.shape[0], -1).sum(1) / 2
 
 
 def double_backprop(weight: float = 1.0, **options: Unpack[PresetOptions]) -> IGPen:
@@ -154,10 +154,10 @@ class WGANGP(GradientPenalty):
                 f"fake has shape {tuple(fake.shape)} and real has {tuple(real.shape)}: they must "
                 "be the same, because each generated sample is paired with a real one"
             )
-        n = len(real)
+        n = real.shape[0]
         if epsilon is None:
             arguments.generator_device(self.generator, real.device)
-            epsilon = torch.rand(n, dtype=real.dtype, device=real.device, generator=self.generator)
+            epsilon = uniform((n,), self.generator, dtype=real.dtype, device=real.device)
         elif not isinstance(epsilon, Tensor) or epsilon.shape != (n,):
             shape = getattr(epsilon, "shape", type(epsilon).__name__)
             raise ValueError(

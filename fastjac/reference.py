@@ -92,11 +92,16 @@ def spectreg(
     return projected(x, output, w.expand(-1, n, m), norm).mean(0)
 
 
+def drawn_by(generator: torch.Generator | None) -> dict[str, Any]:
+    """The argument ``generator``, if there is one: with it torch refuses symbolic sizes."""
+    return {} if generator is None else {"generator": generator}
+
+
 def directions(
     distribution: str, k: int, n: int, m: int, x: Tensor, generator: torch.Generator | None
 ) -> Tensor:
     """``r``, ``[K, N, m]``, with ``E r rᵀ = I``."""
-    options: Any = {"dtype": x.dtype, "device": x.device, "generator": generator}
+    options: Any = {"dtype": x.dtype, "device": x.device, **drawn_by(generator)}
     if distribution == "rademacher":
         return 2 * torch.randint(2, (k, n, m), **options) - 1
     if distribution == "orthogonal":
@@ -162,7 +167,7 @@ def random_onehot(
     if projection is not None:
         w = projection.reshape(-1, n, m)
     else:
-        index = torch.randint(m, (n_proj, n), device=x.device, generator=generator)
+        index = torch.randint(m, (n_proj, n), device=x.device, **drawn_by(generator))
         w = math.sqrt(m) * F.one_hot(index, m).to(x.dtype)
     return projected(x, output, w, norm).mean(0)
 
@@ -314,7 +319,7 @@ def accumulated_dreg(
     ``activations(x)`` returns ``a_1, …, a_{L-1}`` and then the output.
     """
     if tangent is None:
-        tangent = torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator)
+        tangent = torch.randn(x.shape, dtype=x.dtype, device=x.device, **drawn_by(generator))
     pushed = torch.func.jvp(lambda inputs: tuple(activations(inputs)), (x,), (tangent,))[1]
     counted = pushed if include_output else pushed[:-1]
     return torch.stack([flat(t).square().sum(1) for t in counted]).sum(0)

@@ -237,9 +237,44 @@ fresh_cache = _later(
 )
 assert_async = _private(
     "torch._assert_async",
-    "to check class indices in a compiled step without waiting for the device",
-    "penalties with class targets cannot run in a compiled step",
+    "to check class indices in a compiled or traced step, where Python does not know them",
+    "penalties with class targets cannot run in such a step",
 )
+
+# ---- make_fx
+
+NAMES.append(
+    Name(
+        "torch.fx.experimental.proxy_tensor.get_proxy_mode",
+        "to know whether make_fx traces the call",
+        "checks of numbers run, which make_fx cannot trace",
+    )
+)
+NAMES.append(
+    Name(
+        "torch._subclasses.FakeTensor",
+        "to know whether a tensor has no numbers",
+        "checks of numbers run, and raise for such a tensor",
+    )
+)
+
+
+def make_fx_traces() -> bool:
+    """Whether ``make_fx`` (or non-strict ``torch.export``, which uses it) records the call."""
+    if torch.compiler.is_dynamo_compiling():  # dynamo runs no code that could ask
+        return False
+    tracer = sys.modules.get("torch.fx.experimental.proxy_tensor")
+    mode: Any = getattr(tracer, "get_proxy_mode", lambda: None)
+    return mode() is not None
+
+
+def numbers_hidden(t: Tensor) -> bool:
+    """Whether Python cannot look at the numbers of a tensor, because the call is traced."""
+    if torch.compiler.is_compiling() or make_fx_traces():
+        return True
+    fake: Any = getattr(sys.modules.get("torch._subclasses"), "FakeTensor", ())
+    return isinstance(t, fake)
+
 
 # ---- distributed training
 

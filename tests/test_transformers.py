@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,13 @@ class ByItems(Model):
         return {"loss": F.cross_entropy(logits, labels, reduction="sum") / count, "logits": logits}
 
 
+class Summed(Model):
+    """It takes ``num_items_in_batch`` and ignores it: the Trainer adds the mean losses."""
+
+    def forward(self, x: Tensor, labels: Tensor, **kwargs: Any) -> dict[str, Tensor]:
+        return super().forward(x, labels)
+
+
 def labels(batch: Any) -> Tensor:
     return batch["labels"]
 
@@ -82,9 +90,9 @@ def trainer(
 ) -> Any:
     own = {k: options.pop(k) for k in ("measure_every", "compute_loss_func") if k in options}
     options = {"max_steps": 4, "gradient_accumulation_steps": 1, "logging_steps": 1, **options}
+    options.setdefault("per_device_train_batch_size", 2)
     arguments = transformers.TrainingArguments(
         output_dir=str(folder),
-        per_device_train_batch_size=2,
         per_device_eval_batch_size=2,
         max_grad_norm=0.0,
         report_to=[],
@@ -148,6 +156,70 @@ def test_loss_function_of_the_users(tmp_path: Path) -> None:
     trainer(ours, tmp_path, terms(ours, labels), **options).train()
     train_by_hand(theirs.net, batches(), 2)
     same_weights(ours, theirs)
+
+
+def gradients(folder: Path, kind: type[Model], penalised: bool, **options: Any) -> list[Tensor]:
+    """What one step of SGD subtracts from the weights, divided by the learning rate."""
+    model = kind()
+    start = [p.detach().clone() for p in model.parameters()]
+    given = terms(model, labels) if penalised else None
+    trainer(model, folder, given, lr=1.0, max_steps=1, **options).train()
+    return [p - q.detach() for p, q in zip(start, model.parameters(), strict=True)]
+
+
+def by_part(folder: Path, kind: type[Model], **options: Any) -> list[list[Tensor]]:
+    """The gradients of the loss, by the Trainer without penalties, and of the penalties."""
+    loss, both = (gradients(folder, kind, penalised, **options) for penalised in (False, True))
+    return [loss, [b - g for b, g in zip(both, loss, strict=True)]]
+
+
+@pytest.mark.parametrize(
+    "kind, size, passes, factor",
+    [
+        pytest.param(Model, 2, 4, 1, id="mean of the passes"),
+        pytest.param(ByItems, 2, 4, 1, id="divided by the items of all passes"),
+        pytest.param(ByItems, 3, 6, 1, id="passes of other sizes"),
+        pytest.param(Summed, 2, 4, 4, id="sum of the passes"),
+    ],
+)
+def test_accumulated_gradients_are_those_of_the_large_batch(
+    tmp_path: Path, kind: type[Model], size: int, passes: int, factor: int
+) -> None:
+    """Of loss and penalties separately; if the Trainer adds the mean losses, k times both."""
+    options = {"per_device_train_batch_size": size, "gradient_accumulation_steps": passes}
+    whole = by_part(tmp_path, kind, per_device_train_batch_size=min(size * passes, len(DATA)))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        parts = by_part(tmp_path, kind, **options)
+    for part, truth in zip(parts, whole, strict=True):
+        assert max(g.abs().max() for g in truth) > 1e-3
+        for p, q in zip(part, truth, strict=True):
+            close(p, factor * q, rtol=1e-10, atol=1e-12)
+    told = [w for w in caught if "does not depend on num_items_in_batch" in str(w.message)]
+    assert len(told) == (factor > 1)
+
+
+@pytest.mark.parametrize("said, factor", [(False, 1), (True, 4)])
+def test_what_the_user_says_of_the_loss_decides(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: bool, factor: int
+) -> None:
+    """With True the Trainer adds the losses, and the penalties count as their part of the batch."""
+    whole = by_part(tmp_path, Summed, per_device_train_batch_size=8)
+    monkeypatch.setattr(transformers.Trainer, "loss_is_scaled_for_ga", said)
+    parts = by_part(tmp_path, Summed, gradient_accumulation_steps=4)
+    for part, truth, times in zip(parts, whole, (factor, 1), strict=True):
+        for p, q in zip(part, truth, strict=True):
+            close(p, times * q, rtol=1e-10, atol=1e-12)
+
+
+def test_the_number_of_items_is_no_input(tmp_path: Path) -> None:
+    """The whole model is penalised, and Transformers calls it with a count, a 0-dim float."""
+    model = ByItems()
+    term = PenaltyTerm(SpectReg(-1))
+    run = trainer(model, tmp_path, [term], lr=0.0, gradient_accumulation_steps=2, max_steps=1)
+    run.train()
+    exact = fastjac.spectreg(model.net, X[:4], n_proj=-1)[1].item()
+    assert rows(run)[0]["fastjac/SpectReg"] == pytest.approx(exact)
 
 
 def test_logged_values_and_the_schedule(tmp_path: Path) -> None:

@@ -206,13 +206,14 @@ def vjp(
     The cotangents are computed one at a time if a batched pass would be wrong in torch 2.13: if the
     graph contains an ``autograd.Function`` that is not one of fastjac (a compiled model is one),
     whose second-order term is dropped without an error, or one of `WRONG_BATCHED`. Inside
-    ``torch.compile`` the default is one at a time too, since torch cannot trace a batched pass with
-    dynamic shapes, and such a Function raises.
+    ``torch.compile``, where such a Function raises, and symbolic ``make_fx`` the default is one at
+    a time too, since torch cannot trace a batched pass with dynamic shapes.
     """
     if w.shape[0] == 1:
         return _checked(output, x, w.squeeze(0), 0, operations).unsqueeze(0)
-    compiling = torch.compiler.is_compiling()
-    return _checked(output, x, w, chunk_size or (1 if compiling else w.shape[0]), operations)
+    symbolic = any(isinstance(n, torch.SymInt) for t in (output, x, w) for n in t.shape)
+    together = 1 if symbolic or torch.compiler.is_compiling() else w.shape[0]
+    return _checked(output, x, w, chunk_size or together, operations)
 
 
 def _checked(
@@ -263,8 +264,8 @@ def _pass(output: Tensor, x: Tensor, w: Tensor, batched: bool = False) -> Tensor
         if not batched or "is not implemented" in str(error):  # one at a time it is not, either
             raise
         raise RuntimeError(
-            f"the batched pass over {len(w)} cotangents failed: if an operation of the model does "
-            f"not support vmap, use chunk_size=1. The error of torch is: {error}"
+            f"the batched pass over {w.shape[0]} cotangents failed: if an operation of the model "
+            f"does not support vmap, use chunk_size=1. The error of torch is: {error}"
         ) from error
     if v is None:
         raise RuntimeError(

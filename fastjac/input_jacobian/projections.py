@@ -57,9 +57,9 @@ class ProjectionPenalty(InputPenalty):
 
     def projected(self, pull: Pullback, w: Tensor, scale: float) -> Tensor:
         """``scale * Σ_k ‖J_nᵀ w_kn‖``, as ``[N]``."""
-        if len(pull.output) == 0:
+        if pull.output.shape[0] == 0:
             return attached_zeros(pull.output)
-        w = w.reshape(len(w), *pull.output.shape)
+        w = w.reshape(w.shape[0], *pull.output.shape)
         if self.norm == "l2_squared":
             sums = pull.squared_norms(w, self.chunk_size)
         else:
@@ -138,7 +138,7 @@ class RandomPenalty(ProjectionPenalty):
             # In float32, since half precision would bias the norms of the draws.
             drawn = self.draw(self.n_proj, logits, accumulate_dtype(logits.dtype))
             w = drawn.to(logits.dtype).expand(self.n_proj, n, m)
-        return w, of_mean / len(w)
+        return w, of_mean / w.shape[0]
 
     def _given(self, projection: Any, logits: Tensor) -> Tensor:
         if self.n_proj == -1:
@@ -149,7 +149,7 @@ class RandomPenalty(ProjectionPenalty):
         projection = arguments.tensor("projection", projection)
         arguments.like("projection", projection, "output", logits)
         w = projection.unsqueeze(0) if projection.dim() == 2 else projection
-        if w.dim() != 3 or w.shape[1:] != (n, m) or len(w) == 0:
+        if w.dim() != 3 or w.shape[1:] != (n, m) or w.shape[0] == 0:
             raise ValueError(
                 f"projection has shape {tuple(projection.shape)}: it must be [K, N, m] or [N, m] "
                 f"with N = {n}, m = {m}"

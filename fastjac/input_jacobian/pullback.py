@@ -59,5 +59,5 @@ class Pullback:
 
     def squared_norms(self, w: Tensor, chunk_size: int | None = None) -> Tensor:
         """``Σ_k ‖J_nᵀ w_kn‖²``, ``[N]``, accumulated in at least float32."""
-        size = chunk_size or len(w)
+        size = chunk_size or w.shape[0]
         return total(measure(self.vjp(part, chunk_size), "l2_squared") for part in w.split(size))

@@ -124,6 +124,8 @@ def _why_not(request: Request, x: Any) -> str | None:
         return "torch.compile traces the call"
     if torch_private.transforms_active():
         return "a torch.func transform is active"
+    if torch_private.make_fx_traces():
+        return "make_fx traces the call"
     if torch_private.saved_tensor_hooks() is not None:
         return "hooks on saved tensors (a checkpoint) are active"
     if type(x) not in (Tensor, nn.Parameter):

@@ -201,7 +201,8 @@ def _submodule(model: nn.Module, argument: str, name: str) -> nn.Module:
 
 
 def _is_floating(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.is_floating_point()
+    """Whether a value can be x; a number such as ``num_items_in_batch`` of Transformers cannot."""
+    return isinstance(value, Tensor) and value.is_floating_point() and value.dim() > 0
 
 
 class Terms:

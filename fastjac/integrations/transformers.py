@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from fastjac.integrations._terms import PenaltyTerm, Terms
+from fastjac.ops.autograd import graph_nodes
 from fastjac.penalties import Penalty
+from fastjac.torch_private import tree_leaves
 
 try:
     import transformers
@@ -37,6 +40,79 @@ class _SaveState(transformers.TrainerCallback):
             torch.save(self.terms.state_dict(), folder / STATE_FILE)
 
 
+def _samples_of(batch: Any) -> int:
+    """The batch size of a batch; 0 if it has no tensors."""
+    sizes = [t.shape[0] for t in tree_leaves(batch) if isinstance(t, Tensor) and t.dim()]
+    return sizes[0] if sizes else 0
+
+
+class _Accumulation:
+    """How the penalties of several passes that make one step of the optimiser are added.
+
+    ``training_step`` either divides the loss by the number of passes, or takes for granted that
+    ``compute_loss`` has divided it by the number of items of all passes. Whether that is so, the
+    graph of the first loss says.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+        self.samples = 0  # of all passes of this step
+        self.divided: bool | None = None  # whether the loss is divided by the number of items
+
+    @property
+    def said(self) -> bool | None:
+        """Whether the user says that the loss is divided; older versions cannot be told."""
+        return getattr(self.trainer, "loss_is_scaled_for_ga", None)
+
+    def taken_as_scaled(self, items: Any) -> bool:
+        """Whether ``training_step`` uses the loss as it is."""
+        if self.said is not None:
+            return self.said
+        by_model = self.trainer.model_accepts_loss_kwargs and items is not None
+        return by_model or self.trainer.compute_loss_func is not None
+
+    def unknown(self, items: Any) -> bool:
+        if self.divided is not None or self.trainer.current_gradient_accumulation_steps == 1:
+            return False
+        return self.said is None and self.taken_as_scaled(items)
+
+    def watched(self, items: Any) -> Any:
+        """The number of items, as a leaf that can be found in the graph of the loss."""
+        if not isinstance(items, Tensor) or not self.unknown(items):
+            return items
+        items = items if items.is_floating_point() else items.float()
+        return items.detach().clone().requires_grad_()
+
+    def are_added(self, items: Any, loss: Tensor) -> bool:
+        """Whether the penalties of the passes are added as they are; `share` has their factor else.
+
+        ``items`` are what `watched` returned, and ``loss`` is the loss that was computed with them.
+        """
+        if not self.taken_as_scaled(items):
+            return True  # and the Trainer divides the sum
+        if self.unknown(items):
+            leaves = [getattr(node, "variable", None) for node in graph_nodes(loss)]
+            counted = isinstance(items, Tensor)
+            found = any(leaf is items for leaf in leaves) if counted else items is not None
+            self.divided = found
+            if not found:
+                warnings.warn(
+                    "the loss does not depend on num_items_in_batch, so Transformers adds the "
+                    "losses of the accumulated passes, and the penalties are added too: set "
+                    "trainer.loss_is_scaled_for_ga to False if the loss is a mean over the batch, "
+                    "and to True if it is divided by that number in another way",
+                    stacklevel=4,
+                )
+        return self.divided is False
+
+    def share(self, penalty: Penalty, batch: Any) -> float:
+        """The part of this pass in the penalty of all passes."""
+        size = _samples_of(batch)
+        if penalty.reduction == "mean" and size and self.samples:
+            return size / self.samples
+        return 1 / self.trainer.current_gradient_accumulation_steps
+
+
 class PenaltyTrainerMixin:
     """A base class, before ``Trainer`` or a subclass of it, that adds penalties to the loss.
 
@@ -51,8 +127,19 @@ class PenaltyTrainerMixin:
         )
         MyTrainer(model, args, train_dataset=data, penalties=[term]).train()
 
-    The penalty of each forward pass is added once, averaged over ``gradient_accumulation_steps``,
-    also if the model divides its own loss by the number of tokens in all of these passes.
+    With ``gradient_accumulation_steps=k`` the penalties are scaled as the loss is:
+
+    * If the Trainer takes the mean of the k losses, it takes that of the penalties.
+    * If the loss of each pass is divided by the number of items (labels) of all k passes, as in
+      most models of Transformers, a penalty with ``reduction="mean"`` counts in proportion to the
+      samples of its pass, so that loss and penalty are those of one large batch. One with
+      ``reduction="sum"`` is divided by k.
+    * If the loss ignores that number, although the model or ``compute_loss_func`` takes it,
+      Transformers adds the k losses. The penalties are then added too, with a warning.
+
+    If ``loss_is_scaled_for_ga`` of the Trainer is set, False means the first case and True the
+    second one.
+
     Evaluation uses the loss without penalties; the ``loss`` in the training log includes them.
     Attention needs ``attn_implementation="eager"``, since the fused kernels have no second
     derivative and torch raises.
@@ -83,6 +170,7 @@ class PenaltyTrainerMixin:
         self._terms = Terms(penalties, measure_every)
         self._seen: dict[str, tuple[Tensor, int]] = {}  # sum and count
         self._shares: dict[str, float] = {}
+        self._passes = _Accumulation(self)
         super().__init__(*args, **kwargs)
         trainer: Any = self
         if trainer.args.n_gpu > 1:
@@ -103,6 +191,12 @@ class PenaltyTrainerMixin:
             self._terms.load_state_dict(state)
         return trainer.train(resume_from_checkpoint, *args, **kwargs)
 
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        trainer: Any = super()
+        batches, *rest = trainer.get_batch_samples(*args, **kwargs)
+        self._passes.samples = sum(_samples_of(batch) for batch in batches)
+        return batches, *rest
+
     def compute_loss(
         self,
         model: nn.Module,
@@ -112,32 +206,26 @@ class PenaltyTrainerMixin:
         **kwargs: Any,
     ) -> Any:
         trainer: Any = super()
-        kwargs["num_items_in_batch"] = num_items_in_batch
         if not model.training:
-            return trainer.compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)
+            kwargs |= {"num_items_in_batch": num_items_in_batch, "return_outputs": return_outputs}
+            return trainer.compute_loss(model, inputs, **kwargs)
+        items = self._passes.watched(num_items_in_batch)
         own: Any = self
         batch = dict(inputs)  # compute_loss may take the labels out
         self._terms.set_step(own.state.global_step)
         with self._terms.watch(own.accelerator.unwrap_model(model)):
-            loss, outputs = trainer.compute_loss(model, inputs, return_outputs=True, **kwargs)
+            loss, outputs = trainer.compute_loss(
+                model, inputs, return_outputs=True, num_items_in_batch=items, **kwargs
+            )
+        added = self._passes.are_added(items, loss)
         values = self._terms.values(batch, loss)
         for name, value in values.items():
             total, count = self._seen.get(name, (torch.zeros_like(value), 0))
             self._seen[name] = total + value.detach(), count + 1
-        # The penalties are divided here if training_step does not divide by the number of passes.
-        passes = own.current_gradient_accumulation_steps if self._is_scaled(kwargs) else 1
-        for value in values.values():
-            loss = loss + value / passes
+        for term in self._terms.terms:
+            share = 1.0 if added else self._passes.share(term.penalty, batch)
+            loss = loss + values[term.name] * share
         return (loss, outputs) if return_outputs else loss
-
-    def _is_scaled(self, kwargs: dict[str, Any]) -> bool:
-        """Whether the Trainer assumes that the loss is averaged over the accumulated passes."""
-        own: Any = self
-        said = getattr(own, "loss_is_scaled_for_ga", None)
-        if said is not None:
-            return bool(said)
-        by_model = own.model_accepts_loss_kwargs and kwargs["num_items_in_batch"] is not None
-        return by_model or own.compute_loss_func is not None
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         trainer: Any = super()

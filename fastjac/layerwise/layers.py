@@ -170,8 +170,8 @@ def is_activation(module: nn.Module) -> bool:
     """Whether the module is an activation whose derivative can be taken elementwise."""
     if callable(getattr(module, "fastjac_activation", None)):
         return True
-    # The forward of a subclass of `Act` is differentiated as it is: otherwise `Act.forward`, which it
-    # may call, would be counted in its place.
+    # The forward of a subclass of `Act` is differentiated as it is. Otherwise `Act.forward`, which
+    # it may call, would be counted in its place.
     return isinstance(module, Act) or (
         isinstance(module, ACTIVATIONS) and inherits(module, ACTIVATIONS)
     )

@@ -117,7 +117,7 @@ class LayerPenalty(LayerStatistic, ModelPenalty):
         finally:
             watch.remove()
         self._shares = []
-        seen.batch = len(x)
+        seen.batch = x.shape[0]
         seen.complete(self, output)
         return output, self._finish(seen)
 

@@ -186,7 +186,7 @@ def totals(terms: Sequence[Statistic], wanted: Wanted) -> list[Tensor]:
     found = []
     for kind in {(t.call.weight.dtype, t.impl): None for t in terms}:
         group = [t for t in terms if (t.call.weight.dtype, t.impl) == kind]
-        sizes = [len(t.result) for t in group]
+        sizes = [t.result.shape[0] for t in group]
         product = torch.cat([t.result for t in group])
         if wanted.use_weight:
             missing = [t for t in group if t.r is None]
@@ -302,7 +302,7 @@ def _fused(
     rows = _rows(call, phi.impl, gain, wanted)
     computed, t = act_stats(z, phi.fn, dim=dim, per="sample", weights=rows, **options)
     if place is not None:
-        t = (t * place).view(len(call.z), -1).sum(1)
+        t = (t * place).view(call.z.shape[0], -1).sum(1)
     return computed.view_as(call.z) if a is None else a, Statistic(call, t)
 
 

@@ -38,6 +38,7 @@ from fastjac.layerwise.outputs import Output, apart
 from fastjac.layerwise.passes import LayerStatistic, Pass, samples_of
 from fastjac.nn import held_functions
 from fastjac.observers import OBSERVERS
+from fastjac.ops.autograd import refuse_inference
 
 LOCK = RLock()
 """Held while forwards are replaced: several threads may call penalties of one model."""
@@ -123,7 +124,7 @@ class Watch:
         self.ddp = static_graph()
         with self.one_pass() as seen:
             seen.batch = samples_of(args, kwargs)
-            output = forward(*args, **kwargs)
+            output = self._run(forward, args, kwargs, seen.compiling)
             seen.complete(seen.statistic, output)
         if not seen.compiling:
             output = apart(output, [term.result.grad_fn for term in seen.terms])
@@ -131,6 +132,16 @@ class Watch:
         if not seen.compiling:  # a value that changes in each step would be compiled again
             self.whole = seen.whole
         return output
+
+    def _run(self, forward: Callable[..., Any], args: Any, kwargs: Any, compiling: bool) -> Any:
+        if compiling:  # torch.compile cannot leave a block with try in its middle
+            return forward(*args, **kwargs)
+        try:
+            return forward(*args, **kwargs)
+        except RuntimeError as error:
+            given = [("an input of the model", a) for a in args]
+            refuse_inference(error, [*given, *kwargs.items()], self.model)
+            raise
 
     @contextmanager
     def suspended(self) -> Iterator[None]:

@@ -135,8 +135,11 @@ def act_stats(
         scale = kept / z.numel() if z.numel() else 0.0
     if chosen == "reference":
         return composed(z, weights, dim, per_sample, scale, fn, params, "reference")
-    args = (dim, per_sample, float(scale), IDS[fn], values)
-    return _in_graph(z, weights, *args, suffix_of(chosen))
+    # The factor of a mean over a symbolic batch would be a constant as an argument of an op.
+    symbolic = isinstance(scale, (torch.SymInt, torch.SymFloat))
+    args = (dim, per_sample, 1.0 if symbolic else float(scale), IDS[fn], values)
+    a, s = _in_graph(z, weights, *args, suffix_of(chosen))
+    return a, s * scale if symbolic else s
 
 
 def _check(z: Tensor, dim: int, per: str, weights: Tensor | None) -> int:
@@ -212,9 +215,9 @@ def named(fn: int, values: Sequence[float]) -> tuple[str, dict[str, float]]:
 
 class _ActStats(Function):
     @staticmethod
-    def forward(z, w, dim, per_sample, scale, fn, values, suffix):
+    def forward(z, weights, dim, per_sample, scale, fn, values, suffix):
         with below_autograd():
-            return raw("act_stats" + suffix)(z, w, dim, per_sample, scale, fn, values)
+            return raw("act_stats" + suffix)(z, weights, dim, per_sample, scale, fn, values)
 
     @staticmethod
     def setup_context(ctx, inputs, output):

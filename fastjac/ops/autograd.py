@@ -1,12 +1,16 @@
-"""`Function`, the base of the ``autograd.Function`` of every op, and a walk over the graph."""
+"""`Function`, the base of the ``autograd.Function`` of every op, and a walk over the graph.
+
+`refuse_inference` explains an error of autograd that ops and penalties can meet.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import inspect
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastjac.torch_private import (
     add_batch_dim,
@@ -52,7 +56,20 @@ class Function(torch.autograd.Function):
         records = records and (torch.is_grad_enabled() or forward_mode_active())
         if not records and "setup_context" in cls.__dict__:  # otherwise forward takes a context
             return cls.forward(*live)
-        return super(torch.autograd.Function, cls).apply(*live)  # type: ignore[misc]
+        try:
+            return super(torch.autograd.Function, cls).apply(*live)  # type: ignore[misc]
+        except RuntimeError as error:
+            refuse_inference(error, cls._named(args))
+            raise
+
+    @classmethod
+    def _named(cls, args: tuple[Any, ...]) -> Iterator[tuple[str, Any]]:
+        """The arguments of `apply` with the names that ``forward`` gives them."""
+        names = list(inspect.signature(cls.forward).parameters.values())
+        for i, a in enumerate(args):
+            last = names[min(i, len(names) - 1)]
+            rest = last.kind is last.VAR_POSITIONAL
+            yield f"{last.name}[{i - len(names) + 1}]" if rest else last.name, a
 
     @classmethod
     def _apply_batched(cls, *args: Any) -> Any:
@@ -86,6 +103,36 @@ def recorded(*cotangents: Tensor | None) -> bool:
 def transformed() -> bool:
     """Whether forward mode or a ``torch.func`` transform is active."""
     return transforms_active() or forward_mode_active()
+
+
+def refuse_inference(
+    error: RuntimeError, tensors: Iterable[tuple[str, Any]], model: Any = None
+) -> None:
+    """Says what to do, if autograd has refused a tensor made under ``torch.inference_mode()``.
+
+    Called with an error that something else has raised, since to look for such tensors in each call
+    would take time. Returns if the error is another one. ``tensors`` are the arguments with their
+    names.
+    """
+    if "nference tensor" not in str(error):
+        return
+    state: list[tuple[str, Tensor]] = []
+    if isinstance(model, nn.Module):
+        state = [*model.named_parameters(), *model.named_buffers()]
+    made = "made under torch.inference_mode(), and autograd cannot use"
+    names = [name for name, t in state if t.is_inference()]
+    if names:
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        raise RuntimeError(
+            f"parameters or buffers of the model ({', '.join(names[:3])}{more}) were {made} them: "
+            "outside of inference mode, copy the model (model = copy.deepcopy(model)), or create "
+            "and load it there"
+        ) from error
+    name = next((n for n, t in tensors if isinstance(t, Tensor) and t.is_inference()), None)
+    raise RuntimeError(
+        f"{name or 'a tensor of the model'} was {made} it: outside of inference mode, pass a "
+        "clone() of it"
+    ) from error
 
 
 def graph_nodes(t: Tensor, *without: Any) -> Iterator[Any]:

@@ -74,7 +74,7 @@ def softmax_residual(logits: Tensor, target: Tensor, *, impl: str = "auto") -> T
     if logits.dim() != 2 or logits.shape[1] == 0:
         raise ValueError(f"logits has shape {tuple(logits.shape)}; it must be [N, m], m >= 1")
     if target.shape != logits.shape[:1]:
-        raise ValueError(f"target has shape {tuple(target.shape)}; it must be [{len(logits)}]")
+        raise ValueError(f"target has shape {tuple(target.shape)}; it must be [{logits.shape[0]}]")
     if target.device != logits.device:
         raise ValueError(
             f"target is on {target.device} and logits is on {logits.device}; move one of them"

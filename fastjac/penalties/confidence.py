@@ -40,7 +40,7 @@ class ConfidencePenalty(Penalty):
     needs_grad = False
 
     def graph_form(self, x: Tensor, output: Tensor) -> Tensor:
-        arguments.batch("output", output, "x", len(arguments.tensor("x", x)))
+        arguments.batch("output", output, "x", arguments.tensor("x", x).shape[0])
         if not output.is_floating_point():
             raise TypeError(f"output has dtype {output.dtype}: it must be floating point logits")
         logits = rows(output.to(accumulate_dtype(output.dtype)))

@@ -62,7 +62,7 @@ class FiniteDifferenceDataGrad(ModelPenalty):
         by_autograd.check_graph(start, output)
         distributed.check_graph(start, output, twice=False)
         loss = cross_entropy(output, target)
-        if len(x) == 0:
+        if x.shape[0] == 0:
             return output, attached_zeros(output)
         (v,) = torch.autograd.grad(loss.sum(), start, retain_graph=True, allow_unused=True)
         if v is None:

@@ -53,12 +53,12 @@ class GradientPenalty(InputPenalty):
 
     def per_sample(self, pull: Pullback) -> Tensor:
         output = pull.output
-        if output.numel() != len(output):
+        if output.numel() != output.shape[0]:
             raise ValueError(
                 f"output has shape {tuple(output.shape)}: {type(self).__name__} needs a scalar "
                 "function, [N] or [N, 1]; for more columns use FrobReg or SpectReg"
             )
-        if len(output) == 0:
+        if output.shape[0] == 0:
             return attached_zeros(output)
         ones = torch.ones_like(output).unsqueeze(0)
         if self.center == 0:

@@ -61,7 +61,7 @@ class IGPen(ProjectionPenalty):
 
     def per_sample(self, pull: Pullback, *targets: Any, **named: Any) -> Tensor:
         loss_fn = self.loss_fn or partial(F.cross_entropy, reduction="none")
-        n = len(pull.output)
+        n = pull.output.shape[0]
 
         def losses(output: Tensor) -> Tensor:
             loss = loss_fn(output, *targets, **named)

@@ -8,6 +8,7 @@ from torch import Tensor
 from fastjac import reference
 from fastjac.input_jacobian.projections import RandomPenalty
 from fastjac.penalties.registry import PenaltySpec, logits_example
+from fastjac.per_sample import normal
 
 
 class JacobianReg(RandomPenalty):
@@ -67,9 +68,7 @@ class JacobianReg(RandomPenalty):
         )
 
     def draw(self, k: int, logits: Tensor, dtype: torch.dtype) -> Tensor:
-        r = torch.randn(
-            (k, *logits.shape), dtype=dtype, device=logits.device, generator=self.generator
-        )
+        r = normal((k, *logits.shape), self.generator, dtype=dtype, device=logits.device)
         return r / torch.linalg.vector_norm(r, dim=-1, keepdim=True)
 
     def scales(self, m: int) -> tuple[float, float]:

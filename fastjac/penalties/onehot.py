@@ -11,6 +11,7 @@ from torch import Tensor
 from fastjac import arguments, reference
 from fastjac.input_jacobian.projections import ProjectionPenalty, RandomPenalty
 from fastjac.penalties.registry import PenaltySpec, classifier_example, logits_example
+from fastjac.per_sample import integers
 
 
 class OneHot(ProjectionPenalty):
@@ -75,7 +76,7 @@ class RandomOneHot(RandomPenalty):
 
     def draw(self, k: int, logits: Tensor, dtype: torch.dtype) -> Tensor:
         n, m = logits.shape
-        index = torch.randint(m, (k, n, 1), device=logits.device, generator=self.generator)
+        index = integers(m, (k, n, 1), self.generator, device=logits.device)
         w = torch.zeros(k, n, m, dtype=dtype, device=logits.device)
         return w.scatter_(2, index, math.sqrt(m))
 

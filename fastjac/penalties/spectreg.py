@@ -12,6 +12,7 @@ from typing_extensions import Unpack
 from fastjac import arguments, reference
 from fastjac.input_jacobian.projections import RandomOptions, RandomPenalty
 from fastjac.penalties.registry import PenaltySpec, logits_example
+from fastjac.per_sample import integers, normal
 
 DISTRIBUTIONS = ("gaussian", "rademacher", "spherical", "orthogonal")
 
@@ -90,15 +91,15 @@ class SpectReg(RandomPenalty):
         return r / math.sqrt(m) if self.scale else r
 
     def _draw(self, k: int, n: int, m: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        options: Any = {"dtype": dtype, "device": device, "generator": self.generator}
+        options: Any = {"generator": self.generator, "dtype": dtype, "device": device}
         if self.distribution == "rademacher":
-            return torch.randint(2, (k, n, m), **options).mul_(2).sub_(1)
+            return integers(2, (k, n, m), **options).mul_(2).sub_(1)
         if self.distribution == "orthogonal":
             group = min(k, m)
             # The signs of Q's columns are not uniform, but norms do not depend on them.
-            q = torch.linalg.qr(torch.randn(-(-k // group), n, m, group, **options)).Q
+            q = torch.linalg.qr(normal((-(-k // group), n, m, group), **options)).Q
             return q.permute(0, 3, 1, 2).flatten(0, 1)[:k] * math.sqrt(m)
-        r = torch.randn((k, n, m), **options)
+        r = normal((k, n, m), **options)
         if self.distribution == "spherical":
             r = r * (math.sqrt(m) / torch.linalg.vector_norm(r, dim=-1, keepdim=True))
         return r

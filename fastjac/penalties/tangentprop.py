@@ -56,12 +56,12 @@ class TangentProp(InputPenalty):
         tangents = arguments.tensor("tangents", tangents)
         arguments.like("tangents", tangents, "x", x)
         t = tangents.unsqueeze(0) if tangents.shape == x.shape else tangents
-        if t.shape[1:] != x.shape or len(t) == 0:
+        if t.shape[1:] != x.shape or t.shape[0] == 0:
             raise ValueError(
                 f"tangents has shape {tuple(tangents.shape)}: it must have the shape of x, "
                 f"{tuple(x.shape)}, or [K, *x.shape]"
             )
-        if len(x) == 0:
+        if x.shape[0] == 0:
             return attached_zeros(pull.output)
         return measure(pull.jvp(t, self.chunk_size), "l2_squared").mean(0)
 
