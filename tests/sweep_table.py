@@ -162,11 +162,11 @@ Every input-Jacobian penalty runs on the modules of `torch.nn` and on common fun
 and eval, by each engine and in the graph form, with one and several cotangents: {cells} cells, for
 three sizes, of which some are equal. A cell is exact, its value and its gradient equal finite
 differences in float64, or it raises an error and is in this table. The page is written by
-`python tests/sweep_table.py docs/LIMITS.md`, and `tests/test_sweep.py` checks every cell (torch 2.13,
-on a CPU).
+`python tests/sweep_table.py docs/LIMITS.md`, and `tests/test_sweep.py` checks every cell (torch
+2.13, on a CPU).
 
-A number means that the call raises an error, whose message is given below the table. `on 6×5` is the
-shape of a sample of what the module is given, and `a` the argument of a function.
+A number means that the call raises an error, whose message is given below the table. `on 6×5` is
+the shape of a sample of what the module is given, and `a` the argument of a function.
 """
 
 
