@@ -56,7 +56,7 @@ def test_several_cotangents_through_group_norm(form: str, shape: tuple[int, int]
 
 @pytest.mark.parametrize("norm", NORMS)
 def test_gradient_of_a_jvp_through_a_norm(norm: str) -> None:
-    """In the model form it is right (`test_chain`). By autograd the value is; the backward raises."""
+    """Right in the model form (`test_chain`). By autograd the value is, and its gradient raises."""
     model, x, t = normed(NORMS[norm]()), torch.randn(5, 4), torch.randn(5, 4)
     truth = TangentProp()(model, x, t)[1]
     x.requires_grad_()

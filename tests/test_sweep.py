@@ -16,7 +16,7 @@ from sweep_table import FAULTS, RAISES, Raises, is_fault, page, state_of
 from sweep_truth import ENGINES, KINDS, Truth
 from torch import Tensor, nn
 
-from fastjac.input_jacobian import by_autograd
+from fastjac.input_jacobian import guards
 from fastjac.input_jacobian.chain import norms, rules
 
 pytestmark = pytest.mark.usefixtures("double")
@@ -135,8 +135,8 @@ def no_terms(self: Any, node: Any, lead: Any, us: Any, delta: Tensor, wanted: bo
 
 
 def no_guards(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(by_autograd, "_kinds", {})
-    monkeypatch.setattr(by_autograd, "_kind", lambda node: "")
+    monkeypatch.setattr(guards, "_kinds", {})
+    monkeypatch.setattr(guards, "_kind", lambda node: "")
 
 
 def no_curvature(monkeypatch: pytest.MonkeyPatch) -> None:

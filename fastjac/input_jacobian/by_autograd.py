@@ -50,11 +50,15 @@ class AutogradPullback(Pullback):
         """
         if torch.compiler.is_compiling():
             comptime(guards.REFUSE_JVP)
+        operations = self.operations
+        if operations is None and not torch.compiler.is_compiling():
+            operations = Operations(self.output)
+        if operations is not None and operations.missing:  # needed for the value too
+            raise RuntimeError(guards.missing_second(operations))
         w = torch.zeros_like(self.output, requires_grad=True)
-        (v,) = vjp(self.output, self.x, w.unsqueeze(0), None, guards.NOTHING)
-        t = vjp(v, w, u, chunk_size)
-        if not torch.compiler.is_compiling():
-            operations = self.operations or Operations(self.output)
+        (v,) = vjp(self.output, self.x, w.unsqueeze(0), None, operations, guarded=False)
+        t = vjp(v, w, u, chunk_size, operations, guarded=False)
+        if operations is not None:
             guards.check_backward(t, operations, self.why_not_chain)
         return t
 
@@ -88,6 +92,7 @@ def vjp(
     w: Tensor,
     chunk_size: int | None = None,
     operations: Operations | None = None,
+    guarded: bool = True,
 ) -> Tensor:
     """``Jᵀ w_k`` for cotangents ``w`` ``[K, *output.shape]``, as ``[K, *x.shape]``.
 
@@ -101,14 +106,19 @@ def vjp(
     a time too, since torch cannot trace a batched pass with dynamic shapes.
     """
     if w.shape[0] == 1:
-        return _checked(output, x, w.squeeze(0), 0, operations).unsqueeze(0)
+        return _checked(output, x, w.squeeze(0), 0, operations, guarded).unsqueeze(0)
     symbolic = any(isinstance(n, torch.SymInt) for t in (output, x, w) for n in t.shape)
     together = 1 if symbolic or torch.compiler.is_compiling() else w.shape[0]
-    return _checked(output, x, w, chunk_size or together, operations)
+    return _checked(output, x, w, chunk_size or together, operations, guarded)
 
 
 def _checked(
-    output: Tensor, x: Tensor, w: Tensor, size: int, operations: Operations | None
+    output: Tensor,
+    x: Tensor,
+    w: Tensor,
+    size: int,
+    operations: Operations | None,
+    guarded: bool = True,
 ) -> Tensor:
     """``Jᵀ w``, or for a size, that of K cotangents in passes of this size."""
     if torch.compiler.is_compiling():
@@ -125,7 +135,7 @@ def _checked(
         v = torch.stack([_pass(output, x, part) for part in w])
     else:
         v = torch.cat([_pass(output, x, part, True) for part in w.split(size)])
-    if operations is not None:
+    if guarded and operations is not None:
         guards.check_backward(v, operations)
     return v
 

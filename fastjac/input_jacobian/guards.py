@@ -133,15 +133,6 @@ def _kind(node: Any) -> str:
     return ""
 
 
-class _Nothing:
-    wrong_batched = foreign = False
-    wrong_third = wrong_again = missing = ""
-
-
-NOTHING: Any = _Nothing()
-"""`Operations` of a VJP that `check_backward` is not wanted for."""
-
-
 def check_backward(v: Tensor, operations: Operations, of_jvp: str = "") -> None:
     """Make the backward of a VJP raise where torch would compute a wrong gradient, or none.
 
@@ -149,6 +140,8 @@ def check_backward(v: Tensor, operations: Operations, of_jvp: str = "") -> None:
     """
     if not v.requires_grad:
         return
+    if operations.missing:
+        _refuse_backward(v, missing_second(operations))
     if operations.wrong_again:
         _refuse_backward(v, GRADIENT_IN_MODEL.format(operations.wrong_again))
     if operations.wrong_third:
@@ -157,9 +150,11 @@ def check_backward(v: Tensor, operations: Operations, of_jvp: str = "") -> None:
             _refuse_backward(v, f"{JVP_OF_NORM.format(norm)}{of_jvp}")
         else:
             _refuse_backward(v, THIRD.format(norm), third=True)
-    if operations.missing:
-        name, advice = operations.missing, MISSING[operations.missing]
-        _refuse_backward(v, MISSING_SECOND.format(name.removesuffix("Backward0"), advice))
+
+
+def missing_second(operations: Operations) -> str:
+    name, advice = operations.missing, MISSING[operations.missing]
+    return MISSING_SECOND.format(name.removesuffix("Backward0"), advice)
 
 
 def _refuse_backward(v: Tensor, message: str, third: bool = False) -> None:
