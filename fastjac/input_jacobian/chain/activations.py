@@ -69,7 +69,7 @@ class Activation(Kernel):
         s = getattr(node, self.saved)
         return suffix_for(s.device.type, s.dtype) is not None and self.read(node) is not None
 
-    def targets(self, node):
+    def targets(self, node, inside):
         return (getattr(node, self.saved),)
 
     def call(self, node):
@@ -83,7 +83,7 @@ class OwnActivation(Kernel):
     def takes(self, node, inside):
         return (node.of_output or node.constants[0] == 0) and node.saved_tensors[1] is None
 
-    def targets(self, node):
+    def targets(self, node, inside):
         s, order, fn, *_ = self.call(node)
         return () if KERNEL_ROWS[fn].derivatives[order + 1] == "0" else (s,)
 

@@ -59,7 +59,7 @@ class ByAutograd(Rule):
                     f"{name} has no rule, and one of its inputs is computed from another one"
                 )
 
-    def targets(self, node):
+    def targets(self, node, inside):
         inputs: list[Tensor] = []
         results: list[Tensor] = []
         for t in saved_tensors(node):
@@ -104,7 +104,7 @@ class ByAutograd(Rule):
 
     def push(self, node, lead, us, delta, wanted):
         delta = delta.detach().requires_grad_()
-        out, *extras = self._apply(node, us, delta, self.targets(node))
+        out, *extras = self._apply(node, us, delta, self.targets(node, ()))
         return out, tuple(extras)
 
     def _apply(self, node: Any, us: Any, delta: Tensor, targets: tuple[Tensor, ...]) -> Any:

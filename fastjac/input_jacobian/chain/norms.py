@@ -39,7 +39,7 @@ class Norm(Rule):
     def takes(self, node, inside):
         return inside[0] and not any(inside[1:])
 
-    def targets(self, node):
+    def targets(self, node, inside):
         return node._saved_input, node._saved_weight
 
     def jvp(self, node, lead, us):
@@ -116,7 +116,7 @@ class BatchNorm(Norm):
         weight = node._saved_weight
         return Statistics(a.shape, over, mean, iota, None if weight is None else weight.view(wide))
 
-    def targets(self, node):
+    def targets(self, node, inside):
         a = node._saved_input if node._saved_training else None
         return a, node._saved_weight
 

@@ -93,9 +93,10 @@ class Record:
         rule: Any = kind.rule
         targets: tuple[int, ...] = ()
         delta = -1
+        inside = tuple(map(bool, sources))
         if rule is not None:
             others = used != _FIRST and not rule.several and set(used) != {rule.output}
-            if others or (kind.asks and not rule.takes(node, tuple(map(bool, sources)))):
+            if others or (kind.asks and not rule.takes(node, inside)):
                 rule = None
         if rule is None:
             if len(set(used)) > 1:
@@ -105,14 +106,14 @@ class Record:
         if kind.saved and saved_under_hooks(node, kind.saved):
             raise Unsupported("tensors are saved under hooks (a checkpoint)")
         if kind.bends:
-            targets = tuple([self._target(t) for t in rule.targets(node)])
+            targets = tuple([self._target(t) for t in rule.targets(node, inside)])
             if targets and max(targets) >= 0:
                 delta = len(self.captured)
                 self.captured.append(GradientEdge(node, used[0]))
         self.steps.append(Step(node, rule, sources, targets, delta))
 
-    def _target(self, t: Tensor | None) -> int:
-        if t is None or not t.requires_grad:
+    def _target(self, t: Any) -> int:
+        if not isinstance(t, Tensor) or not t.requires_grad:
             return -1
         place = self._places.setdefault(id(t), len(self.targets))
         if place == len(self.targets):

@@ -49,8 +49,8 @@ class Rule:
         """Whether the rule holds for this node; ``inside`` says which inputs depend on x."""
         return True
 
-    def targets(self, node: Any) -> tuple[Tensor | None, ...]:
-        """The saved tensors that `push` returns gradients for."""
+    def targets(self, node: Any, inside: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
+        """The saved tensors that `push` returns gradients for, or None in their place."""
         return ()
 
     def jvp(self, node: Any, lead: tuple[int, ...], us: Tangents) -> Any:
@@ -154,8 +154,9 @@ class Matmul(Rule):
         # `beta` and `alpha` of torch.addmm are for those who call it; layers leave them at 1.
         return not self.added or (node._saved_beta == node._saved_alpha == 1)
 
-    def targets(self, node):
-        return getattr(node, self.a), getattr(node, self.b)
+    def targets(self, node, inside):
+        i, j = self.slots
+        return inside[j] and getattr(node, self.a), inside[i] and getattr(node, self.b)
 
     def jvp(self, node, lead, us):
         i, j = self.slots
@@ -176,7 +177,7 @@ class Matmul(Rule):
         into_a = into_b = None
         if of_b is not None:
             into_a = over_lead(delta @ of_b.mT, lead)
-        if of_a is not None:
+        if of_a is not None and getattr(node, self.b).requires_grad:
             if lead and delta.dim() == 3:  # matrices: one product for all cotangents
                 into_b = delta.flatten(0, 1).mT @ of_a.flatten(0, 1)
             else:
@@ -191,7 +192,7 @@ class Convolution(Rule):
     def takes(self, node, inside):
         return inside == (True, False, False)
 
-    def targets(self, node):
+    def targets(self, node, inside):
         return (node._saved_weight,)
 
     def _options(self, node: Any) -> tuple[Any, ...]:
@@ -217,8 +218,8 @@ class Convolution(Rule):
 class Mul(Rule):
     """``a * b``, with broadcasting."""
 
-    def targets(self, node):
-        return node._saved_self, node._saved_other
+    def targets(self, node, inside):
+        return inside[1] and node._saved_self, inside[0] and node._saved_other
 
     def jvp(self, node, lead, us):
         total: Any = None
@@ -250,8 +251,8 @@ class Div(Rule):
     def takes(self, node, inside):
         return node._saved_self is not None or not inside[1]
 
-    def targets(self, node):
-        return node._saved_self, node._saved_other
+    def targets(self, node, inside):
+        return inside[1] and node._saved_self, node._saved_other
 
     def jvp(self, node, lead, us):
         a, b, shape = node._saved_self, node._saved_other, shape_of_node(node)
@@ -291,7 +292,7 @@ class Pointwise(Rule):
     def __init__(self, saved: str, apply: Any, bend: Any = None) -> None:
         self.saved, self.apply, self.bend = f"_saved_{saved}", apply, bend
 
-    def targets(self, node):
+    def targets(self, node, inside):
         return () if self.bend is None else (getattr(node, self.saved),)
 
     def jvp(self, node, lead, us):
@@ -306,7 +307,7 @@ class Pointwise(Rule):
 class Softmax(Rule):
     """``s = softmax(a)``, with the symmetric Jacobian ``S: u → s (u − Σ s u)``."""
 
-    def targets(self, node):
+    def targets(self, node, inside):
         return (node._saved_result,)
 
     def _dims(self, node: Any, lead: tuple[int, ...], u: Tensor) -> tuple[Any, int]:
