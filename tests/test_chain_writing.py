@@ -157,6 +157,20 @@ def test_frozen_parameters(frozen: str, kind: str) -> None:
     agrees(model, x)
 
 
+@pytest.mark.parametrize("chunk_size", [None, 1])
+def test_output_is_modified_before_the_backward(chunk_size: int | None) -> None:
+    """With several products the engine goes back through the model again in the backward."""
+    found = []
+    for engine in ("chain", "autograd"):
+        torch.manual_seed(1)
+        model, x = three_layers(lambda m, x: m.c(F.gelu(m.a(x)))), torch.randn(3, 4)
+        output, value = spectreg(engine, chunk_size=chunk_size)(model, x)
+        output.mul_(2)
+        total = output.square().sum() + value
+        found.append(torch.autograd.grad(total, [model.a.weight, model.c.weight]))
+    close(*found)
+
+
 def test_requires_grad_switched_off_before_the_backward() -> None:
     found = []
     for engine in ("chain", "autograd"):

@@ -70,7 +70,7 @@ class Record:
     """The steps from ``x`` to ``output`` in the order of the forward."""
 
     def __init__(self, x: Tensor, output: Tensor) -> None:
-        self.x, self.output = x, output
+        self.x = x
         edge = get_gradient_edge(x)
         self.source: Edge = edge.node, edge.output_nr
         self.end: Edge = output.grad_fn, output.output_nr
@@ -124,11 +124,11 @@ class Record:
 
     def pull(self, w: Tensor, lead: tuple[int, ...]) -> tuple[Tensor, list[Tensor | None]]:
         """``Jᵀ w`` for ``w`` ``[*lead, *output.shape]``, and the cotangents of the steps."""
-        ends: Any = [self.x, *self.captured]
+        # By edges, since the user may modify the output in place before the backward.
         v, *deltas = torch.autograd.grad(
-            self.output,
-            ends,
-            w,
+            [GradientEdge(*self.end)],
+            [GradientEdge(*self.source), *self.captured],
+            [w],
             retain_graph=True,
             allow_unused=True,
             is_grads_batched=bool(lead),
