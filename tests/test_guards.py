@@ -7,9 +7,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from chain_cases import close, run, same, spectreg, three_layers
+from chain_cases import Straight, close, run, same, spectreg, three_layers
+from layer_cases import Model
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from fastjac.input_jacobian.chain import rules
 from fastjac.penalties import FrobReg, TangentProp
 
 pytestmark = pytest.mark.usefixtures("double")
@@ -111,3 +114,29 @@ def test_operation_without_a_second_derivative() -> None:
     for value in (spectreg("auto", n_proj=1)(attention, x)[1], spectreg("auto")(x, attention(x))):
         with pytest.raises(RuntimeError, match="second derivative of Scaled.*SDPBackend.MATH"):
             value.backward()
+
+
+def test_error_inside_a_rule_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*args: Any) -> Any:
+        raise RuntimeError("The size of tensor a (4) must match the size of tensor b (3)")
+
+    monkeypatch.setattr(rules.Matmul, "push", failing)
+    model, x = three_layers(lambda m, x: m.c(F.gelu(m.a(x)))), torch.randn(3, 4)
+    value = spectreg("chain")(model, x)[1]
+    with pytest.raises(
+        RuntimeError, match="its rule for Addmm.*use engine='autograd'.*The size of"
+    ):
+        value.backward()
+
+
+def test_advice_is_followed_by_success() -> None:
+    """What an error of ``engine="chain"`` recommends has been tried here."""
+    x, head = torch.randn(2, 3, 4), nn.Linear(4, 3)
+    attend = Model(lambda m, x: m.h(F.scaled_dot_product_attention(x, x, x)), h=head)
+    four = x.unsqueeze(1)
+    with pytest.raises(RuntimeError, match="engine='chain' cannot.*second deriv.*SDPBackend.MATH"):
+        spectreg("chain")(attend, four)
+    with sdpa_kernel(SDPBackend.MATH):
+        spectreg("chain")(attend, four)[1].backward()
+    with pytest.raises(RuntimeError, match="calls Straight.*Use engine='autograd'"):
+        spectreg("chain")(three_layers(lambda m, x: m.c(Straight.apply(m.a(x)))), x[0])

@@ -55,7 +55,7 @@ def run(request: Request, model: Callable[..., Any], x: Tensor) -> tuple[Tensor,
     if isinstance(pull, Chain):
         return pull.values(penalty.per_sample(pull, *targets, **named))
     if penalty.engine == "chain":
-        raise RuntimeError(f"engine='chain' cannot run this call: {reason}. Use engine='autograd'")
+        raise RuntimeError(f"engine='chain' cannot run this call: {reason}")
     return output, penalty.per_sample(pull, *targets, **named)
 
 
@@ -90,7 +90,7 @@ def _run(request: Request, model: Any, x: Any) -> tuple[Tensor, Pullback, str | 
         try:
             return output, Chain(x, GraphRun(x, output)), None
         except Unsupported as error:
-            reason = str(error)
+            reason = f"{error}{error.advice}" if request.penalty.engine == "chain" else str(error)
     distributed.check_graph(x, output)
     why = f"it does not run this call, because {reason}"
     pull = by_autograd.AutogradPullback(x, output, operations, why)
@@ -119,7 +119,7 @@ def _pays(request: Request, output: Tensor, operations: guards.Operations) -> bo
 
 
 def _why_not(request: Request, x: Any) -> str | None:
-    """Why the chain engine cannot run this call, as far as this is known before it; else None."""
+    """Why the chain engine does not run this call, as far as this is known before it; else None."""
     if request.penalty.engine == "autograd":
         return "engine='autograd' is set"
     if torch.compiler.is_compiling():

@@ -111,13 +111,7 @@ class ByAutograd(Rule):
         pulled, tangents = self._pull(node, us, delta)
         if not pulled:
             return torch.zeros_like(delta), *[None] * len(targets)
-        try:
-            out, *extras = torch.autograd.grad(
-                pulled, [delta, *targets], tangents, retain_graph=True, allow_unused=True
-            )
-        except RuntimeError as error:
-            raise RuntimeError(
-                f"the second derivative of the operation {type(node).__name__} of the model is "
-                f"needed, and torch cannot compute it: {error}"
-            ) from error
+        out, *extras = torch.autograd.grad(
+            pulled, [delta, *targets], tangents, retain_graph=True, allow_unused=True
+        )
         return torch.zeros_like(delta) if out is None else out.detach(), *extras

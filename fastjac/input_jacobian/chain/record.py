@@ -44,16 +44,21 @@ class Kind:
         self.asks = self.rule is not None and type(self.rule).takes is not Rule.takes
         self.bends = self.rule is None or type(self.rule).targets is not Rule.targets
         self.saved = saved_names(node)
-        self.why_not: str | None = None  # no rule can be made
+        self.why_not: tuple[str, ...] = ()  # no rule can be made: of `Unsupported`
         if self.name in WRONG_AGAIN:
-            self.why_not = GRADIENT_IN_MODEL.format(WRONG_AGAIN[self.name])
+            self.why_not = GRADIENT_IN_MODEL.format(WRONG_AGAIN[self.name]), ""
+        elif own is not None and own.__name__ == "CompiledFunction":
+            self.why_not = "the model is compiled", ". Pass it before compiling"
         elif own is not None and not issubclass(own, Function):
-            self.why_not = f"the model calls {own.__name__}, a torch.autograd.Function"
+            self.why_not = (f"the model calls {own.__name__}, a torch.autograd.Function",)
         elif self.rule is None and self.name in MISSING:
-            self.why_not = f"torch does not have the second derivative of {self.name}"
+            name, advice = self.name.removesuffix("Backward0"), MISSING[self.name]
+            self.why_not = f"torch does not have the second derivative of {name}", f": {advice}"
         elif own is None and self.rule is None and not self.name[-1:].isdigit():
             # Torch generates the nodes with a numbered name, and shows all that they save.
-            self.why_not = f"{self.name}: {HIDDEN.get(self.name, 'torch does not show its data')}"
+            self.why_not = (
+                f"{self.name}: {HIDDEN.get(self.name, 'torch does not show its data')}",
+            )
 
 
 _kinds: dict[type, Kind] = {}
@@ -83,13 +88,15 @@ class Record:
         try:
             for node, sources, used in _walk(self.end, self.source):
                 self._add(node, sources, used)
+        except Unsupported:
+            raise
         except RuntimeError as error:  # of torch, if a tensor was modified after it was saved
             raise Unsupported(str(error)) from error
 
     def _add(self, node: Any, sources: tuple[Edge | None, ...], used: list[int]) -> None:
         kind = kind_of(node)
-        if kind.why_not is not None:
-            raise Unsupported(kind.why_not)
+        if kind.why_not:
+            raise Unsupported(*kind.why_not)
         rule: Any = kind.rule
         targets: tuple[int, ...] = ()
         delta = -1
@@ -155,16 +162,20 @@ class Record:
             if all([t is None for t in us]):
                 continue
             d = None if deltas is None or delta < 0 else deltas[delta]
-            if d is None:
-                if node is last and not wanted:
-                    break
-                out = rule.jvp(node, lead, us)
-            else:
-                out, found = rule.push(node, lead, us, d, wanted or node is not last)
-                for place, extra in zip(targets, found, strict=True):
-                    if place >= 0 and extra is not None:
-                        before = extras[place]
-                        extras[place] = extra if before is None else before + extra
+            if d is None and node is last and not wanted:
+                break
+            try:
+                found: tuple[Any, ...] = ()
+                if d is None:
+                    out = rule.jvp(node, lead, us)
+                else:
+                    out, found = rule.push(node, lead, us, d, wanted or node is not last)
+            except RuntimeError as error:
+                raise _explained(error, node, rule) from error
+            for place, extra in zip(targets, found, strict=False):
+                if place >= 0 and extra is not None:
+                    before = extras[place]
+                    extras[place] = extra if before is None else before + extra
             if rule.several:
                 for i, t in enumerate(out):
                     tangents[node, i] = t
@@ -175,9 +186,29 @@ class Record:
     def describe(self) -> list[str]:
         names = []
         for node, rule, *_ in self.steps:
-            name = type(node).__name__.rstrip("0123456789").removesuffix("Backward").lstrip("_")
+            name = _name(node)
             names.append(f"by autograd: {name}" if isinstance(rule, ByAutograd) else name)
         return names
+
+
+def _name(node: Any) -> str:
+    return type(node).__name__.rstrip("0123456789").removesuffix("Backward").lstrip("_")
+
+
+def _explained(error: RuntimeError, node: Any, rule: Rule) -> RuntimeError:
+    """An error inside a rule, which may speak of shapes that the user did not write."""
+    text = str(error)
+    if "inplace operation" in text or "second time" in text:  # torch explains these two
+        return error
+    if isinstance(rule, ByAutograd):
+        return RuntimeError(
+            f"the second derivative of {_name(node)} is needed, an operation of the model, and "
+            f"torch cannot compute it: {text}"
+        )
+    return RuntimeError(
+        f"the chain engine failed in its rule for {_name(node)}, an operation of the model: use "
+        f"engine='autograd', and please report the fault. The error is: {text}"
+    )
 
 
 _FIRST = [0]

@@ -36,7 +36,11 @@ Tangents = tuple[Tensor | None, ...]  # one of each input of a node; None is zer
 
 
 class Unsupported(RuntimeError):
-    """A graph, or a call, that the chain engine cannot take."""
+    """A graph, or a call, that the chain engine cannot take, and what to do about it."""
+
+    def __init__(self, reason: str, advice: str = ". Use engine='autograd'") -> None:
+        super().__init__(reason)
+        self.advice = advice
 
 
 class Rule:
