@@ -12,7 +12,9 @@ from layer_cases import Model
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from fastjac import InputPenalty
 from fastjac.input_jacobian.chain import rules
+from fastjac.input_jacobian.pullback import Pullback
 from fastjac.penalties import FrobReg, TangentProp
 
 pytestmark = pytest.mark.usefixtures("double")
@@ -140,3 +142,21 @@ def test_advice_is_followed_by_success() -> None:
         spectreg("chain")(attend, four)[1].backward()
     with pytest.raises(RuntimeError, match="calls Straight.*Use engine='autograd'"):
         spectreg("chain")(three_layers(lambda m, x: m.c(Straight.apply(m.a(x)))), x[0])
+
+
+class OwnJvp(InputPenalty):
+    """A penalty of a user, who does not know that torch is wrong."""
+
+    def per_sample(self, pull: Pullback, *targets: Any, **named: Any) -> Tensor:
+        return pull.jvp(torch.ones_like(pull.x)[None]).square().sum((0, 2))
+
+
+def test_own_penalty_that_uses_a_jvp() -> None:
+    model, x = normed(nn.LayerNorm(6)), torch.randn(5, 4)
+    with pytest.raises(RuntimeError, match="JVP through layer_norm.*uses_jvp = True"):
+        OwnJvp()(model, x)[1].backward()
+
+    class Right(OwnJvp):
+        uses_jvp = True
+
+    same(run(model, x, Right()), run(model, x, TangentProp(), torch.ones(5, 4)))

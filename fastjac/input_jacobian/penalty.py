@@ -27,8 +27,8 @@ class InputPenalty(Penalty):
     :class:`~fastjac.input_jacobian.pullback.Pullback`: the output of the model and products with
     its Jacobian.
 
-    ``uses_jvp = True`` in a subclass says that it calls ``pull.jvp``; ``"auto"`` then takes the chain
-    engine wherever it can, since torch differentiates the JVP of some norms wrongly.
+    ``uses_jvp = True`` in a subclass says that it calls ``pull.jvp``; ``"auto"`` then takes the
+    chain engine wherever it can, since torch differentiates the JVP of some norms wrongly.
     ``products(output)`` says how many products with the Jacobian it takes, and decides whether
     ``"auto"`` expects the chain engine to be faster.
 

@@ -84,7 +84,8 @@ def _run(request: Request, model: Any, x: Any) -> tuple[Tensor, Pullback, str | 
         # Torch counts all hooks. One on a hidden tensor changes the gradient, and is not seen.
         reason = "the model registers hooks when it runs"
     operations = guards.Operations(output) if output.grad_fn is not None else None
-    if reason is None and operations is not None and not _pays(request, output, operations):
+    pays = operations is None or _pays(request, output, operations)
+    if reason is None and not pays:
         reason = "autograd is as fast on this network (engine='chain' runs it)"
     if reason is None:
         try:
@@ -93,6 +94,8 @@ def _run(request: Request, model: Any, x: Any) -> tuple[Tensor, Pullback, str | 
             reason = f"{error}{error.advice}" if request.penalty.engine == "chain" else str(error)
     distributed.check_graph(x, output)
     why = f"it does not run this call, because {reason}"
+    if not pays:
+        why = "set uses_jvp = True in the class of the penalty, or engine='chain'"
     pull = by_autograd.AutogradPullback(x, output, operations, why)
     return output, pull, reason
 
