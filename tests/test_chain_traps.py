@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.overrides import wrap_torch_function
 from torch.utils.checkpoint import checkpoint
 
-from fastjac.penalties import FrobReg
+from fastjac.penalties import FrobReg, TangentProp
 
 pytestmark = pytest.mark.usefixtures("double")
 
@@ -377,3 +377,50 @@ def test_hypernetwork_of_one_layer() -> None:
         return m.c(torch.bmm(h.unsqueeze(2) * h.unsqueeze(1), m.b(h).unsqueeze(2)).squeeze(2))
 
     right_or_refused(three_layers(forward), torch.randn(3, 4))
+
+
+def test_power_of_zero() -> None:
+    for e in (0, 1, 2, 3.0):
+        agrees(three_layers(lambda m, x, e=e: m.c(m.a(x).relu() ** e + m.a(x))), torch.randn(3, 4))
+        t = torch.randn(2, 3, 4)
+        model = three_layers(lambda m, x, e=e: m.c(m.a(x).relu() ** e + m.a(x)))
+        x = torch.randn(3, 4)
+        same(*[run(model, x, TangentProp(engine=e), t) for e in ("chain", "autograd")])
+
+
+def test_complex_parameter() -> None:
+    model = three_layers(lambda m, x: m.c((m.a(x) + m.w).abs()))
+    model.w = nn.Parameter(torch.randn(5, dtype=torch.complex128))
+    falls_back(model, torch.randn(3, 4), "complex numbers")
+
+
+def test_hook_on_x() -> None:
+    """It changes the gradient with respect to x, which is the value of the penalty."""
+    net = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+    found = []
+    for engine in ("auto", "autograd"):
+        for model in (net, three_layers(lambda m, x: net(x))):
+            x = torch.randn(3, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
+            x.register_hook(lambda g: 2 * g)
+            value = spectreg(engine)(model, x)[1]
+            found.append([value.detach(), *torch.autograd.grad(value, list(net.parameters())[:3])])
+    for other in found[1:]:
+        close(other, found[0])
+
+
+def test_model_that_modifies_x() -> None:
+    x = torch.randn(3, 4, requires_grad=True) * 1
+    model = nn.Sequential(nn.ELU(inplace=True), nn.Linear(4, 3))
+    for engine in ("auto", "autograd"):
+        with pytest.raises(RuntimeError, match="the model modified x in place"):
+            spectreg(engine)(model, x)
+
+
+def test_tangents_that_require_grad() -> None:
+    net = three_layers(lambda m, x: m.c(m.a(x).sin()))
+    x, found = torch.randn(3, 4), []
+    for engine in ("chain", "autograd"):
+        t = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        value = TangentProp(engine=engine)(net, x, t)[1]
+        found.append(torch.autograd.grad(value, [t, net.a.weight]))
+    close(*found)

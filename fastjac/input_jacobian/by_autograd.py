@@ -198,7 +198,15 @@ def run_model(model: Callable[..., Any], x: Tensor, at: str | None) -> tuple[Ten
         arguments.floating("x", x)
         if not x.requires_grad:
             x = x.detach().requires_grad_()
-        return x, call_model(model, x)
+        version = 0 if torch.compiler.is_compiling() else x._version
+        output = call_model(model, x)
+        if not torch.compiler.is_compiling() and x._version != version:
+            raise RuntimeError(
+                "the model modified x in place (an activation with inplace=True, for instance), so "
+                "the gradient with respect to x would be that of the modified one: pass x.clone() "
+                "inside the model, or use the out-of-place operation"
+            )
+        return x, output
 
     caught: list[Tensor] = []
 

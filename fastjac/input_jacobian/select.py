@@ -139,6 +139,8 @@ def _why_not(request: Request, x: Any) -> str | None:
         return "x is not a dense tensor"
     if x.numel() == 0:
         return "x is empty"
+    if x._backward_hooks:
+        return "x has hooks"
     return None
 
 

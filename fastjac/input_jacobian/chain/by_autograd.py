@@ -10,7 +10,7 @@ from torch.autograd.graph import GradientEdge
 
 from fastjac.input_jacobian.chain.rules import Rule, Unsupported
 from fastjac.ops.autograd import nodes_from
-from fastjac.torch_private import dtype_of_node, shape_of_node
+from fastjac.torch_private import shape_of_node
 
 _saved_names: dict[type, list[str]] = {}
 
@@ -42,16 +42,13 @@ class ByAutograd(Rule):
         self.output = output  # the one that is used
 
     def check(self, node: Any) -> None:
-        """Raises for graphs in which autograd cannot separate the operation from others.
+        """Raises if one of the inputs is computed from another.
 
-        Those are complex numbers, where ⟨δ, f_a u⟩ is no product of real ones, and inputs of which
-        one is computed from another: its gradient would include the way through the other one.
+        Autograd cannot separate the two: the gradient of the first would include the way through
+        the other.
         """
         name = type(node).__name__
         inputs = [edge for edge in node.next_functions if edge[0] is not None]
-        types = [dtype_of_node(node, self.output), *[dtype_of_node(f, i) for f, i in inputs]]
-        if any(dtype.is_complex for dtype in types):
-            raise Unsupported(f"{name} computes with complex numbers")
         for i, (f, _) in enumerate(inputs):
             others = {other for j, (other, _) in enumerate(inputs) if j != i}
             if others and any(n in others for n in nodes_from(f)):

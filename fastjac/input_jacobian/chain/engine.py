@@ -100,6 +100,7 @@ class JacobianProduct(NamedTuple):
     of: Tensor  # the cotangents or tangents, [k, N, ...]
     v: Tensor | None  # for "norms": Jᵀ w as [k N, ...]
     leaf: Tensor  # the result, a leaf of the graph of R
+    deltas: Any  # the cotangents of the steps, for a `GraphRun`
 
 
 class Chain(Pullback):
@@ -145,7 +146,8 @@ class Chain(Pullback):
 
     def _leaf(self, kind: str, of: Tensor, v: Tensor | None, result: Tensor) -> Tensor:
         leaf = result.requires_grad_()
-        self.products.append(JacobianProduct(kind, of, v, leaf))
+        deltas = None if self.run.own_output or kind == "jvp" else self.run.deltas
+        self.products.append(JacobianProduct(kind, of, v, leaf, deltas))
         return leaf
 
     def values(self, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -159,9 +161,9 @@ class Chain(Pullback):
         return found if self.run.own_output else (self.run.output, found)
 
     def _note_leaves(self, t: Tensor, known: set[int]) -> None:
-        """Note other leaves that t depends on: a target, a parameter of a loss."""
-        for node in graph_nodes(t):
-            leaf = getattr(node, "variable", None)
+        """Note other leaves that t depends on, or is: a target, a parameter of a loss."""
+        found = [t] if t.grad_fn is None else [getattr(n, "variable", None) for n in graph_nodes(t)]
+        for leaf in found:
             if leaf is not None and id(leaf) not in known:
                 known.add(id(leaf))
                 self.others.append(leaf)
@@ -213,7 +215,7 @@ class Chain(Pullback):
         else:
             cotangents = through(values, grad_values, *leaves)
         for i in reversed(range(len(leaves))):  # a product may use the results of earlier ones
-            c, (kind, of, v, _) = cotangents[i], self.products[i]
+            c, (kind, of, v, _, deltas) = cotangents[i], self.products[i]
             if c is None:
                 continue
             if kind == "jvp":
@@ -221,7 +223,9 @@ class Chain(Pullback):
                 into: Tensor | None = self.run.pull(c)
                 self.run.push(of.detach(), keep, False)
             else:
-                if len(leaves) > 1:  # the run holds the state of the last product only
+                if deltas is not None:
+                    self.run.deltas = deltas
+                elif not self.run.own_output:  # the product of an MLP, before its `as_graph`
                     self.run.pull(of.detach())
                 u, factor = (c, None) if v is None else (v, c)
                 into = self.run.push(u, keep, of.requires_grad, factor)

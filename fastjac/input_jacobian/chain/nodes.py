@@ -230,9 +230,14 @@ def inside_range(n: Any, u: Tensor, s: Tensor) -> Tensor:
     return u if inside is None else u * inside
 
 
-def power_bend(n: Any, s: Tensor) -> Tensor:
+def power_slope(n: Any, u: Tensor, s: Tensor) -> Tensor:
     e = n._saved_exponent
-    return e * (e - 1) * s ** (e - 2)
+    return u * e if e in (0, 1) else u * (e * s ** (e - 1))  # not 0 * inf at s = 0
+
+
+def power_bend(n: Any, s: Tensor) -> Any:
+    e = n._saved_exponent
+    return 0 if e in (0, 1) else e * (e - 1) * s ** (e - 2)
 
 
 # fmt: off
@@ -252,8 +257,7 @@ add("Sqrt", Pointwise("result", lambda n, u, s: 0.5 * u / s, lambda n, s: -0.5 /
 add("Rsqrt", Pointwise("result", lambda n, u, s: -0.5 * u * s**3, lambda n, s: -1.5 * s * s))
 add("Reciprocal", Pointwise("result", lambda n, u, s: -u * s * s, lambda n, s: -2 * s))
 add("Cos", Pointwise("self", lambda n, u, s: -u * s.sin(), lambda n, s: -s.cos()))
-add("Pow", Pointwise("self", lambda n, u, s: u * n._saved_exponent * s ** (n._saved_exponent - 1),
-                     power_bend))
+add("Pow", Pointwise("self", power_slope, power_bend))
 # fmt: on
 
 

@@ -21,7 +21,7 @@ from fastjac.input_jacobian.chain.by_autograd import ByAutograd
 from fastjac.input_jacobian.chain.rules import RULES, Rule, Unsupported
 from fastjac.input_jacobian.guards import GRADIENT_IN_MODEL, MISSING, WRONG_AGAIN
 from fastjac.ops.autograd import Function
-from fastjac.torch_private import saved_names, saved_under_hooks
+from fastjac.torch_private import dtype_of_node, saved_names, saved_under_hooks
 
 Edge = tuple[Any, int]  # a node and the number of its output: a value of the run
 
@@ -110,6 +110,8 @@ class Record:
                 raise Unsupported(f"{kind.name} has several outputs and no rule")
             rule = ByAutograd(used[0])
             rule.check(node)
+        if dtype_of_node(node, used[0]).is_complex:  # ⟨δ, f_a u⟩ is no product of real numbers
+            raise Unsupported(f"{kind.name} computes with complex numbers")
         if kind.saved and saved_under_hooks(node, kind.saved):
             raise Unsupported("tensors are saved under hooks (a checkpoint)")
         if kind.bends:
