@@ -47,7 +47,8 @@ def gain(norm: Any, z: Tensor) -> Tensor:
 
 
 def function_of(act: Any) -> Callable[[Tensor], Tensor]:
-    if isinstance(act, nn.Hardsigmoid):  # torch cannot differentiate its own twice
+    # Torch cannot differentiate its own twice, and has 1/6 in float32 there.
+    if isinstance(act, nn.Hardsigmoid):
         return lambda t: F.relu6(t + 3) / 6
     return lambda t: act(t.clone())  # the clone is for activations that write in place
 
@@ -78,7 +79,7 @@ def written_out(net: Net, x: Tensor, left_out: bool, options: dict[str, Any]) ->
     k = None if left_out else gain(net.norm, z)
     y = z if net.norm is None else net.norm(z)
     phi = function_of(net.act)
-    a = net.act(y.clone())
+    a = phi(y)
     hidden = net.second(a.flatten(1))
     output = net.head(net.tanh(hidden))
     terms = []

@@ -222,12 +222,17 @@ def _run_penalty(spec: Any, dtype: torch.dtype) -> None:
 
 
 def _run_layers() -> None:
-    """Calls that the examples do not make: a batch norm, expanded batches, several projections."""
+    """Calls that the examples do not make: a third order, a batch norm, expanded batches, …"""
     generator = torch.Generator().manual_seed(0)
 
     def randn(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator)
 
+    z, v = randn(3, 5).requires_grad_(), randn(3, 5).requires_grad_()
+    a = fastjac.act(z, fn="gelu", impl="cpu")
+    (first,) = torch.autograd.grad(a, z, v, create_graph=True)
+    (second,) = torch.autograd.grad(first.square().sum(), z, create_graph=True)
+    second.sum().backward()
     conv = nn.Sequential(nn.Conv2d(2, 3, 2), nn.BatchNorm2d(3), nn.GELU(), nn.Flatten())
     penalty = fastjac.DREG(conv, reduction="sum")
     for x in (randn(3, 2, 4, 4), randn(1, 2, 2, 2).expand(5, 2, 2, 2)):

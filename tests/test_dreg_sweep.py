@@ -86,8 +86,10 @@ def check(layer: Case, norm: Case, act: Case, form: str, options: dict[str, Any]
     reduce = {"none": lambda r: r, "sum": torch.sum, "mean": torch.mean}
     expected = reduce[options.get("reduction", "mean")](truth[1])
     output, value, penalty = run(net, x, form, options)
-    close(output, truth[0])
-    close(value, expected)
+    # Torch's Hardsigmoid, which some of these cells run, has 1/6 in float32.
+    rounded = {"rtol": 2e-7, "atol": 1e-7} if isinstance(net.act, nn.Hardsigmoid) else {}
+    close(output, truth[0], **rounded)
+    close(value, expected, **rounded)
     assert dict(penalty.layers_left_out).get("layer") == reason
     assert ("layer" in penalty.layers_found) == (reason is None)
     close(list(net.buffers()), list(twin.buffers()))  # the model ran once
@@ -97,7 +99,7 @@ def check(layer: Case, norm: Case, act: Case, form: str, options: dict[str, Any]
     # A sum that cancels (the gradient of a bias before a BatchNorm is 0) has the rounding errors of
     # its terms, which are as large as the largest gradients.
     scale = max(1.0, *(float(g.abs().max()) for g in wanted))
-    close(found, wanted, atol=1e-12 * scale)
+    close(found, wanted, **{"atol": 1e-12 * scale, **rounded})
     penalty.detach()
 
 
