@@ -424,3 +424,20 @@ def test_tangents_that_require_grad() -> None:
         value = TangentProp(engine=engine)(net, x, t)[1]
         found.append(torch.autograd.grad(value, [t, net.a.weight]))
     close(*found)
+
+
+def test_operation_that_vmap_cannot_map() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 2), nn.GroupNorm(2, 4), nn.Tanh(), nn.Flatten())
+    x = torch.randn(2, 3, 4, 4).contiguous(memory_format=torch.channels_last)
+    agrees(model.to(memory_format=torch.channels_last), x, n_proj=3)
+
+
+def test_data_replaced_before_the_backward() -> None:
+    net, x = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)), torch.randn(3, 4)
+    found = []
+    for engine in ("chain", "autograd"):
+        model = copy.deepcopy(net)
+        output, value = spectreg(engine)(model, x)
+        model[2].weight.data = torch.zeros(3, 5)
+        found.append(torch.autograd.grad(value, [model[0].weight, model[2].weight]))
+    close(*found)

@@ -209,7 +209,8 @@ class Mlp:
         n = self.n = len(x)
         self.shape = x.shape
         self.x = x if x.dim() == 2 and x.is_contiguous() else x.detach().flatten(1).contiguous()
-        self.weights, self.plan = recipe.weights, recipe.plan
+        # Detached, since `p.data = t` before the backward puts another tensor in the place of p's.
+        self.weights, self.plan = [w.detach() for w in recipe.weights], recipe.plan
         self.activations = recipe.activations
         recipe.prepare()
         self.places, self.parameters = recipe.places, recipe.parameters

@@ -133,17 +133,26 @@ class Record:
 
     def pull(self, w: Tensor, lead: tuple[int, ...]) -> tuple[Tensor, list[Tensor | None]]:
         """``Jᵀ w`` for ``w`` ``[*lead, *output.shape]``, and the cotangents of the steps."""
+        try:
+            v, *deltas = self._pull(w, bool(lead))
+        except RuntimeError:
+            if not lead:
+                raise
+            # An operation that vmap cannot map: GroupNorm in channels_last, for example.
+            found = zip(*[self._pull(part, False) for part in w], strict=True)
+            v, *deltas = [None if d[0] is None else torch.stack(d) for d in found]
+        return self.x.new_zeros((*lead, *self.x.shape)) if v is None else v, deltas
+
+    def _pull(self, w: Tensor, batched: bool) -> Any:
         # By edges, since the user may modify the output in place before the backward.
-        v, *deltas = torch.autograd.grad(
+        return torch.autograd.grad(
             [GradientEdge(*self.end)],
             [GradientEdge(*self.source), *self.captured],
             [w],
             retain_graph=True,
             allow_unused=True,
-            is_grads_batched=bool(lead),
+            is_grads_batched=batched,
         )
-        found: list[Tensor | None] = [*deltas]
-        return self.x.new_zeros((*lead, *self.x.shape)) if v is None else v, found
 
     def push(
         self,
