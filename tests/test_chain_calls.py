@@ -14,6 +14,8 @@ from layer_cases import Model
 from torch import Tensor, nn
 
 import fastjac
+from fastjac.input_jacobian import guards
+from fastjac.input_jacobian.chain import record
 from fastjac.input_jacobian.pullback import Pullback
 from fastjac.penalties import DREG, FrobReg, IGPen, SpectReg
 
@@ -232,3 +234,43 @@ def test_penalties_of_users(make: Any) -> None:
         found.append(torch.autograd.grad(output.sum() + value, [x, *model.parameters()]))
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("sequential", [False, True])
+def test_loss_that_depends_on_x_beside_the_output(inside: bool, sequential: bool) -> None:
+    """A reconstruction loss: the gradient with respect to x is the total one, as in torch."""
+    net = nn.Sequential(nn.Linear(4, 5), nn.GELU(), nn.Linear(5, 4))
+    model = net if sequential else Model(lambda m, x: m.net(x), net=net)
+    head, found = nn.Linear(4, 4), []
+
+    def loss(output: Tensor, target: Tensor) -> Tensor:
+        return (output - target).square().sum(1)
+
+    for engine in ("autograd", "auto", "chain"):
+        x = torch.randn(3, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        leaf = x
+        x = x.sin() if inside else x
+        output, value = IGPen(loss, engine=engine)(model, x, head(x))
+        inputs = [leaf, head.weight, *net.parameters()]
+        found.append([value.detach(), *torch.autograd.grad(output.sum() + value, inputs)])
+    close(found[1], found[0])
+    close(found[2], found[0])
+
+
+def test_hook_on_a_parameter_of_the_loss() -> None:
+    scale = torch.ones(3, requires_grad=True)
+    scale.register_hook(lambda g: 3 * g)
+    model = nn.Sequential(nn.Linear(4, 5), nn.GELU(), nn.Linear(5, 3))
+    penalty = IGPen(lambda output: (output * scale).square().sum(1), engine="chain")
+    with pytest.raises(RuntimeError, match="has hooks: use engine='autograd'"):
+        penalty(model, torch.randn(3, 4))
+
+
+def test_types_of_nodes_are_not_kept() -> None:
+    """A model that makes a class of an ``autograd.Function`` in each call."""
+    model = three_layers(lambda m, x: m.c(type("Local", (Straight,), {}).apply(m.a(x))))
+    spectreg("auto")(model, torch.randn(3, 4))
+    before = len(guards._kinds), len(record._kinds)
+    spectreg("auto")(model, torch.randn(3, 4))
+    assert (len(guards._kinds), len(record._kinds)) == before

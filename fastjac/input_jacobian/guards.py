@@ -93,7 +93,9 @@ class Operations:
             left += [following for following, _ in node.next_functions]
             kind = _kinds.get(type(node))
             if kind is None:
-                kind = _kinds[type(node)] = _kind(node)
+                kind = _kind(node)
+                if kind != "foreign":  # each call may have a new class
+                    _kinds[type(node)] = kind
             if not kind:
                 continue
             if type(node).__name__ in GAINS:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from fastjac import torch_private
-from fastjac.input_jacobian.by_autograd import Composed
+from fastjac.input_jacobian.by_autograd import AutogradPullback, Composed
 from fastjac.input_jacobian.chain.record import Record
 from fastjac.input_jacobian.pullback import Pullback
 from fastjac.ops.autograd import graph_nodes
@@ -136,7 +136,18 @@ class Chain(Pullback):
         return found[0] if len(found) == 1 else torch.cat(found)
 
     def then(self, f: Callable[[Tensor], Tensor]) -> Pullback:
-        return Composed(self, f)
+        """By autograd alone, if f depends on x beside the output (``loss(output, target=x)``)."""
+        composed = Composed(self, f)
+        x, direct = self.given, False
+        for node in graph_nodes(composed.output):
+            leaf = getattr(node, "variable", None)
+            direct |= leaf is not None and (leaf is x or leaf is self.x)
+            direct |= x.grad_fn is not None and node is x.grad_fn
+        if not direct:
+            return composed
+        if self.run.own_output:
+            self.run = self.run.as_graph()
+        return AutogradPullback(x, f(self.run.output))
 
     def _parts(self, t: Tensor, chunk_size: int | None) -> tuple[Tensor, ...]:
         parts = (t,) if chunk_size is None or chunk_size >= len(t) else t.split(chunk_size)
@@ -165,6 +176,11 @@ class Chain(Pullback):
         found = [t] if t.grad_fn is None else [getattr(n, "variable", None) for n in graph_nodes(t)]
         for leaf in found:
             if leaf is not None and id(leaf) not in known:
+                if leaf._backward_hooks:  # they would run in this backward and in that of the leaf
+                    raise RuntimeError(
+                        f"the penalty depends on a tensor of shape {tuple(leaf.shape)} that has "
+                        "hooks: use engine='autograd'"
+                    )
                 known.add(id(leaf))
                 self.others.append(leaf)
 

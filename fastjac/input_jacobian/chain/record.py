@@ -67,7 +67,9 @@ _kinds: dict[type, Kind] = {}
 def kind_of(node: Any) -> Kind:
     kind = _kinds.get(type(node))
     if kind is None:
-        kind = _kinds[type(node)] = Kind(node)
+        kind = Kind(node)
+        if not kind.why_not:  # or the class of a user, of which each call may have a new one
+            _kinds[type(node)] = kind
     return kind
 
 
