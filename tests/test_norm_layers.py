@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from functools import partial
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import functional_call, jacrev
 
-from fastjac.penalties import DREG
+from fastjac.penalties import DREG, AccumulatedDREG
 
 pytestmark = pytest.mark.usefixtures("double")
 LAYERS = {
@@ -163,3 +164,21 @@ def test_other_norms_are_left_out_with_a_reason() -> None:
     assert "input of no activation module" in reasons["0"]
     assert "the output of the norm was the input of no" in reasons["3"]
     assert "the output of the norm was the input of no" in reasons["7"]
+
+
+@pytest.mark.parametrize("call", ["layer_norm", "native_layer_norm.default"])
+def test_norms_of_an_exported_model_are_refused_in_forward_mode(call: str) -> None:
+    """Torch's forward-mode derivative of them is right, its gradient is not."""
+    op = functools.reduce(getattr, call.split("."), torch.ops.aten)
+
+    class Exported(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.act, self.b = nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            found = op(self.a(x), [4], None, None, 1e-5)
+            return self.b(self.act(found if isinstance(found, Tensor) else found[0]))
+
+    with pytest.raises(NotImplementedError, match="whose gradient is wrong: call F.layer_norm"):
+        AccumulatedDREG()(Exported(), torch.randn(5, 3))

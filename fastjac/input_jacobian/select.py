@@ -51,11 +51,11 @@ def run(request: Request, model: Callable[..., Any], x: Tensor) -> tuple[Tensor,
         if penalty.at is not None:
             raise RuntimeError(f"engine='compiled' cannot run this call: {_hidden(penalty.at)}")
         return compiled.run(penalty.per_sample, model, x, targets, named)
-    output, pull, reason = _run(request, model, x)
+    output, pull, reason, advice = _run(request, model, x)
     if isinstance(pull, Chain):
         return pull.values(penalty.per_sample(pull, *targets, **named))
     if penalty.engine == "chain":
-        raise RuntimeError(f"engine='chain' cannot run this call: {reason}")
+        raise RuntimeError(f"engine='chain' cannot run this call: {reason}{advice}")
     return output, penalty.per_sample(pull, *targets, **named)
 
 
@@ -63,41 +63,46 @@ def _hidden(at: str) -> str:
     return f"at={at!r} needs a gradient with respect to a hidden tensor: use engine='autograd'"
 
 
-def _run(request: Request, model: Any, x: Any) -> tuple[Tensor, Pullback, str | None]:
-    """Runs the model; returns the output, the pullback, and why it is not the chain engine's."""
-    at = request.penalty.at
+def _run(request: Request, model: Any, x: Any) -> tuple[Tensor, Pullback, str | None, str]:
+    """Runs the model; returns the output and the pullback.
+
+    If that is not the chain engine's, also why, and what to do about it.
+    """
+    at, advice = request.penalty.at, ". Use engine='autograd'"
     reason = _why_not(request, x)
     if torch.compiler.is_compiling():
         x, output = by_autograd.run_model(model, x, at)
         by_autograd.check_graph(x, output)
         distributed.check_graph(x, output)
-        return output, by_autograd.AutogradPullback(x, output), reason
+        return output, by_autograd.AutogradPullback(x, output), reason, advice
     mlp = None
     if reason is None and at is None and not torch.is_autocast_enabled(x.device.type):
         mlp = Mlp.of(model, x)
     if mlp is not None:
-        return mlp.output, Chain(x, mlp), None
+        return mlp.output, Chain(x, mlp), None, ""
     hooks = RemovableHandle.next_id + (at is not None)  # `run_model` registers one itself
     x, output = by_autograd.run_model(model, x, at)
     by_autograd.check_graph(x, output)
-    if reason is None and hooks != RemovableHandle.next_id:
-        # Torch counts all hooks. One on a hidden tensor changes the gradient, and is not seen.
-        reason = "the model registers hooks when it runs"
     operations = guards.Operations(output) if output.grad_fn is not None else None
     pays = operations is None or _pays(request, output, operations)
     if reason is None and not pays:
         reason = "autograd is as fast on this network (engine='chain' runs it)"
     if reason is None:
+        # Torch counts all hooks. One on a hidden tensor changes the gradient, and is not seen.
+        hooked = hooks != RemovableHandle.next_id
         try:
-            return output, Chain(x, GraphRun(x, output)), None
+            run = GraphRun(x, output)
+            if not hooked:
+                return output, Chain(x, run), None, ""
+            reason = "the model registers hooks when it runs"
         except Unsupported as error:
-            reason = f"{error}{error.advice}" if request.penalty.engine == "chain" else str(error)
+            reason, advice = str(error), error.advice
     distributed.check_graph(x, output)
     why = f"it does not run this call, because {reason}"
     if not pays:
         why = "set uses_jvp = True in the class of the penalty, or engine='chain'"
     pull = by_autograd.AutogradPullback(x, output, operations, why)
-    return output, pull, reason
+    return output, pull, reason, advice
 
 
 HOST = 2e4
@@ -177,7 +182,7 @@ def explain(request: Request, model: Any, x: Tensor) -> str:
         at = request.penalty.at
         return compiled.explain(model, x, None if at is None else _hidden(at))
     state = _State(model, x) if isinstance(model, nn.Module) else None
-    _, pull, reason = _run(request, model, x)
+    _, pull, reason, _ = _run(request, model, x)
     if state is not None:
         state.restore()
     if engine == "chain" and not isinstance(pull, Chain):

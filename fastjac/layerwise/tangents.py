@@ -79,13 +79,22 @@ WRITTEN: dict[Any, Callable[..., Tensor | None]] = {
 }
 """The same functions in elementary operations; None if torch's derivative is right."""
 
-REFUSED = {
+REFUSED: dict[Any, str] = {
     torch.layer_norm: "F.layer_norm",
     torch.batch_norm: "F.batch_norm",
     torch.instance_norm: "F.instance_norm",
     torch.native_layer_norm: "F.layer_norm",
     torch.native_batch_norm: "F.batch_norm",
 }
+for _name in (
+    "layer_norm",
+    "native_layer_norm",
+    "batch_norm",
+    "native_batch_norm",
+    "instance_norm",
+):
+    _packet = getattr(torch.ops.aten, _name)  # as exported models call it
+    REFUSED |= dict.fromkeys((_packet, _packet.default), "F." + _name.removeprefix("native_"))
 
 
 class NormTangents(TorchFunctionMode):

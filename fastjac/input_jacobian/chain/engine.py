@@ -41,8 +41,9 @@ class GraphRun:
         self.deltas: list[Tensor | None] = []
         self.extras: list[Tensor | None] = [None] * len(self.record.targets)
 
-    def check(self) -> None:
-        """Torch itself raises if a tensor that it saved was modified."""
+    def begin(self) -> None:
+        """Start a backward. Torch itself raises if a tensor that it saved was modified."""
+        self.extras = [None] * len(self.record.targets)  # an earlier backward may have raised
 
     def pull(self, w: Tensor) -> Tensor:
         """``Jᵀ w``."""
@@ -85,9 +86,7 @@ class GraphRun:
 
     def down(self, grad: Tensor | None, keep: bool) -> list[Tensor | None]:
         """The gradients of x and the parameters."""
-        found = [None, grad, *self.extras]
-        self.extras = [None] * len(self.extras)
-        return found
+        return [None, grad, *self.extras]
 
     def describe(self) -> list[str]:
         return self.record.describe()
@@ -189,7 +188,7 @@ class Chain(Pullback):
     def backward(
         self, grad: Tensor | None, grad_values: Tensor | None, values: Tensor, keep: bool
     ) -> list[Tensor | None]:
-        self.run.check()
+        self.run.begin()
         direct: list[Tensor | None] = [None] * (1 + len(self.others))
         if grad_values is not None and values.requires_grad:
             grad = self._penalty(grad, grad_values, values, keep, direct)

@@ -250,8 +250,8 @@ class Mlp:
                 raise
             return None  # the memory of a weight was replaced by one that does not fit
 
-    def check(self) -> None:
-        """Raises if the model or x was modified since the forward."""
+    def begin(self) -> None:
+        """Start a backward. Raises if the model or x was modified since the forward."""
         for t, version in self.versions:
             if t._version != version:
                 raise RuntimeError(
