@@ -99,6 +99,8 @@ class Record:
         kind = kind_of(node)
         if kind.why_not:
             raise Unsupported(*kind.why_not)
+        if dtype_of_node(node, used[0]).is_complex:  # ⟨δ, f_a u⟩ is no product of real numbers
+            raise Unsupported(f"{kind.name} computes with complex numbers")
         rule: Any = kind.rule
         targets: tuple[int, ...] = ()
         delta = -1
@@ -112,8 +114,6 @@ class Record:
                 raise Unsupported(f"{kind.name} has several outputs and no rule")
             rule = ByAutograd(used[0])
             rule.check(node)
-        if dtype_of_node(node, used[0]).is_complex:  # ⟨δ, f_a u⟩ is no product of real numbers
-            raise Unsupported(f"{kind.name} computes with complex numbers")
         if kind.saved and saved_under_hooks(node, kind.saved):
             raise Unsupported("tensors are saved under hooks (a checkpoint)")
         if kind.bends:
