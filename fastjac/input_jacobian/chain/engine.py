@@ -42,7 +42,11 @@ class GraphRun:
         self.extras: list[Tensor | None] = [None] * len(self.record.targets)
 
     def check(self) -> None:
-        """Torch itself raises if a tensor that it saved was modified."""
+        """Torch itself raises if a tensor that it saved was modified.
+
+        A backward that failed may have left a part of the second-order terms.
+        """
+        self.extras = [None] * len(self.extras)
 
     def pull(self, w: Tensor) -> Tensor:
         """``Jᵀ w``."""
