@@ -33,9 +33,9 @@ class Run:
 
 
 def spectreg(engine: str, **options: Any) -> SpectReg:
-    """Two projections, the same ones for every penalty made here."""
+    """Four projections, the same ones for every penalty made here."""
     generator = torch.Generator().manual_seed(3)
-    return SpectReg(engine=engine, generator=generator, **{"n_proj": 2, **options})
+    return SpectReg(engine=engine, generator=generator, **{"n_proj": 4, **options})
 
 
 def run(

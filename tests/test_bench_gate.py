@@ -25,7 +25,9 @@ from bench_cases import (
 from fastjac.activations import TABLE
 from fastjac.bench import contestants as entrants
 from fastjac.bench import phases, steps
+from fastjac.bench.cases import select_cases
 from fastjac.bench.gate import open_gate, relative_error
+from fastjac.bench.measure import peak_bytes
 from fastjac.bench.problems import PHASES
 from fastjac.bench.runner import run
 
@@ -39,6 +41,32 @@ def test_every_contestant_passes_the_gate(penalty, dtype):
     assert [(r.contestant, r.message) for r in outcome.bad] == []
     ours = "fastjac:reference" if penalty.startswith("dreg") else "fastjac-autograd"
     assert {"plain", "eager", "fastjac", ours} <= {r.contestant for r in outcome.records}
+
+
+@pytest.mark.parametrize("case", select_cases(suite="networks"), ids=lambda case: case.name)
+def test_every_engine_passes_the_gate_on_the_networks(case):
+    problem = case.build(CPU, torch.float32)
+    gate = open_gate(problem, torch.float32)
+    for engine in ("auto", "chain", "autograd"):
+        prepared = steps.ours(problem, engine=engine)
+        assert prepared.engine == engine or engine == "auto"
+        assert gate.full.error(prepared.gradients()) <= gate.full.limit
+
+
+@pytest.mark.parametrize(
+    "case",
+    [*select_cases(suite="networks"), *select_cases(["spectreg-resnet"])],
+    ids=lambda case: case.name,
+)
+def test_auto_takes_no_more_memory_than_the_idiom(case):
+    problem = case.build(CPU, torch.float32)
+    ours, eager = steps.ours(problem), steps.eager(problem)
+    peaks = []
+    for prepared in (ours, eager):
+        prepared.step()
+        prepared.release()
+        peaks.append(peak_bytes(prepared.step, CPU))
+    assert peaks[0] <= 1.001 * peaks[1]
 
 
 @pytest.mark.parametrize("penalty", STEPS)

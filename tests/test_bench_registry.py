@@ -70,6 +70,14 @@ def test_scaling_moves_one_axis_at_a_time():
     assert entered(case) == ["plain", "eager", "compiled", "fastjac"]
 
 
+def test_twelve_networks_with_one_projection():
+    cases = select_cases(suite="networks")
+    assert len(cases) == 12
+    for case in cases:
+        assert case.penalty == "spectreg" and entered(case) == ["plain", "eager", "fastjac"]
+        assert case.build(CPU, torch.float32).projection.shape[0] == 1
+
+
 def test_engines_are_for_input_jacobians_and_implementations_for_the_rest():
     def ours(case):
         return [name for name in entered(case) if name.startswith("fastjac")]

@@ -337,7 +337,7 @@ def test_auto_takes_the_faster_engine() -> None:
     """For a single cotangent the chain engine must save more than it takes; for several it runs."""
     small, large = torch.randn(3, 4), torch.randn(20000, 4)
     model = three_layers(lambda m, x: m.c(F.silu(m.b(F.silu(m.a(x))))))
-    for x, n_proj, engine in ((small, 1, "autograd"), (large, 1, "chain"), (small, 2, "chain")):
+    for x, n_proj, engine in ((small, 1, "autograd"), (large, 1, "chain"), (small, 4, "chain")):
         text = spectreg("auto", n_proj=n_proj).explain_engine(model, x)
         assert text.startswith(f"engine: {engine}")
     assert TangentProp().explain_engine(model, small).startswith("engine: chain")

@@ -14,8 +14,9 @@ from layer_cases import Model
 from torch import Tensor, nn
 
 import fastjac
-from fastjac.input_jacobian import guards
-from fastjac.input_jacobian.chain import record
+from fastjac.input_jacobian import guards, select
+from fastjac.input_jacobian.chain import Chain, record
+from fastjac.input_jacobian.chain.rules import RULES
 from fastjac.input_jacobian.pullback import Pullback
 from fastjac.penalties import DREG, FrobReg, IGPen, SpectReg
 
@@ -274,3 +275,45 @@ def test_types_of_nodes_are_not_kept() -> None:
     before = len(guards._kinds), len(record._kinds)
     spectreg("auto")(model, torch.randn(3, 4))
     assert (len(guards._kinds), len(record._kinds)) == before
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_backward_after_one_that_failed(keep: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first has used a part of what was kept: the second is right, or raises."""
+    layers = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 2))
+    model = Model(lambda m, x: m.layers(x), layers=layers)
+    x, w = torch.randn(4, 4), torch.randn(4, 2)
+    _, value = SpectReg(engine="chain")(model, x, projection=w)
+    rule, calls = RULES["AddmmBackward0"], []
+
+    def push(*args: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("of the test")
+        return type(rule).push(rule, *args)
+
+    monkeypatch.setattr(rule, "push", push)
+    with pytest.raises(RuntimeError, match="of the test"):
+        value.backward(retain_graph=keep)
+    if not keep:
+        with pytest.raises(RuntimeError, match="a second time"):
+            value.backward()
+        return
+    value.backward()
+    found = [p.grad for p in model.parameters()]
+    model.zero_grad()
+    SpectReg(engine="autograd")(model, x, projection=w)[1].backward()
+    for p, grad in zip(model.parameters(), found, strict=True):
+        assert (p.grad is None) == (grad is None)
+        if p.grad is not None:
+            close(grad, p.grad)
+
+
+@pytest.mark.parametrize(("given", "n_proj", "chain"), [(2, 8, False), (8, 1, True), (0, 8, True)])
+def test_auto_counts_the_cotangents_of_the_call(given: int, n_proj: int, chain: bool) -> None:
+    layers = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2))
+    model = Model(lambda m, x: m.layers(x), layers=layers)
+    named = {"projection": torch.randn(given, 4, 2)} if given else {}
+    request = select.Request(SpectReg(n_proj=n_proj), (), named)
+    pull = select._run(request, model, torch.randn(4, 4))[1]
+    assert isinstance(pull, Chain) == chain

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from fastjac.activations import TABLE
+from fastjac.bench import everyday
 from fastjac.bench.idioms import IDIOMS
 from fastjac.bench.networks import TransformerClassifier, lenet, mlp, small_resnet
 from fastjac.bench.problems import PHASES, Problem, op_problem, squared_error, step_problem
@@ -28,6 +29,7 @@ SUITES = {
     "input-jacobian": "steps with a penalty on the input Jacobian (SpectReg, DataGrad, …)",
     "elementwise": "every activation: forward, backward and double backward",
     "papers": "networks of the papers: LeNet-5, a CIFAR ResNet, SIN (2017); MLPs with DREG (2026)",
+    "networks": "SpectReg on twelve everyday networks: BERT, Llama, U-Net, SIREN, GRU, …",
     "scaling": "SpectReg on an MLP by width, batch, depth and projections: one axis at a time",
     "all": "every case; the default",
 }
@@ -151,6 +153,12 @@ def _scaling(**moved: int) -> Case:
     return replace(case, suites=("scaling",), axes=axes)
 
 
+def _everyday(name: str, network: Callable[[], nn.Module], *shape: int, **options: Any) -> Case:
+    """SpectReg with one projection on a network of `everyday`."""
+    case = _step(f"net-{name}", "spectreg", network, shape, only="plain eager fastjac", **options)
+    return replace(case, suites=("networks",))
+
+
 def _op(op: str, fn: str, phase: str) -> Case:
     """One phase of ``act`` or ``act_stats``."""
     if op == "act":
@@ -221,6 +229,19 @@ def all_cases() -> tuple[Case, ...]:
             kinks=True,
             loss=squared_error,
         ),
+        # "auto" may take 1.1 times as long as eager.
+        _everyday("bert", everyday.Bert, 4, 32, 128),
+        _everyday("llama", everyday.Llama, 4, 32, 128),
+        _everyday("swin", everyday.Swin, 4, 3, 32, 32),
+        _everyday("mixer", everyday.Mixer, 8, 3, 32, 32),
+        _everyday("siren", everyday.Siren, 512, 2, outputs=1, loss=squared_error),
+        _everyday("gated", everyday.Gated, 64, 64, kinks=True),
+        _everyday("pinn", everyday.Pinn, 512, 2, outputs=1, loss=squared_error),
+        _everyday("deepsdf", everyday.DeepSdf, 512, 3, outputs=1, loss=squared_error),
+        _everyday("gru", everyday.GruClassifier, 32, 16, 32),
+        _everyday("unet", everyday.UNet, 8, 3, 16, 16),
+        _everyday("dcgan", everyday.Discriminator, 8, 3, 32, 32, outputs=1, kinks=True),
+        _everyday("residual", everyday.Residual, 64, 64),
         _scaling(),
         *(_scaling(**{axis: value}) for axis in SCALING_AXES for value in SCALING_AXES[axis]),
         # torch returns the input of identity itself, so there is no kernel to time.

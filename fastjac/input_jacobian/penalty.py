@@ -111,6 +111,6 @@ class InputPenalty(Penalty):
     def _request(self, *targets: Any, **named: Any) -> select.Request:
         return select.Request(self, targets, named)
 
-    def products(self, output: Tensor) -> int:
+    def products(self, output: Tensor, *targets: Any, **named: Any) -> int:
         """How many products with the Jacobian of a sample `per_sample` takes, for ``"auto"``."""
         return 1

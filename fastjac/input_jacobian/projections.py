@@ -48,7 +48,7 @@ class ProjectionPenalty(InputPenalty):
     def call_parameters(cls) -> list[inspect.Parameter]:
         return cls._with_targets(cls.cotangents)
 
-    def products(self, output: Tensor) -> int:
+    def products(self, output: Tensor, *targets: Any, **named: Any) -> int:
         return math.prod(output.shape[1:])
 
     def per_sample(self, pull: Pullback, *targets: Any, **named: Any) -> Tensor:
@@ -113,7 +113,10 @@ class RandomPenalty(ProjectionPenalty):
             )
         return super().model_form(model, x, *targets, **named)
 
-    def products(self, output: Tensor) -> int:
+    def products(self, output: Tensor, *targets: Any, **named: Any) -> int:
+        projection = named.get("projection")
+        if isinstance(projection, Tensor):
+            return len(projection) if projection.dim() == 3 else 1
         return super().products(output) if self.n_proj == -1 else self.n_proj
 
     def draw(self, k: int, logits: Tensor, dtype: torch.dtype) -> Tensor:

@@ -33,7 +33,7 @@ class Asks(Protocol):
 
     def per_sample(self, pull: Pullback, *targets: Any, **named: Any) -> Tensor: ...
 
-    def products(self, output: Tensor) -> int: ...
+    def products(self, output: Tensor, *targets: Any, **named: Any) -> int: ...
 
 
 class Request(NamedTuple):
@@ -75,11 +75,15 @@ def _run(request: Request, model: Any, x: Any) -> tuple[Tensor, Pullback, str | 
         by_autograd.check_graph(x, output)
         distributed.check_graph(x, output)
         return output, by_autograd.AutogradPullback(x, output), reason, advice
-    mlp = None
-    if reason is None and at is None and not torch.is_autocast_enabled(x.device.type):
+    if (
+        type(model) is nn.Sequential
+        and reason is None
+        and at is None
+        and not torch.is_autocast_enabled(x.device.type)
+    ):
         mlp = Mlp.of(model, x)
-    if mlp is not None:
-        return mlp.output, Chain(x, mlp), None, ""
+        if mlp is not None:
+            return mlp.output, Chain(x, mlp), None, ""
     hooks = RemovableHandle.next_id + (at is not None)  # `run_model` registers one itself
     x, output = by_autograd.run_model(model, x, at)
     by_autograd.check_graph(x, output)
@@ -105,25 +109,34 @@ def _run(request: Request, model: Any, x: Any) -> tuple[Tensor, Pullback, str | 
     return output, pull, reason, advice
 
 
-HOST = 2e4
-"""Nanoseconds of Python that the chain engine takes more than autograd for a node of the graph."""
+START, HOST = 1.5e5, 1e4
+"""Nanoseconds of Python that the chain engine takes more than autograd: once, and for a node.
+
+A fit to the networks of `fastjac.bench.everyday` with two samples, on one core of an AMD EPYC.
+"""
+
+
+SEVERAL = 4
+"""Cotangents. With 2, networks of small elementwise operations take 1.2 to 1.4 times as long."""
 
 
 def _pays(request: Request, output: Tensor, operations: guards.Operations) -> bool:
     """Whether the chain engine is worth trying: named, needed, or faster.
 
-    For several cotangents torch dispatches each operation under vmap, and the chain engine was
-    faster or as fast in all cases measured. For a single one it gains in some elementwise double
-    backwards (`guards.GAINS`), for each element, and loses in Python, for each node. Both were
-    measured on one core of a CPU. For a GPU a hundredth of the gain is assumed, by its bandwidth;
-    that is not measured yet. JVPs are not a question of speed: torch differentiates those of some
-    norms wrongly.
+    It gains in some elementwise double backwards (`guards.GAINS`), for each element, and loses in
+    Python, for each node. Both were measured on one core of a CPU. For a GPU a hundredth of the
+    gain is assumed, by its bandwidth; that is not measured yet. From `SEVERAL` cotangents on it was
+    faster or as fast on all networks measured, since torch dispatches each operation under vmap.
+    JVPs are not a question of speed: torch differentiates those of some norms wrongly.
     """
-    penalty = request.penalty
-    if penalty.engine == "chain" or penalty.uses_jvp or penalty.products(output) > 1:
+    penalty, targets, named = request
+    if penalty.engine == "chain" or penalty.uses_jvp:
         return True
-    host = HOST * operations.count * (1 if output.device.type == "cpu" else 100)
-    return operations.gain > host
+    products = penalty.products(output, *targets, **named)
+    if products >= SEVERAL:
+        return True
+    host = (START + HOST * operations.count) * (1 if output.is_cpu else 100)
+    return products * operations.gain > host
 
 
 def _why_not(request: Request, x: Any) -> str | None:

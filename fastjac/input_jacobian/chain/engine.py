@@ -71,7 +71,7 @@ class GraphRun:
         """
         if factor is not None:
             u = gradient_of_one(u.flatten(0, 1), factor.repeat(len(u))).view(u.shape)
-        out = self._push(u, self.deltas, wanted)
+        out = self._push(u, [*self.deltas] if keep else self.deltas, wanted)
         if not keep:
             self.deltas = []
         return out
@@ -276,9 +276,9 @@ class _Chain(torch.autograd.Function):
                 "pass retain_graph=True the first time"
             )
         keep = torch_private.backward_retains_graph()
-        chain = ctx.chain
-        grad, grad_values = grads if chain.run.own_output else (None, *grads)
-        found = chain.backward(grad, grad_values, ctx.values, keep)
-        if not keep:
+        chain, values = ctx.chain, ctx.values
+        if not keep:  # before it runs: if it is interrupted, a part of the state is gone
             ctx.chain = ctx.values = None
+        grad, grad_values = grads if chain.run.own_output else (None, *grads)
+        found = chain.backward(grad, grad_values, values, keep)
         return None, None, *found

@@ -85,6 +85,7 @@ class Record:
         self.targets: list[Tensor] = []
         self.captured: list[GradientEdge] = []
         self._places: dict[int, int] = {}  # of targets, by id
+        self._last: list[list[Edge]] = []  # by step: the values that no later step takes
         if self.end == self.source:
             raise Unsupported("the output of the model is x")
         try:
@@ -166,15 +167,22 @@ class Record:
     ) -> Tensor | None:
         """``J u``, or None if it is not wanted; adds the second-order terms to ``extras``.
 
-        Without ``deltas`` there are no such terms.
+        Without ``deltas`` there are no such terms. The list is emptied on the way: each cotangent
+        and each tangent is freed after its last use.
         """
         tangents: dict[Edge, Tensor] = {self.source: u}
         last = self.steps[-1].node
-        for node, rule, sources, targets, delta in self.steps:
+        for (node, rule, sources, targets, delta), ended in zip(
+            self.steps, self._last or self._last_uses(), strict=True
+        ):
             us = tuple([None if s is None else tangents.get(s) for s in sources])
+            for edge in ended:
+                tangents.pop(edge, None)
             if all([t is None for t in us]):
                 continue
-            d = None if deltas is None or delta < 0 else deltas[delta]
+            d = None
+            if deltas is not None and delta >= 0:
+                d, deltas[delta] = deltas[delta], None
             if d is None and node is last and not wanted:
                 break
             try:
@@ -195,6 +203,14 @@ class Record:
             elif out is not None:
                 tangents[node, rule.output] = out
         return tangents.get(self.end)
+
+    def _last_uses(self) -> list[list[Edge]]:
+        seen: set[Any] = {None}
+        for step in reversed(self.steps):
+            self._last.append([e for e in step.sources if e not in seen])
+            seen.update(step.sources)
+        self._last.reverse()
+        return self._last
 
     def describe(self) -> list[str]:
         names = []

@@ -87,6 +87,12 @@ def signed(value: int) -> int:
     return value - (1 << 64) if value >= 1 << 63 else value
 
 
+def behind(dim: int, k: int) -> int:
+    """A dimension that a node holds, of a tensor with k more dimensions in front."""
+    dim = signed(dim)
+    return dim + k if dim >= 0 else dim
+
+
 def align(u: Tensor, lead: tuple[int, ...], dim: int) -> Tensor:
     """``[*lead, *shape]`` as a tensor that broadcasts with ``[*lead, <dim dimensions>]``."""
     if not lead or u.dim() > dim:
@@ -106,13 +112,21 @@ def over_lead(t: Tensor, lead: tuple[int, ...]) -> Tensor:
 
 
 class Linear(Rule):
-    """An operation that is linear in its one input, given as ``(node, u)`` for one cotangent."""
+    """An operation that is linear in its one input, given as ``(node, u)`` for one cotangent.
 
-    def __init__(self, apply: Callable[[Any, Tensor], Any], several: bool = False) -> None:
-        self.apply, self.several = apply, several
+    If ``leads``, it is given as ``(node, u, k)``, where u has k more dimensions in front, none or
+    one. The others are mapped over them, which takes 40 µs a call.
+    """
+
+    def __init__(
+        self, apply: Callable[..., Any], several: bool = False, leads: bool = False
+    ) -> None:
+        self.apply, self.several, self.leads = apply, several, leads
 
     def jvp(self, node, lead, us):
         (u,) = (u for u in us if u is not None)
+        if self.leads:
+            return self.apply(node, u, len(lead))
         if lead:
             return torch.vmap(lambda u: self.apply(node, u))(u)
         return self.apply(node, u)
@@ -130,8 +144,11 @@ class Sum(Rule):
         for u, factor in zip(us, self.factors(node), strict=False):
             if u is None:
                 continue
-            u = align(u if factor == 1 else u * factor, lead, len(shape))
-            total = u if total is None else total + u
+            u = align(u, lead, len(shape))
+            if total is not None:
+                total = total + u if factor == 1 else torch.add(total, u, alpha=factor)
+            else:
+                total = u if factor == 1 else u * factor
         return whole(total, lead, shape)
 
 
