@@ -114,16 +114,14 @@ _engine = _private(
     "to call a function when a backward has ended",
     "checkpointed models that a layer-wise penalty is attached to cannot be recomputed",
 )
-_NESTED = (
-    "to find and replace the tensors in nested arguments and outputs",
+tree_leaves = _private(
+    "torch.utils._pytree.tree_leaves",
+    "to find the tensors in nested arguments and outputs",
     "models with nested outputs cannot be penalised",
 )
-tree_flatten = _private("torch.utils._pytree.tree_flatten", *_NESTED)
-tree_unflatten = _private("torch.utils._pytree.tree_unflatten", *_NESTED)
-tree_leaves = _private("torch.utils._pytree.tree_leaves", *_NESTED)
 
 
-def shape_of_node(node: Any, output: int = 0) -> torch.Size:
+def shape_of_node(node: Any, output: int = 0) -> list[int]:
     """The shape of an output of the operation that a node of the autograd graph belongs to."""
     return node._input_metadata[output].shape
 

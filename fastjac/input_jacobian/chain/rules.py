@@ -100,7 +100,7 @@ def align(u: Tensor, lead: tuple[int, ...], dim: int) -> Tensor:
     return u.reshape(*lead, *(1,) * (dim + 1 - u.dim()), *u.shape[1:])
 
 
-def whole(u: Tensor, lead: tuple[int, ...], shape: torch.Size) -> Tensor:
+def whole(u: Tensor, lead: tuple[int, ...], shape: list[int]) -> Tensor:
     """u, broadcast to ``[*lead, *shape]``."""
     full = (*lead, *shape)
     return u if u.shape == full else align(u, lead, len(shape)).expand(full)
@@ -115,7 +115,7 @@ class Linear(Rule):
     """An operation that is linear in its one input, given as ``(node, u)`` for one cotangent.
 
     If ``leads``, it is given as ``(node, u, k)``, where u has k more dimensions in front, none or
-    one. The others are mapped over them, which takes 40 µs a call.
+    one. The others are mapped over them, which takes 35 µs a call.
     """
 
     def __init__(
@@ -247,7 +247,7 @@ class Mul(Rule):
         for u, other in zip(us, (node._saved_other, node._saved_self), strict=True):
             if u is not None:
                 part = align(u, lead, max(other.dim(), u.dim() - len(lead))) * other
-                total = part if total is None else align_add(total, part, lead)
+                total = part if total is None else total + part
         return whole(total, lead, shape_of_node(node))
 
     def push(self, node, lead, us, delta, wanted):
@@ -259,11 +259,6 @@ class Mul(Rule):
         if us[0] is not None and b is not None and b.requires_grad:
             into_b = (delta * align(us[0], lead, dim)).sum_to_size(b.shape)
         return self.jvp(node, lead, us) if wanted else None, (into_a, into_b)
-
-
-def align_add(a: Tensor, b: Tensor, lead: tuple[int, ...]) -> Tensor:
-    dim = max(a.dim(), b.dim()) - len(lead)
-    return align(a, lead, dim) + align(b, lead, dim)
 
 
 class Div(Rule):
