@@ -56,11 +56,13 @@ def run(
     impl: Iterable[str] | None = None,
     dtype: Iterable[str] | None = None,
     device: Iterable[str] | None = None,
+    example: Iterable[str] | None = None,
 ) -> list[dict[str, Any]]:
     """Compare what can run here; what cannot is listed with its reason.
 
     Args:
-        op, impl, dtype, device: Names to restrict the check to. The default is all.
+        op, impl, dtype, device, example: Names to restrict the check to. The default is all. An
+            example is named by its label, ``"gelu"`` or ``"gelu [N, C]"``.
 
     Returns:
         Records with the keys ``op, example, impl, dtype, device, error, worst_output, eager_error,
@@ -73,12 +75,16 @@ def run(
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     impls = list(dict.fromkeys(i for o in OPS.values() for i in o.implementations))
     chosen_impls = _chosen("impl", impl, impls)
+    labels = [e.label for name in _chosen("op", op, list(OPS)) for e in OPS[name].examples()]
+    chosen_labels = _chosen("example", example, labels)
     return [
         {"op": op_name, "dtype": dtype_name, "device": device_name, **record}
         for op_name in _chosen("op", op, list(OPS))
         for device_name in _chosen("device", device, devices)
         for dtype_name in _chosen("dtype", dtype, list(dtypes))
-        for record in _compare(op_name, chosen_impls, dtypes[dtype_name], device_name)
+        for record in _compare(
+            op_name, chosen_impls, dtypes[dtype_name], device_name, chosen_labels
+        )
     ]
 
 
@@ -91,7 +97,7 @@ def _chosen(what: str, given: Iterable[str] | None, known: list[str]) -> list[st
 
 
 def _compare(
-    op: str, impls: list[str], dtype: torch.dtype, device: str
+    op: str, impls: list[str], dtype: torch.dtype, device: str, labels: list[str]
 ) -> Iterator[dict[str, Any]]:
     blank = dict.fromkeys(("error", "worst_output", "eager_error", "tolerance", "ok", "why_not"))
     able = []
@@ -102,6 +108,8 @@ def _compare(
         elif impl in impls:
             yield {**blank, "example": "all", "impl": impl, "why_not": reason}
     for example in OPS[op].examples():
+        if example.label not in labels:
+            continue
         inputs = example.to(device, dtype)
         truth = example.call({k: v.double() for k, v in inputs.items()}, "reference")
         eager = _errors(example.call(inputs, "reference"), truth)

@@ -95,6 +95,9 @@ def check(
     impl: Annotated[Names, typer.Option(metavar="NAME", help="Only this implementation.")] = None,
     dtype: Annotated[Names, typer.Option(metavar="NAME", help="Only this dtype.")] = None,
     device: Annotated[Names, typer.Option(metavar="NAME", help="Only this device.")] = None,
+    example: Annotated[
+        Names, typer.Option(metavar="LABEL", help="Only this example, such as 'gelu [N, C]'.")
+    ] = None,
     json_file: JsonOption = None,
 ) -> None:
     """Compare every fused op with its float64 reference on this machine; exit 1 on a miss.
@@ -102,7 +105,7 @@ def check(
     Each option may be repeated.
     """
     try:
-        found = checks.run(op=op, impl=impl, dtype=dtype, device=device)
+        found = checks.run(op=op, impl=impl, dtype=dtype, device=device, example=example)
     except ValueError as error:
         usage_error(error)
     checks.render(found, make_console(json_file))
