@@ -12,6 +12,7 @@
                  attached to the model as it is
 ``fastjac-X``    a penalty on the input Jacobian by the engine X (``fastjac`` is ``"auto"``)
 ``fastjac:X``    an op or a layer-wise penalty by the implementation X
+``graphed-X``    the step of X captured in a CUDA graph; what is timed is one replay
 
 None of them rounds to TF32, and none draws random numbers while it is timed.
 """
@@ -88,6 +89,8 @@ def all_contestants() -> tuple[Contestant, ...]:
         _ours("fastjac:cpu", "#6dbb98", "cpu"),
         _ours("fastjac:triton", "#a5d46a", "triton"),
         _ours("fastjac:cuda", "#6dbb98", "cuda"),
+        Contestant("graphed-eager", setup_of("graphed", of="eager"), "#f3b08f"),
+        Contestant("graphed-fastjac", setup_of("graphed", of="ours"), "#0b5a3c", impl="auto"),
     )
 
 
@@ -112,6 +115,8 @@ def why_not(contestant: Contestant, case: Case, options: Options) -> str | None:
         return f"JacobianReg cannot express {case.penalty}"
     if contestant.name.startswith("fastjac-") and not isinstance(idiom, InputJacobian):
         return "only penalties on the input Jacobian have engines"
+    if contestant.name.startswith("graphed-") and (device == "cpu" or idiom is None):
+        return "a CUDA graph holds a training step on a GPU"
     if contestant.compiles and device == "cpu":
         compiler = os.environ.get("CXX") or "g++"
         if not (shutil.which(compiler) or shutil.which("clang++")):

@@ -13,6 +13,7 @@ from torch import Tensor
 import fastjac
 from fastjac.bench.problems import OpProblem
 from fastjac.bench.steps import Prepared
+from fastjac.ops.dispatch import accumulate_dtype
 
 #: ``z -> φ(z)``, or ``z -> (φ(z), statistic)``.
 Op = Callable[[Tensor], Any]
@@ -33,10 +34,38 @@ def _act_stats(z: Tensor, fn: str, impl: str) -> tuple[Tensor, Tensor]:
     return fastjac.act_stats(z, fn, scale=len(z) ** -0.5, impl=impl)
 
 
+@functools.lru_cache(maxsize=1)
+def _classes(n: int, m: int, device: torch.device) -> Tensor:
+    return torch.arange(n, device=device) * 13 % m
+
+
+@functools.lru_cache(maxsize=1)
+def _one_hot(n: int, m: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    return torch.nn.functional.one_hot(_classes(n, m, device), m).to(dtype)
+
+
+def _residual(z: Tensor) -> Tensor:
+    """``softmax(z) - y`` for labels that are kept as unit vectors."""
+    return z.softmax(1) - _one_hot(*z.shape, z.device, z.dtype)
+
+
+def _row_sqnorm(z: Tensor) -> Tensor:
+    """Squares and sums in float32 for a 16-bit z, as fastjac does."""
+    return z.to(accumulate_dtype(z.dtype)).square().sum(1)
+
+
 #: Op -> (torch's activation -> the op in plain torch; the op of fastjac, ``(z, fn, impl)``).
 OPS: dict[str, tuple[Callable[[Op], Op], Callable[[Tensor, str, str], Any]]] = {
     "act": (lambda phi: phi, lambda z, fn, impl: fastjac.act(z, fn=fn, impl=impl)),
     "act_stats": (_with_statistic, _act_stats),
+    "softmax_residual": (
+        lambda phi: _residual,
+        lambda z, fn, impl: fastjac.softmax_residual(z, _classes(*z.shape, z.device), impl=impl),
+    ),
+    "row_sqnorm": (
+        lambda phi: _row_sqnorm,
+        lambda z, fn, impl: fastjac.row_sqnorm([z], impl=impl)[0],
+    ),
 }
 
 
@@ -79,6 +108,8 @@ def autograd_phase(problem: OpProblem, op: Op) -> Prepared:
 def _cotangent(problem: OpProblem, k: int, outputs: Any) -> Any:
     if isinstance(outputs, tuple):
         return problem.g[k], problem.q.to(outputs[1].dtype)
+    if outputs.dim() == 1:  # row_sqnorm
+        return problem.q.to(outputs.dtype)
     return problem.g[k]
 
 

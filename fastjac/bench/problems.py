@@ -70,6 +70,8 @@ class StepProblem:
 
 #: Phase of an op -> the number of tensors that any implementation must read or write.
 PHASES = {"forward": 2, "backward": 3, "double": 5}
+#: The same of an op whose output is much smaller than its input.
+SMALL_OUTPUT = {"row_sqnorm": {"forward": 1, "backward": 2}}
 
 
 @dataclass
@@ -82,10 +84,10 @@ class OpProblem:
 
     Attributes:
         op: A key of :data:`fastjac.bench.phases.OPS`.
-        fn: A name in ``fastjac.activations.TABLE``.
+        fn: A name in ``fastjac.activations.TABLE``; "identity" for an op without an activation.
         phase: A key of :data:`PHASES`.
         z, g, u: One tensor for each buffer. With one buffer only the cache would be measured.
-        q: The cotangent of the statistic, for an op that has one.
+        q: The cotangent of the statistic, for an op that has one, or of the norms of the rows.
     """
 
     op: str
@@ -104,7 +106,7 @@ class OpProblem:
     @property
     def bytes_moved(self) -> int:
         """The bytes that one call must read and write."""
-        return PHASES[self.phase] * self.z[0].nbytes
+        return SMALL_OUTPUT.get(self.op, PHASES)[self.phase] * self.z[0].nbytes
 
     def double(self) -> OpProblem:
         """The first buffer in float64, because the gate compares one call."""
@@ -213,7 +215,8 @@ def op_problem(
     ``q`` is such that the two terms of the gradient with respect to ``z`` have similar size.
     """
     z, g, u = _buffers([*PHASES].index(phase) + 1, device, dtype, shape, buffers)
-    q = torch.randn(shape[1], generator=torch.Generator().manual_seed(1)) * shape[0] ** 0.5
+    kept = shape[0] if op == "row_sqnorm" else shape[1]
+    q = torch.randn(kept, generator=torch.Generator().manual_seed(1)) * shape[0] ** 0.5
     return OpProblem(op, fn, phase, z, g, u, q.to(device))
 
 

@@ -161,10 +161,15 @@ def load(path: Path) -> list[Record]:
     try:
         if path.suffix == ".csv":
             with path.open(newline="") as file:
-                return [_parse(row) for row in csv.DictReader(file)]
-        return [_parse(row) for row in json.loads(path.read_text())]
+                return parse(csv.DictReader(file))
+        return parse(json.loads(path.read_text()))
     except (TypeError, KeyError, AttributeError, ValueError) as error:
         raise ValueError(f"{path} is not a list of benchmark records: {error}") from error
+
+
+def parse(rows: Iterable[dict[str, Any]]) -> list[Record]:
+    """The records of rows, which may have further columns."""
+    return [_parse(row) for row in rows]
 
 
 def _parse(row: dict[str, Any]) -> Record:

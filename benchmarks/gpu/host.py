@@ -1,0 +1,91 @@
+"""What a step costs the host: kernels launched, and µs per call without waiting for the GPU.
+
+The sizes are so small that the GPU is always ahead. Calls are issued in bursts of ten, which stay
+far below the thousand launches that a stream queues before a launch waits.
+"""
+
+from __future__ import annotations
+
+import functools
+import statistics
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+
+from benchmarks.gpu.steps import contestants_for
+from benchmarks.gpu.work import Item, Row, main
+from fastjac.bench.contestants import Contestant
+from fastjac.bench.measure import Options, kernels
+from fastjac.bench.networks import mlp
+from fastjac.bench.problems import op_problem, step_problem
+from fastjac.bench.runner import settings
+
+STEPS = ("plain", "eager", "fastjac", "graphed-eager", "graphed-fastjac")
+PHASES = (
+    *(("act", phase) for phase in ("forward", "backward", "double")),
+    *(
+        (op, phase)
+        for op in ("act_stats", "row_sqnorm", "softmax_residual")
+        for phase in ("forward", "backward")
+    ),
+)
+BURST = 10
+
+
+def per_call(step: Callable[[], object], device: str) -> Row:
+    """The medians over bursts: µs to issue a call, and µs until the GPU has done it."""
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    issued, done = [], []
+    for k in range(33 if device == "cuda" else 6):
+        wait()
+        began = time.perf_counter()
+        for _ in range(BURST):
+            step()
+        issued.append(time.perf_counter() - began)
+        wait()
+        done.append(time.perf_counter() - began)
+        if k == 2:  # the first three warm up
+            issued, done = [], []
+    return {
+        "host_us": 1e6 * statistics.median(issued) / BURST,
+        "done_us": 1e6 * statistics.median(done) / BURST,
+        "kernels": kernels(step, torch.device(device)),
+    }
+
+
+def step_cost(device: str, penalty: str, layers: int, contestant: Contestant) -> Iterator[Row]:
+    network = functools.partial(mlp, [64] * (layers + 1) + [10])
+    where = torch.device(device)
+    problem = step_problem(network, (32, 64), penalty, device=where, dtype=torch.float32)
+    with settings(Options(where)):
+        prepared = contestant.setup(problem)
+        row = {"step": penalty, "layers": layers, "contestant": contestant.name}
+        yield row | per_call(prepared.step, device)
+        prepared.close()
+
+
+def op_cost(device: str, op: str, phase: str, contestant: Contestant) -> Iterator[Row]:
+    fn = "gelu" if op.startswith("act") else "identity"
+    where = torch.device(device)
+    size = {"shape": (64, 64), "buffers": 0}
+    problem = op_problem(op, fn, phase, device=where, dtype=torch.float32, **size)
+    row = {"op": op, "phase": phase, "contestant": contestant.name}
+    yield row | per_call(contestant.setup(problem).step, device)
+
+
+def items(device: str) -> Iterator[Item]:
+    known = contestants_for(device)
+    for layers in (2, 6):
+        for penalty in ("spectreg", "dreg"):
+            for name in STEPS:
+                measure = functools.partial(step_cost, device, penalty, layers, known[name])
+                yield f"{penalty}, {layers} layers, {name}", measure
+    ours = ("fastjac:cuda", "fastjac:triton") if device == "cuda" else ("fastjac:cpu",)
+    for op, phase in PHASES:
+        for name in ("eager", *ours):
+            yield f"{op} {phase}, {name}", functools.partial(op_cost, device, op, phase, known[name])
+
+
+if __name__ == "__main__":
+    main(items)
