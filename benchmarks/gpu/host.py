@@ -58,7 +58,7 @@ def step_cost(device: str, penalty: str, layers: int, contestant: Contestant) ->
     network = functools.partial(mlp, [64] * (layers + 1) + [10])
     where = torch.device(device)
     problem = step_problem(network, (32, 64), penalty, device=where, dtype=torch.float32)
-    with settings(Options(where)):
+    with settings(Options(where, threads=1)):
         prepared = contestant.setup(problem)
         row = {"step": penalty, "layers": layers, "contestant": contestant.name}
         yield row | per_call(prepared.step, device)

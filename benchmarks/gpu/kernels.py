@@ -38,9 +38,9 @@ def case_of(op: str, fn: str, phase: str) -> Case:
         shape, buffers = ((8192, 8192), 256 << 20) if large else ((64, 48), 0)
         return op_problem(op, fn, phase, device=device, dtype=dtype, shape=shape, buffers=buffers)
 
-    shown = "" if fn == "identity" else fn
-    name = "-".join(filter(None, (op.replace("_", "-"), shown, phase)))
-    return Case(name, op, "elementwise", ("gpu",), build, activation=shown or op, phase=phase)
+    words = (op.replace("_", "-"), *(() if fn == "identity" else (fn,)), phase)
+    shown = {"act": fn, "act_stats": f"{fn}, statistic"}.get(op, op)
+    return Case("-".join(words), op, "elementwise", ("gpu",), build, activation=shown, phase=phase)
 
 
 def measure(case: Case, names: tuple[str, ...], options: Options) -> Iterator[Row]:
@@ -66,7 +66,7 @@ def items(device: str) -> Iterator[Item]:
         plan += [(torch.bfloat16, case_of(*key), ("compiled", *ours)) for key in COMPILED]
     for dtype, case, names in plan:
         options = Options(
-            *(torch.device(device), dtype),
+            *(torch.device(device), dtype, 1),
             budget_s=budget_s,
             min_rounds=rounds[0],
             max_rounds=rounds[1],

@@ -17,7 +17,9 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 
+from benchmarks.gpu.pictures import draw_kernels
 from benchmarks.gpu.work import Row, load, right, states
 from fastjac.bench import plots, records
 from fastjac.bench.records import Record
@@ -62,19 +64,24 @@ def ceilings(out: Path) -> Table:
 
 
 def correctness(out: Path) -> Table:
+    """One row for each op and implementation, with the dtype that is nearest to its bound."""
     groups: dict[tuple[str, ...], list[Row]] = {}
     for name in ("ops.jsonl", "checks.jsonl"):
         for row in of_file(out, name):
-            key = (row["op"], row["impl"], row["device"], row["dtype"])
+            key = (row["op"], row["impl"], row["device"])
             groups.setdefault(key, []).append(row)
     rows = []
     for key, found in groups.items():
-        ran = [row for row in found if row["error"] is not None]
-        shares = [row["error"] / row["tolerance"] for row in ran]
+        dtypes = dict.fromkeys(row["dtype"] for row in found)
+        shares = [
+            (row["error"] / row["tolerance"], row["dtype"])
+            for row in found
+            if row["error"] is not None
+        ]
+        worst = "{:.2f}, {}".format(*max(shares)) if shares else "–"
         missed = sum(not right(row) for row in found)
-        cells = (str(len(found)), str(missed), f"{max(shares):.2f}" if shares else "–")
-        rows.append([*key, *cells])
-    columns = ("op", "impl", "device", "dtype", "checked", "missed", "worst error / bound")
+        rows.append([*key, " ".join(dtypes), str(len(found)), str(missed), worst])
+    columns = ("op", "impl", "device", "dtypes", "checked", "missed", "worst error / bound")
     return "Ops against float64", columns, rows
 
 
@@ -97,22 +104,31 @@ def predictions() -> dict[tuple[str, ...], float]:
             rows = [*csv.DictReader(file)]
     elif listed.exists():
         rows = json.loads(listed.read_text())
-    keys = ("op", "implementation", "activation", "dtype", "pass")
-    return {
-        tuple(row[key] for key in keys): 100 * float(row["predicted_share"])
-        for row in rows
-        if row["predicted_share"] not in ("", None)
-    }
+    found = {}
+    for row in rows:
+        activation = row["activation"] if row["op"].startswith("act") else ""
+        if row["predicted_share"] not in ("", None):
+            key = (row["op"], row["implementation"], activation, row["dtype"], row["pass"])
+            found[key] = 100 * float(row["predicted_share"])
+    return found
 
 
-def kernels(out: Path) -> Table:
-    """Per cent of the copy, GB/s, and the prediction, for each implementation."""
-    predicted = predictions()
+def kernel_cases(out: Path) -> dict[tuple[str, ...], dict[str, Record]]:
+    """(op, activation, dtype, pass) -> contestant -> record."""
     cases: dict[tuple[str, ...], dict[str, Record]] = {}
     for record in measured(out, "kernels.jsonl"):
-        activation = "" if record.activation == record.penalty else record.activation
+        has_one = record.penalty.startswith("act")
+        activation = record.activation.partition(",")[0] if has_one else ""
         key = (record.penalty, activation, record.dtype, record.phase)
-        cases.setdefault(key, {})[record.contestant] = record
+        cases.setdefault(key, {}).setdefault(record.contestant, record)
+    return cases
+
+
+def kernels(out: Path, few: bool = False) -> Table:
+    """Per cent of the copy, GB/s, and the prediction; ``few`` shows one activation."""
+    predicted, cases = predictions(), kernel_cases(out)
+    if few:
+        cases = {key: found for key, found in cases.items() if key[1] in ("", "gelu")}
     names = list(dict.fromkeys(name for found in cases.values() for name in found))
     rows = []
     for (op, activation, dtype, phase), found in cases.items():
@@ -188,22 +204,24 @@ TABLES: tuple[Callable[[Path], Table], ...] = (
 
 def show(tables: Iterable[Table], most: int = 40) -> None:
     """Short tables for the terminal; the reply of a run keeps its last 12,000 characters."""
-    console = Console(width=118)
-    for title, columns, rows in tables:
-        if rows:
+    console = Console(width=118, color_system=None)
+    with console.capture() as text:
+        for title, columns, rows in tables:
             table = empty_table(title, *columns)
             for row in rows[:most]:
-                table.add_row(*row)
-            console.print(table)
+                table.add_row(*map(escape, row))
+            if rows:
+                console.print(table)
             if len(rows) > most:
                 console.print(f"… and {len(rows) - most} more")
+    print("\n".join(line.rstrip() for line in text.get().splitlines() if line.strip()))
 
 
 def markdown(table: Table) -> list[str]:
     title, columns, rows = table
     escaped = [[cell.replace("|", "\\|") for cell in row] for row in rows]
     lines = [f"| {' | '.join(cells)} |" for cells in (columns, ["---"] * len(columns), *escaped)]
-    return [f"## {title}", "", *(lines if rows else ["Nothing was measured."]), ""]
+    return [f"## {title}", "", *(lines if rows else ["Nothing."]), ""]
 
 
 def page(out: Path, second: Path | None, folder: Path) -> str:
@@ -236,7 +254,8 @@ def page(out: Path, second: Path | None, folder: Path) -> str:
             last = path.read_text(errors="replace").splitlines()[-6:] if path.exists() else []
             lines += [f"The end of `{name}`:", "", "```", *last, "```", ""]
     found = [record for name in MEASURED for record in measured(out, name)]
-    pictures = plots.draw(found, folder / "pictures")
+    pictures = draw_kernels(kernel_cases(out), predictions(), folder / "pictures")
+    pictures += plots.draw(found, folder / "pictures")
     lines += ["## Pictures", ""] if pictures else []
     lines += [f"![{path.stem}](pictures/{path.name})" for path in pictures]
     return "\n".join(lines).rstrip() + "\n"
@@ -251,7 +270,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.summary:
         # What matters most stands last.
-        show(make(args.out) for make in (ceilings, host, tests, kernels, steps, correctness))
+        show(make(args.out) for make in (host, tests, correctness, steps))
+        show([kernels(args.out, few=True), ceilings(args.out)])
         show([wrong(args.out), stages(args.out)], most=15)
         return
     args.to.mkdir(parents=True, exist_ok=True)

@@ -52,8 +52,9 @@ def run(
     contestants: Sequence[Contestant],
     options: Options,
     watch: Watch = lambda case, doing: None,
+    save: Callable[[Sequence[Record]], object] = lambda records: None,
 ) -> Outcome:
-    """Measure the contestants on the cases.
+    """Measure the contestants on the cases. ``save`` gets the records of a case when it ends.
 
     A contestant whose gradients miss the gate gets a ``"wrong"`` record and is not timed. The run
     ends after its case, unless ``options.keep_going``. One that raises gets a ``"failed"`` record.
@@ -64,7 +65,13 @@ def run(
         try:
             for case in cases:
                 entered = contestants_of(case, contestants, options)
-                _run_case(case, entered, options, functools.partial(watch, case), outcome.records)
+                before = len(outcome.records)
+                try:
+                    _run_case(
+                        *(case, entered, options, functools.partial(watch, case), outcome.records)
+                    )
+                finally:
+                    save(outcome.records[before:])
                 watch(case, "")
                 if not options.keep_going and any(r.status == "wrong" for r in outcome.records):
                     outcome.stopped = True

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from enum import Enum
 from pathlib import Path
@@ -203,12 +203,10 @@ def bench(
         return _compare(loaded, plot, console)
     if list_only:
         return report.render_list(cases, contestants, options, console)
-    outcome = Outcome(loaded[0]) if loaded else _run(cases, contestants, options)
+    outcome = Outcome(loaded[0]) if loaded else _run(cases, contestants, options, csv_file)
     report.render(outcome.records, console)
     if json_file is not None and not loaded:
         write_json(records.to_json(outcome.records), json_file)
-    if csv_file is not None and not loaded:
-        writing(csv_file, lambda: records.append_csv(outcome.records, csv_file))
     if plot is not None:
         for path in writing(plot, lambda: plots.draw(outcome.records, plot)):
             console.print(f"wrote {path}", highlight=False, markup=False, soft_wrap=True)
@@ -268,10 +266,18 @@ def _compare(loaded: list[list[Record]], plot: Path | None, console: Console) ->
         raise typer.Exit(1)
 
 
-def _run(cases: list[Case], contestants: list[Contestant], options: Options) -> Outcome:
+def _run(
+    cases: list[Case], contestants: list[Contestant], options: Options, csv_file: Path | None
+) -> Outcome:
+    """Measure; the records of each case are added to the CSV file at once."""
+
+    def save(found: Sequence[Record]) -> None:
+        if csv_file is not None and found:
+            writing(csv_file, lambda: records.append_csv(found, csv_file))
+
     console = Console(stderr=True)
     warning = busy(options.threads)
     if warning is not None:
         console.print(Text(f"warning: {warning}", style="yellow"), soft_wrap=True)
     with report.ProgressBar(cases, contestants, options, console) as bar:
-        return run(cases, contestants, options, bar)
+        return run(cases, contestants, options, bar, save)
