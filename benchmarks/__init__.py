@@ -1,1 +1,1 @@
-"""Scripts that measure. A package, so that ``python -m benchmarks.gpu.report`` finds this folder."""
+"""Scripts that measure. It is a package so that ``python -m benchmarks.gpu.report`` finds it."""

@@ -10,6 +10,7 @@ import torch
 from bench_cases import CPU, FAST, named, tiny_case, tiny_op, tiny_problem
 from torch import nn
 
+from benchmarks.gpu import steps as steps_of_the_gpu_run
 from fastjac.activations import TABLE
 from fastjac.bench import cases as registry
 from fastjac.bench import contestants as entrants
@@ -87,6 +88,31 @@ def test_engines_are_for_input_jacobians_and_implementations_for_the_rest():
     for case in (tiny_case("dreg"), tiny_op()):
         assert ours(case)[:2] == ["fastjac", "fastjac:reference"]
         assert not {*ours(case)} & {*engines[1:]}
+
+
+def test_a_graph_holds_a_step_on_a_gpu():
+    graphed = [c for c in entrants.all_contestants() if c.name.startswith("graphed-")]
+    assert [c.name for c in graphed] == ["graphed-eager", "graphed-fastjac"]
+    on_gpu = replace(FAST, device=torch.device("cuda"))
+    for contestant in graphed:
+        for case in (tiny_case("spectreg"), tiny_case("dreg")):
+            assert entrants.why_not(contestant, case, on_gpu) is None
+            assert "CUDA graph" in (entrants.why_not(contestant, case, FAST) or "")
+        assert "CUDA graph" in (entrants.why_not(contestant, tiny_op(), on_gpu) or "")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("penalty", ["spectreg", "dreg"])
+def test_a_replay_gives_the_gradients_of_the_step(penalty):
+    case = steps_of_the_gpu_run.case_of(penalty, 512, 512)
+    problem = case.build(torch.device("cuda"), torch.float32)
+    for contestant, of in (("graphed-eager", "eager"), ("graphed-fastjac", "fastjac")):
+        (graphed,), (step,) = ([c for c in named(n) if c.name == n] for n in (contestant, of))
+        replayed, wanted = graphed.setup(problem), step.setup(problem)
+        for _ in range(2):
+            replayed.step()
+        for mine, other in zip(replayed.gradients(), wanted.gradients(), strict=True):
+            torch.testing.assert_close(mine, other)
 
 
 def test_quick_suite_runs_its_own_contestants():

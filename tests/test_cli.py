@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from bench_cases import FAST, interrupting, planted, slightly_off, tiny_case, tiny_op, trio
+from bench_cases import FAST, interrupting, named, planted, slightly_off, tiny_case, tiny_op, trio
 from typer.testing import CliRunner
 
 import fastjac
@@ -130,6 +130,20 @@ def test_ctrl_c_exits_130_and_writes_what_is_done(plant, tmp_path):
     assert all(r.median_ms and r.peak_mb is not None for r in written)
 
 
+def test_records_are_in_the_csv_file_when_the_next_case_begins(plant, tmp_path):
+    path, seen = tmp_path / "r.csv", []
+
+    def setup(problem):
+        seen.append([r.case for r in storage.load(path)] if path.exists() else [])
+        return named("plain")[0].setup(problem)
+
+    plant(Contestant("late", setup))
+    invoke("bench", "--contestant", "late", "--csv", path, "--keep-going")
+    cases = ["spectreg-tiny", "dreg-tiny", "act-gelu-double"]
+    assert [list(dict.fromkeys(names)) for names in seen] == [[], cases[:1], cases[:2]]
+    assert list(dict.fromkeys(r.case for r in storage.load(path))) == cases
+
+
 @pytest.mark.usefixtures("nothing_is_measured")
 @pytest.mark.parametrize(
     ("args", "message"),
@@ -213,6 +227,14 @@ def test_check_exits_1_on_a_miss_and_2_if_nothing_was_checked(
     assert result.exit_code == code, result.output
     assert asked == {"op": ["act"], "dtype": ["float32"]}
     assert [r["ok"] for r in json.loads((tmp_path / "c.json").read_text())] == [*verdicts]
+
+
+def test_check_of_one_example():
+    filters = {"op": ["act", "act_stats"], "dtype": ["float32"], "device": ["cpu"], "impl": ["cpu"]}
+    found = fastjac.check.run(example=["gelu"], **filters)
+    assert [(r["op"], r["example"], r["ok"]) for r in found] == [("act", "gelu", True)]
+    with pytest.raises(ValueError, match=r"example='galu' is not known here; choose from .*gelu"):
+        fastjac.check.run(example=["galu"], **filters)
 
 
 BLOCKED = """

@@ -156,16 +156,12 @@ def test_page_of_nothing_and_of_wrong_things(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "HERE", tmp_path)
     empty = report.page(tmp_path / "no", None, tmp_path)
     assert "## Kernels" in empty and "Nothing." in empty
-    for name, row in (
-        ("ops.jsonl", {"event": "started"}),
-        ("ops.jsonl", {"op": "act", "impl": "cuda", "device": "cuda", "dtype": "float16"}),
-        ("tests.jsonl", {"test": "tests/test_gpu.py::test_it", "outcome": "failed"}),
-        ("run.jsonl", {"event": "stage", "stage": "ops", "verdict": "exit code 1", "seconds": 1.0}),
-    ):
-        more = {"error": 0.3, "tolerance": 0.1, "ok": False, "worst_output": "order | 1"}
-        more |= {"why_not": None, "item": "act, gelu"} if name == "ops.jsonl" else {}
-        reason = {"reason": "trace\nE assert 1 == 2"} if name == "tests.jsonl" else {}
-        append(tmp_path / name, (more if "event" not in row else {"item": "act, gelu"}) | row | reason)
+    missed = {"op": "act", "impl": "cuda", "device": "cuda", "dtype": "float16", "ok": False}
+    missed |= {"error": 0.3, "tolerance": 0.1, "worst_output": "order | 1", "why_not": None}
+    append(tmp_path / "ops.jsonl", {"item": "act, gelu", "event": "started"})
+    append(tmp_path / "ops.jsonl", {"item": "act, gelu", **missed})
+    failed = {"test": "tests/test_gpu.py::test_it", "outcome": "failed", "ok": False}
+    append(tmp_path / "tests.jsonl", {**failed, "reason": "trace\nE assert 1 == 2"})
     page = report.page(tmp_path, None, tmp_path)
     assert "| act | cuda | cuda | float16 | 1 | 1 | 3.00, float16 |" in page
     assert "| ops.jsonl | act, gelu | order \\| 1: 0.3 > 0.1 |" in page
@@ -247,7 +243,7 @@ def test_results_of_tests_are_recorded_as_they_come(tmp_path):
     file.write_text("def test_good(): pass\n\ndef test_bad(): assert 1 == 2\n")
     mine = Run(tmp_path / "out", FILES)
     at = {"GPU_TESTS_FILE": str(mine.out / "tests.jsonl"), "PYTHONPATH": str(ROOT)}
-    command = [*run.pytest(mine, "cpu", 1), f"--rootdir={tmp_path}", "-c", os.devnull, str(file)]
+    command = [*run.pytest(1), f"--rootdir={tmp_path}", "-c", os.devnull, str(file)]
     mine.group([Stage("tests", command, ends=90, variables=at)])
     assert verdicts(mine.out) == {"tests": "not all right"}, mine.log.read_text()
     found = {row["test"].split("::")[1]: row for row in load(mine.out / "tests.jsonl")}

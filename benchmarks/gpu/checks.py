@@ -25,7 +25,7 @@ DTYPES = ("float32", "bfloat16", "float64", "float16")
 def items(device: str, impl: str, *only: str) -> Iterator[Item]:
     """The items of an implementation; ``only`` names the activations, as for the dry run."""
     torch.set_num_threads(1)  # one of many processes
-    layers = [(FIRST, DTYPES)]
+    layers: list[tuple[tuple[str, ...], tuple[str, ...]]] = [(FIRST, DTYPES)]
     if impl == "triton":
         layers.append((tuple(fn for fn in TABLE if fn not in FIRST), DTYPES[:2]))
     if only:

@@ -68,8 +68,9 @@ def step_cost(device: str, penalty: str, layers: int, contestant: Contestant) ->
 def op_cost(device: str, op: str, phase: str, contestant: Contestant) -> Iterator[Row]:
     fn = "gelu" if op.startswith("act") else "identity"
     where = torch.device(device)
-    size = {"shape": (64, 64), "buffers": 0}
-    problem = op_problem(op, fn, phase, device=where, dtype=torch.float32, **size)
+    problem = op_problem(
+        *(op, fn, phase), device=where, dtype=torch.float32, shape=(64, 64), buffers=0
+    )
     row = {"op": op, "phase": phase, "contestant": contestant.name}
     yield row | per_call(contestant.setup(problem).step, device)
 
@@ -84,7 +85,10 @@ def items(device: str) -> Iterator[Item]:
     ours = ("fastjac:cuda", "fastjac:triton") if device == "cuda" else ("fastjac:cpu",)
     for op, phase in PHASES:
         for name in ("eager", *ours):
-            yield f"{op} {phase}, {name}", functools.partial(op_cost, device, op, phase, known[name])
+            yield (
+                f"{op} {phase}, {name}",
+                functools.partial(op_cost, device, op, phase, known[name]),
+            )
 
 
 if __name__ == "__main__":

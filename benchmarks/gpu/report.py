@@ -104,7 +104,7 @@ def predictions() -> dict[tuple[str, ...], float]:
             rows = [*csv.DictReader(file)]
     elif listed.exists():
         rows = json.loads(listed.read_text())
-    found = {}
+    found: dict[tuple[str, ...], float] = {}
     for row in rows:
         activation = row["activation"] if row["op"].startswith("act") else ""
         if row["predicted_share"] not in ("", None):
@@ -247,8 +247,7 @@ def page(out: Path, second: Path | None, folder: Path) -> str:
     for make in TABLES:
         lines += markdown(make(out))
     if second is not None:
-        title, columns, rows = stages(second)
-        lines += markdown(("Second call: memcheck, racecheck, ncu", columns, rows))
+        lines += markdown(("Second call: memcheck, racecheck, ncu", *stages(second)[1:]))
         for name in ("memcheck.txt", "racecheck.txt", "ncu.csv"):
             path = second / name
             last = path.read_text(errors="replace").splitlines()[-6:] if path.exists() else []

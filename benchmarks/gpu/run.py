@@ -36,6 +36,16 @@ TESTS = (
     *("gpu", "nn", "act", "act_output", "act_stats", "row_sqnorm", "softmax_residual"),
     *("attach*", "batch_norm", "chain*"),
 )
+MATRIX = ("tests/test_matrix.py", "tests/test_bench_registry.py")
+#: Deadlines in seconds after the start, if the library was carried, and if it has to be built.
+ENDS = {
+    **{"ops": 75, "checks": 180, "tests": 180, "matrix": 180},
+    **{"kernels": 290, "host": 325, "steps": 480},
+}
+ENDS_WITH_BUILD = {
+    **{"generate": 60, "build": 230, "checks": 230, "ops": 255, "tests": 320, "matrix": 320},
+    **{"kernels": 390, "host": 420, "steps": 480},
+}
 PRCTL = ctypes.CDLL(None).prctl
 PR_SET_PDEATHSIG = 1
 #: Words of a command that stand for the number of a process, and for how many there are.
@@ -107,7 +117,9 @@ class Run:
         started = self.seconds()
         for stage in stages:
             self.say(f"[{started:5.1f} s] {stage.name} begins; deadline {stage.ends:.0f} s")
-        live = {(k, part): self.start(s, part) for k, s in enumerate(stages) for part in range(s.copies)}
+        live = {
+            (k, part): self.start(s, part) for k, s in enumerate(stages) for part in range(s.copies)
+        }
         restarts = dict.fromkeys(live, 0)
         codes: dict[int, list[int | str]] = {k: [] for k in range(len(stages))}
         while live:
@@ -163,7 +175,7 @@ def module(run: Run, name: str, file: str, device: str, *words: str) -> list[str
     return [sys.executable, "-m", module, path, device, PART, PARTS, *words]
 
 
-def pytest(run: Run, device: str, workers: int, *words: str) -> list[str]:
+def pytest(workers: int, *words: str) -> list[str]:
     """The command of a test stage. It stops after 60 failures, and not at the first."""
     plugin = ("-p", "benchmarks.gpu.pytest_records", "-p", "no:cacheprovider")
     shown = ("-q", "--tb=short", "--color=no", "--maxfail=60")
@@ -174,55 +186,39 @@ def pytest(run: Run, device: str, workers: int, *words: str) -> list[str]:
 def plan(run: Run, device: str, carried: bool) -> list[list[Stage]]:
     """The groups after ``machine``. Without a library the Triton checks run beside the build."""
     gpu = device == "cuda"
-    ends = (
-        {"ops": 75, "checks": 180, "tests": 180, "kernels": 290, "host": 325, "steps": 480}
-        if carried
-        else {"build": 230, "checks": 230, "ops": 255, "tests": 320, "kernels": 390, "host": 420}
-        | {"steps": 480}
-    )
+    ends = ENDS if carried else ENDS_WITH_BUILD
     # The dry run measures nothing, so a slow machine only has to come to its end.
-    ends = {name: seconds * (1 if gpu else 2) for name, seconds in ends.items()}
-    files = sorted(str(p.relative_to(ROOT)) for t in TESTS for p in ROOT.glob(f"tests/test_{t}.py"))
-    matrix = ["tests/test_matrix.py", "-m", "gpu"]
+    ends = {name: seconds if gpu else 2 * seconds for name, seconds in ends.items()}
+
+    def stage(name: str, command: Sequence[str], copies: int = 1, **variables: str) -> Stage:
+        return Stage(name, command, ends[name], copies, variables)
+
+    only = () if gpu else ("gelu",)
     interpreted = {} if gpu else {"TRITON_INTERPRET": "1"}
-    if gpu:
-        tests, only = [*files, "-m", "not slow or gpu"], ()
-    else:
-        tests, only = [*files, "-m", "not slow", "-k", "softmax_residual or attach_traps"], ("gelu",)
+    ops = module(run, "checks", "ops.jsonl", device, device, *only)
+    triton = module(run, "checks", "checks.jsonl", device, "triton", *only)
+    checks = stage("checks", triton, 14 if gpu else 2, **interpreted)
+
+    files = sorted(str(p.relative_to(ROOT)) for t in TESTS for p in ROOT.glob(f"tests/test_{t}.py"))
+    few = () if gpu else ("-k", "softmax_residual or attach_traps")
+    tests = pytest(7 if gpu else 2, *files, "-m", "not slow or gpu", *few)
+    matrix = pytest(4 if gpu else 1, *MATRIX, "-m", "gpu")
     at = {"GPU_TESTS_FILE": str(run.out / "tests.jsonl")}
-    ops = Stage(
-        "ops",
-        module(run, "checks", "ops.jsonl", device, device, *only),
-        ends["ops"],
-        copies=4 if gpu else 1,
-    )
-    checks = Stage(
-        "checks",
-        module(run, "checks", "checks.jsonl", device, "triton", *only),
-        ends["checks"],
-        copies=14 if gpu else 2,
-        variables=interpreted,
-    )
-    both = [
-        Stage("tests", pytest(run, device, 7 if gpu else 2, *tests), ends["tests"], variables=at),
-        Stage("matrix", pytest(run, device, 4 if gpu else 1, *matrix), ends["tests"], variables=at),
-    ]
+    both = [stage("tests", tests, **at), stage("matrix", matrix, **at)]
+
+    first = [stage("ops", ops, 4 if gpu else 1)]
     timed = [
-        [Stage(name, module(run, name, f"{name}.jsonl", device), ends[name])]
+        [stage(name, module(run, name, f"{name}.jsonl", device))]
         for name in ("kernels", "host", "steps")
     ]
     if carried:
-        return [[ops], [checks, *both], *timed]
+        return [first, [checks, *both], *timed]
     variables = {"FASTJAC_CUDA": "1" if gpu else "0", "MAX_JOBS": str(os.cpu_count())}
     if gpu:
         variables["TORCH_CUDA_ARCH_LIST"] = item(run, "versions").get("capability", "")
     build = [sys.executable, "setup.py", "build_ext", "--inplace"]
-    generate = Stage(
-        *("generate", build, ends["build"]),
-        variables={"FASTJAC_CPU": "0", "FASTJAC_CUDA": "0"},
-    )
-    compile_all = Stage("build", build, ends["build"], variables=variables)
-    return [[generate], [compile_all, checks], [ops], both, *timed]
+    generate = stage("generate", build, FASTJAC_CPU="0", FASTJAC_CUDA="0")  # for Triton
+    return [[generate], [stage("build", build, **variables), checks], first, both, *timed]
 
 
 def item(run: Run, name: str) -> dict:
@@ -264,11 +260,9 @@ def measure(run: Run, device: str, chosen: Callable[[str], bool]) -> None:
         run.group([Stage("machine", module(run, "machine", "run.jsonl", device), 40 * scale)])
     library = item(run, "library")
     carried = library.get("runs", True)
-    run.say(
-        f"The {device} library was carried, and loads."
-        if carried
-        else f"The {device} library is built now: {library['why_not']}."
-    )
+    if library:
+        how = "was carried, and loads" if carried else f"is built now: {library['why_not']}"
+        run.say(f"The {device} library {how}.")
     for group in plan(run, device, carried):
         stages = [stage for stage in group if chosen(stage.name)]
         if stages:

@@ -2,7 +2,8 @@
 
     python -m benchmarks.gpu.small DEVICE all|two
 
-Shapes are odd, and tensors begin in the middle of a vector load. ``two`` runs the forward and the backward of ``act_stats`` in bfloat16 on a large tensor.
+Shapes are odd, and tensors begin in the middle of a vector load. ``two`` runs the forward and the
+backward of ``act_stats`` in bfloat16 on a large tensor.
 """
 
 from __future__ import annotations

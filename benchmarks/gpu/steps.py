@@ -59,10 +59,8 @@ def measure(case: Case, contestants: list[Contestant], options: Options) -> Iter
 
 def items(device: str) -> Iterator[Item]:
     known = contestants_for(device)
-    options = Options(
-        torch.device(device), threads=1, budget_s=0.3, max_rounds=40, keep_going=True
-    )
-    sizes, dtypes = list(SIZES), (torch.bfloat16, torch.float32)
+    options = Options(torch.device(device), threads=1, budget_s=0.3, max_rounds=40, keep_going=True)
+    sizes, dtypes = list(SIZES), [torch.bfloat16, torch.float32]
     if device == "cpu":
         options = replace(options, budget_s=0.0, min_rounds=3, max_rounds=3, sample_s=1e-5)
         sizes, dtypes = sizes[:1], dtypes[1:]

@@ -94,7 +94,7 @@ def work(path: Path, items: Iterable[Item]) -> int:
 
 
 def poisoned() -> bool:
-    """Whether an error on the GPU, such as an illegal address, has ended its use by this process."""
+    """Whether an error such as an illegal address has made the GPU unusable for this process."""
     import torch
 
     if not torch.cuda.is_initialized():
