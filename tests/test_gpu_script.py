@@ -164,7 +164,7 @@ def test_page_of_nothing_and_of_wrong_things(tmp_path, monkeypatch):
     append(tmp_path / "tests.jsonl", {**failed, "reason": "trace\nE assert 1 == 2"})
     page = report.page(tmp_path, None, tmp_path)
     assert "| act | cuda | cuda | float16 | 1 | 1 | 3.00, float16 |" in page
-    assert "| ops.jsonl | act, gelu | order \\| 1: 0.3 > 0.1 |" in page
+    assert "| ops.jsonl | act, gelu | order \\| 1: 3.00e-01 > 1.00e-01 |" in page
     assert "| ops.jsonl | act, gelu | unfinished |" in page
     assert "| tests.jsonl | tests/test_gpu.py::test_it | E assert 1 == 2 |" in page
     report.show([report.wrong(tmp_path)])

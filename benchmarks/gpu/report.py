@@ -71,7 +71,7 @@ def correctness(out: Path) -> Table:
             key = (row["op"], row["impl"], row["device"])
             groups.setdefault(key, []).append(row)
     rows = []
-    for key, found in groups.items():
+    for group, found in groups.items():
         dtypes = dict.fromkeys(row["dtype"] for row in found)
         shares = [
             (row["error"] / row["tolerance"], row["dtype"])
@@ -80,7 +80,7 @@ def correctness(out: Path) -> Table:
         ]
         worst = "{:.2f}, {}".format(*max(shares)) if shares else "–"
         missed = sum(not right(row) for row in found)
-        rows.append([*key, " ".join(dtypes), str(len(found)), str(missed), worst])
+        rows.append([*group, " ".join(dtypes), str(len(found)), str(missed), worst])
     columns = ("op", "impl", "device", "dtypes", "checked", "missed", "worst error / bound")
     return "Ops against float64", columns, rows
 
@@ -169,12 +169,12 @@ def steps(out: Path) -> Table:
     for key, found in cases.items():
         cells = []
         for name in names:
-            record = found.get(name)
-            if record is None or record.median_ms is None:
-                cells.append("–" if record is None else record.status)
+            one = found.get(name)
+            if one is None or one.median_ms is None:
+                cells.append("–" if one is None else one.status)
             else:
-                alone = number(record.median_ms)
-                cells.append(alone if name == "plain" else f"{ratio(record.overhead)} ({alone})")
+                alone = number(one.median_ms)
+                cells.append(alone if name == "plain" else f"{ratio(one.overhead)} ({alone})")
         rows.append([*key, *cells])
     return "Steps: × plain (ms)", ("step", "dtype", *names), rows
 
@@ -190,7 +190,8 @@ def wrong(out: Path) -> Table:
             if not right(row):
                 why = row.get("reason") or row.get("message") or row.get("why_not")
                 if why is None:
-                    why = f"{row['worst_output']}: {row['error']} > {row['tolerance']}"
+                    error = "not finite" if row["error"] is None else f"{row['error']:.2e}"
+                    why = f"{row['worst_output']}: {error} > {row['tolerance']:.2e}"
                 last = why.strip().splitlines()[-1] if why.strip() else ""
                 what = row.get("test") or f"{row['item']}: {row.get('contestant', '')}"
                 rows.append([name, what.strip(" :"), last[:200]])

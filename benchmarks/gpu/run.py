@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from benchmarks.gpu.work import NOT_ALL_OK, POISONED, append, load
 
@@ -190,21 +191,21 @@ def plan(run: Run, device: str, carried: bool) -> list[list[Stage]]:
     # The dry run measures nothing, so a slow machine only has to come to its end.
     ends = {name: seconds if gpu else 2 * seconds for name, seconds in ends.items()}
 
-    def stage(name: str, command: Sequence[str], copies: int = 1, **variables: str) -> Stage:
-        return Stage(name, command, ends[name], copies, variables)
+    def stage(name: str, command: Sequence[str], copies: int = 1, **more: Any) -> Stage:
+        return Stage(name, command, ends[name], copies, **more)
 
     only = () if gpu else ("gelu",)
     interpreted = {} if gpu else {"TRITON_INTERPRET": "1"}
     ops = module(run, "checks", "ops.jsonl", device, device, *only)
     triton = module(run, "checks", "checks.jsonl", device, "triton", *only)
-    checks = stage("checks", triton, 14 if gpu else 2, **interpreted)
+    checks = stage("checks", triton, 14 if gpu else 2, variables=interpreted)
 
     files = sorted(str(p.relative_to(ROOT)) for t in TESTS for p in ROOT.glob(f"tests/test_{t}.py"))
     few = () if gpu else ("-k", "softmax_residual or attach_traps")
     tests = pytest(7 if gpu else 2, *files, "-m", "not slow or gpu", *few)
     matrix = pytest(4 if gpu else 1, *MATRIX, "-m", "gpu")
     at = {"GPU_TESTS_FILE": str(run.out / "tests.jsonl")}
-    both = [stage("tests", tests, **at), stage("matrix", matrix, **at)]
+    both = [stage("tests", tests, variables=at), stage("matrix", matrix, variables=at)]
 
     first = [stage("ops", ops, 4 if gpu else 1)]
     timed = [
@@ -217,8 +218,10 @@ def plan(run: Run, device: str, carried: bool) -> list[list[Stage]]:
     if gpu:
         variables["TORCH_CUDA_ARCH_LIST"] = item(run, "versions").get("capability", "")
     build = [sys.executable, "setup.py", "build_ext", "--inplace"]
-    generate = stage("generate", build, FASTJAC_CPU="0", FASTJAC_CUDA="0")  # for Triton
-    return [[generate], [stage("build", build, **variables), checks], first, both, *timed]
+    nothing = {"FASTJAC_CPU": "0", "FASTJAC_CUDA": "0"}  # the sources alone, which Triton needs
+    generate = stage("generate", build, variables=nothing)
+    beside = [stage("build", build, variables=variables), checks]
+    return [[generate], beside, first, both, *timed]
 
 
 def item(run: Run, name: str) -> dict:
