@@ -42,15 +42,14 @@ ISA_FLAGS = {
     "avx2": "-mavx2 -mfma -mf16c",
     "avx512": "-mavx512f -mavx512dq -mavx512bw -mavx512vl -mfma -mf16c -mprefer-vector-width=512",
 }
+STORAGE_TYPES = {"f32": "float", "f64": "double", "bf16": "__nv_bfloat16", "f16": "__half"}
 # -ffast-math is not used. These three flags keep NaN and infinities correct: no errno, no
 # floating-point traps, and a*b+c may be fused.
 CXX_FLAGS = (
     "-std=c++17 -O3 -g1 -fPIC -Wall -Wextra -fvisibility=hidden"
     " -fno-math-errno -fno-trapping-math -ffp-contract=fast"
 )
-NVCC_FLAGS = (
-    "-std=c++17 -O3 -lineinfo -Xcompiler -fPIC,-fvisibility=hidden --expt-relaxed-constexpr"
-)
+NVCC_FLAGS = "-std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden --expt-relaxed-constexpr"
 
 
 def load(name: str):
@@ -123,8 +122,8 @@ class Ninja:
         self.lines += [f"build {out}: {rule} {source}", f"  flags = {flags}"]
         return out
 
-    def link(self, rule: str, objects: list[str], out: Path) -> None:
-        self.lines.append(f"build {out}: {rule} {' '.join(objects)}")
+    def link(self, rule: str, objects: list[str], out: Path, after: str = "") -> None:
+        self.lines.append(f"build {out}: {rule} {' '.join(objects)}" + (after and f" | {after}"))
         self.targets.append(str(out))
 
     def run(self) -> None:
@@ -204,25 +203,36 @@ class NativeBuild(build_ext):
             why = "this torch has no CUDA (FASTJAC_CUDA=1 compiles the library nevertheless)"
             return {"built": False, "why": why}
         archs = os.environ.get("TORCH_CUDA_ARCH_LIST") or ARCHITECTURES
-        flags = (
-            f"{NVCC_FLAGS} {gencode(archs)} -I{ROOT}/csrc/common -I{BUILD}/generated"
-            f" -isystem {include} -DTORCH_TARGET_VERSION={TORCH_TARGET} -DUSE_CUDA"
-        )
+        includes = f"-I{ROOT}/csrc/common -I{ROOT}/csrc/cuda -I{BUILD}/generated"
+        flags = f"{NVCC_FLAGS} {gencode(archs)} {includes}"
         ninja.rule("nvcc", f"{home}/bin/nvcc -MMD -MF $out.d {flags} $flags -c $in -o $out")
-        # cudart is linked statically, because that of torch may be of another minor version.
-        torch_libs = f"-L{include.parent}/lib -Xlinker --no-as-needed -ltorch_cpu -lc10" + (
-            " -ltorch_cuda -lc10_cuda" if torch_cuda else ""
+        # cudart is linked statically, because that of torch may be of another minor version. The
+        # library needs libtorch_cuda.so, which a torch for CPUs does not have. An empty library of
+        # that name lets such a machine build what a machine with a GPU runs.
+        torch_libs = (
+            f"-L{include.parent}/lib -Xlinker --no-as-needed -ltorch_cpu -lc10 -ltorch_cuda"
         )
+        stub = ""
+        if not torch_cuda:
+            cxx = os.environ.get("CXX", "c++")
+            soname = "-Wl,-soname,libtorch_cuda.so"
+            ninja.rule("stub", f"{cxx} -shared {soname} -x c /dev/null -o $out", depfile=False)
+            stub = str(BUILD / "libtorch_cuda.so")
+            ninja.link("stub", [], Path(stub))
+            torch_libs = f"-L{BUILD} {torch_libs}"
         ninja.rule("nvlink", f"{home}/bin/nvcc -shared -o $out $in {torch_libs}", depfile=False)
-        sources = sorted((ROOT / "csrc/cuda").glob("*.cu"))
-        objects = [ninja.compile("nvcc", source) for source in sources]
-        ninja.link("nvlink", objects, package / "_cuda.so")
-        return {
-            "built": True,
-            "compiler": version_line(f"{home}/bin/nvcc"),
-            "architectures": archs,
-            "torch_had_cuda": torch_cuda,
-        }
+        objects = []
+        for source in sorted((ROOT / "csrc/cuda").glob("*.cu")):
+            if source.stem.endswith("_kernels"):
+                for dtype, storage in STORAGE_TYPES.items():
+                    objects.append(
+                        ninja.compile("nvcc", source, dtype, f"-DFASTJAC_STORAGE={storage}")
+                    )
+            else:
+                torch = f"-isystem {include} -DTORCH_TARGET_VERSION={TORCH_TARGET} -DUSE_CUDA"
+                objects.append(ninja.compile("nvcc", source, flags=torch))
+        ninja.link("nvlink", objects, package / "_cuda.so", after=stub)
+        return {"built": True, "compiler": version_line(f"{home}/bin/nvcc"), "architectures": archs}
 
     def get_outputs(self) -> list[str]:
         package = Path(self.build_lib) / "fastjac"

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 FUNCTIONS = {"exp", "exp_neg", "expm1", "log1p", "sin", "cos", "abs", "tanh", "normcdf"}
-_ARITHMETIC = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/"}
+_ARITHMETIC = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*"}
 _COMPARISONS = {ast.Lt: "<", ast.LtE: "<=", ast.Gt: ">", ast.GtE: ">="}
 
 
@@ -23,13 +23,16 @@ class Dialect:
     literal: Callable[[float], str]
     call: Callable[[str, list[str]], str]
     where: Callable[[str, str, str], str]
+    divide: Callable[[str, str], str]
 
 
-# Every C++ literal is cast to the compute type: 0.5 alone would make a float kernel use double.
+# Every C++ literal is cast to the compute type: 0.5 alone would make a float kernel use double. M
+# has the functions (csrc/common/functions.h).
 CPP = Dialect(
     literal=lambda value: f"T({value!r})",
-    call=lambda name, args: f"math::{name}({', '.join(args)})",
+    call=lambda name, args: f"M::{name}({', '.join(args)})",
     where=lambda condition, yes, no: f"math::where({condition}, {yes}, {no})",
+    divide=lambda left, right: f"M::divide({left}, {right})",
 )
 
 # Every Triton literal has the dtype of z: two Python numbers in a `where` are converted to float32,
@@ -38,6 +41,7 @@ TRITON = Dialect(
     literal=lambda value: f"tl.full([], {value!r}, z.dtype)",
     call=lambda name, args: f"_math.{name}({', '.join(args)})",
     where=lambda condition, yes, no: f"tl.where({condition}, {yes}, {no})",
+    divide=lambda left, right: f"({left} / {right})",
 )
 
 
@@ -56,6 +60,8 @@ def translate(expression: str, dialect: Dialect, names: set[str]) -> str:
                 return f"(-{visit(operand)})"
             case ast.BinOp(left=left, op=op, right=right) if type(op) in _ARITHMETIC:
                 return f"({visit(left)} {_ARITHMETIC[type(op)]} {visit(right)})"
+            case ast.BinOp(left=left, op=ast.Div(), right=right):
+                return dialect.divide(visit(left), visit(right))
             case ast.Compare(left=left, ops=[op], comparators=[right]) if type(op) in _COMPARISONS:
                 return f"({visit(left)} {_COMPARISONS[type(op)]} {visit(right)})"
             case ast.IfExp(test=test, body=body, orelse=orelse):
@@ -131,10 +137,10 @@ def _functors(table: Sequence[Any], table_hash: str) -> str:
         zeros = ", ".join(str(row.has_zeros(k)).lower() for k in range(len(row.derivatives)))
         out += [
             "",
-            f"struct {_camel(row.name)} {{",
+            f"struct {camel(row.name)} {{",
             f"  static constexpr int zero_from = {row.zero_from};",
             f"  static constexpr bool has_zeros[] = {{{zeros}}};",
-            "  template <int K, class T>",
+            "  template <int K, class M = math::Exact, class T>",
             "  FASTJAC_HD static T d([[maybe_unused]] T z,"
             " [[maybe_unused]] const Params<T>& params) {",
             *(
@@ -151,16 +157,16 @@ def _functors(table: Sequence[Any], table_hash: str) -> str:
             "    }",
             "  }",
             "  // d<K>(z) * g; zero where the derivative is zero, even if g is inf or NaN.",
-            "  template <int K, class T>",
+            "  template <int K, class M = math::Exact, class T>",
             "  FASTJAC_HD static T times([[maybe_unused]] T z, [[maybe_unused]] T g,"
             " [[maybe_unused]] const Params<T>& params) {",
             "    if constexpr (K >= zero_from) {",
             "      return T(0);",
             "    } else if constexpr (has_zeros[K]) {",
-            "      const T slope = d<K>(z, params);",
+            "      const T slope = d<K, M>(z, params);",
             "      return math::where(slope == T(0), T(0), slope * g);",
             "    } else {",
-            "      return d<K>(z, params) * g;",
+            "      return d<K, M>(z, params) * g;",
             "    }",
             "  }",
             "};",
@@ -173,7 +179,7 @@ def _functors(table: Sequence[Any], table_hash: str) -> str:
         "  switch (id) {",
     ]
     for index, row in enumerate(table):
-        out.append(f"    case {index}: visitor({_camel(row.name)}{{}}); return;")
+        out.append(f"    case {index}: visitor({camel(row.name)}{{}}); return;")
     out += ["  }", "}", "", "}  // namespace fastjac", ""]
     return "\n".join(out)
 
@@ -205,5 +211,5 @@ def triton_module(table: Sequence[Any]) -> str:
     return "\n".join(out)
 
 
-def _camel(name: str) -> str:
+def camel(name: str) -> str:
     return "".join(part.capitalize() for part in name.split("_"))

@@ -60,11 +60,11 @@ def library(request, tmp_path_factory):
     return ctypes.CDLL(str(folder / "f.so"))
 
 
-def apply(library, name, x, dtype=np.float32):
+def apply(library, name, x, dtype=np.float32, prefix="map"):
     x = np.ascontiguousarray(x, dtype=dtype)
     out = np.full_like(x, np.nan)
     pointer = ctypes.POINTER(ctypes.c_float if dtype == np.float32 else ctypes.c_double)
-    getattr(library, f"map_{name}" if dtype == np.float32 else f"map64_{name}")(
+    getattr(library, f"{prefix}_{name}" if dtype == np.float32 else f"map64_{name}")(
         x.ctypes.data_as(pointer), out.ctypes.data_as(pointer), ctypes.c_long(x.size)
     )
     return out
@@ -145,6 +145,7 @@ def test_limits(library):
     inf = np.float32([np.inf, -np.inf, np.nan, 0.0])
     for name, truth in (("exp", np.exp), ("expm1", np.expm1), ("tanh", np.tanh)):
         np.testing.assert_array_equal(apply(library, name, inf), truth(inf))
+    np.testing.assert_array_equal(apply(library, "normcdf", inf), [1, 0, np.nan, 0.5])
     np.testing.assert_array_equal(apply(library, "exp_neg", inf[1:]), np.exp(inf[1:]))
     with np.errstate(over="ignore"):
         big = np.float32([89.5, 1e4, -104.5, -1e4])
@@ -157,37 +158,82 @@ def test_limits(library):
         np.testing.assert_array_equal(apply(library, "sin", inf), np.sin(inf))
 
 
-DEVICE_SOURCE = """
-#include "functions.h"
-extern "C" void device_sin(const double* in, double* out, long n) {
-  for (long i = 0; i < n; ++i) out[i] = fastjac::math::sin(in[i]);
-}
-extern "C" void device_cos(const double* in, double* out, long n) {
-  for (long i = 0; i < n; ++i) out[i] = fastjac::math::cos(in[i]);
-}
-"""
-
-
-def test_double_sin_and_cos_of_the_gpu(tmp_path):
-    """The branch for nvcc, compiled for the CPU, is within 3 eps of libm up to |x| = 1e5."""
+@pytest.fixture(scope="module")
+def gpu(tmp_path_factory):
+    """The functions for GPUs, compiled for the CPU: those in double, in float, and approximate."""
     cxx = shutil.which("c++")
     if cxx is None:
         pytest.skip("no C++ compiler")
-    (tmp_path / "f.cpp").write_text(DEVICE_SOURCE)
+    folder = tmp_path_factory.mktemp("gpu")
+    source = SOURCE.replace("functions.h", "approximate.h")
+    short = source.replace("map_##name", "short_##name").replace("MAP(", "SHORT(")
+    for name in ("exp", "exp_neg", "expm1", "normcdf"):
+        short = short.replace(f" {name}(x", f" Approximate::{name}(x")
+    short = short.replace(" exp(", " Approximate::exp(")
+    (folder / "f.cpp").write_text("#include <cuda_runtime.h>\n" + source + IN_DOUBLE + short)
     subprocess.run(
-        [cxx, "-std=c++17", "-O2", "-D__CUDA_ARCH__=900", "-Dnormcdff=erff", "-shared", "-fPIC",
-         f"-I{COMMON}", str(tmp_path / "f.cpp"), "-o", str(tmp_path / "f.so")],
+        [cxx, "-std=c++20", "-O2", "-DFASTJAC_HOST_SHIM", "-Wno-attributes", "-shared", "-fPIC",
+         f"-I{COMMON.parent.parent}/tests/shim", f"-I{COMMON}", f"-I{COMMON.parent}/cuda",
+         str(folder / "f.cpp"), "-o", str(folder / "f.so")],
         check=True,
     )  # fmt: skip
-    library = ctypes.CDLL(str(tmp_path / "f.so"))
+    return ctypes.CDLL(str(folder / "f.so"))
+
+
+def test_float_functions_of_the_gpu(gpu):
+    """With a division and an exponential that are as wrong as PTX allows."""
+    for name, truth, span, bound in (
+        ("log1p", np.log1p, (0, 1), 5.0),
+        ("tanh", np.tanh, (-10, 10), 3.0),
+    ):
+        x = points(*span)
+        want = truth(x.astype(np.float64))
+        ulp = np.spacing(np.abs(want).astype(np.float32)).astype(np.float64)
+        error = np.abs(apply(gpu, name, x) - want) / ulp
+        print(f"{name}: {error.max():.2f} ulp")
+        assert error.max() <= bound
+    x = points(-12.9, 12.9)
+    error = np.abs(apply(gpu, "normcdf", x) / ndtr(x.astype(np.float64)) - 1)
+    assert (error <= 5e-7 + np.square(x) * 6e-8).all()
+    for limit in (1e1, 1e4, 2e6):
+        x = points(-limit, limit)
+        for name, truth in (("sin", np.sin), ("cos", np.cos)):
+            assert np.abs(apply(gpu, name, x) - truth(x.astype(np.float64))).max() <= 1.1e-7
+            assert np.abs(apply(gpu, name, np.float32([1e20, -3e38]))).max() <= 1
+            assert np.isnan(apply(gpu, name, np.float32([np.inf, np.nan]))).all()
+
+
+def test_approximate_functions_of_the_gpu(gpu):
+    """The error of an exponential grows with its argument, which is rounded."""
+
+    def error(name, truth, x):
+        return np.abs(apply(gpu, name, x, prefix="short") / truth(x.astype(np.float64)) - 1)
+
+    for name, x in (("exp_neg", points(-87, 0)), ("exp", points(-87, 88))):
+        assert (error(name, np.exp, x) <= 3e-7 + np.abs(x) * 1.2e-7).all()
+    x = points(-20, 20)
+    assert error("expm1", np.expm1, x[x != 0]).max() <= 3e-6
+    x = points(-12.9, 12.9)
+    assert (error("normcdf", ndtr, x) <= 4e-6 + np.square(x) * 8e-8).all()
+
+
+def test_limits_on_a_gpu(gpu):
+    inf = np.float32([np.inf, -np.inf, np.nan, 0.0])
+    for prefix in ("map", "short"):
+        for name, truth in (("exp", np.exp), ("expm1", np.expm1), ("tanh", np.tanh)):
+            np.testing.assert_array_equal(apply(gpu, name, inf, prefix=prefix), truth(inf))
+        got = apply(
+            gpu, "normcdf", np.float32([np.inf, -np.inf, np.nan, 3e38, -3e38]), prefix=prefix
+        )
+        np.testing.assert_array_equal(got, [1, 0, np.nan, 1, 0])
+
+
+def test_double_sin_and_cos_of_the_gpu(gpu):
+    """Within 3 eps of libm up to |x| = 1e5."""
     x = np.concatenate([np.linspace(-10, 10, 100_001), np.linspace(-1e5, 1e5, 100_001)])
     x = np.concatenate([x, [1e20, -1e300, np.inf, np.nan]])
-    pointer = ctypes.POINTER(ctypes.c_double)
     with np.errstate(invalid="ignore"):
         for name, truth in (("sin", np.sin(x)), ("cos", np.cos(x))):
-            out = np.zeros_like(x)
-            getattr(library, f"device_{name}")(
-                x.ctypes.data_as(pointer), out.ctypes.data_as(pointer), ctypes.c_long(x.size)
-            )
+            out = apply(gpu, name, x, np.float64)
             assert np.abs(out - truth)[:-4].max() <= 3 * np.finfo(float).eps
             assert np.abs(out[-4:-2]).max() <= 1 and np.isnan(out[-2:]).all()

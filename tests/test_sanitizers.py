@@ -71,15 +71,15 @@ def test_no_report(flags, tmp_path):
     ("flags", "source", "right", "wrong", "report"),
     (
         (
-            ADDRESS, "row_sqnorm.cu", "if (at + k * x < columns) base[at + k * x] = pack.at[k];",
-            "base[at + k * x] = pack.at[k];", "AddressSanitizer: heap-buffer-overflow",
+            ADDRESS, "rows.cuh", "if (i * apart < left) row[i * apart] = narrow<S>(values.at[i]);",
+            "row[i * apart] = narrow<S>(values.at[i]);", "AddressSanitizer: heap-buffer-overflow",
         ),
         (
-            THREAD, "reduce.cuh", "    if (bit >= 32) {\n      __syncthreads();",
+            THREAD, "sums.cuh", "    if (bit >= 32) {\n      __syncthreads();",
             "    if (bit >= 32) {", "ThreadSanitizer: data race",
         ),
         # A fault of an earlier version: a thread added to a sum that another warp was reading.
-        (THREAD, "reduce.cuh", "if ((t & mask) < bit)", "if (!(t & bit))",
+        (THREAD, "sums.cuh", "if ((t & mask) < bit)", "if (!(t & bit))",
          "ThreadSanitizer: data race"),
     ),
     ids=("write out of bounds", "missing barrier", "sum still read"),

@@ -1,4 +1,4 @@
-"""Fits the polynomials of ``functions.h`` and ``functions_double.h`` and prints their constants.
+"""Fits the polynomials of csrc/common/functions*.h and csrc/cuda/approximate.h; prints them.
 
 Each float fit minimises the maximal relative error of the whole function (Lawson's iteratively
 reweighted least squares, in double); the coefficients are then rounded to float. The double
@@ -74,6 +74,8 @@ if __name__ == "__main__":
     target = 0.5 * erfcx(a / np.sqrt(2))
     s = 0.3 * a / (1 + 0.3 * a)
     show("mills", *fit(powers(7), (target - 0.5) / s, s / target, s))
+    # A shorter one for elements of 16 bits.
+    show("mills, 16 bits", *fit(powers(5), (target - 0.5) / s, s / target, s))
 
     # The same in double. The interpolated functions have removable singularities at 0, and the
     # nodes are too far from it to lose digits.

@@ -16,6 +16,8 @@ FASTJAC_HD double fma(double a, double b, double c) {
 #endif
 }
 
+FASTJAC_HD double divide(double a, double b) { return a / b; }
+
 FASTJAC_HD double from_bits(int64_t bits) {
   double x;
   std::memcpy(&x, &bits, sizeof x);

@@ -6,6 +6,20 @@
 
 namespace fastjac {
 
+// What a pass returns in addition to its elementwise result. fastjac/ops/act_stats.py has the same
+// numbers.
+enum class Statistic : int64_t {
+  none = 0,
+  channel = 1,  // Σ_{n,p} w_n φ'², [C]
+  sample = 2,   // Σ_{c,p} w_c φ'², [N]
+  bias = 3,     // backward only: Σ_{n,p} of the result, [C]
+};
+
+// The factor of a sum. The scale of the penalty does not apply to the gradient of the bias.
+inline double scale_of(Statistic statistic, double scale) {
+  return statistic == Statistic::bias ? 1.0 : scale;
+}
+
 // What a pass sums, in addition to the result that it writes.
 enum class Sum : int32_t {
   none,

@@ -12,20 +12,6 @@
 
 namespace fastjac {
 
-// What a pass returns in addition to its elementwise result. fastjac/ops/act_stats.py has the same
-// numbers.
-enum class Statistic : int64_t {
-  none = 0,
-  channel = 1,  // Σ_{n,p} w_n φ'², [C]
-  sample = 2,   // Σ_{c,p} w_c φ'², [N]
-  bias = 3,     // backward only: Σ_{n,p} of the result, [C]
-};
-
-// The factor of a sum. The scale of the penalty does not apply to the gradient of the bias.
-inline double scale_of(Statistic statistic, double scale) {
-  return statistic == Statistic::bias ? 1.0 : scale;
-}
-
 // The layout of a dense tensor with channels in dimension `dim`, or none if the order is different.
 inline std::optional<Layout> layout_of(const Tensor& t, int64_t dim) {
   const int64_t n = t.size(0), c = t.size(dim);

@@ -4,9 +4,11 @@
 // and a block searches for its weight. The threads of one block sum a row in fixed order.
 #include <vector>
 
-#include "launch.cuh"
-#include "reduce.cuh"
+#include "device.cuh"
+#include "rows.cuh"
 #include "rows.h"
+#include "stream.h"
+#include "sums.cuh"
 
 namespace fastjac {
 namespace {
@@ -56,29 +58,19 @@ struct Place {
 
   __device__ int width() const { return x * Pack<S>::size; }
 
-  // Returns zeros after the end of the row. If rows do not start at 16-byte addresses, the elements
-  // of a pack are x apart, so that a warp reads adjacent memory.
+  // Returns zeros after the end of the row.
   __device__ Pack<S> load(const S* base, int64_t at) const {
-    Pack<S> pack = {};
-    if (vector) {
-      if (at < columns) pack = *reinterpret_cast<const Pack<S>*>(base + at);
-      return pack;
-    }
-#pragma unroll
-    for (int k = 0; k < Pack<S>::size; ++k) {
-      if (at + k * x < columns) pack.at[k] = base[at + k * x];
-    }
-    return pack;
+    if (at >= columns) return Pack<S>{};
+    return vector ? load_row<true>(base + at, columns - at, x)
+                  : load_row<false>(base + at, columns - at, x);
   }
 
-  __device__ void store(const Pack<S>& pack, S* base, int64_t at) const {
+  __device__ void store(const Wide<S>& values, S* base, int64_t at) const {
+    if (at >= columns) return;
     if (vector) {
-      if (at < columns) *reinterpret_cast<Pack<S>*>(base + at) = pack;
-      return;
-    }
-#pragma unroll
-    for (int k = 0; k < Pack<S>::size; ++k) {
-      if (at + k * x < columns) base[at + k * x] = pack.at[k];
+      store_row<true>(values, base + at, columns - at, x);
+    } else {
+      store_row<false>(values, base + at, columns - at, x);
     }
   }
 };
@@ -98,12 +90,10 @@ __global__ void __launch_bounds__(threads)
 #pragma unroll
     for (int b = 0; b < batch; ++b) packs[b] = at.load(w, column + b * at.width());
 #pragma unroll
-    for (int k = 0; k < V; ++k) {
+    for (int b = 0; b < batch; ++b) {
+      const Wide<S> wide(packs[b]);
 #pragma unroll
-      for (int b = 0; b < batch; ++b) {
-        const T wide = widen(packs[b].at[k]);
-        lane[k] += wide * wide;
-      }
+      for (int k = 0; k < V; ++k) lane[k] += wide.at[k] * wide.at[k];
     }
     if (step % run == 0) {
 #pragma unroll
@@ -138,17 +128,16 @@ __global__ void __launch_bounds__(threads)
     }
 #pragma unroll
     for (int b = 0; b < batch; ++b) {
+      Wide<S> values(packs[b]);
+      const Wide<S> before(grads[b]);
 #pragma unroll
       for (int k = 0; k < V; ++k) {
-        const T term = factor * T(widen(packs[b].at[k]));
-        grads[b].at[k] = narrow<S>(call.add ? T(widen(grads[b].at[k])) + term : term);
+        values.at[k] = factor * values.at[k] + (call.add ? before.at[k] : T(0));
       }
-      at.store(grads[b], grad, column + b * at.width());
+      at.store(values, grad, column + b * at.width());
     }
   }
 }
-
-bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
 // The logarithm of the number of threads of a row: up to a warp, there is one thread for each pack;
 // for longer rows, a thread has `packs_each` packs.
@@ -191,9 +180,9 @@ void for_all_rows(const std::vector<Tensor>& weights, const std::vector<Tensor>*
       call.first_block[i + 1] = block;
       if (call.count < most_weights && next + 1 < weights.size()) continue;
       if (block > 0 && grads == nullptr) {
-        FASTJAC_LAUNCH((row_sqnorm_kernel<S>), block, threads, stream, call);
+        check_launch(launch(row_sqnorm_kernel<S>, block, threads, stream, call));
       } else if (block > 0) {
-        FASTJAC_LAUNCH((row_sqnorm_backward_kernel<S>), block, threads, stream, call);
+        check_launch(launch(row_sqnorm_backward_kernel<S>, block, threads, stream, call));
       }
       call.count = 0;
       block = 0;

@@ -5,7 +5,8 @@
 // cache.
 #include "softmax.h"
 
-#include "launch.cuh"
+#include "device.cuh"
+#include "stream.h"
 
 namespace fastjac {
 namespace {
@@ -100,11 +101,11 @@ Tensor run(const Tensor& logits, const std::optional<Tensor>& target,
     auto* to = static_cast<S*>(out.mutable_data_ptr());
     if (m <= longest_of_a_warp) {
       const unsigned blocks = unsigned((n + threads / 32 - 1) / (threads / 32));
-      FASTJAC_LAUNCH((softmax_kernel<S, 32>), blocks, threads, stream, from, labels, cotangent, to,
-                     n, m);
+      check_launch(launch(softmax_kernel<S, 32>, blocks, threads, stream, from, labels, cotangent,
+                          to, n, m));
     } else {
-      FASTJAC_LAUNCH((softmax_kernel<S, threads>), unsigned(n), threads, stream, from, labels,
-                     cotangent, to, n, m);
+      check_launch(launch(softmax_kernel<S, threads>, unsigned(n), threads, stream, from, labels,
+                          cotangent, to, n, m));
     }
   });
   return out;

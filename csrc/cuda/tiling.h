@@ -32,30 +32,27 @@ struct Tiling {
   static constexpr int64_t most_counters = 4 * enough_blocks;  // most tiles if chunks > 1
 
   int64_t columns, groups, rows, group_stride, row_stride;
-  int64_t positions = 1;  // rows of the matrix per sample, if a sample is not the group
-  int64_t sample_step, position_step;  // from a row of a thread to the next: j / positions, rest
+  int positions = 1;               // rows of the matrix per sample, if a sample is not the group
+  int sample_step, position_step;  // from a row of a thread to the next: j / positions, rest
   int64_t column_tiles;
   int64_t rows_each, tiles_each;  // of a block
-  int x, j, o;
+  int x, j, o, j_bits;
   int j_shift, o_shift;  // of the index of a thread; depend on what is next to x in memory
   unsigned summed;       // the bits of the index over which a block adds
   // A block sums one chunk of one tile of outputs: the columns of a tile, or o groups.
   unsigned tiles, chunks, column_chunks = 1;
   bool down_columns, channel_inner, group_is_sample;
-  int unit, unit_bits;  // the number of elements in one access, and its logarithm
 
   // `pack` elements are 16 bytes.
-  Tiling(const Layout& layout, bool per_sample, int pack, int unit)
+  Tiling(const Layout& layout, bool per_sample, int pack)
       : columns(layout.columns()),
         down_columns(layout.channel_inner && !per_sample),
         channel_inner(layout.channel_inner),
-        group_is_sample(per_sample),
-        unit(unit),
-        unit_bits(log2(unit)) {
+        group_is_sample(per_sample) {
     if (down_columns) {
       groups = 1, rows = layout.rows();
       group_stride = 0, row_stride = 1;
-      positions = layout.p;
+      positions = int(layout.p);
     } else if (group_is_sample) {
       groups = layout.n, rows = layout.rows() / layout.n;
       group_stride = rows, row_stride = 1;
@@ -65,11 +62,6 @@ struct Tiling {
     }
     place_threads(pack);
     cut();
-  }
-
-  // The number of columns from the first element of a pack to the i-th one.
-  FASTJAC_HD int offset(int i) const {
-    return ((i >> unit_bits) * x << unit_bits) + (i & (unit - 1));
   }
 
   unsigned blocks() const { return tiles * chunks; }
@@ -107,6 +99,7 @@ struct Tiling {
     j = power_of_two(rows, threads / (x * least_o));
     if (down_columns) j = threads / x;
     o = threads / (x * j);
+    j_bits = log2(j);
     j_shift = log2(adjacent_groups ? x * o : x);
     o_shift = log2(adjacent_groups ? x : x * j);
     summed = unsigned(j - 1) << j_shift | (down_columns ? 0 : unsigned(x - 1));
