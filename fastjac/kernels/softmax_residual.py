@@ -7,16 +7,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastjac.kernels.act import compute_dtype
+from fastjac.kernels.act import aligned, compute_dtype
 
 MOST_COLUMNS = 4096  # the largest number of columns that are read at once
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["columns"])
 def softmax_kernel(
-    logits_ptr, other_ptr, out_ptr, columns,
-    BACKWARD: tl.constexpr, COMPUTE: tl.constexpr, COLS: tl.constexpr,
+    logits_ptr, other_ptr, out_ptr, columns, BACKWARD: tl.constexpr,
+    ALIGNED: tl.constexpr, COMPUTE: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
+    columns = aligned(columns, ALIGNED)
     row = tl.program_id(0).to(tl.int64)
     offset = row * columns
     place = tl.arange(0, COLS)
@@ -66,7 +67,7 @@ def _launch(logits: Tensor, other: Tensor, backward: bool) -> Tensor:
     num_warps = 1 if cols <= 256 else max(4, cols // 512)
     softmax_kernel[(rows,)](
         z, other.contiguous(), out, columns,
-        BACKWARD=backward, COMPUTE=compute_dtype(z.dtype), COLS=cols,
+        BACKWARD=backward, ALIGNED=columns % 16 == 0, COMPUTE=compute_dtype(z.dtype), COLS=cols,
         num_warps=num_warps,
     )  # fmt: skip
     return out
