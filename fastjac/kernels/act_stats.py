@@ -101,7 +101,9 @@ def finish(
         tl.store(sums_ptr + out, sums * scale, inside)
     else:
         # The partial sums are [splits + groups, outs]. There is one counter for each group, and
-        # then one for the groups.
+        # then one for the groups. Their memory has the dtype of the sums, so that a launch without
+        # counters can pass something of the same type.
+        counters_ptr = counters_ptr.to(tl.pointer_type(tl.int32))
         split = split.to(INDEX)
         tl.store(partial_ptr + split * outs + out, sums, inside)
         groups = (splits + GROUP - 1) // GROUP
@@ -374,7 +376,7 @@ def _launch(z, g, w_sample, w_channel, dim, statistic, scale, fn, params, backwa
         partial = torch.empty((at.splits + at.groups) * size, **options)
         # Not kept for the next launch: a CUDA graph, another stream or a memory pool of somebody
         # else may own the memory then, and one counter that is not zero makes the sums wrong.
-        counters = torch.zeros(at.tiles * (at.groups + 1), dtype=torch.int32, device=z.device)
+        counters = torch.zeros(at.tiles * (at.groups + 1), **options)
     kept, summed = (w_sample, w_channel) if per_sample else (w_channel, w_sample)
     act_stats_kernel[(at.tiles * at.splits,)](
         z, g_dense, result, sums if kept is None else kept, sums if summed is None else summed,
