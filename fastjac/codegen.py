@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from typing import Any
 
 FUNCTIONS = {"exp", "exp_neg", "expm1", "log1p", "sin", "cos", "abs", "tanh", "normcdf"}
-# The number of parameters that a Triton kernel takes; fewer are padded with zeros.
-TRITON_PARAMS = 2
+# The number of parameters that a Triton kernel takes; fewer are padded with zeros. It is more than
+# the table needs, so that an activation that somebody adds is still one row.
+TRITON_PARAMS = 4
 _ARITHMETIC = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/"}
 _COMPARISONS = {ast.Lt: "<", ast.LtE: "<=", ast.Gt: ">", ast.GtE: ">="}
 
@@ -181,7 +182,7 @@ def _functors(table: Sequence[Any], table_hash: str) -> str:
 
 
 def triton_module(table: Sequence[Any]) -> str:
-    """The Triton function ``phi(z, p0, p1, FN, K)``; FN is the index of the row, K the order.
+    """The Triton function ``phi(z, p0, …, FN, K)``; FN is the index of the row, K the order.
 
     The parameters of a row are run-time arguments: a slope that follows a schedule must not compile
     a kernel in each step.

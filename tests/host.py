@@ -13,11 +13,14 @@ import pytest
 import torch
 
 from fastjac.ops import registration
+from fastjac.ops.dispatch import OPS
 
 ROOT = Path(__file__).resolve().parent.parent
-# The ops with CUDA kernels are those that also have Triton kernels.
-SCHEMAS = [schema for name, schema in registration.SCHEMAS.items()
-           if f"{name}_triton" in registration.SCHEMAS]  # fmt: skip
+SCHEMAS = [
+    schema
+    for name, schema in registration.SCHEMAS.items()
+    if (op := OPS.get(name.removesuffix("_backward"))) and "cuda" in op.implementations
+]
 CUDA = ROOT / "csrc/cuda"
 TABLE = ROOT / "build/native/generated"  # holds the generated headers
 needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")

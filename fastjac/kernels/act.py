@@ -45,7 +45,8 @@ def aligned(count, ALIGNED: tl.constexpr):
 
 @triton.jit(do_not_specialize=["numel"])
 def act_kernel(
-    z_ptr, g_ptr, out_ptr, numel, p0: tl.float64, p1: tl.float64,
+    z_ptr, g_ptr, out_ptr, numel,
+    p0: tl.float64, p1: tl.float64, p2: tl.float64, p3: tl.float64,
     FN: tl.constexpr, K: tl.constexpr, ZEROS: tl.constexpr, HAS_G: tl.constexpr,
     ALIGNED: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -53,7 +54,7 @@ def act_kernel(
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = offsets < numel
     z = tl.load(z_ptr + offsets, inside, other=0.0).to(COMPUTE)
-    out = tl.zeros([BLOCK], COMPUTE) + phi(z, p0, p1, FN, K)
+    out = tl.zeros([BLOCK], COMPUTE) + phi(z, p0, p1, p2, p3, FN, K)
     if HAS_G:
         g = tl.load(g_ptr + offsets, inside, other=0.0).to(COMPUTE)
         out = times(out, g, ZEROS)
@@ -62,7 +63,8 @@ def act_kernel(
 
 @triton.jit(do_not_specialize=["numel"])
 def act_backward_kernel(
-    z_ptr, g_ptr, v_ptr, grad_z_ptr, grad_g_ptr, numel, p0: tl.float64, p1: tl.float64,
+    z_ptr, g_ptr, v_ptr, grad_z_ptr, grad_g_ptr, numel,
+    p0: tl.float64, p1: tl.float64, p2: tl.float64, p3: tl.float64,
     FN: tl.constexpr, K: tl.constexpr, ZEROS: tl.constexpr, ZEROS_NEXT: tl.constexpr,
     ALIGNED: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -72,8 +74,8 @@ def act_backward_kernel(
     z = tl.load(z_ptr + offsets, inside, other=0.0).to(COMPUTE)
     g = tl.load(g_ptr + offsets, inside, other=0.0).to(COMPUTE)
     v = tl.load(v_ptr + offsets, inside, other=0.0).to(COMPUTE)
-    grad_z = times(phi(z, p0, p1, FN, K + 1), g * v, ZEROS_NEXT)
-    grad_g = times(phi(z, p0, p1, FN, K), v, ZEROS)
+    grad_z = times(phi(z, p0, p1, p2, p3, FN, K + 1), g * v, ZEROS_NEXT)
+    grad_g = times(phi(z, p0, p1, p2, p3, FN, K), v, ZEROS)
     tl.store(grad_z_ptr + offsets, grad_z.to(grad_z_ptr.dtype.element_ty), inside)
     tl.store(grad_g_ptr + offsets, grad_g.to(grad_g_ptr.dtype.element_ty), inside)
 
@@ -104,7 +106,7 @@ def check_activation(fn: int, params: Sequence[float], order: int, most: int) ->
 
 
 def padded(params: Sequence[float]) -> tuple[float, ...]:
-    """The arguments ``p0, p1`` of a kernel."""
+    """The arguments ``p0, p1, …`` of a kernel."""
     return (*params, *(0.0,) * (TRITON_PARAMS - len(params)))
 
 

@@ -128,7 +128,8 @@ def finish(
 def act_stats_kernel(
     z_ptr, g_ptr, out_ptr, kept_ptr, summed_ptr, sums_ptr, partial_ptr, counters_ptr,
     outs, rows, columns, row_stride, plane_stride, period, run, steps, splits,
-    factor: tl.float64, scale: tl.float64, p0: tl.float64, p1: tl.float64,
+    factor: tl.float64, scale: tl.float64,
+    p0: tl.float64, p1: tl.float64, p2: tl.float64, p3: tl.float64,
     FN: tl.constexpr, BACKWARD: tl.constexpr,
     ZEROS: tl.constexpr, ZEROS_NEXT: tl.constexpr, HAS_G: tl.constexpr,
     HAS_KEPT: tl.constexpr, HAS_SUMMED: tl.constexpr,
@@ -180,17 +181,17 @@ def act_stats_kernel(
             at = plane * plane_stride + out[:, None] * row_stride + column[None, :]
         inside = inside_summed & tl.expand_dims(inside_out, KEPT_AXIS)
         z = tl.load(z_ptr + at, inside, other=0.0).to(COMPUTE)
-        slope = tl.zeros([ROWS, COLS], COMPUTE) + phi(z, p0, p1, FN, 1)
+        slope = tl.zeros([ROWS, COLS], COMPUTE) + phi(z, p0, p1, p2, p3, FN, 1)
         if HAS_SUMMED:
             summed = tl.load(summed_ptr + summed_at, inside_weight, other=0.0)
         if BACKWARD:
             strength = weight * summed if HAS_SUMMED else weight
-            result = times(phi(z, p0, p1, FN, 2), strength * slope, ZEROS_NEXT)
+            result = times(phi(z, p0, p1, p2, p3, FN, 2), strength * slope, ZEROS_NEXT)
             if HAS_G:
                 g = tl.load(g_ptr + at, inside, other=0.0).to(COMPUTE)
                 result += times(slope, g, ZEROS)
         else:
-            result = tl.zeros([ROWS, COLS], COMPUTE) + phi(z, p0, p1, FN, 0)
+            result = tl.zeros([ROWS, COLS], COMPUTE) + phi(z, p0, p1, p2, p3, FN, 0)
         tl.store(out_ptr + at, result.to(out_ptr.dtype.element_ty), inside)
         if TERM != "none":
             term = result if TERM == "results" else slope * slope

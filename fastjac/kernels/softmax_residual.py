@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -56,15 +58,22 @@ def softmax_kernel(
         tl.store(out_ptr + offset + start + place, p.to(out_ptr.dtype.element_ty), inside)
 
 
+@functools.lru_cache(maxsize=256)
+def _tile(columns: int, size: int) -> tuple[int, int]:
+    """The columns that are read at once, and the number of warps."""
+    cols = min(triton.next_power_of_2(columns), MOST_COLUMNS)
+    # At most 16 columns per thread: with 32, the backward in float32 spills 12 bytes on sm_80. At
+    # most 8 in float64: with 16, the backward spills 8 bytes on sm_90 (Triton 3.6).
+    return cols, 1 if cols <= 256 else max(4, cols // (256 if size == 8 else 512))
+
+
 def _launch(logits: Tensor, other: Tensor, backward: bool) -> Tensor:
     z = logits.contiguous()
     out = torch.empty_like(z)
     rows, columns = z.shape
     if rows == 0:
         return out
-    cols = min(triton.next_power_of_2(columns), MOST_COLUMNS)
-    # At most 16 columns per thread: with 32, the backward in float32 spills 12 bytes on sm_80.
-    num_warps = 1 if cols <= 256 else max(4, cols // 512)
+    cols, num_warps = _tile(columns, z.element_size())
     softmax_kernel[(rows,)](
         z, other.contiguous(), out, columns,
         BACKWARD=backward, ALIGNED=columns % 16 == 0, COMPUTE=compute_dtype(z.dtype), COLS=cols,
