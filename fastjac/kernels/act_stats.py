@@ -103,15 +103,15 @@ def finish(
         # The partial sums are [splits + groups, outs]. There is one counter for each group, and
         # then one for the groups. Their memory has the dtype of the sums, so that a launch without
         # counters can pass something of the same type.
-        counters_ptr = counters_ptr.to(tl.pointer_type(tl.int32))
+        counters = counters_ptr.to(tl.pointer_type(tl.int32))
         split = split.to(INDEX)
         tl.store(partial_ptr + split * outs + out, sums, inside)
         groups = (splits + GROUP - 1) // GROUP
         group = split // GROUP
-        counters_ptr += tile * (groups + 1)
+        counters += tile * (groups + 1)
         first = group * GROUP
         count = tl.minimum(GROUP, splits - first)
-        if arrives_last(counters_ptr + group, count):
+        if arrives_last(counters + group, count):
             total = sum_partials(partial_ptr, first, count, outs, out, inside, OUT)
             if groups == 1:
                 tl.store(sums_ptr + out, (total * scale).to(scale.dtype), inside)
@@ -119,7 +119,7 @@ def finish(
                 first = tl.zeros([], INDEX) + splits
                 at = (first + group) * outs + out
                 tl.store(partial_ptr + at, total.to(scale.dtype), inside)
-                if arrives_last(counters_ptr + groups, groups):
+                if arrives_last(counters + groups, groups):
                     total = sum_partials(partial_ptr, first, groups, outs, out, inside, OUT)
                     tl.store(sums_ptr + out, (total * scale).to(scale.dtype), inside)
 
