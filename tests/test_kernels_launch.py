@@ -155,8 +155,8 @@ def test_few_variants():
     for line in out.stdout.splitlines():
         count, _, label = line.partition(" ")
         found[label] = int(count)
-    # Of act: one for sizes that are multiples of 16, one for others. Of act_stats: one for a batch
-    # of one sample, one for larger batches.
+    # Of act: one for sizes that are multiples of 16, one for others. Of act_stats: one for strips
+    # that are split, one for smaller batches.
     assert {label: n for label, n in found.items() if n > 2} == {}
     assert {n for label, n in found.items() if label.startswith(("softmax", "widths"))} == {1}
     assert len(found) > 200

@@ -94,24 +94,22 @@ def sum_partials(partial_ptr, first, count, outs, out, inside, OUT: tl.constexpr
 @triton.jit
 def finish(
     sums, out, inside, sums_ptr, partial_ptr, counters_ptr, outs, tile, split, splits, scale,
-    OUT: tl.constexpr, INDEX: tl.constexpr,
+    OUT: tl.constexpr, SPLIT: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     scale = tl.full([OUT], scale, sums_ptr.dtype.element_ty)
-    if splits == 1:
+    if not SPLIT:
         tl.store(sums_ptr + out, sums * scale, inside)
     else:
         # The partial sums are [splits + groups, outs]. There is one counter for each group, and
-        # then one for the groups. Their memory has the dtype of the sums, so that a launch without
-        # counters can pass something of the same type.
-        counters = counters_ptr.to(tl.pointer_type(tl.int32))
+        # then one for the groups.
         split = split.to(INDEX)
         tl.store(partial_ptr + split * outs + out, sums, inside)
         groups = (splits + GROUP - 1) // GROUP
         group = split // GROUP
-        counters += tile * (groups + 1)
+        counters_ptr += tile * (groups + 1)
         first = group * GROUP
         count = tl.minimum(GROUP, splits - first)
-        if arrives_last(counters + group, count):
+        if arrives_last(counters_ptr + group, count):
             total = sum_partials(partial_ptr, first, count, outs, out, inside, OUT)
             if groups == 1:
                 tl.store(sums_ptr + out, (total * scale).to(scale.dtype), inside)
@@ -119,7 +117,7 @@ def finish(
                 first = tl.zeros([], INDEX) + splits
                 at = (first + group) * outs + out
                 tl.store(partial_ptr + at, total.to(scale.dtype), inside)
-                if arrives_last(counters + groups, groups):
+                if arrives_last(counters_ptr + groups, groups):
                     total = sum_partials(partial_ptr, first, groups, outs, out, inside, OUT)
                     tl.store(sums_ptr + out, (total * scale).to(scale.dtype), inside)
 
@@ -134,7 +132,7 @@ def act_stats_kernel(
     ZEROS: tl.constexpr, ZEROS_NEXT: tl.constexpr, HAS_G: tl.constexpr,
     HAS_KEPT: tl.constexpr, HAS_SUMMED: tl.constexpr,
     ALONG: tl.constexpr, TERM: tl.constexpr, WEIGHT: tl.constexpr,
-    COMPUTE: tl.constexpr, INDEX: tl.constexpr, ALIGNED: tl.constexpr,
+    SPLIT: tl.constexpr, COMPUTE: tl.constexpr, INDEX: tl.constexpr, ALIGNED: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     row_stride, plane_stride = aligned(row_stride, ALIGNED), aligned(plane_stride, ALIGNED)
@@ -206,12 +204,12 @@ def act_stats_kernel(
             sums = tl.sum(tl.where(same, sums[None, :], 0.0), 1)
             finish(
                 sums, channel, channel < outs // period, sums_ptr, partial_ptr, counters_ptr,
-                outs // period, tile, split, splits, scale, CHANNELS, INDEX,
+                outs // period, tile, split, splits, scale, CHANNELS, SPLIT, INDEX,
             )  # fmt: skip
         else:
             finish(
                 sums, out, inside_out, sums_ptr, partial_ptr, counters_ptr,
-                outs, tile, split, splits, scale, OUT, INDEX,
+                outs, tile, split, splits, scale, OUT, SPLIT, INDEX,
             )  # fmt: skip
 
 
@@ -305,11 +303,11 @@ def _strips(
 ) -> Strips:
     """``size``: elements of a tile."""
 
-    def tile(rows: int, columns: int, widest: int) -> tuple[int, int]:
-        # The number of rows follows from the batch. A tile for each power of two would be as many
-        # compiled kernels, so there are two: for one row, and for more.
+    def tile(columns: int, widest: int) -> tuple[int, int]:
+        # The same for each number of rows, because a tile for each power of two would be as many
+        # compiled kernels, and the rows follow from the batch.
         columns = triton.next_power_of_2(columns)
-        tile_rows = 1 if rows == 1 else max(1, size // min(columns, widest))
+        tile_rows = max(1, size // min(columns, widest))
         return tile_rows, min(columns, size // tile_rows)
 
     if per_sample:
@@ -318,17 +316,18 @@ def _strips(
         if planes > 1 and not (weighted and columns >= LEAST_PLANE):
             planes, columns = 1, c * p
             weight, period = ("modulo", c) if inner else ("divide", p)
-        at = tile(n, columns, ROW_TILE)
+        at = tile(columns, ROW_TILE)
         return Strips("rows", n, n, columns, c * p, at, programs, planes, columns, weight, period)
     if inner:
         weight = "row" if p == 1 else "divide"
-        at = tile(n * p, c, COLUMN_TILE)
+        at = tile(c, COLUMN_TILE)
         return Strips("columns", c, n * p, c, c, at, programs, weight=weight, period=p)
     sample, channels = triton.next_power_of_2(c * p), triton.next_power_of_2(c)
     if sample <= size and sample * channels <= LARGEST_SORT:
-        at = tile(n, sample, sample)
+        at = tile(sample, sample)
         return Strips("columns", c * p, n, c * p, c * p, at, programs, period=p, channels=channels)
-    return Strips("rows", c, c, p, p, tile(c, p, ROW_TILE), programs, n, c * p, "plane")
+    at = tile(p, ROW_TILE if c > 1 else size)
+    return Strips("rows", c, c, p, p, at, programs, n, c * p, "plane")
 
 
 TERMS = {NONE: "none", CHANNEL: "squares", SAMPLE: "squares", BIAS: "results"}
@@ -373,11 +372,12 @@ def _launch(z, g, w_sample, w_channel, dim, statistic, scale, fn, params, backwa
     at = _strips(n, c, p, inner, per_sample, w_channel is not None, tile, PROGRAMS)
     sums = torch.empty(size, **options)
     partial = counters = sums
-    if statistic != NONE and at.splits > 1:
+    split = statistic != NONE and at.splits > 1
+    if split:
         partial = torch.empty((at.splits + at.groups) * size, **options)
         # Not kept for the next launch: a CUDA graph, another stream or a memory pool of somebody
         # else may own the memory then, and one counter that is not zero makes the sums wrong.
-        counters = torch.zeros(at.tiles * (at.groups + 1), **options)
+        counters = torch.zeros(at.tiles * (at.groups + 1), dtype=torch.int32, device=z.device)
     kept, summed = (w_sample, w_channel) if per_sample else (w_channel, w_sample)
     act_stats_kernel[(at.tiles * at.splits,)](
         z, g_dense, result, sums if kept is None else kept, sums if summed is None else summed,
@@ -385,7 +385,7 @@ def _launch(z, g, w_sample, w_channel, dim, statistic, scale, fn, params, backwa
         *padded(params), fn, backward,
         ZEROS=ZEROS[fn][1], ZEROS_NEXT=ZEROS[fn][2], HAS_G=g is not None,
         HAS_KEPT=kept is not None, HAS_SUMMED=summed is not None, TERM=TERMS[statistic],
-        COMPUTE=compute_dtype(z.dtype),
+        SPLIT=split, COMPUTE=compute_dtype(z.dtype),
         num_warps=WARPS, **at.constants,
     )  # fmt: skip
     return result, sums
