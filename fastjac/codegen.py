@@ -14,6 +14,9 @@ from dataclasses import dataclass
 from typing import Any
 
 FUNCTIONS = {"exp", "exp_neg", "expm1", "log1p", "sin", "cos", "abs", "tanh", "normcdf"}
+# The number of parameters that a Triton kernel takes; fewer are padded with zeros. It is more than
+# the table needs, so that an activation that somebody adds is still one row.
+TRITON_PARAMS = 4
 _ARITHMETIC = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*"}
 _COMPARISONS = {ast.Lt: "<", ast.LtE: "<=", ast.Gt: ">", ast.GtE: ">="}
 
@@ -185,7 +188,19 @@ def _functors(table: Sequence[Any], table_hash: str) -> str:
 
 
 def triton_module(table: Sequence[Any]) -> str:
-    """The Triton function ``phi(z, PARAMS, FN, K)``; FN is the index of the row, K the order."""
+    """The Triton function ``phi(z, p0, …, FN, K)``; FN is the index of the row, K the order.
+
+    The parameters of a row are run-time arguments: a slope that follows a schedule must not compile
+    a kernel in each step.
+    """
+    for row in table:
+        if len(row.params) > TRITON_PARAMS:
+            raise ValueError(
+                f"activation {row.name!r} has {len(row.params)} parameters, and the kernels in"
+                f" fastjac/kernels take {TRITON_PARAMS}: add one to the kernels of act and"
+                " act_stats, and to TRITON_PARAMS in fastjac/codegen.py"
+            )
+    values = ", ".join(f"p{i}" for i in range(TRITON_PARAMS))
     out = [
         '"""Generated from fastjac/activations.py by fastjac/codegen.py. Do not edit."""',
         "",
@@ -197,12 +212,12 @@ def triton_module(table: Sequence[Any]) -> str:
         "",
         "",
         "@triton.jit",
-        "def phi(z, PARAMS: tl.constexpr, FN: tl.constexpr, K: tl.constexpr):",
+        f"def phi(z, {values}, FN: tl.constexpr, K: tl.constexpr):",
     ]
     for index, row in enumerate(table):
         out.append(f"    {'if' if index == 0 else 'elif'} FN == {index}:  # {row.name}")
         for place, parameter in enumerate(row.params):
-            out.append(f"        {parameter} = tl.full([], PARAMS[{place}], z.dtype)")
+            out.append(f"        {parameter} = tl.full([], p{place}, z.dtype)")
         for order in range(len(row.derivatives)):
             out.append(f"        {'if' if order == 0 else 'elif'} K == {order}:")
             for name, expression in statements(row, order, TRITON):

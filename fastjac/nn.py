@@ -17,7 +17,7 @@ from fastjac.functional import FUNCTIONS
 from fastjac.observers import activate
 from fastjac.ops.act import act
 from fastjac.ops.act_sizes import never
-from fastjac.ops.dispatch import Op
+from fastjac.ops.dispatch import OPS
 
 
 class Act(nn.Module):
@@ -236,7 +236,7 @@ def fuse(model: nn.Module, *, impl: str = "auto") -> nn.Module:
         Act(gelu)
     """
     _check_module(model)
-    known = ("auto", *Op.implementations)
+    known = ("auto", *OPS["act"].implementations)
     if impl not in known:
         raise ValueError(f"impl={impl!r} is not an implementation; choose from {', '.join(known)}")
     replaced: dict[nn.Module, nn.Module] = {}

@@ -13,11 +13,14 @@ import pytest
 import torch
 
 from fastjac.ops import registration
+from fastjac.ops.dispatch import OPS
 
 ROOT = Path(__file__).resolve().parent.parent
-# The ops with CUDA kernels are those that also have Triton kernels.
-SCHEMAS = [schema for name, schema in registration.SCHEMAS.items()
-           if f"{name}_triton" in registration.SCHEMAS]  # fmt: skip
+SCHEMAS = [
+    schema
+    for name, schema in registration.SCHEMAS.items()
+    if (op := OPS.get(name.removesuffix("_backward"))) and "cuda" in op.implementations
+]
 CUDA = ROOT / "csrc/cuda"
 TABLE = ROOT / "build/native/generated"  # holds the generated headers
 needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
@@ -46,13 +49,20 @@ def compile_host(
         "-ltorch_cpu", "-lc10", "-pthread",
     ]  # fmt: skip
 
-    def compile_one(source: Path) -> str:
-        target = out.parent / f"{out.stem}-{source.stem}.o"
-        run([cxx, *compile_flags, "-c", "-x", "c++", str(source), "-o", str(target)])
+    def compile_one(unit: tuple[Path, str]) -> str:
+        source, storage = unit
+        target = out.parent / f"{out.stem}-{source.stem}{storage}.o"
+        dtype = [f"-DFASTJAC_STORAGE={storage}"] if storage else []
+        run([cxx, *compile_flags, *dtype, "-c", "-x", "c++", str(source), "-o", str(target)])
         return str(target)
 
+    units = [(source, "") for source in (*kernels.glob("*.cu"), *sources)]
+    for source, _ in units[:]:
+        if source.stem.endswith("_kernels"):  # as setup.py compiles them
+            units.remove((source, ""))
+            units += [(source, s) for s in ("float", "double", "__nv_bfloat16", "__half")]
     with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(compile_one, [*sorted(kernels.glob("*.cu")), *sources]))
+        objects = list(pool.map(compile_one, units))
     run([cxx, *flags, *link, *objects, *libraries, "-o", str(out)])
 
 

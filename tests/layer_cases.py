@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastjac import reference
 from fastjac.penalties import DREG
@@ -27,6 +29,18 @@ class Model(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.run(self, x)
+
+
+class Counting(TorchDispatchMode):
+    """Counts the operations, which on a GPU are launches, by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
 
 
 def mlp() -> nn.Sequential:

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from layer_cases import Model, check, close, encoder_layer, mlp, recorded
+from layer_cases import Counting, Model, check, close, encoder_layer, mlp, recorded
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 import fastjac
 from fastjac import reference
 from fastjac.nn import ConvAct1d, ConvAct2d, ConvAct3d, LinearAct
+from fastjac.ops import dispatch, native
+from fastjac.ops.dispatch import OPS
+from fastjac.ops.native import triton_interpreted
 from fastjac.penalties import DREG
 
 pytestmark = pytest.mark.usefixtures("double")
@@ -66,6 +70,41 @@ def test_values_and_gradients(case: str, both_ways: str) -> None:
     make, shape = CASES[case]
     model, pairs = make()
     assert check(model, torch.randn(shape), pairs).layers_found == list(pairs)
+
+
+@pytest.fixture(params=["cpu", "reference"])
+def rows(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The implementation that `auto` takes for the row norms; "reference": no library is built."""
+    if request.param == "reference":
+        taken = dispatch.backend
+
+        def backend(name: str) -> native.Backend:
+            return taken(name) if name == "triton" else native.Backend(name, False, "not built")
+
+        monkeypatch.setattr(dispatch, "backend", backend)
+    for cached in (dispatch.why_not, dispatch._select_cached):
+        cached.cache_clear()
+    yield request.param
+    monkeypatch.undo()
+    for cached in (dispatch.why_not, dispatch._select_cached):
+        cached.cache_clear()
+
+
+@pytest.mark.skipif(not triton_interpreted(), reason="needs Triton's interpreter")
+@pytest.mark.parametrize("case", ["sequential", "convolutions"])
+def test_statistic_by_triton(case: str, both_ways: str, rows: str) -> None:
+    """Triton has no row norms: PyTorch computes them on a GPU for which only Triton can compile."""
+    (make, shape), device = CASES[case], torch.device("cpu")
+    model, pairs = make()
+    assert OPS["row_sqnorm"].select("auto", device, torch.float64) == rows
+    model = fastjac.fuse(model, impl="triton")
+    with Counting() as counted:
+        check(model, torch.randn(shape), pairs)
+    assert counted.names["act_stats_triton"] == 2 * len(pairs)
+    assert counted.names["act_stats_backward_triton"] == 2 * len(pairs)
+    for name in ("row_sqnorm", "row_sqnorm_backward"):
+        assert (counted.names[name] > 0) == (rows == "cpu")
+    check(model, torch.randn(shape), pairs, squared=False)
 
 
 @pytest.mark.parametrize(

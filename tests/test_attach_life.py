@@ -12,10 +12,9 @@ from typing import Any
 
 import pytest
 import torch
-from layer_cases import Model, close, encoder_layer, mlp, one_layer
+from layer_cases import Counting, Model, close, encoder_layer, mlp, one_layer
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import fastjac
@@ -392,16 +391,6 @@ def test_accumulated_keeps_nothing_of_a_checkpoint() -> None:
     call = lambda x: penalty(model, x, tangent=torch.ones_like(x))[1]  # noqa: E731
     checkpoint(call, x, use_reentrant=False).backward()
     pickle.dumps(penalty)
-
-
-class Counting(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.names[func.overloadpacket.__name__] += 1
-        return func(*args, **(kwargs or {}))
 
 
 def test_number_of_operations_does_not_grow_with_the_layers(monkeypatch: Any) -> None:

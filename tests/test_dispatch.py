@@ -1,5 +1,6 @@
 """Choice of implementation, and what is reported about it."""
 
+import importlib.util
 import json
 
 import pytest
@@ -44,10 +45,22 @@ def test_explain():
         fastjac.explain("acts")
 
 
+def test_an_op_lists_what_it_has():
+    """Triton has no kernel of row_sqnorm, and nothing else is run in its place."""
+    assert "triton" in fastjac.explain("act") and "triton" not in fastjac.explain("row_sqnorm")
+    message = "'triton' is not an implementation of row_sqnorm; choose from auto, cuda, cpu, ref"
+    with pytest.raises(ValueError, match=message):
+        fastjac.row_sqnorm([torch.ones(2, 3)], impl="triton")
+    (record,) = fastjac.check.run(["row_sqnorm"], ["triton"], ["float32"], ["cpu"])
+    assert record["ok"] is None and record["why_not"] == "row_sqnorm has cuda, cpu, reference"
+
+
 def test_a_library_built_from_another_table_is_refused(monkeypatch):
     monkeypatch.setattr(native, "table_hash", lambda: "other")
     backend = native._library("cpu")
     assert backend.built and not backend.runs and "another activation table" in backend.why_not
+    if importlib.util.find_spec("triton"):
+        assert "another activation table" in native._triton().why_not
 
 
 def test_a_library_that_does_not_load_keeps_the_reason(monkeypatch, tmp_path):

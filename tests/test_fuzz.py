@@ -154,7 +154,7 @@ def layer(rng: Random) -> Case:
 
     def call(x, weight, bias):
         z = z_of(x.detach(), weight.detach(), None if bias is None else bias.detach())
-        rest = LayerActOptions(options, scale, IDS[fn], params, "", "cpu")
+        rest = LayerActOptions(options, scale, IDS[fn], params, "", "cpu", "cpu")
         return layer_act(x, weight, bias, z, tuple(rest))
 
     def truth(x, weight, bias):

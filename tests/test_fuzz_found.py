@@ -88,7 +88,6 @@ def test_raw_ops_refuse(call, message):
         (lambda: OPS.act_backward_triton(Z, Z, Z, 3, *GELU), "order must be 0 to 2"),
         (lambda: OPS.act_triton(Z, None, 0, -1, ()), "no activation with id -1"),
         (lambda: OPS.act_triton(Z, None, 0, 0, (1.0,)), "has 0 parameters, got 1"),
-        (lambda: OPS.row_sqnorm_triton([Z.long()]), "not torch.int64"),
         (lambda: OPS.softmax_residual_backward_triton(Z.long(), Z.long()), "not torch.int64"),
     ),
 )  # fmt: skip

@@ -6,7 +6,6 @@ levels, the counters, and memory next to the operands.
 
 import importlib
 import itertools
-import sys
 from typing import NamedTuple
 
 import pytest
@@ -70,13 +69,6 @@ LAYOUTS |= {
 for columns, offset in ((16, 0), (16, 1), (16, 4), (12, 0), (12, 2), (10, 0), (10, 2), (9, 3)):
     LAYOUTS[f"[N, C] of {columns} from {offset}"] = Layout((7, columns), 1, None, offset)
     LAYOUTS[f"[N, C, P] of {columns} from {offset}"] = Layout((3, 5, columns), 1, None, offset)
-
-
-@pytest.fixture(autouse=True)
-def counters_return_to_zero():
-    yield
-    module = sys.modules.get("fastjac.kernels.act_stats")
-    assert module is None or not any(c.any() for c in module._counters.values())
 
 
 def operands(kernels, layout, dtype):
@@ -247,7 +239,7 @@ def test_split_strips(kernels, case, module, monkeypatch):
         samples, channels, positions, positions == 1, statistic == SAMPLE, True, module.TILE,
         module.PROGRAMS,
     )  # fmt: skip
-    assert -(-at.steps // at.run) > module.GROUP.value
+    assert at.splits > module.GROUP.value
     assert (at.channels > 0) == (case == "columns of samples")
 
     args = *operands(kernels, Layout(shape, dim), torch.float32), dim, statistic, 0.3
@@ -268,8 +260,6 @@ def test_sums_are_no_worse_than_pairwise(kernels):
     z = torch.ones(8192, 8, device=DEVICE)
     _, s = kernels.act_stats(z, w, 1, False, 1.0, IDS["relu"], ())
     assert relative_error(s, w.double().sum().expand(8)) < 1e-6
-    r = kernels.row_sqnorm([torch.full((1, 150_000), 1.1, device=DEVICE)])
-    assert relative_error(r, 150_000 * torch.tensor([1.1]).double() ** 2) < 1e-6
 
 
 @pytest.mark.parametrize("n", [1, 10, 1000, 10**6, 10**8])
@@ -282,5 +272,5 @@ def test_runs_are_short_and_programs_enough(kernels, n, p, module):
         sizes = module.TILE, module.PROGRAMS
         at = module._strips(n, 64, p, inner, per_sample, n < 10**6, *sizes)
         assert at.run <= module.LONGEST_RUN
-        programs = at.tiles * -(-at.steps // at.run)
+        programs = at.tiles * at.splits
         assert programs >= min(at.tiles * at.steps // module.SHORT_RUN, module.PROGRAMS // 2)

@@ -100,12 +100,13 @@ def _compare(
     op: str, impls: list[str], dtype: torch.dtype, device: str, labels: list[str]
 ) -> Iterator[dict[str, Any]]:
     blank = dict.fromkeys(("error", "worst_output", "eager_error", "tolerance", "ok", "why_not"))
-    able = []
-    for impl in OPS[op].implementations:
-        reason = why_not(impl, device, dtype)
-        if impl in impls and reason is None:
+    able, has = [], OPS[op].implementations
+    for impl in impls:
+        named = f"{op} has {', '.join(has)}"
+        reason = why_not(impl, device, dtype) if impl in has else named
+        if reason is None:
             able.append(impl)
-        elif impl in impls:
+        else:
             yield {**blank, "example": "all", "impl": impl, "why_not": reason}
     for example in OPS[op].examples():
         if example.label not in labels:

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastjac.activations import KERNEL_ROWS, MAX_ORDER
+from fastjac.codegen import TRITON_PARAMS
 from fastjac.kernels._phi import phi
 from fastjac.ops.dispatch import FLOAT_DTYPES
 from fastjac.ops.registration import check_like
@@ -35,34 +36,46 @@ def times(slope, g, ZEROS: tl.constexpr):
 
 
 @triton.jit
+def aligned(count, ALIGNED: tl.constexpr):
+    # Triton would compile a kernel for counts of 1, one for multiples of 16 and one for others, and
+    # that for each count. The kernels here get one flag instead. With it the compiler sees that a
+    # mask is the same for 16 neighbours, which 16-byte accesses need.
+    return count // 16 * 16 if ALIGNED else count
+
+
+@triton.jit(do_not_specialize=["numel"])
 def act_kernel(
     z_ptr, g_ptr, out_ptr, numel,
-    PARAMS: tl.constexpr, FN: tl.constexpr, K: tl.constexpr,
-    ZEROS: tl.constexpr, HAS_G: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr,
+    p0: tl.float64, p1: tl.float64, p2: tl.float64, p3: tl.float64,
+    FN: tl.constexpr, K: tl.constexpr, ZEROS: tl.constexpr, HAS_G: tl.constexpr,
+    ALIGNED: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    numel = aligned(numel, ALIGNED)
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = offsets < numel
     z = tl.load(z_ptr + offsets, inside, other=0.0).to(COMPUTE)
-    out = tl.zeros([BLOCK], COMPUTE) + phi(z, PARAMS, FN, K)
+    out = tl.zeros([BLOCK], COMPUTE) + phi(z, p0, p1, p2, p3, FN, K)
     if HAS_G:
         g = tl.load(g_ptr + offsets, inside, other=0.0).to(COMPUTE)
         out = times(out, g, ZEROS)
     tl.store(out_ptr + offsets, out.to(out_ptr.dtype.element_ty), inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["numel"])
 def act_backward_kernel(
     z_ptr, g_ptr, v_ptr, grad_z_ptr, grad_g_ptr, numel,
-    PARAMS: tl.constexpr, FN: tl.constexpr, K: tl.constexpr,
-    ZEROS: tl.constexpr, ZEROS_NEXT: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr,
+    p0: tl.float64, p1: tl.float64, p2: tl.float64, p3: tl.float64,
+    FN: tl.constexpr, K: tl.constexpr, ZEROS: tl.constexpr, ZEROS_NEXT: tl.constexpr,
+    ALIGNED: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    numel = aligned(numel, ALIGNED)
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = offsets < numel
     z = tl.load(z_ptr + offsets, inside, other=0.0).to(COMPUTE)
     g = tl.load(g_ptr + offsets, inside, other=0.0).to(COMPUTE)
     v = tl.load(v_ptr + offsets, inside, other=0.0).to(COMPUTE)
-    grad_z = times(phi(z, PARAMS, FN, K + 1), g * v, ZEROS_NEXT)
-    grad_g = times(phi(z, PARAMS, FN, K), v, ZEROS)
+    grad_z = times(phi(z, p0, p1, p2, p3, FN, K + 1), g * v, ZEROS_NEXT)
+    grad_g = times(phi(z, p0, p1, p2, p3, FN, K), v, ZEROS)
     tl.store(grad_z_ptr + offsets, grad_z.to(grad_z_ptr.dtype.element_ty), inside)
     tl.store(grad_g_ptr + offsets, grad_g.to(grad_g_ptr.dtype.element_ty), inside)
 
@@ -92,6 +105,11 @@ def check_activation(fn: int, params: Sequence[float], order: int, most: int) ->
         raise RuntimeError(f"fastjac: order must be 0 to {most}, got {order}")
 
 
+def padded(params: Sequence[float]) -> tuple[float, ...]:
+    """The arguments ``p0, p1, …`` of a kernel."""
+    return (*params, *(0.0,) * (TRITON_PARAMS - len(params)))
+
+
 def act(z: Tensor, g: Tensor | None, order: int, fn: int, params: list[float]) -> Tensor:
     check_activation(fn, params, order, MAX_ORDER)
     check_like(g, z, "g")
@@ -101,9 +119,9 @@ def act(z: Tensor, g: Tensor | None, order: int, fn: int, params: list[float]) -
     z_dense = with_strides_of(z, out)
     g_dense = z_dense if g is None else with_strides_of(g, out)
     numel = z.numel()
-    act_kernel[(triton.cdiv(numel, BLOCK),)](
-        z_dense, g_dense, out, numel, tuple(params), fn, order,
-        ZEROS=ZEROS[fn][order], HAS_G=g is not None,
+    act_kernel[(-(-numel // BLOCK),)](
+        z_dense, g_dense, out, numel, *padded(params), fn, order,
+        ZEROS=ZEROS[fn][order], HAS_G=g is not None, ALIGNED=numel % 16 == 0,
         COMPUTE=compute_dtype(z.dtype), BLOCK=BLOCK, num_warps=WARPS,
     )  # fmt: skip
     return out
@@ -120,9 +138,9 @@ def act_backward(
         return grad_z, grad_g
     dense = [with_strides_of(t, grad_z) for t in (z, g, v)]
     numel = z.numel()
-    act_backward_kernel[(triton.cdiv(numel, BLOCK),)](
-        *dense, grad_z, grad_g, numel, tuple(params), fn, order,
-        ZEROS=ZEROS[fn][order], ZEROS_NEXT=ZEROS[fn][order + 1],
+    act_backward_kernel[(-(-numel // BLOCK),)](
+        *dense, grad_z, grad_g, numel, *padded(params), fn, order,
+        ZEROS=ZEROS[fn][order], ZEROS_NEXT=ZEROS[fn][order + 1], ALIGNED=numel % 16 == 0,
         COMPUTE=compute_dtype(z.dtype), BLOCK=BLOCK, num_warps=WARPS,
     )  # fmt: skip
     return grad_z, grad_g

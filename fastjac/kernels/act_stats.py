@@ -1,6 +1,7 @@
 """Triton kernels of `fastjac.act_stats` and its backward; see `fastjac.ops.act_stats`.
 
-A call is one launch. The memory of the tensor is treated as a matrix. Each program processes a
+A call is one launch; if strips are split (`Strips.run`), a second one sets counters to zero before
+it. The memory of the tensor is treated as a matrix. Each program processes a
 strip of tiles [ROWS, COLS] and sums along one axis of the matrix:
 
     statistic     channels inner [N, P, C]     channels outer [N, C, P]
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -23,7 +25,15 @@ import triton.language as tl
 from torch import Tensor
 
 from fastjac.kernels._phi import phi
-from fastjac.kernels.act import ZEROS, check_activation, compute_dtype, times, with_strides_of
+from fastjac.kernels.act import (
+    ZEROS,
+    aligned,
+    check_activation,
+    compute_dtype,
+    padded,
+    times,
+    with_strides_of,
+)
 from fastjac.ops.act_stats import BIAS, CHANNEL, NONE, SAMPLE, check_channels
 from fastjac.ops.dispatch import accumulate_dtype
 from fastjac.ops.registration import check_like
@@ -41,8 +51,7 @@ LARGEST_SORT = 4096
 # If a channel has at least so many positions (or a position so many channels), they are processed
 # separately, which saves the division that computes the channel of each element.
 LEAST_PLANE = 128
-# The largest number of elements that is counted in int32. Lanes after the end of the last tile must
-# not overflow either.
+# The largest offset that is computed in int32. Lanes after the end of the last tile count too.
 MOST_INT32 = 2**30
 # A strip of so few tiles is not split, because a barrier, an atomic and a read wait for memory as
 # often as the tiles do.
@@ -52,16 +61,18 @@ LONGEST_RUN = 64
 # The number of partial sums that one program adds. More are added in two levels. Otherwise a single
 # program would read the 2048 partial sums of a tall, narrow matrix.
 GROUP = tl.constexpr(64)
+# The integers of the kernel. One variant serves all of them, so that a batch of another size does
+# not compile.
+SIZES = [
+    "outs", "rows", "columns", "row_stride", "plane_stride", "period", "run", "steps", "splits",
+]  # fmt: skip
 
 
 @triton.jit
 def arrives_last(counter, count):
     # The barrier orders the stores of all threads before the atomic of one thread.
     tl.debug_barrier()
-    last = tl.atomic_add(counter, 1, sem="acq_rel") == count - 1
-    if last:
-        tl.store(counter, 0)
-    return last
+    return tl.atomic_add(counter, 1, sem="acq_rel") == count - 1
 
 
 @triton.jit
@@ -111,18 +122,24 @@ def finish(
                     tl.store(sums_ptr + out, (total * scale).to(scale.dtype), inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def act_stats_kernel(
     z_ptr, g_ptr, out_ptr, kept_ptr, summed_ptr, sums_ptr, partial_ptr, counters_ptr,
     outs, rows, columns, row_stride, plane_stride, period, run, steps, splits,
     factor: tl.float64, scale: tl.float64,
-    PARAMS: tl.constexpr, FN: tl.constexpr, BACKWARD: tl.constexpr,
+    p0: tl.float64, p1: tl.float64, p2: tl.float64, p3: tl.float64,
+    FN: tl.constexpr, BACKWARD: tl.constexpr,
     ZEROS: tl.constexpr, ZEROS_NEXT: tl.constexpr, HAS_G: tl.constexpr,
     HAS_KEPT: tl.constexpr, HAS_SUMMED: tl.constexpr,
     ALONG: tl.constexpr, TERM: tl.constexpr, WEIGHT: tl.constexpr,
-    SPLIT: tl.constexpr, COMPUTE: tl.constexpr, INDEX: tl.constexpr,
+    SPLIT: tl.constexpr, COMPUTE: tl.constexpr, INDEX: tl.constexpr, ALIGNED: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
+    row_stride, plane_stride = aligned(row_stride, ALIGNED), aligned(plane_stride, ALIGNED)
+    if ALONG == "columns":
+        outs = aligned(outs, ALIGNED)
+    else:
+        columns = aligned(columns, ALIGNED)
     OUT: tl.constexpr = COLS if ALONG == "columns" else ROWS
     KEPT_AXIS: tl.constexpr = 0 if ALONG == "columns" else 1
     tiles = tl.cdiv(outs, OUT)
@@ -140,7 +157,7 @@ def act_stats_kernel(
         step = tl.full([], i, INDEX)
         if ALONG == "columns":
             row = step * ROWS + tl.arange(0, ROWS)
-            summed_at = (row if CHANNELS > 0 else row // period)[:, None]
+            summed_at = (row // period if WEIGHT == "divide" else row)[:, None]
             inside_summed = (row < rows)[:, None]
             inside_weight = inside_summed
             at = row[:, None] * row_stride + out[None, :]
@@ -162,17 +179,17 @@ def act_stats_kernel(
             at = plane * plane_stride + out[:, None] * row_stride + column[None, :]
         inside = inside_summed & tl.expand_dims(inside_out, KEPT_AXIS)
         z = tl.load(z_ptr + at, inside, other=0.0).to(COMPUTE)
-        slope = tl.zeros([ROWS, COLS], COMPUTE) + phi(z, PARAMS, FN, 1)
+        slope = tl.zeros([ROWS, COLS], COMPUTE) + phi(z, p0, p1, p2, p3, FN, 1)
         if HAS_SUMMED:
             summed = tl.load(summed_ptr + summed_at, inside_weight, other=0.0)
         if BACKWARD:
             strength = weight * summed if HAS_SUMMED else weight
-            result = times(phi(z, PARAMS, FN, 2), strength * slope, ZEROS_NEXT)
+            result = times(phi(z, p0, p1, p2, p3, FN, 2), strength * slope, ZEROS_NEXT)
             if HAS_G:
                 g = tl.load(g_ptr + at, inside, other=0.0).to(COMPUTE)
                 result += times(slope, g, ZEROS)
         else:
-            result = tl.zeros([ROWS, COLS], COMPUTE) + phi(z, PARAMS, FN, 0)
+            result = tl.zeros([ROWS, COLS], COMPUTE) + phi(z, p0, p1, p2, p3, FN, 0)
         tl.store(out_ptr + at, result.to(out_ptr.dtype.element_ty), inside)
         if TERM != "none":
             term = result if TERM == "results" else slope * slope
@@ -194,25 +211,6 @@ def act_stats_kernel(
                 sums, out, inside_out, sums_ptr, partial_ptr, counters_ptr,
                 outs, tile, split, splits, scale, OUT, SPLIT, INDEX,
             )  # fmt: skip
-
-
-_counters: dict[tuple[torch.device, int], Tensor] = {}
-
-
-def zeroed_counters(count: int, device: torch.device) -> Tensor:
-    """Counters that are zero before and after a launch. The launches of a stream share them."""
-    if device.type == "cuda":
-        if torch.cuda.is_current_stream_capturing():
-            # A graph needs its own counters, because it may be replayed on any stream.
-            return torch.zeros(count, dtype=torch.int32, device=device)
-        key = (device, torch.cuda.current_stream(device).cuda_stream)
-    else:
-        key = (device, 0)
-    kept = _counters.get(key)
-    if kept is None or kept.numel() < count:
-        size = triton.next_power_of_2(max(count, 1024))
-        kept = _counters[key] = torch.zeros(size, dtype=torch.int32, device=device)
-    return kept
 
 
 def _layout(t: Tensor, dim: int) -> tuple[int, int, int, bool] | None:
@@ -239,31 +237,64 @@ class Strips:
     columns: int
     row_stride: int
     tile: tuple[int, int]
-    programs: int  # the number of programs, if the strips are long enough
+    most: int  # the number of programs that strips are split into
     planes: int = 1  # matrices that are summed one after the other in a strip of rows
     plane_stride: int = 0
-    weight: str = (
-        "row"  # how the index of the weight of a term is computed from that of the element
-    )
+    # The index of the weight of a term: the "row", "plane" or "column" of the element, or, of what
+    # is along the strip, the place that is left after "divide" or "modulo" by the period.
+    weight: str = "row"
     period: int = 1
     channels: int = 0  # of tiles that contain whole samples
 
-    @property
+    @functools.cached_property
     def tiles(self) -> int:
-        return triton.cdiv(self.outs, self.tile[self.along == "columns"])
+        return -(-self.outs // self.tile[self.along == "columns"])
 
-    @property
+    @functools.cached_property
     def steps(self) -> int:
         if self.along == "columns":
-            return triton.cdiv(self.rows, self.tile[0])
-        return self.planes * triton.cdiv(self.columns, self.tile[1])
+            return -(-self.rows // self.tile[0])
+        return self.planes * -(-self.columns // self.tile[1])
 
-    @property
+    @functools.cached_property
     def run(self) -> int:
         if self.steps <= SHORT_RUN:
             return self.steps
-        most = triton.cdiv(self.programs, self.tiles), triton.cdiv(self.steps, LONGEST_RUN)
-        return triton.cdiv(self.steps, min(self.steps, max(most)))
+        most = -(-self.most // self.tiles), -(-self.steps // LONGEST_RUN)
+        return -(-self.steps // min(self.steps, max(most)))
+
+    @functools.cached_property
+    def splits(self) -> int:
+        return -(-self.steps // self.run)
+
+    @functools.cached_property
+    def groups(self) -> int:
+        return -(-self.splits // GROUP.value)
+
+    @functools.cached_property
+    def index(self) -> tl.dtype:
+        """The type of the offsets, which go one tile beyond the end."""
+        elements = self.rows * self.planes * self.columns
+        reach = elements + self.tile[0] * self.row_stride + self.tile[1]
+        return tl.int32 if reach <= MOST_INT32 else tl.int64
+
+    @functools.cached_property
+    def sizes(self) -> tuple[int, ...]:
+        return (
+            self.outs, self.rows, self.columns, self.row_stride, self.plane_stride, self.period,
+            self.run, self.steps, self.splits,
+        )  # fmt: skip
+
+    @functools.cached_property
+    def constants(self) -> dict[str, Any]:
+        """Those of the compiled kernel that follow from the sizes."""
+        # All strides are multiples of what lies one after the other in memory.
+        count = self.outs if self.along == "columns" else self.columns
+        return {
+            "ALONG": self.along, "WEIGHT": self.weight, "ALIGNED": count % 16 == 0,
+            "INDEX": self.index, "ROWS": self.tile[0], "COLS": self.tile[1],
+            "CHANNELS": self.channels,
+        }  # fmt: skip
 
 
 @functools.lru_cache(maxsize=1024)
@@ -272,10 +303,12 @@ def _strips(
 ) -> Strips:
     """``size``: elements of a tile."""
 
-    def tile(rows: int, columns: int, widest: int) -> tuple[int, int]:
-        rows, columns = triton.next_power_of_2(rows), triton.next_power_of_2(columns)
-        tile_rows = min(rows, max(1, size // min(columns, widest)))
-        return tile_rows, min(columns, size // tile_rows)  # wider if there are few rows
+    def tile(columns: int, widest: int) -> tuple[int, int]:
+        # The same for each number of rows, because a tile for each power of two would be as many
+        # compiled kernels, and the rows follow from the batch.
+        columns = triton.next_power_of_2(columns)
+        tile_rows = max(1, size // min(columns, widest))
+        return tile_rows, min(columns, size // tile_rows)
 
     if per_sample:
         planes, columns, weight = (p, c, "column") if inner else (c, p, "plane")
@@ -283,15 +316,21 @@ def _strips(
         if planes > 1 and not (weighted and columns >= LEAST_PLANE):
             planes, columns = 1, c * p
             weight, period = ("modulo", c) if inner else ("divide", p)
-        at = tile(n, columns, ROW_TILE)
+        at = tile(columns, ROW_TILE)
         return Strips("rows", n, n, columns, c * p, at, programs, planes, columns, weight, period)
     if inner:
-        return Strips("columns", c, n * p, c, c, tile(n * p, c, COLUMN_TILE), programs, period=p)
+        weight = "row" if p == 1 else "divide"
+        at = tile(c, COLUMN_TILE)
+        return Strips("columns", c, n * p, c, c, at, programs, weight=weight, period=p)
     sample, channels = triton.next_power_of_2(c * p), triton.next_power_of_2(c)
     if sample <= size and sample * channels <= LARGEST_SORT:
-        at = tile(n, sample, sample)
+        at = tile(sample, sample)
         return Strips("columns", c * p, n, c * p, c * p, at, programs, period=p, channels=channels)
-    return Strips("rows", c, c, p, p, tile(c, p, ROW_TILE), programs, n, c * p, "plane")
+    at = tile(p, ROW_TILE if c > 1 else size)
+    return Strips("rows", c, c, p, p, at, programs, n, c * p, "plane")
+
+
+TERMS = {NONE: "none", CHANNEL: "squares", SAMPLE: "squares", BIAS: "results"}
 
 
 def _check(w: Tensor | None, size: int, z: Tensor) -> Tensor | None:
@@ -307,7 +346,7 @@ def _check(w: Tensor | None, size: int, z: Tensor) -> Tensor | None:
 
 
 def _launch(z, g, w_sample, w_channel, dim, statistic, scale, fn, params, backward):
-    if statistic not in (NONE, CHANNEL, SAMPLE, BIAS):
+    if statistic not in TERMS:
         raise RuntimeError(f"fastjac: statistic must be 0 to 3, got {statistic}")
     check_activation(fn, params, 0, 0)
     check_channels(z, dim)
@@ -331,30 +370,24 @@ def _launch(z, g, w_sample, w_channel, dim, statistic, scale, fn, params, backwa
     per_sample = statistic == SAMPLE
     tile = TILE if z.element_size() < 8 else TILE // 2
     at = _strips(n, c, p, inner, per_sample, w_channel is not None, tile, PROGRAMS)
-    run, tiles = at.run, at.tiles
-    splits = triton.cdiv(at.steps, run)
-    split = statistic != NONE and splits > 1
     sums = torch.empty(size, **options)
     partial = counters = sums
+    split = statistic != NONE and at.splits > 1
+    if split:
+        partial = torch.empty((at.splits + at.groups) * size, **options)
+        # Not kept for the next launch: a CUDA graph, another stream or a memory pool of somebody
+        # else may own the memory then, and one counter that is not zero makes the sums wrong.
+        counters = torch.zeros(at.tiles * (at.groups + 1), dtype=torch.int32, device=z.device)
     kept, summed = (w_sample, w_channel) if per_sample else (w_channel, w_sample)
-    with torch.cuda.device_of(z):
-        if split:
-            groups = triton.cdiv(splits, GROUP.value)
-            partial = torch.empty((splits + groups) * size, **options)
-            counters = zeroed_counters(tiles * (groups + 1), z.device)
-        act_stats_kernel[(tiles * splits,)](
-            z, g_dense, result, sums if kept is None else kept, sums if summed is None else summed,
-            sums, partial, counters,
-            at.outs, at.rows, at.columns, at.row_stride, at.plane_stride, at.period, run, at.steps,
-            splits, 2 * scale, 1.0 if statistic == BIAS else scale, tuple(params), fn, backward,
-            ZEROS=ZEROS[fn][1], ZEROS_NEXT=ZEROS[fn][2], HAS_G=g is not None,
-            HAS_KEPT=kept is not None, HAS_SUMMED=summed is not None,
-            ALONG=at.along, TERM={NONE: "none", BIAS: "results"}.get(statistic, "squares"),
-            WEIGHT=at.weight, SPLIT=split,
-            COMPUTE=compute_dtype(z.dtype),
-            INDEX=tl.int32 if z.numel() <= MOST_INT32 else tl.int64,
-            ROWS=at.tile[0], COLS=at.tile[1], CHANNELS=at.channels, num_warps=WARPS,
-        )  # fmt: skip
+    act_stats_kernel[(at.tiles * at.splits,)](
+        z, g_dense, result, sums if kept is None else kept, sums if summed is None else summed,
+        sums, partial, counters, *at.sizes, 2 * scale, 1.0 if statistic == BIAS else scale,
+        *padded(params), fn, backward,
+        ZEROS=ZEROS[fn][1], ZEROS_NEXT=ZEROS[fn][2], HAS_G=g is not None,
+        HAS_KEPT=kept is not None, HAS_SUMMED=summed is not None, TERM=TERMS[statistic],
+        SPLIT=split, COMPUTE=compute_dtype(z.dtype),
+        num_warps=WARPS, **at.constants,
+    )  # fmt: skip
     return result, sums
 
 

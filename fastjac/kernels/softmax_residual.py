@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastjac.kernels.act import compute_dtype
+from fastjac.kernels.act import aligned, compute_dtype
 
 MOST_COLUMNS = 4096  # the largest number of columns that are read at once
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["columns"])
 def softmax_kernel(
-    logits_ptr, other_ptr, out_ptr, columns,
-    BACKWARD: tl.constexpr, COMPUTE: tl.constexpr, COLS: tl.constexpr,
+    logits_ptr, other_ptr, out_ptr, columns, BACKWARD: tl.constexpr,
+    ALIGNED: tl.constexpr, COMPUTE: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
+    columns = aligned(columns, ALIGNED)
     row = tl.program_id(0).to(tl.int64)
     offset = row * columns
     place = tl.arange(0, COLS)
@@ -55,18 +58,25 @@ def softmax_kernel(
         tl.store(out_ptr + offset + start + place, p.to(out_ptr.dtype.element_ty), inside)
 
 
+@functools.lru_cache(maxsize=256)
+def _tile(columns: int, size: int) -> tuple[int, int]:
+    """The columns that are read at once, and the number of warps."""
+    cols = min(triton.next_power_of_2(columns), MOST_COLUMNS)
+    # At most 16 columns per thread: with 32, the backward in float32 spills 12 bytes on sm_80. At
+    # most 8 in float64: with 16, the backward spills 8 bytes on sm_90 (Triton 3.6).
+    return cols, 1 if cols <= 256 else max(4, cols // (256 if size == 8 else 512))
+
+
 def _launch(logits: Tensor, other: Tensor, backward: bool) -> Tensor:
     z = logits.contiguous()
     out = torch.empty_like(z)
     rows, columns = z.shape
     if rows == 0:
         return out
-    cols = min(triton.next_power_of_2(columns), MOST_COLUMNS)
-    # At most 16 columns per thread: with 32, the backward in float32 spills 12 bytes on sm_80.
-    num_warps = 1 if cols <= 256 else max(4, cols // 512)
+    cols, num_warps = _tile(columns, z.element_size())
     softmax_kernel[(rows,)](
         z, other.contiguous(), out, columns,
-        BACKWARD=backward, COMPUTE=compute_dtype(z.dtype), COLS=cols,
+        BACKWARD=backward, ALIGNED=columns % 16 == 0, COMPUTE=compute_dtype(z.dtype), COLS=cols,
         num_warps=num_warps,
     )  # fmt: skip
     return out

@@ -33,7 +33,7 @@ from fastjac.ops.act_stats import (
 )
 from fastjac.ops.autograd import Function
 from fastjac.ops.registration import raw
-from fastjac.ops.row_sqnorm import add_to, alike, composed_rows, plus_rows
+from fastjac.ops.row_sqnorm import add_to, alike, composed_rows, plus_rows, rows_of
 from fastjac.torch_private import below_autograd
 
 # Of a convolution: stride, padding, dilation, transposed, output_padding, groups.
@@ -49,7 +49,7 @@ class LayerActOptions(NamedTuple):
     params: tuple[float, ...]
     suffix: str
     impl: str
-    rows: bool = True  # whether to return v; False for s
+    rows: str  # the implementation that computes r; empty: return s instead of v
 
 
 @torch.compiler.allow_in_graph
@@ -78,7 +78,7 @@ class _LayerAct(Function):
         conv, scale, fn, params, suffix, _, rows = layer
         dim = z.dim() - 1 if conv is None else 1
         with below_autograd():
-            r = raw("row_sqnorm" + suffix)([weight]) if rows else None
+            r = rows_of([weight], rows) if rows else None
             a, s = raw("act_stats" + suffix)(z, None, dim, False, scale, fn, params)
         ctx.layer = layer
         ctx.set_materialize_grads(False)
@@ -116,23 +116,23 @@ class _LayerAct(Function):
             grad_b = None
         if c is None or conv is not None or weight.dtype != grad_z.dtype:
             grad_x, grad_w, _ = _layer_backward(grad_z, x, weight, bias, conv, needs)
-            return grad_x, _add_rows(grad_w, weight, c, suffix), grad_b, None, None
+            return grad_x, _add_rows(grad_w, weight, c, rows), grad_b, None, None
         # The GEMM adds its product to 2 c W while that is in the cache. This costs half of a pass
         # over ∂W after the GEMM (784-4×512-10, batch 128: +0.09 ms a step against +0.21).
         grad_w = torch.empty_like(weight)
-        add_to([grad_w], [weight], c, suffix, add=False)
+        add_to([grad_w], [weight], c, rows, add=False)
         grad_w.addmm_(_flat(grad_z).t(), _flat(x))
         del x
         return grad_z.matmul(weight) if needs[0] else None, grad_w, grad_b, None, None
 
 
-def _add_rows(grad: Tensor | None, weight: Tensor, c: Tensor | None, suffix: str) -> Tensor | None:
+def _add_rows(grad: Tensor | None, weight: Tensor, c: Tensor | None, impl: str) -> Tensor | None:
     """``grad + 2 c W``, computed in place where the memory layouts agree."""
     if grad is None or c is None:
         return grad
     if not alike(grad, weight):
         return plus_rows(grad, c, weight)
-    add_to([grad], [weight], c, suffix, add=True)
+    add_to([grad], [weight], c, impl, add=True)
     return grad
 
 

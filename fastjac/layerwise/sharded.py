@@ -22,7 +22,7 @@ from fastjac import torch_private
 from fastjac.distributed import active, is_dtensor
 from fastjac.layerwise.layers import LayerCall, Nonlinearity
 from fastjac.ops.dispatch import accumulate_dtype
-from fastjac.ops.row_sqnorm import row_sqnorm
+from fastjac.ops.row_sqnorm import or_auto, row_sqnorm
 
 # ---- FSDP2
 
@@ -136,7 +136,7 @@ def row_norms(call: LayerCall, impl: str = "auto") -> Any:
     weight: Any = call.weight
     if not call.layer.linear:
         raise refused(call, "only Linear layers support that: do not parallelize this layer")
-    (rows,) = row_sqnorm([weight.to_local()], impl=impl)
+    (rows,) = row_sqnorm([weight.to_local()], impl=or_auto(impl))
     placements = [Partial() if p.is_shard(1) else p for p in weight.placements]
     norms = DTensor.from_local(
         rows,

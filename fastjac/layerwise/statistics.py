@@ -31,7 +31,7 @@ from fastjac.layerwise.passes import Pass, Term
 from fastjac.ops.act_stats import act_stats
 from fastjac.ops.dispatch import OPS, accumulate_dtype
 from fastjac.ops.registration import suffix_of
-from fastjac.ops.row_sqnorm import row_sqnorm, rows_in_memory, tapped
+from fastjac.ops.row_sqnorm import or_auto, row_sqnorm, rows_in_memory, tapped
 from fastjac.torch_private import saved_tensor_hooks
 
 NO_GAIN = Gain()
@@ -99,7 +99,7 @@ def at_layer(
         # Only for the same weight, and not in a checkpoint, which would have to recompute the tap.
         if tap is not None and tap[0] == identity(weight) and saved_tensor_hooks() is None:
             weight, r = tap[1:]
-            options = options._replace(rows=False)
+            options = options._replace(rows="")
         run = layer_act if seen.compiling else apply_layer_act
         a, v = run(call.x, weight, call.layer.module.bias, call.z.detach(), options)
         seen.whole.append(call.layer)
@@ -169,8 +169,8 @@ def norms_of_rows_at_once(seen: Pass) -> None:
     }
     if not weights:
         return
-    suffix = suffix_of(OPS["row_sqnorm"].select("auto", *reversed(kind)))
-    rows, views = tapped(list(weights.values()), suffix)
+    impl = OPS["row_sqnorm"].select("auto", first.device, first.dtype)
+    rows, views = tapped(list(weights.values()), impl)
     seen.taps = {
         layer: (identity(w), view, r)
         for (layer, w), view, r in zip(weights.items(), views, rows, strict=True)
@@ -190,7 +190,8 @@ def totals(terms: Sequence[Statistic], wanted: Wanted) -> list[Tensor]:
         product = torch.cat([t.result for t in group])
         if wanted.use_weight:
             missing = [t for t in group if t.r is None]
-            rows = row_sqnorm([t.call.rows for t in missing], impl=kind[1]) if missing else []
+            impl = or_auto(kind[1])
+            rows = row_sqnorm([t.call.rows for t in missing], impl=impl) if missing else []
             for t, r in zip(missing, rows, strict=True):
                 t.r = r
             product = product * torch.cat([t.r for t in group if t.r is not None])
@@ -217,7 +218,7 @@ def _rows(call: LayerCall, impl: str, gain: Gain, wanted: Wanted) -> Tensor | No
     """``k² ‖W_c‖²`` of each channel; None for 1."""
     if not wanted.use_weight:
         return None
-    (rows,) = row_sqnorm([call.rows], impl=impl)
+    (rows,) = row_sqnorm([call.rows], impl=or_auto(impl))
     rows = rows.to(accumulate_dtype(call.z.dtype))
     factor = gain.channel()
     return rows if factor is None else rows * factor
@@ -257,7 +258,9 @@ def _layer_act_options(
         return None
     params = get(phi.fn).param_values(phi.params)
     conv = conv_options(call.layer.module)
-    return LayerActOptions(conv, 1.0, IDS[phi.fn], params, suffix_of(impl), impl)
+    weight = call.weight
+    rows = OPS["row_sqnorm"].select(or_auto(phi.impl), weight.device, weight.dtype)
+    return LayerActOptions(conv, 1.0, IDS[phi.fn], params, suffix_of(impl), impl, rows)
 
 
 def _after_batch_norm(seen: Pass, call: LayerCall, phi: Nonlinearity, wanted: Wanted) -> bool:

@@ -52,11 +52,15 @@ class Example:
 class Op:
     """A fused op: its name, its examples and its implementations in order of preference."""
 
-    implementations = ("cuda", "triton", "cpu", "reference")
-
-    def __init__(self, name: str, examples: Callable[[], Iterator[Example]]) -> None:
+    def __init__(
+        self,
+        name: str,
+        examples: Callable[[], Iterator[Example]],
+        implementations: tuple[str, ...] = ("cuda", "triton", "cpu", "reference"),
+    ) -> None:
         self.name = name
         self.examples = examples
+        self.implementations = implementations
         OPS[name] = self
 
     def select(self, impl: str, device: torch.device, dtype: torch.dtype) -> str:

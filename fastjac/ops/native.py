@@ -74,6 +74,9 @@ def _triton() -> Backend:
     if not (_PACKAGE / "kernels" / "_phi.py").exists():
         why = "the Triton functions are not generated: reinstall fastjac"
         return Backend("triton", False, why, details)
+    if build_info().get("table_hash") != table_hash():  # other ids for the same functions
+        why = "the Triton functions are those of another activation table: reinstall fastjac"
+        return Backend("triton", True, why, details)
     if not triton_interpreted() and not torch.cuda.is_available():
         why = "torch cannot find a GPU (TRITON_INTERPRET=1 runs the kernels slowly on the CPU)"
         return Backend("triton", True, why, details)

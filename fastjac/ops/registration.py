@@ -44,8 +44,9 @@ def register(
         fake: the kernel for tensors without memory. It takes the op's arguments and returns empty
             tensors. It is not called if a tensor is None or if devices differ: this raises.
         vmap: the batching rule, called as ``vmap(op, info, in_dims, *args)``.
-        triton: the module of ``fastjac.kernels`` that has a function of the op's name. A second op
-            of the same schema, whose name has the suffix ``_triton``, calls that function.
+        triton: the module of ``fastjac.kernels`` that has a function of the op's name, if the op
+            has a Triton kernel. A second op of the same schema, whose name has the suffix
+            ``_triton``, calls that function on the device of the tensors.
     """
     stem, parenthesis, arguments = schema.partition("(")
     for suffix in ("",) if triton is None else ("", "_triton"):
@@ -85,7 +86,10 @@ def _launcher(module: str | None, stem: str) -> Callable[..., Any]:
         refuse_none(f"{stem}_triton", args)
         # Imported here because Triton may not be installed.
         kernels = importlib.import_module(f"fastjac.kernels.{module}")
-        return getattr(kernels, stem)(*args)
+        # Triton launches on the current device, which need not be that of the tensors. This is the
+        # only way to the kernels, so none is launched without it.
+        with torch.cuda.device_of(next(tensors_of(args))):
+            return getattr(kernels, stem)(*args)
 
     return launch
 

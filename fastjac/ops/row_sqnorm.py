@@ -2,6 +2,9 @@
 
 The gradient for a cotangent ``c`` is ``∂W[i, …] = 2 c_i W[i, …]``. The raw op of the backward
 writes it or adds it to existing gradients (`add_to`), again in one launch for all weights.
+
+There is no Triton kernel: a Triton launch takes no list of tensors, and a table of addresses in
+device memory would have to be copied again for each tensor that a step allocates anew.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ from torch import Tensor
 from fastjac.ops.act_stats import spread
 from fastjac.ops.autograd import Function, recorded, transformed
 from fastjac.ops.dispatch import Example, Op, accumulate_dtype
-from fastjac.ops.registration import raw, register, suffix_of
+from fastjac.ops.registration import impl_of, raw, register
 from fastjac.torch_private import below_autograd
 
 
@@ -37,7 +40,7 @@ def _examples() -> Iterator[Example]:
     yield Example("four weights", {"w": w}, call)
 
 
-_OP = Op("row_sqnorm", _examples)
+_OP = Op("row_sqnorm", _examples, ("cuda", "cpu", "reference"))
 
 
 def row_sqnorm(weights: Sequence[Tensor], *, impl: str = "auto") -> list[Tensor]:
@@ -46,7 +49,7 @@ def row_sqnorm(weights: Sequence[Tensor], *, impl: str = "auto") -> list[Tensor]
     Args:
         weights: tensors ``[C, …]`` of the same dtype and device: float32, float64, bfloat16 or
             float16. A weight is copied if it is neither contiguous nor channels_last.
-        impl: as in `fastjac.act`.
+        impl: as in `fastjac.act`, without "triton".
 
     Returns:
         A list of tensors ``[C]``, float32 (float64 for float64 weights) and accumulated in at least
@@ -74,18 +77,26 @@ def row_sqnorm(weights: Sequence[Tensor], *, impl: str = "auto") -> list[Tensor]
     if chosen == "reference":
         return [composed_rows(w) for w in weights]
     dense = [w if rows_in_memory(w) else w.contiguous() for w in weights]
-    flat = _in_graph(suffix_of(chosen), False, *dense)
+    flat = _in_graph(chosen, False, *dense)
     return list(flat.split([w.shape[0] for w in weights]))
 
 
-def tapped(weights: Sequence[Tensor], suffix: str) -> tuple[list[Tensor], list[Tensor]]:
+def or_auto(impl: str) -> str:
+    """``impl`` if this op has it, else "auto".
+
+    For a layer-wise penalty, whose ``impl`` is that of the activations ("triton", for example).
+    """
+    return impl if impl in _OP.implementations else "auto"
+
+
+def tapped(weights: Sequence[Tensor], impl: str) -> tuple[list[Tensor], list[Tensor]]:
     """The squared norms of the rows of each weight, and an alias of each weight.
 
     The layers must use the aliases in place of the weights. When the gradients of all aliases are
     there, one launch adds ``2 c W`` to them in place. Nothing else may hold these gradients, so
     use an alias only in `fastjac.layerwise.layer_act.layer_act`, whose backward allocates them.
     """
-    out = _in_graph(suffix, True, *weights)
+    out = _in_graph(impl, True, *weights)
     return list(out[: len(weights)]), list(out[len(weights) :])
 
 
@@ -124,26 +135,39 @@ def composed_rows(w: Tensor) -> Tensor:
     return squares.flatten(1).sum(1) if w.dim() > 1 else squares
 
 
-def add_to(grads: list[Tensor], weights: list[Tensor], c: Tensor, suffix: str, add: bool) -> None:
+def rows_of(weights: Sequence[Tensor], impl: str) -> Tensor:
+    """The row norms of all weights one after the other, in one launch; not differentiable."""
+    if impl == "reference":
+        return torch.cat([composed_rows(w) for w in weights])
+    return raw("row_sqnorm")(weights)
+
+
+def add_to(grads: list[Tensor], weights: list[Tensor], c: Tensor, impl: str, add: bool) -> None:
     """``grads += 2 c W`` in place (or ``=``, if not ``add``), in one launch; not differentiable.
 
     A gradient must have the strides of its weight, which must satisfy `rows_in_memory`.
     """
-    raw("row_sqnorm_backward" + suffix)(grads, weights, c, add)
+    if impl != "reference":
+        raw("row_sqnorm_backward")(grads, weights, c, add)
+        return
+    parts = c.split([w.shape[0] for w in weights])
+    for grad, w, part in zip(grads, weights, parts, strict=True):
+        term = 2 * spread(part, w, 0) * w  # in the dtype of c, and rounded once
+        grad.add_(term) if add else grad.copy_(term)
 
 
 class _RowSqnorm(Function):
     @staticmethod
-    def forward(suffix, tap, *weights):
+    def forward(impl, tap, *weights):
         with below_autograd():
-            flat = raw("row_sqnorm" + suffix)(weights)
+            flat = rows_of(weights, impl)
         if not tap:
             return flat
         return (*flat.split([w.shape[0] for w in weights]), *(w.detach() for w in weights))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.suffix, ctx.tap, *weights = inputs
+        ctx.impl, ctx.tap, *weights = inputs
         ctx.save_for_backward(*weights)
         ctx.set_materialize_grads(False)
 
@@ -177,7 +201,7 @@ class _RowSqnorm(Function):
             if which:
                 c = torch.cat([parts[i] for i in which])
                 chosen = [out[i] for i in which], [weights[i] for i in which]
-                add_to(*chosen, c, ctx.suffix, add=add)
+                add_to(*chosen, c, ctx.impl, add=add)
         return None, None, *out
 
 
@@ -187,7 +211,7 @@ def rows_of_one(v: Tensor) -> Tensor:
     if chosen == "reference":
         return composed_rows(v)
     with below_autograd():
-        return raw("row_sqnorm" + suffix_of(chosen))([v])
+        return rows_of([v], chosen)
 
 
 def gradient_of_one(v: Tensor, c: Tensor) -> Tensor:
@@ -197,7 +221,7 @@ def gradient_of_one(v: Tensor, c: Tensor) -> Tensor:
         return (2 * spread(c, v, 0) * v).to(v.dtype)
     out = torch.empty_like(v)
     with below_autograd():
-        add_to([out], [v], c.contiguous(), suffix_of(chosen), add=False)
+        add_to([out], [v], c.contiguous(), chosen, add=False)
     return out
 
 
@@ -215,11 +239,11 @@ def alike(grad: Tensor, weight: Tensor) -> bool:
 
 
 @torch.compiler.allow_in_graph
-def _in_graph(suffix, tap, *weights):
+def _in_graph(impl, tap, *weights):
     if transformed():
         rows = [composed_rows(w) for w in weights]
         return (*rows, *weights) if tap else torch.cat(rows)
-    return _RowSqnorm.apply(suffix, tap, *weights)
+    return _RowSqnorm.apply(impl, tap, *weights)
 
 
 # ---- the raw ops
@@ -232,13 +256,13 @@ def _fake(weights):
 
 register(
     "row_sqnorm(Tensor[] weights) -> Tensor",
-    derivative=lambda weights, suffix: _RowSqnorm.apply(suffix, False, *weights),
+    derivative=lambda weights, suffix: _RowSqnorm.apply(
+        impl_of(suffix, weights[0].device.type), False, *weights
+    ),
     fake=_fake,
-    triton="row_sqnorm",
 )
 register(
     "row_sqnorm_backward(Tensor(a!)[] grads, Tensor[] weights, Tensor c, bool add) -> ()",
     derivative="call fastjac.row_sqnorm",
     fake=lambda grads, weights, c, add: None,
-    triton="row_sqnorm",
 )
