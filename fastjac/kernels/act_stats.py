@@ -45,6 +45,9 @@ TILE, WARPS = 1024, 4
 PROGRAMS = 2048
 # The width of the widest tile if rows are summed, and if columns are summed.
 ROW_TILE, COLUMN_TILE = 512, 128
+# The largest number of rows of a tile. With 1024 rows of one element, ReLU spilled
+# 16 bytes on sm_100.
+MOST_ROWS = 256
 # The largest tile [channels, columns] in which columns are summed by channel (32 registers a
 # thread).
 LARGEST_SORT = 4096
@@ -307,7 +310,7 @@ def _strips(
         # The same for each number of rows, because a tile for each power of two would be as many
         # compiled kernels, and the rows follow from the batch.
         columns = triton.next_power_of_2(columns)
-        tile_rows = max(1, size // min(columns, widest))
+        tile_rows = max(1, min(MOST_ROWS, size // min(columns, widest)))
         return tile_rows, min(columns, size // tile_rows)
 
     if per_sample:
