@@ -4,15 +4,14 @@
     python -m benchmarks.gpu.report --summary OUT
 
 OUT2 has the files of the second call. Files may be missing or end early: the page shows what there
-is, and says what was running when its process died. If ``PREDICTIONS.md`` has its table beside it
-as ``predictions.csv`` (or ``.json``), each kernel stands next to what was predicted.
+is, and says what was running when its process died. Each kernel stands next to what was predicted
+(``predictions.csv``).
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
-import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -97,19 +96,13 @@ def tests(out: Path) -> Table:
 
 def predictions() -> dict[tuple[str, ...], float]:
     """(op, implementation, activation, dtype, pass) -> the predicted share of copy, in per cent."""
-    table, listed = HERE / "predictions.csv", HERE / "predictions.json"
-    rows: list[Row] = []
-    if table.exists():
-        with table.open(newline="") as file:
-            rows = [*csv.DictReader(file)]
-    elif listed.exists():
-        rows = json.loads(listed.read_text())
+    with (HERE / "predictions.csv").open(newline="") as file:
+        rows = [*csv.DictReader(file)]
     found: dict[tuple[str, ...], float] = {}
     for row in rows:
         activation = row["activation"] if row["op"].startswith("act") else ""
-        if row["predicted_share"] not in ("", None):
-            key = (row["op"], row["implementation"], activation, row["dtype"], row["pass"])
-            found[key] = 100 * float(row["predicted_share"])
+        key = (row["op"], row["implementation"], activation, row["dtype"], row["pass"])
+        found[key] = 100 * float(row["predicted_share"])
     return found
 
 

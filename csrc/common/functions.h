@@ -9,11 +9,7 @@
 #include <cstdint>
 #include <cstring>
 
-#ifdef __CUDACC__
-#define FASTJAC_HD __host__ __device__ __forceinline__
-#else
-#define FASTJAC_HD inline __attribute__((always_inline))
-#endif
+#include "host_device.h"
 
 // Code for a GPU, or that code compiled for the CPU (tests/shim).
 #if defined(__CUDA_ARCH__) || defined(FASTJAC_HOST_SHIM)

@@ -4,6 +4,8 @@
 // those of a GPU may be.
 #pragma once
 
+#include "host_device.h"
+
 namespace fastjac::math {
 
 // 1 / x, relative error 2^-23. Zero if |x| > 2^126.
