@@ -274,6 +274,20 @@ def numbers_hidden(t: Tensor) -> bool:
     return isinstance(t, fake)
 
 
+# ---- CUDA graphs
+
+
+def capturing() -> bool:
+    """Whether the call is captured in a CUDA graph, whose replays repeat it with the same numbers.
+
+    The names are public. They are here so that one place says it, which tests without a GPU can
+    replace. Code of ``torch.compile`` cannot ask; its guards compare the numbers in each call.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
 # ---- distributed training
 
 _ddp_sink = _later(
