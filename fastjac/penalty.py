@@ -254,7 +254,7 @@ class Penalty(nn.Module):
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.every > 1:
-            destination[prefix + "calls"] = torch.tensor(self._calls)
+            destination[prefix + "calls"] = torch.tensor(self._calls, device="cpu")
 
     def _load_from_state_dict(
         self,

@@ -82,8 +82,6 @@ _COTANGENTS = (
     "to apply an op to several cotangents at once",
     "cotangents have to be processed one at a time (chunk_size=1)",
 )
-enter_legacy_vmap = _private("torch._C._vmapmode_increment_nesting", *_COTANGENTS)
-leave_legacy_vmap = _private("torch._C._vmapmode_decrement_nesting", *_COTANGENTS)
 remove_batch_dim = _private("torch._remove_batch_dim", *_COTANGENTS)
 add_batch_dim = _private("torch._add_batch_dim", *_COTANGENTS)
 
