@@ -39,6 +39,33 @@ def number(argument: str, value: Any) -> float:
     return float(value)
 
 
+def weight(argument: str, value: Any) -> float | Tensor:
+    """Check that a value is a finite real number, or a floating-point tensor without dimensions.
+
+    The number in a tensor is not looked at, since that would wait for a GPU.
+    """
+    if not isinstance(value, Tensor):
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise TypeError(
+                f"{argument} is {value!r}: it must be a Python number, or a tensor without "
+                "dimensions such as torch.tensor(0.1)"
+            )
+        return number(argument, value)
+    if isinstance(value, torch.nn.Parameter):
+        raise TypeError(
+            f"{argument} is an nn.Parameter, which would not be among the parameters of the "
+            f"penalty: pass a plain tensor, such as {argument}.view(())"
+        )
+    if value.dim() != 0:
+        raise ValueError(
+            f"{argument} has shape {tuple(value.shape)}: it must be one number, a tensor without "
+            "dimensions such as torch.tensor(0.1)"
+        )
+    if not value.is_floating_point():
+        raise TypeError(f"{argument} has dtype {value.dtype}: it must be floating point")
+    return value
+
+
 def numbers(argument: str, values: Any) -> tuple[float, ...] | None:
     """Check that a value is a sequence of finite real numbers, or None."""
     if values is None:

@@ -48,8 +48,14 @@ def check_not_recomputed() -> None:
         )
 
 
-def check_not_traced() -> None:
-    """Raises while ``make_fx`` records, since its graph does the same in each run."""
+def check_not_repeated() -> None:
+    """Raises while ``make_fx`` or a CUDA graph records, whose graph does the same in each run."""
+    if torch_private.capturing():
+        raise RuntimeError(
+            "the penalty has every > 1 and was called while a CUDA graph is captured, whose "
+            "replays cannot count its calls: use every=1 and capture two graphs, a step with the "
+            "penalty and one without it, and replay the first in every k-th step"
+        )
     if torch_private.make_fx_traces():
         raise RuntimeError(
             "the penalty has every > 1 and was called while make_fx records a graph, which cannot "
@@ -69,7 +75,7 @@ def call_model(model: Callable[..., Any], x: Tensor) -> Tensor:
 
 
 class PenaltyOptions(TypedDict, total=False):
-    weight: float
+    weight: float | Tensor
     reduction: str
     every: int
 
@@ -112,18 +118,25 @@ class Penalty(nn.Module):
 
     Options of every penalty:
 
-    * ``weight``: factor of the value. The attribute can be assigned, by a schedule for example.
+    * ``weight``: factor of the value, a number or a floating-point tensor without dimensions. The
+      attribute can be assigned, by a schedule for example. A tensor is read at each call and in
+      each replay of a CUDA graph, so it can be changed in place; its dtype does not change that of
+      the value, and the gradient with respect to it is that of a product. A CUDA graph keeps a
+      number that it was captured with: assigning another one then raises.
     * ``reduction``: ``"mean"`` over the samples, ``"sum"``, or ``"none"`` for a value ``[N]``. The
       value of an empty batch is 0.
     * ``every``: with ``every=k`` and in training mode, only calls 1, 1 + k, 1 + 2k, … of this
       module compute the value, which is multiplied by k. The other calls cost nothing and return a
       zero that depends on ``output``. In ``eval()`` mode every call computes the value, and
       nothing is multiplied. A training step under ``torch.compile`` is compiled k times
-      (``recompile_limit`` is 8).
+      (``recompile_limit`` is 8). In the capture of a CUDA graph, which cannot count calls, k > 1
+      raises.
 
     The value has the dtype of the gradient that it measures; half precision is promoted to float32.
     A penalty has no parameters. Its ``state_dict`` holds the number of calls (``calls``, 0-dim
-    int64) if k > 1 and is empty otherwise; copies and pickles hold it as well.
+    int64) if k > 1 and is empty otherwise; copies and pickles hold it as well. A weight that is a
+    tensor is no buffer: ``to()`` does not move it and the ``state_dict`` does not hold it; deep
+    copies and pickles hold a copy of it.
     """
 
     needs_grad = True
@@ -132,14 +145,47 @@ class Penalty(nn.Module):
     needs_weights_afterwards = True
     # The weight that a WeightSchedule has set last, and the base weight that it started from.
     _scheduled: tuple[float, float] | None = None
+    # Whether a CUDA graph was captured with the weight that is set.
+    _captured = False
 
-    def __init__(self, *, weight: float = 1.0, reduction: str = "mean", every: int = 1) -> None:
+    def __init__(
+        self, *, weight: float | Tensor = 1.0, reduction: str = "mean", every: int = 1
+    ) -> None:
         super().__init__()
-        self.weight = arguments.number("weight", weight)
+        self._weight = arguments.weight("weight", weight)
         self.reduction = arguments.choice("reduction", reduction, REDUCTIONS)
         self.every = arguments.count("every", every)
         # Modulo `every`: torch.compile treats the number as a constant and compiles k graphs.
         self._calls = 0
+
+    @property
+    def weight(self) -> float | Tensor:
+        """The factor of the value."""
+        return self._weight
+
+    @weight.setter
+    def weight(self, value: float | Tensor) -> None:
+        old, value = self._weight, arguments.weight("weight", value)
+        if self._captured and value is not old:
+            if isinstance(old, Tensor):
+                raise RuntimeError(
+                    "weight was assigned after a CUDA graph had captured the penalty, and the "
+                    "graph still reads the tensor that was the weight: change that tensor in "
+                    "place, penalty.weight.fill_(value)"
+                )
+            if not isinstance(value, Tensor) and value != old:
+                raise RuntimeError(
+                    f"weight was set from {old} to {value} after a CUDA graph had captured the "
+                    "penalty, and the graph keeps the first number: make weight a tensor on the "
+                    "device of the model, penalty.weight = torch.tensor(0.1, device='cuda'), "
+                    "capture the graph again, and change the tensor in place, "
+                    "penalty.weight.fill_(value), or by a WeightSchedule"
+                )
+            self._captured = not isinstance(value, Tensor)  # with a tensor: to be captured again
+        self._weight = value
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_captured"}
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -198,7 +244,7 @@ class Penalty(nn.Module):
         """Whether this call computes the value (see ``every``)."""
         if self.every == 1 or not self.training:
             return True
-        check_not_traced()
+        check_not_repeated()
         return self._calls == 0
 
     def count_call(self) -> None:
@@ -208,7 +254,7 @@ class Penalty(nn.Module):
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.every > 1:
-            destination[prefix + "calls"] = torch.tensor(self._calls)
+            destination[prefix + "calls"] = torch.tensor(self._calls, device="cpu")
 
     def _load_from_state_dict(
         self,
@@ -244,21 +290,37 @@ class Penalty(nn.Module):
         """The parameters of a call; the first two are ``x, output`` or ``model, x``."""
         return parameters_of(cls.graph_form)
 
+    def _factor(self, values: Tensor) -> float | Tensor:
+        """What ``values`` are multiplied by: the weight, times ``every`` in training."""
+        factor = self._weight
+        if torch_private.capturing():
+            if isinstance(factor, Tensor) and factor.device != values.device:
+                raise RuntimeError(
+                    f"weight is a tensor on {factor.device} and the value is on {values.device}: a "
+                    "CUDA graph would keep the number that it has now; create the tensor on "
+                    f"{values.device}, torch.tensor(0.1, device='{values.device}')"
+                )
+            self._captured = True
+        if isinstance(factor, Tensor):
+            factor = factor.to(values.dtype)  # of two tensors without dimensions the wider one wins
+        every = self.every if self.training else 1
+        return factor if every == 1 else factor * every
+
     def _reduce(self, values: Any) -> Tensor:
-        factor = self.weight * (self.every if self.training else 1)
+        factor = self._factor(values)
         if self.reduction == "none":
             return factor * values
         # The mean over no samples would be 0/0.
         mean = self.reduction == "mean" and values.shape[0] > 0
         value = values.mean() if mean else values.sum()
-        return value if factor == 1 else factor * value
+        return value if not isinstance(factor, Tensor) and factor == 1 else factor * value
 
     def extra_repr(self) -> str:
         """The options that are not at their defaults."""
         shown = []
         for option in options_of(type(self)):
             value = getattr(self, option.name)
-            if value is not option.default and value != option.default:
+            if isinstance(value, Tensor) or value != option.default:
                 shown.append(f"{option.name}={value!r}")
         return ", ".join(shown)
 

@@ -5,7 +5,9 @@ those of the original for the same inputs and random vectors. ``JacobianReg``, `
 ``Contractive`` follow their originals and need no preset.
 
 Dtypes, gradient orders and errors of a preset are those of the penalty that it returns or uses.
-``reduction``, ``every``, ``at`` and ``engine`` are the options of that penalty.
+``reduction``, ``every``, ``at`` and ``engine`` are the options of that penalty. ``gamma`` of `r1`
+and `r2` and the weight of `double_backprop` are halved and must be Python numbers. If a CUDA graph
+needs a tensor, assign it to ``penalty.weight``.
 """
 
 from __future__ import annotations
@@ -125,7 +127,7 @@ class WGANGP(GradientPenalty):
         generator: torch.Generator | None = None,
         at: str | None = None,
         engine: str = "auto",
-        weight: float = 1.0,
+        weight: float | Tensor = 1.0,
         reduction: str = "mean",
         every: int = 1,
     ) -> None:
@@ -168,7 +170,7 @@ class WGANGP(GradientPenalty):
 
 
 def wgan_gp(
-    weight: float = 10.0,
+    weight: float | Tensor = 10.0,
     *,
     generator: torch.Generator | None = None,
     **options: Unpack[PresetOptions],
@@ -180,7 +182,7 @@ def wgan_gp(
     return WGANGP(weight=weight, generator=generator, **options)
 
 
-def igr(weight: float = 0.1, **options: Unpack[PresetOptions]) -> Eikonal:
+def igr(weight: float | Tensor = 0.1, **options: Unpack[PresetOptions]) -> Eikonal:
     """The eikonal term of implicit geometric regularisation: ``λ (‖∇f(x_n)‖ − 1)²``.
 
     Called with ``(x, output)`` or ``(f, x)``, where ``x`` ``[N, D]`` contains the points.
@@ -200,7 +202,7 @@ def igr(weight: float = 0.1, **options: Unpack[PresetOptions]) -> Eikonal:
 def deq(
     vecs: int = 2,
     *,
-    weight: float = 1.0,
+    weight: float | Tensor = 1.0,
     generator: torch.Generator | None = None,
     chunk_size: int | None = None,
     **options: Unpack[PresetOptions],

@@ -7,6 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from fastjac import arguments
 from fastjac.penalty import Penalty
 
@@ -50,6 +53,9 @@ class Warmup:
 class WeightSchedule:
     """Sets ``penalty.weight = base * factor(step)``; used like a learning rate scheduler of torch.
 
+    A weight that is a tensor is filled in place, without waiting for its device. In a CUDA graph it
+    must be a tensor; if it is a number, the first step that changes it raises.
+
     ``base`` is the weight of the penalty when the schedule is created. If an earlier schedule has
     set that weight, ``base`` is the base of the earlier schedule. The step starts at 0, and `step`
     increases it; call `step` after ``optimizer.step()``. If the factor is 0, the penalty is still
@@ -73,9 +79,15 @@ class WeightSchedule:
                 f"factor is {type(factor).__name__}: it must be a function of the step, such as "
                 "fastjac.Warmup('linear', steps=1000)"
             )
-        self.penalty, self.factor, self.base = penalty, factor, penalty.weight
-        if penalty._scheduled is not None and penalty._scheduled[0] == penalty.weight:
-            self.base = penalty._scheduled[1]  # the weight contains a factor, which may be 0
+        weight, last = penalty.weight, penalty._scheduled
+        number = weight.item() if isinstance(weight, Tensor) else weight  # later nothing waits
+        if last is not None:
+            set_last, base = last
+            if isinstance(weight, Tensor):  # as it was rounded
+                set_last = torch.tensor(set_last, dtype=weight.dtype, device="cpu").item()
+            if set_last == number:
+                number = base  # the weight contains a factor, which may be 0
+        self.penalty, self.factor, self.base = penalty, factor, number
         self.set_step(0)
 
     def step(self) -> None:
@@ -85,9 +97,14 @@ class WeightSchedule:
     def set_step(self, step: int) -> None:
         """Set the step, for training loops that count steps themselves, and set the weight."""
         factor = arguments.number("the value of factor", self.factor(step))
+        weight, value = self.penalty.weight, self.base * factor
+        if isinstance(weight, Tensor):
+            with torch.no_grad():
+                weight.fill_(value)
+        else:
+            self.penalty.weight = value
         self.last_step = step
-        self.penalty.weight = self.base * factor
-        self.penalty._scheduled = self.penalty.weight, self.base
+        self.penalty._scheduled = value, self.base
 
     def state_dict(self) -> dict[str, Any]:
         """The step and the base weight."""

@@ -82,8 +82,6 @@ _COTANGENTS = (
     "to apply an op to several cotangents at once",
     "cotangents have to be processed one at a time (chunk_size=1)",
 )
-enter_legacy_vmap = _private("torch._C._vmapmode_increment_nesting", *_COTANGENTS)
-leave_legacy_vmap = _private("torch._C._vmapmode_decrement_nesting", *_COTANGENTS)
 remove_batch_dim = _private("torch._remove_batch_dim", *_COTANGENTS)
 add_batch_dim = _private("torch._add_batch_dim", *_COTANGENTS)
 
@@ -272,6 +270,20 @@ def numbers_hidden(t: Tensor) -> bool:
         return True
     fake: Any = getattr(sys.modules.get("torch._subclasses"), "FakeTensor", ())
     return isinstance(t, fake)
+
+
+# ---- CUDA graphs
+
+
+def capturing() -> bool:
+    """Whether the call is captured in a CUDA graph, whose replays repeat it with the same numbers.
+
+    The names are public. They are here so that one place says it, which tests without a GPU can
+    replace. Code of ``torch.compile`` cannot ask; its guards compare the numbers in each call.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 # ---- distributed training

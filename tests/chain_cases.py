@@ -34,7 +34,7 @@ class Run:
 
 def spectreg(engine: str, **options: Any) -> SpectReg:
     """Four projections, the same ones for every penalty made here."""
-    generator = torch.Generator().manual_seed(3)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(3)
     return SpectReg(engine=engine, generator=generator, **{"n_proj": 4, **options})
 
 

@@ -5,6 +5,8 @@ variable when it is first imported, so it is set here, before all other imports.
 """
 
 import os
+import warnings
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -18,6 +20,60 @@ if not torch.cuda.is_available():
 torch.set_num_threads(1)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if os.environ.get("FASTJAC_TEST_DEVICE") == "pretend":
+    import pretend
+
+    pretend.set_up()
+    DEVICE = pretend.NAME
+
+# TF32 has an error of 5e-4 where the tests expect that of float32. By default torch uses it for
+# convolutions, and not for matrix products.
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # some versions advise another name for this
+    torch.backends.cudnn.allow_tf32 = False
+# Otherwise cuDNN may sum the gradient of a weight in another order in each call.
+torch.backends.cudnn.deterministic = True
+
+# The test modules that run on DEVICE although their code names no device: it is the default device
+# while they are imported and while they run. All were run on `pretend`, a device that is none of
+# the CPU's and raises if tensors of two devices meet; on a GPU they have not run yet.
+ON_DEVICE = """
+    attach attach_life attach_traps batch_norm chain chain_calls chain_models chain_rows chain_traps
+    chain_writing claims dreg_sweep every gpu guards inference_tensors layer_weights layers nn
+    norm_layers penalties penalty_errors penalty_inputs presets pretend reference terms traps weight
+"""
+ON_DEVICE = {f"test_{name}" for name in ON_DEVICE.split()}
+
+
+# For tests of what the CPU alone has: its kernels, and checks of numbers, which would have to wait
+# for a GPU. There, class indices out of range stop the device, and no later CUDA call works.
+cpu_only = pytest.mark.skipif(DEVICE != "cpu", reason="about the CPU")
+
+
+@contextmanager
+def default_device(on):
+    """DEVICE is the default device if ``on``, else the CPU."""
+    if DEVICE == "cpu" or not on:
+        yield
+        return
+    torch.set_default_device(DEVICE)
+    try:
+        yield
+    finally:
+        torch.set_default_device(None)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector):
+    """Imports a module; its constants are then on the device too."""
+    with default_device(collector.path.stem in ON_DEVICE):
+        return (yield)
+
+
+@pytest.fixture(autouse=True)
+def _on_device(request):
+    with default_device(request.path.stem in ON_DEVICE):
+        yield
 
 
 def off_kinks(name, rows=1):
@@ -66,8 +122,8 @@ def both_ways(request, monkeypatch):
     """An attached penalty computes the row norms as on a CPU, or as on a GPU."""
     from fastjac.layerwise import statistics
 
-    if request.param == "rows at once":
-        monkeypatch.setattr(statistics, "TAPPED", {"cpu", "cuda"})
+    at_once = request.param == "rows at once"
+    monkeypatch.setattr(statistics, "TAPPED", {"cpu", DEVICE} if at_once else set())
     return request.param
 
 
@@ -97,7 +153,8 @@ def backend(request, monkeypatch):
 
 
 def pytest_collection_modifyitems(items):
-    if not torch.cuda.is_available():
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+    for item in items:
+        if not torch.cuda.is_available() and item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+        if DEVICE == "pretend" and any(name in item.name for name in pretend.LACKING):
+            item.add_marker(pytest.mark.skip(reason="an operation that `pretend` lacks"))

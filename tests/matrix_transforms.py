@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from conftest import DEVICE
 from matrix_things import Cell, Ours, Thing, gradients_of, same
 from matrix_ways import WAYS, Way, way
 from torch import Tensor
@@ -169,8 +170,8 @@ def exported(thing: Thing) -> None:
 
 def on_gpu(thing: Thing) -> tuple[Cell, Tensor, Callable[[], list[Tensor]]]:
     """A cell, its x on the GPU, and a function that returns the gradients."""
-    cell = Cell(thing)
-    model, x, y = cell.model.cuda(), cell.x.cuda().requires_grad_(), cell.y.cuda()
+    cell = Cell(thing, wrap=lambda model: model.to(DEVICE))  # before it is fused
+    model, x, y = cell.model, cell.x.to(DEVICE).requires_grad_(), cell.y.to(DEVICE)
 
     def gradients() -> list[Tensor]:
         inputs = [x, *model.parameters()]

@@ -49,7 +49,7 @@ close_gradients = partial(torch.testing.assert_close, rtol=1e-11, atol=1e-13)
 
 
 def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+    return torch.Generator(torch.get_default_device()).manual_seed(seed)
 
 
 def specs_with(option: str) -> list[Any]:

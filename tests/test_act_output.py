@@ -137,7 +137,7 @@ def test_third_order_in_one_pass(name, order, dtype):
 def test_third_order_is_the_same_recorded_or_not(name):
     z = off_kinks(name, 4).requires_grad_()
     w, u, r = (torch.randn_like(z).requires_grad_() for _ in range(3))
-    (v,) = torch.autograd.grad(fastjac.act(z, fn=name, impl="cpu"), z, w, create_graph=True)
+    (v,) = torch.autograd.grad(fastjac.act(z, fn=name), z, w, create_graph=True)
     grads = torch.autograd.grad(v, (z, w), u, create_graph=True, materialize_grads=True)
     grads = [t for t in grads if t.requires_grad]
 
@@ -219,8 +219,10 @@ def test_hardsigmoid_of_torch_on_the_chain():
         model = nn.Sequential(nn.Linear(3, 6), phi, nn.Linear(6, 2)).to(DEVICE, torch.float64)
         fastjac.FrobReg(engine=engine)(model, x)[1].backward()
         found.append([p.grad for p in model.parameters() if p.grad is not None])
+    # Torch's slope, which an MLP on the CPU does not use, is that of float32.
+    rtol = 1e-8 if DEVICE == "cpu" else 2**-23
     for got, want in zip(*found, strict=False):
-        torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-10)  # torch's slope is float32's
+        torch.testing.assert_close(got, want, rtol=rtol, atol=1e-10)
 
 
 @pytest.mark.parametrize("impl", IMPLS)

@@ -123,7 +123,7 @@ def test_bias_is_the_sum_of_what_is_written(impl):
 
 
 def test_torch_func_and_batched_cotangents():
-    z, t = sample(3, 4), torch.randn(3, 4, dtype=torch.float64)
+    z, t = sample(3, 4), torch.randn(3, 4, dtype=torch.float64, device=DEVICE)
     ours, truth = (
         partial(fastjac.act_stats, fn="mish", impl=impl) for impl in ("auto", "reference")
     )
@@ -134,7 +134,7 @@ def test_torch_func_and_batched_cotangents():
     for f in (ours, truth):
         x = z.clone().requires_grad_()
         _, s = f(x)
-        cotangents = torch.eye(4, dtype=torch.float64)
+        cotangents = torch.eye(4, dtype=torch.float64, device=DEVICE)
         (rows,) = torch.autograd.grad(s, x, cotangents, is_grads_batched=True, create_graph=True)
         results.append((rows, torch.autograd.grad(rows.square().sum(), x)[0]))
     torch.testing.assert_close(*results)

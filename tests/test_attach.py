@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import DEVICE
 from layer_cases import Counting, Model, check, close, encoder_layer, mlp, recorded
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
@@ -214,7 +215,7 @@ def test_autocast(dtype: torch.dtype, both_ways: str) -> None:
     wide = copy.deepcopy(model).double()
 
     def gradients(net: nn.Module, x: Tensor, *, ours: bool, cast: bool) -> list[Tensor]:
-        with torch.autocast("cpu", dtype, enabled=cast):
+        with torch.autocast(DEVICE, dtype, enabled=cast):
             if ours:
                 penalty = DREG(net)
                 net(x)

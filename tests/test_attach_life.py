@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import DEVICE
 from layer_cases import Counting, Model, close, encoder_layer, mlp, one_layer
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -395,7 +396,7 @@ def test_accumulated_keeps_nothing_of_a_checkpoint() -> None:
 
 def test_number_of_operations_does_not_grow_with_the_layers(monkeypatch: Any) -> None:
     """On a GPU an operation is a launch: all row norms are one, all additions to ∂W are one."""
-    monkeypatch.setattr(statistics, "TAPPED", {"cpu"})
+    monkeypatch.setattr(statistics, "TAPPED", {DEVICE})
 
     def operations(depth: int, attached: bool) -> Counter[str]:
         layers = [m for _ in range(depth) for m in (nn.Linear(4, 4), nn.GELU())]

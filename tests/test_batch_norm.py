@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import cpu_only
 from layer_cases import Model
 from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
@@ -170,6 +171,7 @@ def used(monkeypatch: Any) -> list[int]:
     return calls
 
 
+@cpu_only
 def test_dreg_takes_it(monkeypatch: Any) -> None:
     calls, x = used(monkeypatch), torch.randn(6, 4, dtype=torch.float64)
     for options, times in ({}, 1), ({"reduction": "none"}, 0), ({"use_weight": False}, 0):

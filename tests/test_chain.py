@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from chain_cases import close, convnet, run, same, spectreg, three_layers
+from conftest import cpu_only
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from layer_cases import Model
@@ -102,7 +103,10 @@ def test_random_chains(data: st.DataObject) -> None:
         torch.set_default_dtype(before)
 
 
-@pytest.fixture(params=["links", "one call", "one call, large"])
+BY_CPP = [pytest.param(way, marks=cpu_only) for way in ("one call", "one call, large")]
+
+
+@pytest.fixture(params=["links", *BY_CPP])
 def sweeps(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """The two ways of the engine; the second one frees its layers one by one or not."""
     if request.param.endswith("large"):
@@ -154,7 +158,8 @@ def mlp() -> nn.Sequential:
 OPTIONS = [{"n_proj": 1}, {"n_proj": 3}, {"n_proj": 3, "chunk_size": 2}, {"norm": "l2"}]
 
 
-WAYS = [(mlp, "links"), (mlp, "one call"), (mlp, "one call, large"), (convnet, "links")]
+WAYS = [(mlp, "links"), (convnet, "links")]
+WAYS += [pytest.param(mlp, *way.values, marks=cpu_only) for way in BY_CPP]
 
 
 @pytest.mark.usefixtures("double")
@@ -332,6 +337,7 @@ def test_explain_engine_lists_the_links_and_leaves_no_trace() -> None:
     assert "not chain: engine='autograd' is set" in spectreg("autograd").explain_engine(model, x)
 
 
+@cpu_only  # whose times were measured
 @pytest.mark.usefixtures("double")
 def test_auto_takes_the_faster_engine() -> None:
     """For a single cotangent the chain engine must save more than it takes; for several it runs."""

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from chain_cases import Straight, close, run, same, spectreg, three_layers
+from conftest import DEVICE
 from layer_cases import Model
 from torch import Tensor, nn
 
@@ -111,7 +112,7 @@ def test_quiet_by_autograd() -> None:
     close(spectreg("chain")(lambda t: net(t), x, projection=w)[1], expected)
     with torch.autograd.graph.save_on_cpu():
         close(auto(net, x, projection=w)[1], expected)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
         assert auto(net.float(), x.float())[0].dtype == torch.bfloat16
     net.double()
     with pytest.raises(RuntimeError, match="torch.func transform"):
@@ -120,7 +121,7 @@ def test_quiet_by_autograd() -> None:
 
 def test_autocast_inside_the_model() -> None:
     def forward(m: Any, x: Tensor) -> Tensor:
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast(DEVICE, dtype=torch.bfloat16):
             h = m.a(x)
         return m.c(F.gelu(h.float()))
 
@@ -249,7 +250,7 @@ def test_loss_that_depends_on_x_beside_the_output(inside: bool, sequential: bool
         return (output - target).square().sum(1)
 
     for engine in ("autograd", "auto", "chain"):
-        x = torch.randn(3, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        x = torch.randn(3, 4, generator=torch.Generator(DEVICE).manual_seed(0)).requires_grad_()
         leaf = x
         x = x.sin() if inside else x
         output, value = IGPen(loss, engine=engine)(model, x, head(x))

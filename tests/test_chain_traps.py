@@ -21,6 +21,7 @@ from chain_cases import (
     spectreg,
     three_layers,
 )
+from conftest import DEVICE
 from torch import Tensor, nn
 from torch.overrides import wrap_torch_function
 from torch.utils.checkpoint import checkpoint
@@ -400,7 +401,7 @@ def test_hook_on_x() -> None:
     found = []
     for engine in ("auto", "autograd"):
         for model in (net, three_layers(lambda m, x: net(x))):
-            x = torch.randn(3, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
+            x = torch.randn(3, 4, generator=torch.Generator(DEVICE).manual_seed(0)).requires_grad_()
             x.register_hook(lambda g: 2 * g)
             value = spectreg(engine)(model, x)[1]
             found.append([value.detach(), *torch.autograd.grad(value, list(net.parameters())[:3])])
@@ -420,7 +421,7 @@ def test_tangents_that_require_grad() -> None:
     net = three_layers(lambda m, x: m.c(m.a(x).sin()))
     x, found = torch.randn(3, 4), []
     for engine in ("chain", "autograd"):
-        t = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        t = torch.randn(2, 3, 4, generator=torch.Generator(DEVICE).manual_seed(0)).requires_grad_()
         value = TangentProp(engine=engine)(net, x, t)[1]
         found.append(torch.autograd.grad(value, [t, net.a.weight]))
     close(*found)

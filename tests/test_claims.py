@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import DEVICE
 from torch import Tensor, nn
 
 from fastjac.penalties import (
@@ -42,7 +43,7 @@ def network(activation: type[nn.Module], *widths: int) -> nn.Sequential:
 
 
 def batch(n: int, *shape: int) -> Tensor:
-    generator = torch.Generator().manual_seed(2)
+    generator = torch.Generator(DEVICE).manual_seed(2)
     return torch.randn(n, *shape, dtype=torch.float64, generator=generator)
 
 
@@ -76,7 +77,7 @@ def test_random_projections_are_unbiased(name: str) -> None:
     penalty, options, per_frobenius = PROJECTIONS[name]
     model, x = network(nn.Tanh, 3, 5, 4), batch(1, 3)
     exact = frobreg(model, x)[1].detach()
-    seed = torch.Generator().manual_seed(3)
+    seed = torch.Generator(DEVICE).manual_seed(3)
     values = penalty(model, copies(x), generator=seed, reduction="none", **options)[1]
     assert_mean(values.detach(), per_frobenius * exact)
 
@@ -218,7 +219,7 @@ def test_accumulated_dreg_is_unbiased() -> None:
     model, x = network(nn.Tanh, 3, 5, 4, 2), batch(1, 3)
     ends = [model[:2], model[:4]]
     exact = sum(torch.autograd.functional.jacobian(end, x[0]).square().sum() for end in ends)
-    seed = torch.Generator().manual_seed(3)
+    seed = torch.Generator(DEVICE).manual_seed(3)
     values = accumulated_dreg(model, copies(x), generator=seed, reduction="none")[1]
     assert_mean(values.detach(), exact)
 
@@ -230,7 +231,7 @@ def test_orthogonal_projections_have_less_variance() -> None:
     close(spectreg(model, x, n_proj=4, distribution="orthogonal")[1].detach(), exact)
 
     def variance(distribution: str) -> Tensor:
-        seed = torch.Generator().manual_seed(3)
+        seed = torch.Generator(DEVICE).manual_seed(3)
         options = {"n_proj": 2, "distribution": distribution, "generator": seed}
         return spectreg(model, copies(x), reduction="none", **options)[1].detach().var()
 

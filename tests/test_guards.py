@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from chain_cases import Straight, close, run, same, spectreg, three_layers
+from conftest import cpu_only
 from layer_cases import Model
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -109,6 +110,10 @@ def test_operation_without_a_second_derivative() -> None:
     with pytest.raises(RuntimeError, match="second derivative of Hardsigmoid.*use the model form"):
         value.backward()
     spectreg("auto", n_proj=1)(model, x)[1].backward()
+
+
+@cpu_only
+def test_attention_without_a_second_derivative() -> None:
     x = torch.randn(2, 2, 3, 4, requires_grad=True)
     attention = three_layers(
         lambda m, x: F.scaled_dot_product_attention(m.a(x), m.b(m.a(x)), m.a(x))
@@ -131,6 +136,7 @@ def test_error_inside_a_rule_is_explained(monkeypatch: pytest.MonkeyPatch) -> No
         value.backward()
 
 
+@cpu_only  # whose scaled_dot_product_attention has no second derivative
 def test_advice_is_followed_by_success() -> None:
     """What an error of ``engine="chain"`` recommends has been tried here."""
     x, head = torch.randn(2, 3, 4), nn.Linear(4, 3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
 from typing import Any
 
@@ -250,3 +251,12 @@ def test_penalty_holds_no_more_than_it_says() -> None:
     (output.sum() + value).backward()
     assert chain.chain is None
     assert run.stacks == run.deltas == [] and run.pushed is None
+
+
+def test_a_default_device_that_is_not_the_cpu() -> None:
+    """C++ reads the plan of the layers, which must be on the CPU, as the model is."""
+    model, x, y, w = net(8), torch.randn(5, 16), torch.arange(5), torch.ones(1, 5, 10)
+    expected = gradients(model, x, y, w)
+    with torch.device("meta"):
+        found = gradients(copy.deepcopy(model), x, y, w)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)

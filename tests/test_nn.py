@@ -7,12 +7,17 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import DEVICE, cpu_only
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import fastjac
 from fastjac.activations import TABLE
 from fastjac.ops.act_sizes import FROM, never
+from fastjac.ops.dispatch import OPS
+
+# An implementation that is named, which fuses at any size.
+IMPL = OPS["act"].select("auto", torch.device(DEVICE), torch.float32)
 
 
 @pytest.mark.parametrize("name", TABLE)
@@ -79,7 +84,7 @@ def test_fuse_replaces_every_activation_and_changes_no_number():
             truth[i] = TwiceDifferentiable()
     state, before = copy.deepcopy(model.state_dict()), parameter_gradients(truth, x)
     originals = list(model)
-    assert fastjac.fuse(model, impl="cpu") is model
+    assert fastjac.fuse(model, impl=IMPL) is model
     replaceable = sum(row.module is not None for row in TABLE.values())
     assert sum(isinstance(m, fastjac.Act) for m in model) == replaceable
     assert model.state_dict().keys() == state.keys()
@@ -129,7 +134,7 @@ def test_fuse_of_a_transformer_layer_and_of_an_activation():
     layer = nn.TransformerEncoderLayer(8, 2, 16, 0.0, activation="gelu", batch_first=True)
     x = torch.randn(2, 3, 8)
     truth = layer(x)
-    fastjac.fuse(layer, impl="cpu")
+    fastjac.fuse(layer, impl=IMPL)
     assert repr(layer.activation) == "fastjac.gelu"
     torch.testing.assert_close(layer(x), truth)
     pickle.loads(pickle.dumps(layer))
@@ -151,7 +156,7 @@ def test_fused_models_copy_and_pickle():
 def test_what_the_table_has_no_row_for_stays():
     model = nn.Sequential(nn.Hardshrink(), nn.GLU(), nn.Softmax(-1), nn.PReLU())
     before = list(model)
-    fastjac.fuse(model, impl="cpu")
+    fastjac.fuse(model, impl=IMPL)
     assert list(model) == before
 
 
@@ -166,7 +171,7 @@ def test_fuse_leaves_what_torch_computes_faster():
     assert all(isinstance(m, fastjac.Act) for m in model[-2:])
     layer = nn.TransformerEncoderLayer(8, 2, 16, activation="relu")
     assert fastjac.fuse(layer).activation is F.relu
-    fastjac.fuse(model, impl="cpu")  # a named implementation replaces all
+    fastjac.fuse(model, impl=IMPL)  # a named implementation replaces all
     assert all(isinstance(m, fastjac.Act) for m in model)
     fastjac.unfuse(model)
     assert list(model) == before
@@ -182,6 +187,7 @@ def is_fused(a):
     return type(a.grad_fn).__name__ == "_ActBackward"
 
 
+@cpu_only
 @pytest.mark.parametrize("fn", FROM)
 def test_torch_computes_what_is_too_small_to_pay(fn):
     """On the CPU, with impl="auto", in modules and functions; `act` itself is always fused."""
@@ -194,12 +200,12 @@ def test_torch_computes_what_is_too_small_to_pay(fn):
             assert is_fused(call(large)) == (smallest is not None)
             if smallest is not None:
                 assert not is_fused(call(large[1:]))
-        assert is_fused(fastjac.act(small, fn=fn)) and is_fused(function(small, impl="cpu"))
+        assert is_fused(fastjac.act(small, fn=fn)) and is_fused(function(small, impl=IMPL))
 
 
 def test_the_dtype_of_a_result_does_not_depend_on_the_size():
     """Autocast lets torch compute softplus in float32, and the kernels in bfloat16."""
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE, torch.bfloat16):
         for size in (3, FROM["softplus"][2]):
             z = torch.randn(size, dtype=torch.bfloat16, requires_grad=True)
             assert fastjac.softplus(z).dtype == torch.bfloat16

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import DEVICE
 from penalty_cases import (
     SPECS,
     Call,
@@ -248,7 +249,7 @@ def test_autocast(spec: PenaltySpec) -> None:
     """The network runs in bfloat16, and the sums of the penalty in float32."""
     call = Call(spec, dtype=torch.float32)
     exact = call.values()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
         output, value = call.model_form()
     assert output.dtype == torch.bfloat16
     assert value.dtype == torch.float32
@@ -258,7 +259,7 @@ def test_autocast(spec: PenaltySpec) -> None:
         torch.testing.assert_close(value, exact, rtol=tolerance, atol=tolerance)
     assert all(g.isfinite().all() for g in gradients(value, call.inputs))
     if takes(spec, "engine"):
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast(DEVICE, dtype=torch.bfloat16):
             by_chain = call.values(engine="chain")
         torch.testing.assert_close(by_chain, exact, rtol=tolerance, atol=tolerance)
         assert all(g.isfinite().all() for g in gradients(by_chain, call.inputs))

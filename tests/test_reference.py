@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import DEVICE
 from torch import Tensor
 
 from fastjac import reference
@@ -18,7 +19,7 @@ close = partial(torch.testing.assert_close, rtol=1e-12, atol=1e-14)
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(DEVICE).manual_seed(seed)
     return torch.randn(*shape, dtype=torch.float64, generator=generator)
 
 
@@ -57,7 +58,7 @@ def test_projections_of_a_linear_model() -> None:
 
 def test_random_projections_of_a_linear_model() -> None:
     def draws() -> torch.Generator:
-        return torch.Generator().manual_seed(5)
+        return torch.Generator(DEVICE).manual_seed(5)
 
     r = torch.randn(4, 2, 3, dtype=torch.float64, generator=draws())
     one = torch.randn(4, 1, 3, dtype=torch.float64, generator=draws())
@@ -220,8 +221,10 @@ def test_accumulated_dreg_multiplies_the_jacobians() -> None:
     accumulated = partial(reference.accumulated_dreg, activations, x, tangent=u)
     close(accumulated(), torch.stack(expected))
     close(accumulated(include_output=True), torch.stack(with_output))
-    drawn = torch.randn(2, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(6))
+    drawn = torch.randn(2, 4, dtype=torch.float64, generator=torch.Generator(DEVICE).manual_seed(6))
     close(
-        reference.accumulated_dreg(activations, x, generator=torch.Generator().manual_seed(6)),
+        reference.accumulated_dreg(
+            activations, x, generator=torch.Generator(DEVICE).manual_seed(6)
+        ),
         reference.accumulated_dreg(activations, x, tangent=drawn),
     )

@@ -5,6 +5,7 @@ import threading
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import DEVICE
 from torch import nn
 from torch.autograd import forward_ad
 from torch.func import grad, hessian, jacfwd, jacrev, jvp
@@ -12,8 +13,10 @@ from torch.utils.checkpoint import checkpoint
 
 import fastjac
 from fastjac.activations import TABLE
+from fastjac.ops.dispatch import OPS, why_not
 
 X = torch.tensor([0.3, -0.7, 1.9], dtype=torch.float64)
+IMPLS = [i for i in OPS["act"].implementations if why_not(i, DEVICE, torch.float32) is None]
 
 
 class Saving(torch.autograd.Function):
@@ -137,7 +140,7 @@ def test_second_derivative_of_a_gradient_penalty(second):
     torch.testing.assert_close(got, truth, rtol=1e-11, atol=1e-12)
 
 
-@pytest.mark.parametrize("impl", ["cpu", "triton", "reference"])
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("name", ["relu", "hardswish"])
 @pytest.mark.parametrize("order", [1, 2])
 def test_a_zero_slope_stays_zero_for_an_infinite_cotangent(name, order, impl):
@@ -150,6 +153,31 @@ def test_a_zero_slope_stays_zero_for_an_infinite_cotangent(name, order, impl):
     x = z.clone().requires_grad_()
     fastjac.relu(x, impl=impl).sqrt().sum().backward()
     torch.testing.assert_close(x.grad, torch.tensor([0.0, 0.0, 0.25]))
+
+
+class InAThread(torch.autograd.Function):
+    """tanh; its backward runs in a thread of its own, as every backward on a GPU does."""
+
+    @staticmethod
+    def forward(ctx, z):
+        ctx.save_for_backward(z)
+        return z.tanh()
+
+    @staticmethod
+    def backward(ctx, v):
+        found = []
+        (z,) = ctx.saved_tensors
+        thread = threading.Thread(target=lambda: found.append(fastjac.act(z, v, 1, "tanh")))
+        thread.start()
+        thread.join()
+        return found[0]
+
+
+def test_batched_cotangents_in_the_thread_of_a_gpu():
+    """Torch counts the levels of its older vmap in each thread, and there none is entered."""
+    x, w = X.clone().requires_grad_(), torch.randn(4, 3, dtype=torch.float64)
+    (found,) = torch.autograd.grad(InAThread.apply(x), x, w, is_grads_batched=True)
+    torch.testing.assert_close(found, w * (1 - X.tanh().square()))
 
 
 def test_raw_op_keeps_forward_mode_and_refuses_torch_func():

@@ -145,7 +145,7 @@ class LayerPenalty(LayerStatistic, ModelPenalty):
     def _reduce(self, values: Any) -> Tensor:
         if not isinstance(values, Sum):
             return super()._reduce(values)
-        factor = self.weight * (self.every if self.training else 1)
+        factor = self._factor(values.total)
         # The mean over no samples would be 0/0.
         return values.total * (factor / (values.count or 1) if self.reduction == "mean" else factor)
 
@@ -213,7 +213,7 @@ class LayerPenalty(LayerStatistic, ModelPenalty):
         return distributed.through_sink(value, self._watch.ddp)
 
     def __getstate__(self) -> dict[str, Any]:
-        state = self.__dict__.copy()
+        state = super().__getstate__()
         state["_watch"] = None
         state["_attached_model"] = None if self._watch is None else self._watch.model
         return state

@@ -340,7 +340,7 @@ def _of_shards(
 
 def _output_of_shards(call: LayerCall, wanted: Wanted) -> Statistic:
     n, *places, c = shape = sharded.layout_of(call).shape
-    total = torch.ones((), dtype=accumulate_dtype(call.z.dtype)) * c
+    total = torch.full((), c, dtype=accumulate_dtype(call.z.dtype), device=call.z.device)
     if wanted.use_weight:
         total = sharded.whole(sharded.row_norms(call).sum())
     total = total * math.prod(places)

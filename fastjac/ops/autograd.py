@@ -14,10 +14,8 @@ from torch import Tensor, nn
 
 from fastjac.torch_private import (
     add_batch_dim,
-    enter_legacy_vmap,
     forward_mode_active,
     is_legacy_batched,
-    leave_legacy_vmap,
     remove_batch_dim,
     transforms_active,
     unwrap_if_dead,
@@ -73,9 +71,8 @@ class Function(torch.autograd.Function):
 
     @classmethod
     def _apply_batched(cls, *args: Any) -> Any:
-        level = enter_legacy_vmap() - 1
-        leave_legacy_vmap()
         batched = [isinstance(a, Tensor) and is_legacy_batched(a) for a in args]
+        level = _batch_level(next(a for a, b in zip(args, batched, strict=True) if b))
         values = [
             remove_batch_dim(a, level, 0, 0) if b else a for a, b in zip(args, batched, strict=True)
         ]
@@ -91,6 +88,21 @@ class Function(torch.autograd.Function):
         if isinstance(out, tuple):
             return tuple(add_batch_dim(o, 0, level) for o in out)
         return add_batch_dim(out, 0, level)
+
+
+def _batch_level(t: Tensor) -> int:
+    """The level of the batch dimension of a tensor in torch's older vmap.
+
+    Torch counts the levels in each thread, and a backward on a GPU runs in a thread of its own,
+    where the count is 0. So the tensor is asked: removing a level that it does not have gives a
+    new dimension, here of size 0.
+    """
+    level = 1
+    while remove_batch_dim(t, level, 0, 0).shape[0] == 0:
+        level += 1
+        if level > 64:  # more than torch has
+            raise RuntimeError("a batched pass over no cotangents: pass at least one")
+    return level
 
 
 def recorded(*cotangents: Tensor | None) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import nn
+from torch import Tensor, nn
 
 from fastjac import reference
 from fastjac.layerwise.statistics import Statistic
@@ -42,7 +42,7 @@ class Contractive(DREG):
         model: nn.Module | None = None,
         /,
         *,
-        weight: float = 1.0,
+        weight: float | Tensor = 1.0,
         reduction: str = "mean",
         every: int = 1,
     ) -> None:
@@ -83,7 +83,7 @@ class GuRigazio(DREG):
         /,
         *,
         layer_weights: Sequence[float] | None = None,
-        weight: float = 1.0,
+        weight: float | Tensor = 1.0,
         reduction: str = "mean",
         every: int = 1,
     ) -> None:

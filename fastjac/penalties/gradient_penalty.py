@@ -93,7 +93,7 @@ class Eikonal(GradientPenalty):
         *,
         at: str | None = None,
         engine: str = "auto",
-        weight: float = 1.0,
+        weight: float | Tensor = 1.0,
         reduction: str = "mean",
         every: int = 1,
     ) -> None:

@@ -52,7 +52,7 @@ class JacobianReg(RandomPenalty):
         chunk_size: int | None = None,
         at: str | None = None,
         engine: str = "auto",
-        weight: float = 1.0,
+        weight: float | Tensor = 1.0,
         reduction: str = "mean",
         every: int = 1,
     ) -> None:

@@ -91,7 +91,8 @@ class PenaltySpec:
 
 def randn(shape: Sequence[int], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
     """Standard normal numbers, drawn in float64 so that they are the same for each dtype."""
-    return torch.randn(*shape, dtype=torch.float64, generator=generator).to(dtype)
+    options: Any = {"generator": generator, "device": generator.device}
+    return torch.randn(*shape, dtype=torch.float64, **options).to(dtype)
 
 
 def mlp(
@@ -100,7 +101,7 @@ def mlp(
     """Linear layers of these widths with activations between; does not use the global RNG."""
     layers: list[nn.Module] = []
     for c_in, c_out in pairwise(widths):
-        linear = nn.Linear(c_in, c_out, device="meta", dtype=dtype).to_empty(device="cpu")
+        linear = nn.Linear(c_in, c_out, device="meta", dtype=dtype).to_empty(device=gen.device)
         with torch.no_grad():
             linear.weight.copy_(randn((c_out, c_in), dtype, gen) / c_in**0.5)
             linear.bias.copy_(randn((c_out,), dtype, gen) / 2)
@@ -115,7 +116,7 @@ def logits_example(dtype: torch.dtype, generator: torch.Generator) -> Example:
 
 def classifier_example(dtype: torch.dtype, generator: torch.Generator) -> Example:
     """The same with class indices."""
-    target = torch.randint(3, (3,), generator=generator)
+    target = torch.randint(3, (3,), generator=generator, device=generator.device)
     return replace(logits_example(dtype, generator), targets=(target,))
 
 

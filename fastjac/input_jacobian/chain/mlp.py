@@ -114,6 +114,7 @@ class Recipe:
                 for _, bias, (fn, params) in layers
             ],
             dtype=torch.float64,
+            device="cpu",  # C++ reads it, also if torch.set_default_device names a GPU
         )
         # The order of the gradients: weight 0, bias 0, weight 1, ...
         self.slots = [t for weight, bias, _ in layers for t in (weight, bias)]
@@ -195,7 +196,7 @@ class Recipe:
 
 @functools.lru_cache(maxsize=256)
 def _wanted(flags: tuple[bool, ...]) -> Tensor:
-    return torch.tensor(flags, dtype=torch.float64)
+    return torch.tensor(flags, dtype=torch.float64, device="cpu")
 
 
 class Mlp:
