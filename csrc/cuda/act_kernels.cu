@@ -37,7 +37,7 @@ struct Times {
 };
 
 template <class A, int Order, class S>
-__global__ void __launch_bounds__(threads, least_blocks)
+__global__ void __launch_bounds__(threads, Order < 2 ? least_blocks : 3)
     act_kernel(const S* __restrict__ z, const S* __restrict__ g, S* __restrict__ out, int64_t numel,
                bool whole_packs, Params<compute_t<S>> params) {
   using T = compute_t<S>;

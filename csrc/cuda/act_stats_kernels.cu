@@ -31,8 +31,17 @@ constexpr int run = 32;
 // 24 KB in flight or more, because an H200 transfers 23 KB in the latency of a load. Three blocks
 // leave 80 registers for a thread; the backward of sums of rows, which has a weight for each
 // column, needs more.
+// On compute capability 10.0 the compiler needs more for 16 bits, and spilled 8 to 16 bytes.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr bool needs_more = true;
+#else
+constexpr bool needs_more = false;
+#endif
 template <class S, bool Backward, bool Down, bool Vector>
-constexpr int least_blocks = !Vector || sizeof(S) == 8 || (Backward && !Down) ? 2 : 3;
+constexpr int least_blocks = Backward && !Down && (!Vector || sizeof(S) == 8)   ? 1
+                             : !Vector || sizeof(S) == 8 || (Backward && !Down) ? 2
+                             : needs_more && sizeof(S) == 2                     ? 2
+                                                                                : 3;
 template <bool Backward, bool Down>
 constexpr int packs_ahead = Backward && Down ? 1 : 2;
 
