@@ -225,12 +225,14 @@ def test_empty_and_single(impl):
 
 @pytest.mark.parametrize("name", TABLE)
 def test_infinities_and_nan_as_torch(name):
-    """φ is as in torch for a column with ±inf or NaN; the statistic is NaN only if torch's is."""
+    """φ is as in torch for a column with ±inf or NaN, or the limit where torch's formula gives NaN
+    (gelu on a CPU); the statistic is NaN only if torch's is."""
     values = torch.tensor([float("inf"), float("-inf"), float("nan"), 1.0], device=DEVICE)
     z = torch.stack([values, torch.ones_like(values)])
     a, s = fastjac.act_stats(z, name)
     truth = TABLE[name].torch_function()(z)
-    torch.testing.assert_close(a, truth, equal_nan=True)
+    known = ~truth.isnan() | z.isnan()
+    torch.testing.assert_close(a[known], truth[known], equal_nan=True)
     torchs = eager(z.clone().requires_grad_(), name, 1)[1]
     # The slopes at ±inf are limits, where torch computes inf - inf for some activations. In the
     # column with NaN, where the slope of elu and hardswish is 1 in torch, NaN is accepted.

@@ -49,6 +49,7 @@ def interpret(row: Activation, order: int, z: torch.Tensor, params: dict) -> tor
         literal=repr,
         call=lambda name, args: f"{name}({', '.join(args)})",
         where=lambda c, a, b: f"where({c}, {a}, {b})",
+        divide=lambda a, b: f"({a} / {b})",
     )
     for name, expression in codegen.statements(row, order, dialect):
         value = eval(expression, {}, scope)

@@ -167,4 +167,7 @@ FASTJAC_HD double normcdf(double z, double e) {
   return where(z < 0.0, tail, 1.0 - tail);
 }
 
+FASTJAC_HD double sin(double x) { return ::sin(x); }
+FASTJAC_HD double cos(double x) { return ::cos(x); }
+
 }  // namespace fastjac::math
