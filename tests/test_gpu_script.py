@@ -151,8 +151,7 @@ def test_killed_in_the_middle_everything_measured_is_there(tmp_path):
     assert (out / "kernels.jsonl").stat().st_size == size  # the stage died with the script
 
 
-def test_page_of_nothing_and_of_wrong_things(tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "HERE", tmp_path)
+def test_page_of_nothing_and_of_wrong_things(tmp_path):
     empty = report.page(tmp_path / "no", None, tmp_path)
     assert "## Kernels" in empty and "Nothing." in empty
     missed = {"op": "act", "impl": "cuda", "device": "cuda", "dtype": "float16", "ok": False}
@@ -233,7 +232,8 @@ def test_a_tool_that_is_missing_is_named_and_fails_nothing(tmp_path, monkeypatch
     assert {path.name for path in tmp_path.iterdir()} == {*run.SANITIZE_FILES}
 
 
-def test_results_of_tests_are_recorded_as_they_come(tmp_path):
+def test_results_of_tests_are_recorded_as_they_come(tmp_path, monkeypatch):
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # it tells the plugin where it runs
     file = tmp_path / "test_few.py"
     file.write_text("def test_good(): pass\n\ndef test_bad(): assert 1 == 2\n")
     mine = Run(tmp_path / "out", FILES)
