@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import DEVICE
+from conftest import DEVICE, cpu_only
 from layer_cases import Counting, Model, check, close, encoder_layer, mlp, recorded
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
@@ -91,6 +91,7 @@ def rows(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
         cached.cache_clear()
 
 
+@cpu_only
 @pytest.mark.skipif(not triton_interpreted(), reason="needs Triton's interpreter")
 @pytest.mark.parametrize("case", ["sequential", "convolutions"])
 def test_statistic_by_triton(case: str, both_ways: str, rows: str) -> None:

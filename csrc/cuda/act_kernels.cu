@@ -121,9 +121,15 @@ cudaError_t visit_order(int order, Body&& body) {
   }
 }
 
-// The functor whose order Order is compiled: all derivatives that are zero are one kernel.
+// The functor that is compiled for an order: all derivatives that are zero are one kernel.
+struct Zero {
+  template <int K, class M, class T>
+  FASTJAC_HD static T times(T, T, const Params<T>&) {
+    return T(0);
+  }
+};
 template <class A, int Order>
-using Distinct = std::conditional_t<(Order >= A::zero_from), Identity, A>;
+using Distinct = std::conditional_t<(Order >= A::zero_from), Zero, A>;
 
 }  // namespace
 
