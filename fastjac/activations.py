@@ -337,7 +337,8 @@ ROWS = (
         module="Softsign",
         let={"a": "1 + abs(z)", "i2": "1 / (a * a)"},
         derivatives=(
-            "z / a",
+            # Not z / a: a quotient on a GPU is 0 if the divisor is above 2^126.
+            "0.25 * z / (0.25 + 0.25 * abs(z))",
             "i2",
             "(2 if z < 0 else (-2 if z > 0 else 0)) * i2 / a",
             "6 * i2 * i2 if abs(z) > 0 else 0",

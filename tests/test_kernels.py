@@ -40,6 +40,26 @@ def test_act(kernels, name, dtype):
             assert_near(grad_g, wide_z, wide_v, order)
 
 
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+@pytest.mark.parametrize("name", [name for name in TABLE if name != "sine"])
+@only_cuda
+def test_act_of_subnormal_and_huge_numbers(kernels, name, dtype):
+    """Sine has a bound on its argument. An exponential below 2^-126 may be zero on a GPU."""
+    most = min(torch.finfo(dtype).max, torch.finfo(torch.float32).max)
+    least = torch.finfo(dtype).tiny
+    sizes = (most / 3, most / 2**10, most / 2**10, 1e4, 80.0, 1e-3, least, least / 8)
+    z = torch.tensor([s * sign for s in sizes for sign in (1, -1)], dtype=dtype)
+    got = kernels.act(z, None, 0, IDS[name], TABLE[name].param_values({})).double()
+    truth = fastjac.act(z.double(), None, 0, name, impl="reference")
+    eps = 64 * torch.finfo(accumulate_dtype(dtype)).eps + torch.finfo(dtype).eps
+    torch.testing.assert_close(got, truth, rtol=eps, atol=least)
+    edge = torch.tensor([torch.inf, -torch.inf, torch.nan], dtype=dtype)
+    for order in range(2):
+        got = kernels.act(edge, None, order, IDS[name], TABLE[name].param_values({}))
+        torchs = fastjac.act(edge, None, order, name, impl="reference")
+        assert ((got == torchs) | torchs.isnan() | (edge.isnan() & got.isnan())).all()
+
+
 @both
 def test_act_layouts_and_refusals(kernels):
     z = randn(kernels, (2, 3, 4, 5), torch.float32, "channels_last")
