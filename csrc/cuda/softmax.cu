@@ -51,39 +51,101 @@ __device__ __forceinline__ T over_row(T* slots, T value, F combine) {
   return slots[t - place];
 }
 
-// Without v: p − y, and NaN in a row whose class is out of range. With v: p (v − ⟨p, v⟩).
-template <class S, int X>
+// The elements of a row from column k on that a thread processes at once: 16 bytes, or one element.
+template <bool Vector, class S>
+struct Part {
+  using T = compute_t<S>;
+  static constexpr int size = Vector ? Pack<S>::size : 1;
+  T at[size];
+
+  __device__ __forceinline__ explicit Part(const S* from) {
+    if constexpr (Vector) {
+      const Pack<S> pack = load_pack(from);
+      const Wide<S> wide(pack);
+#pragma unroll
+      for (int i = 0; i < size; ++i) at[i] = wide.at[i];
+    } else {
+      at[0] = widen(*from);
+    }
+  }
+
+  __device__ __forceinline__ void store(S* to) const {
+    if constexpr (Vector) {
+      Wide<S> wide;
+#pragma unroll
+      for (int i = 0; i < size; ++i) wide.at[i] = at[i];
+      store_pack(wide.narrowed(), to);
+    } else {
+      *to = narrow<S>(at[0]);
+    }
+  }
+};
+
+// Without v: p − y, and NaN in a row whose class is out of range. With v: p (v − ⟨p, v⟩). Vector:
+// all rows consist of whole packs at 16-byte addresses.
+template <class S, int X, bool Vector, bool Backward>
 __global__ void __launch_bounds__(threads, 4)  // without the 4, 32 registers are used, with spills
     softmax_kernel(const S* __restrict__ logits, const int64_t* __restrict__ target,
                    const S* __restrict__ v, S* __restrict__ out, int64_t rows, int64_t columns) {
   using T = compute_t<S>;
+  using M = typename Compute<S>::functions;
+  using Elements = Part<Vector, S>;
+  constexpr int V = Elements::size;
   __shared__ T slots[threads];
   const int64_t row = int64_t(blockIdx.x) * (threads / X) + threadIdx.x / X;
   if (row >= rows) return;  // the same for all threads of a row
   const S* z = logits + row * columns;
-  const int64_t first = threadIdx.x % X;
+  const int64_t first = int64_t(threadIdx.x % X) * V;
   T most = -T(INFINITY);
-  for (int64_t k = first; k < columns; k += X) most = Largest()(T(widen(z[k])), most);
+  for (int64_t k = first; k < columns; k += X * V) {
+    const Elements part(z + k);
+#pragma unroll
+    for (int i = 0; i < V; ++i) most = Largest()(part.at[i], most);
+  }
   most = over_row<X>(slots, most, Largest());
   T total = T(0), dot = T(0);
-  for (int64_t k = first; k < columns; k += X) {
-    const T e = math::exp(T(widen(z[k])) - most);
-    total += e;
-    if (v != nullptr) dot += e * T(widen(v[row * columns + k]));
-  }
-  total = over_row<X>(slots, total, Plus());
-  if (v != nullptr) dot = over_row<X>(slots, dot, Plus()) / total;
-  const int64_t label = v == nullptr ? target[row] : 0;
-  const bool wrong = label < 0 || label >= columns;
-  for (int64_t k = first; k < columns; k += X) {
-    T p = math::exp(T(widen(z[k])) - most) / total;
-    if (v != nullptr) {
-      p *= T(widen(v[row * columns + k])) - dot;
-    } else {
-      p = wrong ? T(NAN) : k == label ? p - T(1) : p;
+  for (int64_t k = first; k < columns; k += X * V) {
+    Elements part(z + k);
+#pragma unroll
+    for (int i = 0; i < V; ++i) total += part.at[i] = M::exp(part.at[i] - most);
+    if constexpr (Backward) {
+      const Elements cotangent(v + row * columns + k);
+#pragma unroll
+      for (int i = 0; i < V; ++i) dot += part.at[i] * cotangent.at[i];
     }
-    out[row * columns + k] = narrow<S>(p);
   }
+  const T scale = T(1) / over_row<X>(slots, total, Plus());
+  if (Backward) dot = over_row<X>(slots, dot, Plus()) * scale;
+  const int64_t label = Backward ? 0 : target[row];
+  const bool wrong = label < 0 || label >= columns;
+  for (int64_t k = first; k < columns; k += X * V) {
+    Elements part(z + k);
+#pragma unroll
+    for (int i = 0; i < V; ++i) part.at[i] = M::exp(part.at[i] - most) * scale;
+    if constexpr (Backward) {
+      const Elements cotangent(v + row * columns + k);
+#pragma unroll
+      for (int i = 0; i < V; ++i) part.at[i] *= cotangent.at[i] - dot;
+    } else {
+      const int64_t place = label - k;  // one comparison, because the label is in few packs
+      if (wrong || (place >= 0 && place < V)) {
+#pragma unroll
+        for (int i = 0; i < V; ++i) {
+          part.at[i] = wrong ? T(NAN) : i == place ? part.at[i] - T(1) : part.at[i];
+        }
+      }
+    }
+    part.store(out + row * columns + k);
+  }
+}
+
+template <class S, int X, bool Vector>
+void launch_rows(const S* logits, const int64_t* target, const S* v, S* out, int64_t rows,
+                 int64_t columns, const Stream& stream) {
+  const unsigned blocks = unsigned((rows + threads / X - 1) / (threads / X));
+  check_launch(launch(
+      v == nullptr ? softmax_kernel<S, X, Vector, false> : softmax_kernel<S, X, Vector, true>,
+      blocks, threads, stream, logits, target, v, out, rows, columns));
 }
 
 Tensor run(const Tensor& logits, const std::optional<Tensor>& target,
@@ -99,13 +161,18 @@ Tensor run(const Tensor& logits, const std::optional<Tensor>& target,
     const auto* cotangent = v ? static_cast<const S*>(v->const_data_ptr()) : nullptr;
     const auto* from = static_cast<const S*>(z.const_data_ptr());
     auto* to = static_cast<S*>(out.mutable_data_ptr());
+    const bool whole = m % Pack<S>::size == 0 && aligned(from) && aligned(cotangent) && aligned(to);
+    const auto rows = [&](auto x) {
+      if (whole) {
+        launch_rows<S, x(), true>(from, labels, cotangent, to, n, m, stream);
+      } else {
+        launch_rows<S, x(), false>(from, labels, cotangent, to, n, m, stream);
+      }
+    };
     if (m <= longest_of_a_warp) {
-      const unsigned blocks = unsigned((n + threads / 32 - 1) / (threads / 32));
-      check_launch(launch(softmax_kernel<S, 32>, blocks, threads, stream, from, labels, cotangent,
-                          to, n, m));
+      rows(std::integral_constant<int, 32>{});
     } else {
-      check_launch(launch(softmax_kernel<S, threads>, unsigned(n), threads, stream, from, labels,
-                          cotangent, to, n, m));
+      rows(std::integral_constant<int, threads>{});
     }
   });
   return out;
