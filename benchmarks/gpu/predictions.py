@@ -68,7 +68,7 @@ CUDA = (
     Kernel("act_stats", "backward", r"16act_stats_kernelINS_AELb1ELb1ELb1ES", 2, 1, 2),
     Kernel("row_sqnorm", "forward", r"17row_sqnorm_kernelIS", 1, 0),
     Kernel("row_sqnorm", "backward", r"26row_sqnorm_backward_kernelIS", 1, 1),
-    Kernel("softmax_residual", "forward", r"14softmax_kernelISLi32E", 1, 1),
+    Kernel("softmax_residual", "forward", r"14softmax_kernelISLi32ELb1ELb0E", 1, 1),
 )
 
 
@@ -156,7 +156,7 @@ def row_of(
     accesses = kernel.loads + kernel.stores
     if kernel.op == "softmax_residual":  # reads a row three times, the last two from the cache
         mix, elements = sass.passes(lines, 3, size), 1.0
-        flight = 16.0 if implementation == "triton" else 4.0 * size
+        flight = 16.0
     else:
         found = sass.counts(lines, kernel.loads, kernel.stores)
         if found is None:
