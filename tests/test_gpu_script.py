@@ -247,3 +247,9 @@ def test_results_of_tests_are_recorded_as_they_come(tmp_path, monkeypatch):
         "test_bad": "failed",
     }
     assert "assert 1 == 2" in found["test_bad"]["reason"] and found["test_good"]["ok"]
+
+
+def test_an_implementation_is_asked_only_for_its_ops():
+    names = [name for name, _ in checks.items("cpu", "triton")]
+    assert any(name.startswith("act_stats, ") for name in names)
+    assert not any(name.startswith("row_sqnorm, ") for name in names)

@@ -32,7 +32,7 @@ def items(device: str, impl: str, *only: str) -> Iterator[Item]:
         layers = [(only, DTYPES[:2])]
     for k, (activations, dtypes) in enumerate(layers):
         for dtype in dtypes:
-            for op in OPS:
+            for op in (name for name, op in OPS.items() if impl in op.implementations):
                 for example in OPS[op].examples():
                     fn = example.label.split()[0]
                     if fn in activations if fn in TABLE else k == 0:
