@@ -201,7 +201,8 @@ def test_checks_begin_with_what_matters_and_reach_every_activation():
     ops = [name for name, _ in checks.items("cuda", "cuda")]
     triton = [name for name, _ in checks.items("cuda", "triton")]
     assert len({*ops}) == len(ops) and len({*triton}) == len(triton)
-    assert [name.replace("cuda", "triton") for name in ops] == triton[: len(ops)]
+    both = [name.replace("cuda", "triton") for name in ops if not name.startswith("row_sqnorm")]
+    assert len(both) < len(ops) and both == triton[: len(both)]  # Triton has no row_sqnorm
     assert {name.split(", ")[-1] for name in ops} == {*checks.DTYPES}
     assert {fn for fn in TABLE if any(f"act, {fn}," in name for name in triton)} == {*TABLE}
 
@@ -247,9 +248,3 @@ def test_results_of_tests_are_recorded_as_they_come(tmp_path, monkeypatch):
         "test_bad": "failed",
     }
     assert "assert 1 == 2" in found["test_bad"]["reason"] and found["test_good"]["ok"]
-
-
-def test_an_implementation_is_asked_only_for_its_ops():
-    names = [name for name, _ in checks.items("cpu", "triton")]
-    assert any(name.startswith("act_stats, ") for name in names)
-    assert not any(name.startswith("row_sqnorm, ") for name in names)
