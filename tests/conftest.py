@@ -91,6 +91,12 @@ def _fixed_seed():
     torch.manual_seed(0)
 
 
+def pytest_collectstart(collector):
+    """What a test file draws while it is imported is the same in each run."""
+    if isinstance(collector, pytest.Module):
+        torch.manual_seed(0)
+
+
 @pytest.fixture(scope="module")
 def two_threads():
     """For CPU kernels, which use a second thread from about ten thousand elements on."""
