@@ -128,7 +128,11 @@ class Activation:
 
 
 def sine(z, omega: float = 1.0):
-    """sin(ω z), the activation of SIREN (arXiv 2006.09661, ω = 30), for which torch has no name."""
+    """sin(ω z), the activation of SIREN (arXiv 2006.09661, ω = 30), for which torch has no name.
+
+    The kernels reduce ω z modulo π/2. In float32 the error is below 1.1e-7 for
+    abs(ω z) < 1e8 on a CPU and < 2e6 in CUDA; beyond, results are in [-1, 1] but not right.
+    """
     return (omega * z).sin()
 
 

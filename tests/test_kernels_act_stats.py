@@ -235,7 +235,7 @@ def module():
 def test_split_strips(kernels, case, module, monkeypatch):
     shape, dim, statistic = SPLIT[case]
     samples, channels, positions = shape[0], shape[dim], torch.Size(shape[2:]).numel()
-    at = module._strips(
+    at = module.strips(
         samples, channels, positions, positions == 1, statistic == SAMPLE, True, module.TILE,
         module.PROGRAMS,
     )  # fmt: skip
@@ -248,8 +248,9 @@ def test_split_strips(kernels, case, module, monkeypatch):
     assert_right(kernels, first, want, torch.float32)
     assert all(map(torch.equal, first, again))
     # Few programs of long strips, in one level; and offsets in int64.
+    strips = importlib.import_module("fastjac.kernels.strips")
     monkeypatch.setattr(module, "PROGRAMS", 6)
-    monkeypatch.setattr(module, "MOST_INT32", 0)
+    monkeypatch.setattr(strips, "MOST_INT32", 0)
     assert_right(kernels, kernels.act_stats_backward(*args, IDS["relu"], ()), want, torch.float32)
 
 
@@ -266,11 +267,12 @@ def test_sums_are_no_worse_than_pairwise(kernels):
 @pytest.mark.parametrize("p", [1, 30, 50_000])
 @only_triton
 def test_runs_are_short_and_programs_enough(kernels, n, p, module):
+    strips = importlib.import_module("fastjac.kernels.strips")
     for inner, per_sample in itertools.product([True, False], repeat=2):
         if p == 1 and not inner:
             continue
         sizes = module.TILE, module.PROGRAMS
-        at = module._strips(n, 64, p, inner, per_sample, n < 10**6, *sizes)
-        assert at.run <= module.LONGEST_RUN
+        at = module.strips(n, 64, p, inner, per_sample, n < 10**6, *sizes)
+        assert at.run <= strips.LONGEST_RUN
         programs = at.tiles * at.splits
-        assert programs >= min(at.tiles * at.steps // module.SHORT_RUN, module.PROGRAMS // 2)
+        assert programs >= min(at.tiles * at.steps // strips.SHORT_RUN, module.PROGRAMS // 2)
