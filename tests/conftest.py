@@ -7,6 +7,7 @@ variable when it is first imported, so it is set here, before all other imports.
 import os
 import warnings
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -45,6 +46,8 @@ ON_DEVICE = """
 ON_DEVICE = {f"test_{name}" for name in ON_DEVICE.split()}
 
 
+NVCC = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin/nvcc"
+
 # For tests of what the CPU alone has: its kernels, and checks of numbers, which would have to wait
 # for a GPU. There, class indices out of range stop the device, and no later CUDA call works.
 cpu_only = pytest.mark.skipif(DEVICE != "cpu", reason="about the CPU")
@@ -65,7 +68,8 @@ def default_device(on):
 
 @pytest.hookimpl(wrapper=True)
 def pytest_make_collect_report(collector):
-    """Imports a module; its constants are then on the device too."""
+    """Imports a module; its constants are then on the device too, and the same in each run."""
+    torch.manual_seed(0)
     with default_device(collector.path.stem in ON_DEVICE):
         return (yield)
 
@@ -89,12 +93,6 @@ def off_kinks(name, rows=1):
 @pytest.fixture(autouse=True)
 def _fixed_seed():
     torch.manual_seed(0)
-
-
-def pytest_collectstart(collector):
-    """What a test file draws while it is imported is the same in each run."""
-    if isinstance(collector, pytest.Module):
-        torch.manual_seed(0)
 
 
 @pytest.fixture(scope="module")

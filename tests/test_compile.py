@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import NVCC
 
 ROOT = Path(__file__).resolve().parent.parent
 ARCHS = (80, 90, 100)
@@ -53,8 +54,7 @@ def test_a_spill_is_seen():
 def test_cuda():
     """The library that is installed: a kernel that spills registers has a stack."""
     tools = pytest.importorskip("triton.backends.nvidia").__path__[0]
-    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
-    if not (Path(home) / "bin" / "nvcc").exists():
+    if not NVCC.exists():
         pytest.skip("nvcc not found")
     # Compiles only what has changed since the library was built.
     build = [sys.executable, "setup.py", "build_ext", "--inplace"]

@@ -1,9 +1,11 @@
 """The counts of instructions from which benchmarks/gpu/PREDICTIONS.md is made."""
 
 import csv
+import subprocess
 from pathlib import Path
 
 import pytest
+from conftest import NVCC
 
 from benchmarks.gpu import predictions, sass
 from fastjac.ops.dispatch import OPS
@@ -124,3 +126,27 @@ def test_the_table_has_every_op_on_a_gpu():
     assert all(0 < float(row["predicted_share"]) <= 1 for row in rows)
     page = (HERE / "PREDICTIONS.md").read_text()
     assert all(f"| {op} |" in page for op in OPS)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not NVCC.exists(), reason="needs nvcc")
+def test_kernels_are_those_for_9_0(tmp_path):
+    """In an object for several compute capabilities, whose kernels have the same names."""
+    pytest.importorskip("triton.backends.nvidia")
+    source, unit = tmp_path / "few.cu", tmp_path / "few.o"
+    source.write_text("""
+        extern "C" __global__ void copy(const float* from, float* to) {
+        #if __CUDA_ARCH__ == 900
+          *to = *from;
+        #else
+          float all[64];
+          for (int i = 0; i < 64; ++i) all[i] = from[i];
+          __syncthreads();
+          for (int i = 0; i < 64; ++i) to[i] = all[63 - i];
+        #endif
+        }""")
+    archs = [f"-gencode=arch=compute_{n},code=sm_{n}" for n in (80, 90, 100)]
+    subprocess.run([NVCC, "-c", *archs, source, "-o", unit], check=True)
+    ((name, lines, registers),) = predictions.kernels_of_object(unit)
+    assert name == "copy" and registers < 16
+    assert sum("LDG" in line for line in lines) == 1

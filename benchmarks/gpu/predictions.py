@@ -23,6 +23,7 @@ from benchmarks.gpu.report import markdown
 from fastjac.activations import IDS, TABLE
 from fastjac.codegen import camel
 from fastjac.ops.dispatch import OPS
+from fastjac.ops.native import build_info
 
 HERE = Path(__file__).resolve().parent
 OBJECTS = HERE.parent.parent / "build/native"
@@ -115,24 +116,32 @@ def tools() -> Path:
     return Path(triton.__file__).parent / "backends/nvidia/bin"
 
 
-def registers_of(log: str) -> dict[str, int]:
-    """The registers of each kernel, from ``cuobjdump -res-usage``."""
-    return {name: int(count) for name, count in re.findall(r"Function (\S+):\s+REG:(\d+)", log)}
+def kernels_of(cubin: Path) -> Iterator[tuple[str, list[str], int]]:
+    """The name, the lines and the registers of each kernel."""
+    usage = run(tools() / "cuobjdump", "-res-usage", cubin)
+    registers = dict(re.findall(r"Function (\S+):\s+REG:(\d+)", usage))
+    for name, lines in sass.functions(run(tools() / "nvdisasm", "-c", cubin)):
+        yield name, lines, int(registers[name])
+
+
+def kernels_of_object(unit: Path) -> Iterator[tuple[str, list[str], int]]:
+    """The same of an object file, in which code for other compute capabilities may be."""
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run(
+            [tools() / "cuobjdump", "-xelf", "sm_90", unit.resolve()], check=True, cwd=folder,
+            capture_output=True,
+        )  # fmt: skip
+        for cubin in Path(folder).glob("*.cubin"):
+            yield from kernels_of(cubin)
 
 
 def cuda_predictions() -> Iterator[Prediction]:
     """One row for each kernel, activation and dtype of the library."""
-    registers: dict[str, int] = {}
-    code: dict[str, list[str]] = {}
-    for unit in sorted(OBJECTS.glob("cuda_*.o")):
-        registers |= registers_of(run(tools() / "cuobjdump", "-res-usage", unit))
-        with tempfile.TemporaryDirectory() as folder:
-            subprocess.run(
-                [tools() / "cuobjdump", "-xelf", "sm_90", unit], check=True, cwd=folder,
-                capture_output=True,
-            )  # fmt: skip
-            for cubin in Path(folder).glob("*.cubin"):
-                code |= dict(sass.functions(run(tools() / "nvdisasm", "-c", cubin)))
+    code = {
+        name: (lines, registers)
+        for unit in sorted(OBJECTS.glob("cuda_*.o"))
+        for name, lines, registers in kernels_of_object(unit)
+    }
     for kernel in CUDA:
         for fn in TABLE if "A" in kernel.name else ("identity",):
             for dtype, mangled in TYPES.items():
@@ -142,7 +151,7 @@ def cuda_predictions() -> Iterator[Prediction]:
                 name = next((n for n in code if re.search(pattern + "E", n)), None)
                 if name is None:
                     continue
-                row = row_of(kernel, "cuda", fn, dtype, code[name], registers[name], THREADS)
+                row = row_of(kernel, "cuda", fn, dtype, *code[name], THREADS)
                 if row is not None:
                     yield row
 
@@ -190,9 +199,8 @@ def triton_predictions() -> Iterator[Prediction]:
         code = triton.compile(source, target=kernel.target, options=options)
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             Path(file.name).write_bytes(code.asm["cubin"])
-            ((_, lines),) = sass.functions(run(tools() / "nvdisasm", "-c", file.name))
-            usage = run(tools() / "cuobjdump", "-res-usage", file.name)
-        seen.append((lines, *registers_of(usage).values(), 32 * options["num_warps"]))
+            ((_, lines, registers),) = kernels_of(Path(file.name))
+        seen.append((lines, registers, 32 * options["num_warps"]))
 
     for module in (act, act_stats, softmax_residual):
         replace(module, 90, see)
@@ -222,7 +230,8 @@ def triton_predictions() -> Iterator[Prediction]:
 
 TITLE = """# What the compiled kernels can reach
 
-Written by `python -m benchmarks.gpu.predictions` from the compiled code for compute capability 9.0.
+Written by `python -m benchmarks.gpu.predictions` from the compiled code for compute capability 9.0,
+by {compilers}.
 No GPU was used; the first run on one is held against this table.
 
 * **instr.** is the number of instructions that a thread executes for an element, on the path that
@@ -240,6 +249,8 @@ reach: a share of 1 with few instructions is safer than one with many.
 
 
 def write(rows: list[Prediction]) -> None:
+    import triton
+
     names = [f.name for f in fields(Prediction)]
     with (HERE / "predictions.csv").open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
@@ -269,7 +280,10 @@ def write(rows: list[Prediction]) -> None:
     columns = ("op", "pass", "activation", "dtype", "bytes")
     each = ("instr.", "registers", "share")
     heads = (*columns, *(f"{i} {name}" for i in ("CUDA", "Triton") for name in each))
-    text = [TITLE, *markdown(("Kernels", heads, table)), *markdown(defaults(rows))]
+    title = TITLE.format(
+        compilers=f"nvcc ({build_info()['cuda']['compiler']}) and Triton {triton.__version__}"
+    )
+    text = [title, *markdown(("Kernels", heads, table)), *markdown(defaults(rows))]
     (HERE / "PREDICTIONS.md").write_text("\n".join(text).rstrip() + "\n")
 
 

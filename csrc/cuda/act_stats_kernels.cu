@@ -38,10 +38,8 @@ constexpr bool needs_more = true;
 constexpr bool needs_more = false;
 #endif
 template <class S, bool Backward, bool Down, bool Vector>
-constexpr int least_blocks = Backward && !Down && (!Vector || sizeof(S) == 8)   ? 1
-                             : !Vector || sizeof(S) == 8 || (Backward && !Down) ? 2
-                             : needs_more && sizeof(S) == 2                     ? 2
-                                                                                : 3;
+constexpr int least_blocks = 3 - (!Vector || sizeof(S) == 8) -
+                             ((Backward && !Down) || (needs_more && Vector && sizeof(S) == 2));
 template <bool Backward, bool Down>
 constexpr int packs_ahead = Backward && Down ? 1 : 2;
 
