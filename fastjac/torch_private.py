@@ -92,6 +92,11 @@ below_autograd = _private(
     "to call a raw op in Function.forward without its own autograd formula (5 µs of Python)",
     "the ops cannot be called",
 )
+sequence_number = _private(
+    "torch._C._autograd._get_sequence_nr",
+    "to tell the operations of a run from those that were recorded before it",
+    "the chain engine cannot run",
+)
 _top_hooks = _private(
     "torch._C._autograd._top_saved_tensors_default_hooks",
     "to see whether a call is inside a checkpoint or save_on_cpu",

@@ -45,6 +45,13 @@ ON_DEVICE = """
 """
 ON_DEVICE = {f"test_{name}" for name in ON_DEVICE.split()}
 
+# The test modules in which the chain engine runs by programs in the first call too, each of them
+# checked against the sweep that it repeats; see programs.py.
+BY_PROGRAM = """
+    chain chain_calls chain_models chain_rows chain_traps chain_writing penalties sweep
+"""
+BY_PROGRAM = {f"test_{name}" for name in BY_PROGRAM.split()}
+
 
 NVCC = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin/nvcc"
 
@@ -72,6 +79,22 @@ def pytest_make_collect_report(collector):
     torch.manual_seed(0)
     with default_device(collector.path.stem in ON_DEVICE):
         return (yield)
+
+
+@pytest.fixture(autouse=True)
+def programs(request, monkeypatch):
+    """The names of the programs that have run, or None outside of `BY_PROGRAM`."""
+    from programs import checked_programs
+
+    from fastjac.input_jacobian.chain.program import forget
+
+    forget()  # whether a call is the first one must not depend on other tests
+    if request.module.__name__ not in BY_PROGRAM:
+        yield None
+        return
+
+    with checked_programs(monkeypatch) as ran:
+        yield ran
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,6 @@ the value of a penalty is right in all cases, it is the gradient that is not.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastjac.ops.autograd import Function
-from fastjac.torch_private import shape_of_node, traced_graphs
+from fastjac.torch_private import traced_graphs
 
 WRONG_THIRD = {
     "NativeLayerNormBackward0": "layer_norm",
@@ -81,8 +80,6 @@ class Operations:
         self.wrong_third = self.wrong_again = ""  # names of norms
         self.wrong_batched = False
         self.missing = ""  # the node of an operation without a second derivative
-        self.count = 0
-        self.gain = 0.0  # nanoseconds that the chain engine saves, see `GAINS`
         nodes: list[Any] = [output.grad_fn]
         seen = set(nodes)
         for node in nodes:  # which grows
@@ -97,8 +94,6 @@ class Operations:
                     _kinds[type(node)] = kind
             if not kind:
                 continue
-            if type(node).__name__ in GAINS:
-                self.gain += GAINS[type(node).__name__] * math.prod(shape_of_node(node))
             if kind == "foreign":
                 self.foreign = True
             elif kind == "missing":
@@ -110,16 +105,10 @@ class Operations:
                     self.wrong_third = WRONG_THIRD[type(node).__name__]
             elif kind == "again" and getattr(node, "_saved_train", True):
                 self.wrong_again = WRONG_AGAIN[type(node).__name__]
-        self.count = len(nodes)
 
 
-GAINS: dict[str, float] = {}
-"""By node: nanoseconds an element that the chain engine saves, for a single cotangent.
-
-Measured on one core of an AMD EPYC (AVX-512), torch 2.13, float32, with [64, 512] and [512, 512]
-elements; about the mean of the two. Other operations gain less than 1; `clamp` and `sqrt` lose up
-to 1.9.
-"""
+BY_CHAIN = {"HardsigmoidBackward0"}
+"""Those of `MISSING` that the chain engine has a rule for."""
 
 _kinds: dict[type, str] = {}
 
@@ -132,7 +121,7 @@ def _kind(node: Any) -> str:
         return "" if issubclass(forward, Function) else "foreign"
     for kind, names in (
         *(("third", WRONG_THIRD), ("again", WRONG_AGAIN), ("batched", WRONG_BATCHED)),
-        *(("missing", MISSING), ("gain", GAINS)),
+        ("missing", MISSING),
     ):
         if name in names:
             return kind

@@ -28,9 +28,7 @@ class InputPenalty(Penalty):
     its Jacobian.
 
     ``uses_jvp = True`` in a subclass says that it calls ``pull.jvp``; ``"auto"`` then takes the
-    chain engine wherever it can, since torch differentiates the JVP of some norms wrongly.
-    ``products(output)`` says how many products with the Jacobian it takes, and decides whether
-    ``"auto"`` expects the chain engine to be faster.
+    chain engine in the first call too, since torch differentiates the JVP of some norms wrongly.
 
     ``at`` names a submodule: in the model form the gradient is taken with respect to its output
     instead of ``x`` (which may then be of an integer dtype). In the graph form pass the hidden
@@ -39,11 +37,13 @@ class InputPenalty(Penalty):
     ``engine`` (model form) is one of
 
     * ``"chain"``: computes the double backward operation by operation, from the autograd graph of
-      the run and without ``create_graph``; the value is differentiable once;
+      the run and without ``create_graph``; the value is differentiable once. Its second call with
+      the same operations and shapes traces what it does, and later ones repeat the calls of torch
+      that were traced;
     * ``"autograd"``: ``torch.autograd.grad`` with ``create_graph=True``;
     * ``"compiled"``: ``torch.func.vjp`` inside ``torch.compile``;
-    * ``"auto"`` (default): the chain engine where it can read the graph and is faster, else
-      autograd.
+    * ``"auto"`` (default): autograd in the first call with the same operations and shapes; from the
+      second one on the chain engine where it can read the graph, else autograd.
 
     ``"chain"``, ``"autograd"`` and ``"auto"`` run the model once, in the ordinary way, and choose
     after the run, for this call alone. If a named engine cannot run a call, it raises.
@@ -110,7 +110,3 @@ class InputPenalty(Penalty):
 
     def _request(self, *targets: Any, **named: Any) -> select.Request:
         return select.Request(self, targets, named)
-
-    def products(self, output: Tensor, *targets: Any, **named: Any) -> int:
-        """How many products with the Jacobian of a sample `per_sample` takes, for ``"auto"``."""
-        return 1

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -47,9 +46,6 @@ class ProjectionPenalty(InputPenalty):
     @classmethod
     def call_parameters(cls) -> list[inspect.Parameter]:
         return cls._with_targets(cls.cotangents)
-
-    def products(self, output: Tensor, *targets: Any, **named: Any) -> int:
-        return math.prod(output.shape[1:])
 
     def per_sample(self, pull: Pullback, *targets: Any, **named: Any) -> Tensor:
         w, scale = self.cotangents(rows(pull.output), *targets, **named)
@@ -112,12 +108,6 @@ class RandomPenalty(ProjectionPenalty):
                 "engine"
             )
         return super().model_form(model, x, *targets, **named)
-
-    def products(self, output: Tensor, *targets: Any, **named: Any) -> int:
-        projection = named.get("projection")
-        if isinstance(projection, Tensor):
-            return len(projection) if projection.dim() == 3 else 1
-        return super().products(output) if self.n_proj == -1 else self.n_proj
 
     def draw(self, k: int, logits: Tensor, dtype: torch.dtype) -> Tensor:
         """``w`` in ``dtype``: ``[k, N, m]``, or ``[k, 1, m]`` if the samples share it."""

@@ -1,8 +1,9 @@
 """Chooses the engine of a penalty in the model form, and runs the model with it.
 
 The model runs once, in the ordinary way, and torch builds the graph that it always builds. The
-engine is chosen after the run, for this call alone: the chain engine, if it can read the graph and
-it pays, else autograd. A Sequential of Linear and activation modules runs in C++ instead.
+engine is chosen after the run, for this call alone: autograd for a graph that is seen for the first
+time, then the chain engine, if it can read the graph. A Sequential of Linear and activation modules
+runs in C++ instead.
 """
 
 from __future__ import annotations
@@ -16,7 +17,16 @@ from torch.utils.hooks import RemovableHandle
 
 from fastjac import distributed, torch_private
 from fastjac.input_jacobian import by_autograd, guards
-from fastjac.input_jacobian.chain import Chain, GraphRun, Mlp, Unsupported
+from fastjac.input_jacobian.chain import (
+    Chain,
+    GraphRun,
+    Mlp,
+    ProgramRun,
+    Signature,
+    Unreadable,
+    Unsupported,
+    programs_of,
+)
 from fastjac.input_jacobian.compiled import engine as compiled
 from fastjac.input_jacobian.compiled.buffers import places_of
 from fastjac.input_jacobian.pullback import Pullback
@@ -32,8 +42,6 @@ class Asks(Protocol):
     uses_jvp: bool
 
     def per_sample(self, pull: Pullback, *targets: Any, **named: Any) -> Tensor: ...
-
-    def products(self, output: Tensor, *targets: Any, **named: Any) -> int: ...
 
 
 class Request(NamedTuple):
@@ -63,10 +71,13 @@ def _hidden(at: str) -> str:
     return f"at={at!r} needs a gradient with respect to a hidden tensor: use engine='autograd'"
 
 
-def _run(request: Request, model: Any, x: Any) -> tuple[Tensor, Pullback, str | None, str]:
+def _run(
+    request: Request, model: Any, x: Any, steady: bool = False
+) -> tuple[Tensor, Pullback, str | None, str]:
     """Runs the model; returns the output and the pullback.
 
-    If that is not the chain engine's, also why, and what to do about it.
+    If that is not the chain engine's, also why, and what to do about it. If ``steady``, the engine
+    is the one of later calls, with the same operations and shapes.
     """
     at, advice = request.penalty.at, ". Use engine='autograd'"
     reason = _why_not(request, x)
@@ -85,58 +96,69 @@ def _run(request: Request, model: Any, x: Any) -> tuple[Tensor, Pullback, str | 
         if mlp is not None:
             return mlp.output, Chain(x, mlp), None, ""
     hooks = RemovableHandle.next_id + (at is not None)  # `run_model` registers one itself
+    start = torch_private.sequence_number()
     x, output = by_autograd.run_model(model, x, at)
     by_autograd.check_graph(x, output)
-    operations = guards.Operations(output) if output.grad_fn is not None else None
-    pays = operations is None or _pays(request, output, operations)
-    if reason is None and not pays:
-        reason = "autograd is as fast on this network (engine='chain' runs it)"
+    # Torch counts all hooks. One on a hidden tensor changes the gradient, and is not seen.
+    if reason is None and hooks != RemovableHandle.next_id:
+        reason = "the model registers hooks when it runs"
+    operations = None
     if reason is None:
-        # Torch counts all hooks. One on a hidden tensor changes the gradient, and is not seen.
-        hooked = hooks != RemovableHandle.next_id
         try:
-            run = GraphRun(x, output)
-            if not hooked:
+            programs, signature, untraced = _programs(x, output, start)
+            if programs is not None:
+                run = ProgramRun(x, output, signature, programs)
+                if not programs.functions:
+                    run.as_graph()  # which raises if the graph cannot be recorded
                 return output, Chain(x, run), None, ""
-            reason = "the model registers hooks when it runs"
+            if output.grad_fn is not None:
+                operations = guards.Operations(output)
+            if steady or _asks_for_chain(request, operations):
+                graph = GraphRun(x, output)
+                if untraced is None or request.penalty.engine == "chain":
+                    return output, Chain(x, graph), None, ""
+            reason = untraced or FIRST
         except Unsupported as error:
             reason, advice = str(error), error.advice
     distributed.check_graph(x, output)
     why = f"it does not run this call, because {reason}"
-    if not pays:
+    if reason == FIRST:
         why = "set uses_jvp = True in the class of the penalty, or engine='chain'"
     pull = by_autograd.AutogradPullback(x, output, operations, why)
     return output, pull, reason, advice
 
 
-START, HOST = 1.5e5, 1e4
-"""Nanoseconds of Python that the chain engine takes more than autograd: once, and for a node.
-
-A fit to the networks of `fastjac.bench.everyday` with two samples, on one core of an AMD EPYC.
-"""
+FIRST = "the first call with these operations and shapes is run by autograd"
 
 
-SEVERAL = 4
-"""Cotangents. With 2, networks of small elementwise operations take 1.2 to 1.4 times as long."""
+def _programs(x: Tensor, output: Tensor, start: int) -> tuple[Any, Any, str | None]:
+    """The programs of a run and its signature, if it is not the first one; or why there are none.
 
-
-def _pays(request: Request, output: Tensor, operations: guards.Operations) -> bool:
-    """Whether the chain engine is worth trying: named, needed, or faster.
-
-    It gains in some elementwise double backwards (`guards.GAINS`), for each element, and loses in
-    Python, for each node. Both were measured on one core of a CPU. For a GPU a hundredth of the
-    gain is assumed, by its bandwidth; that is not measured yet. From `SEVERAL` cotangents on it was
-    faster or as fast on all networks measured, since torch dispatches each operation under vmap.
-    JVPs are not a question of speed: torch differentiates those of some norms wrongly.
+    ``(None, None, None)`` for the first one.
     """
-    penalty, targets, named = request
+    try:
+        signature = Signature(x, output, start)
+    except Unreadable as error:
+        return None, None, str(error)
+    programs = programs_of(signature)
+    if programs is None:
+        return None, None, None
+    if programs.failure is not None:
+        return None, None, f"its sweeps cannot be traced: {programs.failure}"
+    return programs, signature, None
+
+
+def _asks_for_chain(request: Request, operations: guards.Operations | None) -> bool:
+    """Whether a call that has no programs needs the chain engine.
+
+    It is named, or the gradient of a JVP is asked for, which torch computes wrongly for some norms,
+    or torch lacks a second derivative. Otherwise autograd is as fast: the chain engine takes
+    1.5 times as long to go through a graph of small operations, without a program.
+    """
+    penalty = request.penalty
     if penalty.engine == "chain" or penalty.uses_jvp:
         return True
-    products = penalty.products(output, *targets, **named)
-    if products >= SEVERAL:
-        return True
-    host = (START + HOST * operations.count) * (1 if output.is_cpu else 100)
-    return products * operations.gain > host
+    return operations is not None and operations.missing in guards.BY_CHAIN
 
 
 def _why_not(request: Request, x: Any) -> str | None:
@@ -195,7 +217,7 @@ def explain(request: Request, model: Any, x: Tensor) -> str:
         at = request.penalty.at
         return compiled.explain(model, x, None if at is None else _hidden(at))
     state = _State(model, x) if isinstance(model, nn.Module) else None
-    _, pull, reason, _ = _run(request, model, x)
+    _, pull, reason, _ = _run(request, model, x, steady=True)
     if state is not None:
         state.restore()
     if engine == "chain" and not isinstance(pull, Chain):

@@ -1,8 +1,20 @@
 """The chain engine: a double backward from the autograd graph, operation by operation."""
 
 from fastjac.input_jacobian.chain import nodes as nodes  # fills the table
-from fastjac.input_jacobian.chain.engine import Chain, GraphRun
+from fastjac.input_jacobian.chain.engine import Chain
+from fastjac.input_jacobian.chain.graph_run import GraphRun
 from fastjac.input_jacobian.chain.mlp import Mlp
+from fastjac.input_jacobian.chain.program import ProgramRun, programs_of
 from fastjac.input_jacobian.chain.rules import Unsupported
+from fastjac.input_jacobian.chain.signature import Signature, Unreadable
 
-__all__ = ["Chain", "GraphRun", "Mlp", "Unsupported"]
+__all__ = [
+    "Chain",
+    "GraphRun",
+    "Mlp",
+    "ProgramRun",
+    "Signature",
+    "Unreadable",
+    "Unsupported",
+    "programs_of",
+]

@@ -22,74 +22,9 @@ from torch import Tensor
 
 from fastjac import torch_private
 from fastjac.input_jacobian.by_autograd import AutogradPullback, Composed
-from fastjac.input_jacobian.chain.record import Record
+from fastjac.input_jacobian.chain.graph_run import plus
 from fastjac.input_jacobian.pullback import Pullback
 from fastjac.ops.autograd import graph_nodes
-from fastjac.ops.row_sqnorm import gradient_of_one, rows_of_one
-
-
-class GraphRun:
-    """The sweeps over a recorded graph. w, u and their products have a first dimension of K."""
-
-    one_product = False  # several products with the Jacobian can be computed
-    own_output = False  # the output is in the graph of torch
-
-    def __init__(self, x: Tensor, output: Tensor) -> None:
-        self.record = Record(x, output)
-        self.output = output
-        self.parameters = [output, *self.record.targets]
-        self.deltas: list[Tensor | None] = []
-        self.extras: list[Tensor | None] = [None] * len(self.record.targets)
-
-    def begin(self) -> None:
-        """Start a backward. Torch itself raises if a tensor that it saved was modified."""
-        self.extras = [None] * len(self.record.targets)  # an earlier backward may have raised
-
-    def pull(self, w: Tensor) -> Tensor:
-        """``Jᵀ w``."""
-        lead = tuple(w.shape[:1]) if w.shape[0] > 1 else ()
-        v, self.deltas = self.record.pull(w if lead else w[0], lead)
-        return v if lead else v.unsqueeze(0)
-
-    def norms(self, w: Tensor) -> tuple[Tensor, Tensor]:
-        """``v = Jᵀ w`` and ``Σ_k ‖v_k‖²`` of each sample."""
-        v = self.pull(w).contiguous()
-        norms = rows_of_one(v.flatten(0, 1))
-        return v, norms if len(v) == 1 else norms.view(len(v), -1).sum(0)
-
-    def jvp(self, u: Tensor) -> Tensor:
-        """``J u``."""
-        return self._push(u, None, True)
-
-    def push(
-        self, u: Tensor, keep: bool, wanted: bool, factor: Tensor | None = None
-    ) -> Tensor | None:
-        """``J u``, or None if it is not wanted; keeps the second-order terms.
-
-        If ``factor``, one number per sample, is given, ``2 factor u`` (the gradient of the squared
-        norms) takes the place of u.
-        """
-        if factor is not None:
-            u = gradient_of_one(u.flatten(0, 1), factor.repeat(len(u))).view(u.shape)
-        out = self._push(u, [*self.deltas] if keep else self.deltas, wanted)
-        if not keep:
-            self.deltas = []
-        return out
-
-    def _push(self, u: Tensor, deltas: Any, wanted: bool) -> Any:
-        lead = tuple(u.shape[:1]) if u.shape[0] > 1 else ()
-        with torch.no_grad(), torch.autocast(self.output.device.type, enabled=False):
-            out = self.record.push(u if lead else u[0], lead, deltas, self.extras, wanted)
-        if wanted and out is None:
-            out = self.output.new_zeros((*lead, *self.output.shape))
-        return out if lead or out is None else out.unsqueeze(0)
-
-    def down(self, grad: Tensor | None, keep: bool) -> list[Tensor | None]:
-        """The gradients of x and the parameters."""
-        return [None, grad, *self.extras]
-
-    def describe(self) -> list[str]:
-        return self.record.describe()
 
 
 class JacobianProduct(NamedTuple):
@@ -156,7 +91,7 @@ class Chain(Pullback):
 
     def _leaf(self, kind: str, of: Tensor, v: Tensor | None, result: Tensor) -> Tensor:
         leaf = result.requires_grad_()
-        deltas = None if self.run.own_output or kind == "jvp" else self.run.deltas
+        deltas = None if self.run.one_product or kind == "jvp" else self.run.deltas
         self.products.append(JacobianProduct(kind, of, v, leaf, deltas))
         return leaf
 
@@ -240,7 +175,7 @@ class Chain(Pullback):
             else:
                 if deltas is not None:
                     self.run.deltas = deltas
-                elif not self.run.own_output:  # the product of an MLP, before its `as_graph`
+                elif not self.run.one_product:  # the product of an MLP, before its `as_graph`
                     self.run.pull(of.detach())
                 u, factor = (c, None) if v is None else (v, c)
                 into = self.run.push(u, keep, of.requires_grad, factor)
@@ -248,10 +183,6 @@ class Chain(Pullback):
                 of_earlier = through(of, into.view(of.shape), *leaves[:i])
                 cotangents[:i] = map(plus, cotangents[:i], of_earlier)
         return grad
-
-
-def plus(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    return b if a is None else a if b is None else a + b
 
 
 class _Chain(torch.autograd.Function):
@@ -264,21 +195,23 @@ class _Chain(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
+        chain, values = ctx.chain, ctx.values
+        grad, grad_values = grads if chain is None or chain.run.own_output else (None, *grads)
         if torch.is_grad_enabled():
+            if grad_values is None and chain is not None and chain.run.end is not None:
+                return None, None, *chain.run.through_torch(grad), *[None] * len(chain.others)
             raise RuntimeError(
                 "the gradient of a penalty was computed with create_graph=True, which needs third "
                 "derivatives of the model: the chain engine is differentiable once; use "
                 'engine="autograd"'
             )
-        if ctx.chain is None:
+        if chain is None:
             raise RuntimeError(
                 "backward ran through the penalty a second time, and its tensors have been freed: "
                 "pass retain_graph=True the first time"
             )
         keep = torch_private.backward_retains_graph()
-        chain, values = ctx.chain, ctx.values
         if not keep:  # before it runs: if it is interrupted, a part of the state is gone
             ctx.chain = ctx.values = None
-        grad, grad_values = grads if chain.run.own_output else (None, *grads)
         found = chain.backward(grad, grad_values, values, keep)
         return None, None, *found

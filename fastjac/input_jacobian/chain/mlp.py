@@ -14,7 +14,7 @@ from torch.nn.modules import module as module_hooks
 
 from fastjac.activations import IDS, MAX_PARAMS, TABLE, get
 from fastjac.input_jacobian.by_autograd import run_model
-from fastjac.input_jacobian.chain.engine import GraphRun
+from fastjac.input_jacobian.chain.graph_run import GraphRun
 from fastjac.nn import Act, activation_of
 from fastjac.ops import mlp as mlp  # registers the ops
 from fastjac.ops.dispatch import OPS
@@ -204,6 +204,7 @@ class Mlp:
 
     one_product = True  # `pull` leaves the state of a single product in the stacks
     own_output = True  # the forward runs in C++ and builds no graph
+    end = None
 
     def __init__(self, model: nn.Module, recipe: Recipe, x: Tensor) -> None:
         self.model, self.given = model, x

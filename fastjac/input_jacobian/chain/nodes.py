@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -31,7 +30,6 @@ from fastjac.input_jacobian.chain.rules import (
     signed,
     whole,
 )
-from fastjac.input_jacobian.guards import GAINS
 from fastjac.ops.act import _Act
 from fastjac.torch_private import dtype_of_node, shape_of_node
 
@@ -297,26 +295,22 @@ def gelu(n: Any) -> Any:
 
 
 # fmt: off
-KERNELS: dict[str, tuple[Callable[[Any], Any], float]] = {
-    "Gelu": (gelu, 1.5),
-    "Silu": (of_input("silu"), 2.5),
-    "Mish": (of_input("mish"), 4.0),
-    "Softplus": (of_input("softplus", ("beta", "threshold")), 2.5),
-    "Elu": (elu, 2.3),
-    "Celu": (of_input("celu", ("alpha",)), 2.2),
-    "Hardswish": (of_input("hardswish"), 1.4),
-    "Sin": (of_input("sine", (1.0,)), 1.2),
+KERNELS: dict[str, Callable[[Any], Any]] = {
+    "Gelu": gelu,
+    "Silu": of_input("silu"),
+    "Mish": of_input("mish"),
+    "Softplus": of_input("softplus", ("beta", "threshold")),
+    "Elu": elu,
+    "Celu": of_input("celu", ("alpha",)),
+    "Hardswish": of_input("hardswish"),
+    "Sin": of_input("sine", (1.0,)),
 }
 # fmt: on
-for _name, (_read, _gain) in KERNELS.items():
+for _name, _read in KERNELS.items():
     add(_name, Activation(_read))
-    GAINS[f"{_name}Backward0"] = _gain
 add("Tanh", Activation(of_output("tanh_slope"), "result"))
 add("Sigmoid", Activation(of_output("sigmoid_slope"), "result"))
 RULES[_Act] = OwnActivation()
-
-# Torch lacks its second derivative, so the chain engine is needed.
-GAINS["HardsigmoidBackward0"] = math.inf
 
 # ---- softmax and norms
 
@@ -325,5 +319,3 @@ add("LogSoftmax", LogSoftmax())
 add("NativeLayerNorm", LayerNorm())
 add("NativeBatchNorm CudnnBatchNorm", BatchNorm())
 add("NativeGroupNorm", GroupNorm())
-GAINS["NativeLayerNormBackward0"] = GAINS["NativeBatchNormBackward0"] = 1.5
-GAINS["NativeGroupNormBackward0"] = 2.0  # up to 1.7, and 0.1 ms a call

@@ -1,0 +1,251 @@
+"""The sweeps of a run as programs, traced once for each `signature` and kept.
+
+The first run with a signature is noted, the second one traces the sweeps that it makes (`trace`),
+and from the third one on they are calls of the traced functions. A training with shapes that never
+repeat is not slowed down by tracing.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from fastjac import torch_private
+from fastjac.input_jacobian.chain.graph_run import GraphRun, plus
+from fastjac.input_jacobian.chain.signature import Signature
+from fastjac.input_jacobian.chain.trace import Untraceable, trace
+
+Function = Callable[..., list[Any]]
+
+KEPT = 64
+"""Signatures whose programs are kept. A model has one for each shape of its input and each mode."""
+
+SEEN = 1024
+"""Signatures that are remembered to have been seen once."""
+
+
+class Programs:
+    """The traced sweeps of the runs with one signature, by name and options."""
+
+    def __init__(self) -> None:
+        self.functions: dict[Any, Function] = {}
+        self.failure: str | None = None  # why a sweep could not be traced
+        self.targets: list[int] | None = None  # the tensors with second-order terms
+
+
+_programs: OrderedDict[Any, Programs] = OrderedDict()
+_seen: OrderedDict[int, None] = OrderedDict()
+
+
+def programs_of(signature: Signature) -> Programs | None:
+    """The programs of a signature; None if it is seen for the first time."""
+    key = signature.key
+    found = _programs.get(key)
+    if found is not None:
+        _programs.move_to_end(key)
+        return found
+    number = hash(key)
+    if number not in _seen:
+        _seen[number] = None
+        if len(_seen) > SEEN:
+            _seen.popitem(last=False)
+        return None
+    found = _programs[key] = Programs()
+    if len(_programs) > KEPT:
+        _programs.popitem(last=False)
+    return found
+
+
+def forget() -> None:
+    """Forget all programs."""
+    _programs.clear()
+    _seen.clear()
+
+
+class ProgramRun:
+    """The sweeps of a run by programs. w, u and their products have a first dimension of K.
+
+    If the hidden tensors of the run are private, the gradients of the parameters are computed by a
+    program too, and the graph of torch is freed; else torch goes down its graph, as for a
+    `GraphRun`.
+    """
+
+    one_product = False  # several products with the Jacobian can be computed
+
+    def __init__(self, x: Tensor, output: Tensor, signature: Signature, programs: Programs) -> None:
+        self.given, self.programs = x, programs
+        self.output: Any = output
+        self.device = output.device.type
+        self.graph: GraphRun | None = None
+        self.end: Any = get_gradient_edge(output)
+        self.of_x = x.requires_grad
+        self.starts = [*signature.leaf_edges]
+        if self.of_x:
+            self.starts.insert(0, GradientEdge(*signature.source))
+        self.tensors, self.leaves = signature.tensors, signature.leaves
+        hooked = any([leaf._backward_hooks for leaf in self.leaves])
+        self.own_output = signature.private and not hooked
+        self.versions = [t._version for t in self.tensors]
+        self.deltas: list[Tensor | None] = []
+        self.extras: list[Tensor | None] | None = None
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """What the gradients of `down` are for, but x."""
+        if self.own_output:
+            return self.leaves
+        if self.programs.targets is None:
+            places = {_memory(t): i for i, t in enumerate(self.tensors) if t.requires_grad}
+            targets = self.as_graph().record.targets
+            self.programs.targets = [places[_memory(t)] for t in targets]
+        return [self.output, *[self.tensors[i] for i in self.programs.targets]]
+
+    def as_graph(self) -> GraphRun:
+        if self.graph is None:
+            self.graph = GraphRun(self.given, self.output)
+        return self.graph
+
+    def begin(self) -> None:
+        """Start a backward. Raises if a tensor of the run was modified since."""
+        for t, version in zip(self.tensors, self.versions, strict=True):
+            if t._version != version:
+                raise RuntimeError(
+                    f"a tensor of shape {tuple(t.shape)} that the model used was modified in place "
+                    "before the backward: call backward() before optimizer.step(), or use the "
+                    "out-of-place operation"
+                )
+        self.extras = None  # an earlier backward may have raised
+
+    # ---- sweeps
+
+    def _sweep(
+        self,
+        name: str,
+        options: tuple[Any, ...],
+        given: list[Tensor | None],
+        sweep: Callable[..., list[Any]],
+        last: bool = False,
+    ) -> list[Any]:
+        """Runs a program on the tensors of the run and those given, which it frees.
+
+        Args:
+            name, options: which program.
+            given: the other tensors.
+            sweep: what the program repeats, see `trace`.
+            last: whether the tensors of the run are freed.
+        """
+        key = (name, *options, *map(_description, given))
+        function = self.programs.functions.get(key)
+        with torch.no_grad():
+            if function is None:
+                try:
+                    outputs, function = trace(name, self.tensors, given, sweep)
+                except Untraceable as error:
+                    self.programs.failure, outputs = error.args
+                    return outputs
+            elif torch.is_autocast_enabled(self.device):
+                with torch.autocast(self.device, enabled=False), torch_private.below_autograd():
+                    return function(list(self.tensors), given)
+            else:
+                tensors = self.tensors if last else list(self.tensors)
+                if last:  # free the graph, so that each tensor is freed after its last use
+                    self.output, self.end, self.graph, self.starts = None, None, None, []
+                with torch_private.below_autograd():
+                    return function(tensors, given)
+        self.programs.functions[key] = function
+        return outputs
+
+    def pull(self, w: Tensor) -> Tensor:
+        """``Jᵀ w``."""
+
+        def sweep(w: Any) -> list[Tensor | None]:
+            graph = self.as_graph()
+            return [graph.pull(w), *graph.deltas]
+
+        v, *self.deltas = self._sweep("pull", (), [w], sweep)
+        return v
+
+    def norms(self, w: Tensor) -> tuple[Tensor, Tensor]:
+        """``v = Jᵀ w`` and ``Σ_k ‖v_k‖²`` of each sample."""
+
+        def sweep(w: Any) -> list[Tensor | None]:
+            graph = self.as_graph()
+            return [*graph.norms(w), *graph.deltas]
+
+        v, norms, *self.deltas = self._sweep("norms", (), [w], sweep)
+        return v, norms
+
+    def jvp(self, u: Tensor) -> Tensor:
+        """``J u``."""
+
+        (out,) = self._sweep("jvp", (), [u], lambda u: [self.as_graph().jvp(u)])
+        return out
+
+    def push(
+        self, u: Tensor, keep: bool, wanted: bool, factor: Tensor | None = None
+    ) -> Tensor | None:
+        """``J u``, or None if it is not wanted; keeps the second-order terms. See `GraphRun`."""
+
+        def sweep(u: Any, factor: Any, *deltas: Any) -> list[Tensor | None]:
+            graph = self.as_graph()
+            graph.begin()
+            graph.deltas = [*deltas]
+            out = graph.push(u, False, wanted, factor)
+            return [out, *graph.extras]
+
+        given = [u, factor, *self.deltas]
+        if not keep:
+            self.deltas.clear()  # and so frees each one after its last use
+        out, *extras = self._sweep("push", (wanted,), given, sweep)
+        if self.extras is not None:
+            extras = [plus(a, b) for a, b in zip(self.extras, extras, strict=True)]
+        self.extras = extras
+        return out
+
+    def down(self, grad: Tensor | None, keep: bool) -> list[Tensor | None]:
+        """The gradients of x and the parameters."""
+        extras, self.extras = self.extras, None
+        if not self.own_output:
+            return [None, grad, *(extras or [None] * (len(self.parameters) - 1))]
+        if grad is None and extras is None:
+            return [None] * (1 + len(self.leaves))
+
+        def sweep(grad: Any, *extras: Any) -> list[Tensor | None]:
+            graph = self.as_graph()
+            targets = [self.end, *graph.record.targets[: len(extras)]]
+            terms = [p for p in zip(targets, (grad, *extras), strict=True) if p[1] is not None]
+            found = torch.autograd.grad(
+                [target for target, _ in terms],
+                self.starts,
+                [cotangent for _, cotangent in terms],
+                retain_graph=True,
+                allow_unused=True,
+            )
+            return [*found] if self.of_x else [None, *found]
+
+        given = [grad, *(extras or [])]
+        del grad, extras
+        return self._sweep("down", (self.of_x,), given, sweep, last=not keep)
+
+    def through_torch(self, grad: Tensor) -> list[Tensor | None]:
+        """As `down`, for the gradient of the output alone; by torch, and differentiable."""
+        found = torch.autograd.grad(
+            [self.end], self.starts, [grad], create_graph=True, allow_unused=True
+        )
+        return [*found] if self.of_x else [None, *found]
+
+    def describe(self) -> list[str]:
+        return self.as_graph().describe()
+
+
+def _memory(t: Tensor) -> Any:
+    return t.data_ptr(), t.shape, t.stride(), t.dtype
+
+
+def _description(t: Tensor | None) -> Any:
+    return None if t is None else (t.shape, t.stride(), t.dtype)
