@@ -27,9 +27,12 @@ def checked_programs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         self: Any, name: str, options: Any, given: Any, sweep: Any, last: bool = False
     ) -> Any:
         tensors, again = list(self.tensors), list(given)
-        outputs = run(self, name, options, given, sweep)
+        outputs = run(self, name, options, given, sweep, last)
+        self.tensors = list(tensors)
         if self.programs.failure is None:
-            repeated = run(self, name, options, again, sweep)
+            state = dict(vars(self))
+            repeated = run(self, name, options, again, sweep, last)
+            vars(self).update(state)
             ran.append(name)
             assert [t is None for t in outputs] == [t is None for t in repeated]
             for a, b in zip(outputs, repeated, strict=True):

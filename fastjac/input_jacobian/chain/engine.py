@@ -127,6 +127,8 @@ class Chain(Pullback):
         direct: list[Tensor | None] = [None] * (1 + len(self.others))
         if grad_values is not None and values.requires_grad:
             grad = self._penalty(grad, grad_values, values, keep, direct)
+            if not keep:
+                self.products = []
         found = self.run.down(grad, keep)
         found[0] = plus(found[0], direct[0])
         return [*found, *direct[1:]]

@@ -61,6 +61,13 @@ class GraphRun:
             self.deltas = []
         return out
 
+    def push_given(self, given: list[Any], wanted: bool) -> Tensor | None:
+        """`push` of ``[u, factor, *deltas]``, a list that is emptied, without earlier terms."""
+        self.begin()
+        u, factor, *self.deltas = given
+        given.clear()
+        return self.push(u, False, wanted, factor)
+
     def _push(self, u: Tensor, deltas: Any, wanted: bool) -> Any:
         lead = tuple(u.shape[:1]) if u.shape[0] > 1 else ()
         with torch.no_grad(), torch.autocast(self.output.device.type, enabled=False):

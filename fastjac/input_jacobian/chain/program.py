@@ -93,6 +93,7 @@ class ProgramRun:
         self.versions = [t._version for t in self.tensors]
         self.deltas: list[Tensor | None] = []
         self.extras: list[Tensor | None] | None = None
+        self.waiting: tuple[list[Any], bool] | None = None  # a push that `down` takes along
 
     @property
     def parameters(self) -> list[Tensor]:
@@ -119,7 +120,7 @@ class ProgramRun:
                     "before the backward: call backward() before optimizer.step(), or use the "
                     "out-of-place operation"
                 )
-        self.extras = None  # an earlier backward may have raised
+        self.extras = self.waiting = None  # an earlier backward may have raised
 
     # ---- sweeps
 
@@ -128,7 +129,7 @@ class ProgramRun:
         name: str,
         options: tuple[Any, ...],
         given: list[Tensor | None],
-        sweep: Callable[..., list[Any]],
+        sweep: Callable[[list[Any]], list[Any]],
         last: bool = False,
     ) -> list[Any]:
         """Runs a program on the tensors of the run and those given, which it frees.
@@ -163,9 +164,9 @@ class ProgramRun:
     def pull(self, w: Tensor) -> Tensor:
         """``Jᵀ w``."""
 
-        def sweep(w: Any) -> list[Tensor | None]:
+        def sweep(given: list[Any]) -> list[Any]:
             graph = self.as_graph()
-            return [graph.pull(w), *graph.deltas]
+            return [graph.pull(*given), *graph.deltas]
 
         v, *self.deltas = self._sweep("pull", (), [w], sweep)
         return v
@@ -173,9 +174,9 @@ class ProgramRun:
     def norms(self, w: Tensor) -> tuple[Tensor, Tensor]:
         """``v = Jᵀ w`` and ``Σ_k ‖v_k‖²`` of each sample."""
 
-        def sweep(w: Any) -> list[Tensor | None]:
+        def sweep(given: list[Any]) -> list[Any]:
             graph = self.as_graph()
-            return [*graph.norms(w), *graph.deltas]
+            return [*graph.norms(*given), *graph.deltas]
 
         v, norms, *self.deltas = self._sweep("norms", (), [w], sweep)
         return v, norms
@@ -183,24 +184,29 @@ class ProgramRun:
     def jvp(self, u: Tensor) -> Tensor:
         """``J u``."""
 
-        (out,) = self._sweep("jvp", (), [u], lambda u: [self.as_graph().jvp(u)])
+        (out,) = self._sweep("jvp", (), [u], lambda given: [self.as_graph().jvp(*given)])
         return out
 
     def push(
         self, u: Tensor, keep: bool, wanted: bool, factor: Tensor | None = None
     ) -> Tensor | None:
         """``J u``, or None if it is not wanted; keeps the second-order terms. See `GraphRun`."""
-
-        def sweep(u: Any, factor: Any, *deltas: Any) -> list[Tensor | None]:
-            graph = self.as_graph()
-            graph.begin()
-            graph.deltas = [*deltas]
-            out = graph.push(u, False, wanted, factor)
-            return [out, *graph.extras]
-
         given = [u, factor, *self.deltas]
         if not keep:
             self.deltas.clear()  # and so frees each one after its last use
+        if self.waiting is not None:
+            self._push(*self.waiting)
+            self.waiting = None
+        if self.own_output and not (keep or wanted or self.extras):
+            self.waiting = given, False
+            return None
+        return self._push(given, wanted)
+
+    def _push(self, given: list[Any], wanted: bool) -> Tensor | None:
+        def sweep(given: list[Any]) -> list[Any]:
+            graph = self.as_graph()
+            return [graph.push_given(given, wanted), *graph.extras]
+
         out, *extras = self._sweep("push", (wanted,), given, sweep)
         if self.extras is not None:
             extras = [plus(a, b) for a, b in zip(self.extras, extras, strict=True)]
@@ -209,16 +215,25 @@ class ProgramRun:
 
     def down(self, grad: Tensor | None, keep: bool) -> list[Tensor | None]:
         """The gradients of x and the parameters."""
-        extras, self.extras = self.extras, None
+        (extras, self.extras), (waiting, self.waiting) = (self.extras, None), (self.waiting, None)
         if not self.own_output:
             return [None, grad, *(extras or [None] * (len(self.parameters) - 1))]
-        if grad is None and extras is None:
+        if waiting is not None:
+            given, name = [grad, *waiting[0]], "push_down"
+        elif grad is not None or extras is not None:
+            given, name = [grad, *(extras or [])], "down"
+        else:
             return [None] * (1 + len(self.leaves))
+        del grad, extras, waiting
 
-        def sweep(grad: Any, *extras: Any) -> list[Tensor | None]:
+        def sweep(given: list[Any]) -> list[Any]:
             graph = self.as_graph()
-            targets = [self.end, *graph.record.targets[: len(extras)]]
-            terms = [p for p in zip(targets, (grad, *extras), strict=True) if p[1] is not None]
+            grad = given.pop(0)
+            if name == "push_down":
+                graph.push_given(given, False)
+                given += graph.extras
+            targets = [self.end, *graph.record.targets[: len(given)]]
+            terms = [p for p in zip(targets, [grad, *given], strict=True) if p[1] is not None]
             found = torch.autograd.grad(
                 [target for target, _ in terms],
                 self.starts,
@@ -228,9 +243,7 @@ class ProgramRun:
             )
             return [*found] if self.of_x else [None, *found]
 
-        given = [grad, *(extras or [])]
-        del grad, extras
-        return self._sweep("down", (self.of_x,), given, sweep, last=not keep)
+        return self._sweep(name, (self.of_x,), given, sweep, last=not keep)
 
     def through_torch(self, grad: Tensor) -> list[Tensor | None]:
         """As `down`, for the gradient of the output alone; by torch, and differentiable."""

@@ -168,7 +168,10 @@ class Signature:
                     raise Unreadable(f"a tensor of the graph is {type(t).__name__}")
                 continue
             if getrefcount(t) > alone and t.grad_fn is not None and t is not self._x:
-                self.private = False
+                # Several operations may have saved it.
+                again = sum([t is other for other in (*tensors, *found)]) - 1
+                if getrefcount(t) > alone + again:
+                    self.private = False
             key += memory.setdefault(t.data_ptr(), len(tensors)), t.shape, t.stride(), t.dtype
             tensors.append(t)
             if not t.shape and t.is_cpu and not t.requires_grad:

@@ -16,10 +16,11 @@ from __future__ import annotations
 import linecache
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.weak import TensorWeakRef, WeakIdKeyDictionary
 
 from fastjac.activations import IDS
 from fastjac.ops.dispatch import OPS
@@ -41,20 +42,38 @@ _REFUSED = ("aten::_local_scalar_dense", "aten::nonzero", "aten::as_strided")
 
 
 class _Tracer(TorchDispatchMode):
-    """Records the calls. Values are numbered; the inputs come first."""
+    """Records the calls. Values are numbered; the inputs come first.
 
-    def __init__(self, inputs: Sequence[Tensor]) -> None:
+    It keeps no tensor alive, so that a traced sweep needs as much memory as one that is not.
+    """
+
+    def __init__(self, inputs: Sequence[Tensor | None]) -> None:
         super().__init__()
-        self.calls: list[tuple[Any, tuple[Any, ...], dict[str, Any], list[int]]] = []
+        self.calls: list[Call] = []
         self.failure = ""
-        self.number: dict[int, int] = {}  # by the id of the tensor
-        self.by_memory: dict[Any, int] = {}
-        self.kept: list[Tensor] = []  # so that no id is used twice
+        self.numbers: Any = WeakIdKeyDictionary()  # by tensor
+        self.memory: list[Any] = []  # by number: the storage, and what `_memory` returns
+        self.known: dict[Any, TensorWeakRef] = {}  # by what `_memory` returns
+        for t in inputs:
+            self._add(t)
         self.inputs = len(inputs)
-        for i, t in enumerate(inputs):
-            self.number.setdefault(id(t), i)
-            self.by_memory.setdefault(_memory(t), i)
-            self.kept.append(t)
+
+    def _add(self, t: Any) -> int:
+        number = len(self.memory)
+        if not isinstance(t, Tensor):
+            self.memory.append(None)
+            return number
+        memory = _memory(t)
+        self.memory.append((t.untyped_storage().data_ptr(), memory))
+        self.numbers.setdefault(t, number)
+        if self._at(memory) is None:
+            self.known[memory] = TensorWeakRef(t)
+        return number
+
+    def _at(self, memory: Any) -> Any:
+        """The tensor that is known to have this memory, if it is alive."""
+        known = self.known.get(memory)
+        return None if known is None else known()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -76,10 +95,9 @@ class _Tracer(TorchDispatchMode):
         kwargs = {key: self._argument(a) for key, a in kwargs.items()}
         if isinstance(found, Tensor) and (func.is_view or name == "aten::lift_fresh"):
             # A view of the same numbers in the same order is that tensor, ``t`` of ``t`` for one.
-            known = self.by_memory.get(_memory(found))
-            if known is not None:
-                self.number[id(found)] = known
-                self.kept.append(found)
+            same = self._at(_memory(found))
+            if same is not None:
+                self.numbers[found] = self.numbers[same]
                 return
         if func._schema.is_mutable:
             written = [
@@ -90,15 +108,11 @@ class _Tracer(TorchDispatchMode):
             if any(isinstance(v, Value) and v.number < self.inputs for v in written):
                 raise Untraceable(f"it calls {name} on a tensor that was saved")
         results = found if isinstance(found, tuple | list) else (found,)
-        self.calls.append((func, args, kwargs, [self._result(t) for t in results]))
+        self.calls.append(Call(func, args, kwargs, [self._result(t) for t in results]))
 
     def _result(self, t: Any) -> int:
-        if not isinstance(t, Tensor):
-            return -1
-        number = self.number.setdefault(id(t), self.inputs + len(self.kept))
-        self.by_memory.setdefault(_memory(t), number)
-        self.kept.append(t)
-        return number
+        known = self.numbers.get(t) if isinstance(t, Tensor) else None
+        return self._add(t) if known is None else known
 
     def _argument(self, a: Any) -> Any:
         if isinstance(a, Tensor):
@@ -109,12 +123,23 @@ class _Tracer(TorchDispatchMode):
 
     def of(self, t: Tensor) -> int:
         """The number of a tensor. Autograd may have wrapped the memory of an input anew."""
-        number = self.number.get(id(t))
+        number = self.numbers.get(t)
         if number is None:
-            number = self.by_memory.get(_memory(t))
-        if number is None:
-            raise Untraceable(f"it uses a tensor of shape {tuple(t.shape)} of unknown origin")
+            same = self._at(_memory(t))
+            if same is None:
+                raise Untraceable(f"it uses a tensor of shape {tuple(t.shape)} of unknown origin")
+            number = self.numbers[same]
         return number
+
+
+class Call(NamedTuple):
+    func: Any  # the overload
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    results: list[int]
+
+    def uses(self) -> list[int]:
+        return _values((self.args, *self.kwargs.values()))
 
 
 class Value:
@@ -147,15 +172,15 @@ def _memory(t: Tensor) -> Any:
 def trace(
     name: str,
     tensors: Sequence[Tensor],
-    given: Sequence[Tensor | None],
-    sweep: Callable[..., Outputs],
+    given: list[Tensor | None],
+    sweep: Callable[[list[Any]], Outputs],
 ) -> tuple[Outputs, Callable[..., Outputs]]:
-    """Runs ``sweep(*given)``; returns the outputs, and the function that repeats it.
+    """Runs ``sweep(given)``; returns the outputs, and the function that repeats it.
 
     Args:
         name: of the function.
         tensors: the other tensors that the sweep uses.
-        given: its arguments.
+        given: its arguments, a list that it may empty.
         sweep: returns tensors and None.
 
     Returns:
@@ -165,56 +190,49 @@ def trace(
     Raises:
         Untraceable: with the outputs as ``error.args[1]``.
     """
-    tracer = _Tracer([t for t in (*tensors, *given) if t is not None])
+    groups = [[t is not None for t in group] for group in (tensors, given)]
+    tracer = _Tracer([*tensors, *given])
     with tracer:
-        outputs = sweep(*given)
+        outputs = sweep(given)
     try:
         if tracer.failure:
             raise Untraceable(tracer.failure)
         numbers = [None if t is None else tracer.of(t) for t in outputs]
-        return outputs, _generate(name, (tensors, given), tracer.calls, numbers)
+        return outputs, _generate(name, groups, tracer, numbers)
     except Untraceable as error:
         raise Untraceable(str(error), outputs) from error
 
 
 def _generate(
-    name: str, inputs: Any, calls: list[Any], outputs: list[int | None]
+    name: str, groups: list[list[bool]], tracer: _Tracer, outputs: list[Any]
 ) -> Callable[..., Outputs]:
     """The function of the calls whose results are used."""
-    calls = _used(calls, outputs)
-    last: dict[int, int] = {}  # the call that uses a value last
-    for i, (_, args, kwargs, _) in enumerate(calls):
-        for number in _values((args, *kwargs.values())):
-            last[number] = i
-    for output in outputs:
-        if output is not None:
-            last[output] = len(calls)
+    calls = _used(tracer.calls, outputs)
+    last = _last_uses(calls, outputs)
+    owners = _Owners(tracer.memory, last, tracer.inputs)
     names: dict[str, Any] = {}
-    groups = [f"g{i}" for i in range(len(inputs))]
     lines = []
     first = 0
-    for group, tensors in zip(groups, inputs, strict=True):
-        places = []
-        for t in tensors:
-            places.append("_" if t is None or first not in last else f"v{first}")
-            first += t is not None
+    for i, group in enumerate(groups):
+        numbers = range(first, first + len(group))
+        places = [f"v{n}" if n in last else "_" for n in numbers]
         if places:
-            lines.append(f"[{', '.join(places)}] = {group}; {group}.clear()")
+            lines.append(f"[{', '.join(places)}] = g{i}; g{i}.clear()")
+        first += len(group)
     lines.append("_ = None")
-    for i, (func, args, kwargs, results) in enumerate(calls):
-        called = f"f{_constant(names, 'f', _function(func, args))}"
+    for i, call in enumerate(calls):
+        called, args = owners.in_place(call, i) or (_function(call), call.args)
         given = [_written(names, a) for a in args]
-        given += [f"{key}={_written(names, a)}" for key, a in kwargs.items()]
-        call = f"{called}({', '.join(given)})"
-        targets = [f"v{r}" if r in last else "_" for r in results]
-        assigned = (", ".join(targets) + ",") if _several(func) else targets[0]
-        lines.append(f"{assigned} = {call}")
-        ended = sorted({n for n in _values((args, *kwargs.values())) if last[n] == i})
+        given += [f"{key}={_written(names, a)}" for key, a in call.kwargs.items()]
+        targets = [f"v{r}" if r in last else "_" for r in call.results]
+        assigned = (", ".join(targets) + ",") if _several(call.func) else targets[0]
+        lines.append(f"{assigned} = {_constant(names, 'f', called)}({', '.join(given)})")
+        ended = sorted({n for n in call.uses() if last[n] == i} - {*call.results})
         if ended:
             lines.append("del " + ", ".join(f"v{n}" for n in ended))
     lines.append(f"return [{', '.join('None' if n is None else f'v{n}' for n in outputs)}]")
-    source = f"def {name}({', '.join(groups)}):\n" + "".join(f"    {line}\n" for line in lines)
-    filename = f"<fastjac {name} {id(calls)}>"
+    source = f"def {name}(g0, g1):\n" + "".join(f"    {line}\n" for line in lines)
+    filename = f"<fastjac {name} {id(names)}>"
     linecache.cache[filename] = len(source), None, source.splitlines(True), filename
     exec(compile(source, filename, "exec"), names)
     function: Any = names[name]
@@ -222,16 +240,47 @@ def _generate(
     return function
 
 
-def _used(calls: list[Any], outputs: list[int | None]) -> list[Any]:
+def _used(calls: list[Call], outputs: list[Any]) -> list[Call]:
     """Without the calls whose results nothing uses."""
-    needed = {n for n in outputs if n is not None}
+    needed = {*outputs}
     found = []
     for call in reversed(calls):
-        func, args, kwargs, results = call
-        if func._schema.is_mutable or needed.intersection(results):
-            needed.update(_values((args, *kwargs.values())))
+        if call.func._schema.is_mutable or needed.intersection(call.results):
+            needed.update(call.uses())
             found.append(call)
     return found[::-1]
+
+
+def _last_uses(calls: list[Call], outputs: list[Any]) -> dict[int, int]:
+    """By value: the call that uses it last; the number of calls if it is an output."""
+    last = {number: i for i, call in enumerate(calls) for number in call.uses()}
+    return last | {number: len(calls) for number in outputs if number is not None}
+
+
+class _Owners:
+    """Which values may be overwritten, since nobody needs their memory any more. No input may."""
+
+    def __init__(self, memory: list[Any], last: dict[int, int], inputs: int) -> None:
+        self.memory = memory
+        self.last: dict[Any, float] = {}  # by storage
+        for number, found in enumerate(memory):
+            if found is not None:
+                use = math.inf if number < inputs else last.get(number, -1)
+                self.last[found[0]] = max(use, self.last.get(found[0], -1))
+
+    def in_place(self, call: Call, i: int) -> Any:
+        """``add_`` and its arguments, if the call is a sum that can be written to a term."""
+        if call.func is not torch.ops.aten.add.Tensor or call.kwargs:
+            return None
+        result = self.memory[call.results[0]]
+        for term, other in (call.args, call.args[::-1]):
+            if not (isinstance(term, Value) and isinstance(other, Value)):
+                return None
+            storage, memory = self.memory[term.number]
+            alike = memory[1:] == result[1][1:]
+            if alike and self.last[storage] == i and self.memory[other.number][0] != storage:
+                return torch.Tensor.add_, (term, other)
+        return None
 
 
 def _values(arguments: Any) -> list[int]:
@@ -247,31 +296,29 @@ def _several(func: Any) -> bool:
     return len(returns) > 1 or (len(returns) == 1 and returns[0].type.kind() == "ListType")
 
 
-def _function(func: Any, args: Any) -> Callable[..., Any]:
+_BUILTIN = ("builtin_function_or_method", "method_descriptor")
+
+
+def _function(call: Call) -> Callable[..., Any]:
     """What calls an overload. The functions of torch take a third of a microsecond less."""
-    namespace, name = func._schema.name.split("::")
-    optional = any(isinstance(a, list) and None in a for a in args)  # which they do not take
+    namespace, name = call.func._schema.name.split("::")
+    optional = any(isinstance(a, list) and None in a for a in call.args)  # which they do not take
     if namespace == "aten" and not optional:
         for home in _HOMES:
             found = getattr(home, name, None)
             if found is not None and type(found).__name__ in _BUILTIN:
                 return found
-    return func._op
+    return call.func._op
 
 
-_BUILTIN = ("builtin_function_or_method", "method_descriptor")
-
-
-def _constant(names: dict[str, Any], prefix: str, value: Any) -> int:
-    for i in range(len(names)):
-        known = names.get(f"{prefix}{i}", names)
-        if known is names:
-            names[f"{prefix}{i}"] = value
-            return i
-        if known is value:
-            return i
-    names[f"{prefix}{len(names)}"] = value
-    return len(names) - 1
+def _constant(names: dict[str, Any], prefix: str, value: Any) -> str:
+    """The name of a value in the generated code."""
+    for name, known in names.items():
+        if known is value and name.startswith(prefix):
+            return name
+    name = f"{prefix}{len(names)}"
+    names[name] = value
+    return name
 
 
 def _written(names: dict[str, Any], a: Any) -> str:
@@ -281,4 +328,4 @@ def _written(names: dict[str, Any], a: Any) -> str:
     simple = a is None or isinstance(a, bool | int | str | Value)
     if simple or (isinstance(a, float) and math.isfinite(a)):
         return repr(a)
-    return f"c{_constant(names, 'c', a)}"
+    return _constant(names, "c", a)
