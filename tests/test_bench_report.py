@@ -47,7 +47,7 @@ def test_record_schema():
 
 def test_csv_and_json_come_back(tmp_path):
     records = [
-        record(median_ms=1.5, rel_err=1e-7, kernels=7),
+        record(median_ms=1.5, rel_err=1e-7, launches=7),
         record(contestant="fastjac", message='a,"b"'),
     ]
     path = tmp_path / "r.csv"
@@ -63,7 +63,7 @@ def test_csv_and_json_come_back(tmp_path):
 
 def test_a_file_with_fewer_columns_is_read_and_added_to(tmp_path):
     path = tmp_path / "old.csv"
-    later = ("ratio", "ratio_se", "kernels", "axes")
+    later = ("ratio", "ratio_se", "launches", "axes")
     first = asdict(record(median_ms=1.5, overhead=2.0))
     with path.open("w", newline="") as file:
         old = csv.DictWriter(file, [c for c in storage.COLUMNS if c not in later])
@@ -96,5 +96,5 @@ def test_tables_show_the_ratio_and_what_is_wrong(width):
     assert "vs eager" in text and "1.25×" in text and "4.50×" in text
     assert "WRONG case-b, compiled: relative error 3.00e-01" in text.replace("\n", " ")
     assert ("p20 - p80" in text) == (width == 140)
-    assert "kernels" not in text  # no record has that
+    assert "launches" not in text  # no record has that
     assert max(map(len, text.splitlines())) <= width

@@ -19,7 +19,7 @@ from fastjac.bench.records import Record, load
 from fastjac.bench.report import number, place, ratio
 
 HISTORY = Path("benchmarks/history.csv")  # relative to the root of the project
-CONTESTANTS = ("plain", "eager", "jacobianreg", "compiled", "fastjac")
+CONTESTANTS = ("plain", "eager", "jacobianreg", "compiled", "jax", "fastjac")
 
 #: Case -> contestant -> record, all of one machine; the records of a case are of one commit.
 Cases = dict[str, dict[str, Record]]
