@@ -98,3 +98,19 @@ def test_tables_show_the_ratio_and_what_is_wrong(width):
     assert ("p20 - p80" in text) == (width == 140)
     assert "launches" not in text  # no record has that
     assert max(map(len, text.splitlines())) <= width
+
+
+@pytest.mark.parametrize("width", [80, 140])
+def test_host_costs_are_shown_in_microseconds_with_the_launches(width):
+    host = [replace(r, kind="host", threads=1, launches=26) for r in trio("case-h", 1.25)]
+    host.append(replace(record("case-h", "compiled", median_ms=0.05), kind="host", threads=1))
+    console = Console(width=width, record=True, file=io.StringIO())
+    report.render(host, console)
+    lines = [line.split() for line in console.export_text().splitlines()]
+    (head,) = (words for words in lines if words[:2] == ["case", "contestant"])
+    assert head[2] == "µs" and "ms" not in head and head.count("launches") == 1
+    assert ["case-h", "plain", "4000"] in [words[:3] for words in lines]
+    (compiled,) = (words for words in lines if words[:1] == ["compiled"])
+    assert compiled == ["compiled", "50.0", "–"]
+    text = console.export_text(clear=False) or " ".join(map(" ".join, lines))
+    assert "1 thread" in text and "on one thread" in text and "not views" in text

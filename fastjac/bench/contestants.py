@@ -49,7 +49,8 @@ class Contestant:
         name: The argument of ``--contestant``.
         setup: Makes it ready; the first call of the step may still compile.
         colour: The colour of its bars and lines.
-        compiler: ``"torch"`` or ``"jax"``: its set-up and first call count as compile time.
+        compiler: What compiles it, ``"torch"`` (Inductor) or ``"jax"``, else empty. Its set-up and
+            first call count as compile time.
         impl: The implementation of the fused ops that it asks for; empty if it uses none.
     """
 
