@@ -250,27 +250,19 @@ def test_a_graph_trains_with_a_scheduled_weight(name: str) -> None:
     same(*runs)
 
 
-def test_each_replay_draws_anew() -> None:
-    case = Case("SpectReg chain")
-    case.form = called
-    replay = captured(case.gradients)
-    first, second = ([g.clone() for g in replay()] for _ in range(2))
-    assert not torch.equal(first[0], second[0])
-
-
+@pytest.mark.parametrize("own", [False, True], ids=["global", "registered"])
 @pytest.mark.parametrize("name", ["SpectReg chain", "SpectReg autograd", "AccumulatedDREG called"])
-def test_replays_go_on_with_a_registered_generator(name: str) -> None:
+def test_each_replay_draws_anew(name: str, own: bool) -> None:
     replayed, eager = Case(name), Case(name)
     for case in (replayed, eager):
-        case.form = called
-        case.penalty.generator = torch.Generator(DEVICE)
-    replay = captured(replayed.gradients, replayed.penalty.generator)
-    for case in (replayed, eager):
-        case.penalty.generator.manual_seed(3)
-    first, second = ([g.clone() for g in replay()] for _ in range(2))
-    same(first, eager.gradients())
-    same(second, eager.gradients())
-    assert not torch.equal(first[0], second[0])
+        case.form, case.penalty.generator = called, torch.Generator(DEVICE) if own else None
+    replay = captured(replayed.gradients, *([replayed.penalty.generator] if own else []))
+    (replayed.penalty.generator or torch).manual_seed(3)
+    found = [[g.clone() for g in replay()] for _ in range(2)]
+    (eager.penalty.generator or torch).manual_seed(3)
+    for grads in found:
+        same(grads, eager.gradients())
+    assert not torch.equal(found[0][0], found[1][0])
 
 
 @every_net
