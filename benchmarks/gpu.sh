@@ -35,7 +35,8 @@
 #   checks.jsonl    Triton, the same and further activations         checks           180 s
 #   tests.jsonl     chain, DREG and op tests, matrix of ways         tests, matrix    180 s
 #   kernels.jsonl   GB/s and % of copy, CUDA, Triton, eager          kernels          290 s
-#   host.jsonl      launches and host µs per call                    host             325 s
+#   host.jsonl      launches and host µs per call: the suite host,
+#                   eager and in graphs, and ops                     host             325 s
 #   steps.jsonl     plain, eager, fastjac; in graphs; compiled       steps            480 s
 #   log.txt         what all stages print
 #

@@ -36,7 +36,7 @@ from fastjac.bench.runner import run
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 def test_every_contestant_passes_the_gate(penalty, dtype):
     options = replace(FAST, dtype=dtype)
-    contestants = [c for c in entrants.all_contestants() if not c.compiles]
+    contestants = [c for c in entrants.all_contestants() if not c.compiler]
     outcome = run([tiny_case(penalty)], contestants, options)
     assert [(r.contestant, r.message) for r in outcome.bad] == []
     ours = "fastjac:reference" if penalty.startswith("dreg") else "fastjac-autograd"

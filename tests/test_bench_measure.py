@@ -16,11 +16,12 @@ from fastjac.bench.measure import (
     Samples,
     error_of_median,
     interleave,
+    launches,
     order_of_round,
     peak_bytes,
     quantiles,
 )
-from fastjac.bench.networks import mlp
+from fastjac.bench.networks import FunctionalMlp, mlp
 from fastjac.bench.problems import step_problem
 
 
@@ -135,6 +136,31 @@ def test_peak_memory_of_the_attached_penalty():
     hidden = 256 * 64 * 4  # bytes of one pre-activation
     assert peaks["plain"] <= peaks["fastjac"] <= peaks["plain"] + 2.5 * hidden
     assert peaks["fastjac"] + 2 * hidden < peaks["eager"]
+
+
+def test_launches_are_the_operations_that_are_not_views():
+    x = torch.ones(2, 3, requires_grad=True)
+
+    def step():
+        y = x.t().unsqueeze(0).expand(4, 3, 2)[1:].detach()  # views
+        return torch.ops.aten._unsafe_view(y.contiguous(), [18]).sum()
+
+    assert launches(step) == 2
+    # The backward counts too: sin; cos, and its product with the gradient.
+    z, grad = torch.ones(2, requires_grad=True), torch.ones(2)
+    assert launches(lambda: z.sin().backward(grad)) == 3
+
+
+def test_a_module_and_a_sequential_launch_the_same():
+    counts = []
+    for network in (mlp, FunctionalMlp):
+        problem = step_problem(
+            functools.partial(network, [4, 4, 10]), (2, 4), "spectreg", device=CPU,
+            dtype=torch.float32,
+        )  # fmt: skip
+        (plain,) = (c for c in named("plain"))
+        counts.append(launches(plain.setup(problem).step))
+    assert counts[0] == counts[1] > 5
 
 
 def test_ratios_are_taken_round_by_round():

@@ -65,6 +65,15 @@ def test_what_is_not_quoted(change):
     assert "Nothing was measured yet." in page_of(rows(**change))
 
 
+def test_host_costs_are_in_microseconds_with_launches_and_on_their_own():
+    host = rows("host-a", kind="host", launches=7, ours=0.15)
+    host.append(record("host-a", "compiled", median_ms=0.2, kind="host", commit="aaa", machine="M"))
+    text = page_of(host, "host")
+    assert "| µs (launches) | plain | eager | compiled | fastjac |" in text
+    assert "| `host-a` | 10000 (7) | 20000 (7) | 200 (–) | 1500 (7) |" in text
+    assert "host-a" not in page_of(host, "time") and "host-a" not in page_of(host, "summary")
+
+
 def test_activations():
     common = {"case": "act-gelu-double", "kind": "elementwise", "activation": "gelu"}
     records = [

@@ -71,6 +71,20 @@ def test_scaling_moves_one_axis_at_a_time():
     assert entered(case) == ["plain", "eager", "compiled", "fastjac"]
 
 
+def test_host_cases_are_tiny_and_have_one_thread():
+    cases = select_cases(suite="host")
+    assert {case.penalty for case in cases} == {"spectreg", "dreg"}
+    for case in cases:
+        assert (case.kind, case.threads, case.suites) == ("host", 1, ("host",))
+        names = [name for name in entered(case) if name != "jax"]
+        assert names == ["plain", "eager", "compiled", "fastjac"]
+        problem = case.build(CPU, torch.float32)
+        assert problem.x.numel() <= 32 and len(problem.x) == 2
+        assert max(p.numel() for p in problem.model.parameters()) <= 64
+    on_gpu = entered(cases[0], replace(FAST, device=torch.device("cuda")))
+    assert on_gpu[-2:] == ["graphed-eager", "graphed-fastjac"] and "jax" not in on_gpu
+
+
 def test_twelve_networks_with_one_projection():
     cases = select_cases(suite="networks")
     assert len(cases) == 12

@@ -47,7 +47,7 @@ def test_record_schema():
 
 def test_csv_and_json_come_back(tmp_path):
     records = [
-        record(median_ms=1.5, rel_err=1e-7, kernels=7),
+        record(median_ms=1.5, rel_err=1e-7, launches=7),
         record(contestant="fastjac", message='a,"b"'),
     ]
     path = tmp_path / "r.csv"
@@ -63,7 +63,7 @@ def test_csv_and_json_come_back(tmp_path):
 
 def test_a_file_with_fewer_columns_is_read_and_added_to(tmp_path):
     path = tmp_path / "old.csv"
-    later = ("ratio", "ratio_se", "kernels", "axes")
+    later = ("ratio", "ratio_se", "launches", "axes")
     first = asdict(record(median_ms=1.5, overhead=2.0))
     with path.open("w", newline="") as file:
         old = csv.DictWriter(file, [c for c in storage.COLUMNS if c not in later])
@@ -96,5 +96,21 @@ def test_tables_show_the_ratio_and_what_is_wrong(width):
     assert "vs eager" in text and "1.25×" in text and "4.50×" in text
     assert "WRONG case-b, compiled: relative error 3.00e-01" in text.replace("\n", " ")
     assert ("p20 - p80" in text) == (width == 140)
-    assert "kernels" not in text  # no record has that
+    assert "launches" not in text  # no record has that
     assert max(map(len, text.splitlines())) <= width
+
+
+@pytest.mark.parametrize("width", [80, 140])
+def test_host_costs_are_shown_in_microseconds_with_the_launches(width):
+    host = [replace(r, kind="host", threads=1, launches=26) for r in trio("case-h", 1.25)]
+    host.append(replace(record("case-h", "compiled", median_ms=0.05), kind="host", threads=1))
+    console = Console(width=width, record=True, file=io.StringIO())
+    report.render(host, console)
+    lines = [line.split() for line in console.export_text().splitlines()]
+    (head,) = (words for words in lines if words[:2] == ["case", "contestant"])
+    assert head[2] == "µs" and "ms" not in head and head.count("launches") == 1
+    assert ["case-h", "plain", "4000"] in [words[:3] for words in lines]
+    (compiled,) = (words for words in lines if words[:1] == ["compiled"])
+    assert compiled == ["compiled", "50.0", "–"]
+    text = console.export_text(clear=False) or " ".join(map(" ".join, lines))
+    assert "1 thread" in text and "on one thread" in text and "not views" in text

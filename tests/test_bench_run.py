@@ -14,6 +14,7 @@ from bench_cases import (
     planted,
     slightly_off,
     tiny_case,
+    tiny_problem,
     without_second_order,
 )
 
@@ -89,6 +90,27 @@ def test_a_busy_machine_is_warned_about(monkeypatch):
     monkeypatch.setattr("os.getloadavg", lambda: (2.5, 0, 0))
     assert busy(2) is None
     assert "load 2.5, 4 cores, 3 threads" in (busy(3) or "")
+
+
+def test_a_host_case_runs_on_one_thread_and_is_timed_without_a_ceiling():
+    seen = []
+
+    def build(device, dtype):
+        seen.append(torch.get_num_threads())
+        return tiny_problem("spectreg", dtype)
+
+    host = replace(tiny_case(name="host"), kind="host", threads=1, build=build)
+    compiled = Contestant("compiled", steps.eager, compiler="aot_eager")
+    contestants = [*named("eager", "fastjac"), compiled]
+    records = run([host, tiny_case()], contestants, replace(FAST, threads=2)).records
+    assert seen == [1]
+    assert [r.threads for r in records] == [1] * 4 + [2] * 4
+    for record in records[:4]:
+        assert record.status == "ok" and record.median_ms
+        assert record.peak_mb is record.pct_gemm is record.gflop is None
+    counts = [r.launches for r in records]
+    assert counts[:4] == counts[4:] and counts[3] is None
+    assert 0 < counts[2] < counts[1] and counts[0] < counts[1]
 
 
 def test_settings_are_restored():

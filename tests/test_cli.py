@@ -149,7 +149,7 @@ def test_records_are_in_the_csv_file_when_the_next_case_begins(plant, tmp_path):
     ("args", "message"),
     [
         (["--case", "spectreg-tin"], "Did you mean spectreg-tiny, dreg-tiny? Valid names are:"),
-        (["--suite", "fast"], "The suite 'fast' does not exist. Valid names are: quick,"),
+        (["--suite", "none"], "The suite 'none' does not exist. Valid names are: quick,"),
         (["--contestant", "egaer"], "Did you mean eager? Valid names are: plain, eager,"),
         (["--contestant", "jacobianreg", "--case", "dreg*"], "no contestant is left"),
         (["--from", "{}/empty.json"], "holds no records"),
@@ -191,6 +191,23 @@ def test_list_names_cases_contestants_and_reasons():
     assert "dreg-tiny" in flat(result) and "plain eager compiled fastjac" in flat(result)
     assert "layer-wise steps with a layer-wise penalty" in flat(result)
     assert "jacobianreg is left out: JacobianReg cannot express" in flat(result)
+
+
+def test_what_the_machine_lacks_is_said_in_one_line(monkeypatch):
+    cases = (replace(tiny_case("spectreg"), jax=True),)
+    monkeypatch.setattr("fastjac.bench.cases.all_cases", lambda: cases)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    line = "jax is left out: JAX is not installed; pip install jax"
+    known = [c for c in contestants.all_contestants() if c.name in ("plain", "jax")]
+    monkeypatch.setattr(contestants, "all_contestants", lambda: known)
+    monkeypatch.setattr(contestants, "available_cores", lambda: FAST.threads)
+    result = invoke("bench")
+    assert result.exit_code == 0 and result.output.count(line) == 1, result.output
+    assert line in flat(invoke("bench", "--list"))
+    result = invoke("bench", "--contestant", "jax")
+    assert result.exit_code == 2 and line in flat(result), result.output
+    cases = (tiny_case("spectreg"),)  # it would not run there anyway
+    assert "jax is left out" not in invoke("bench").output
 
 
 def test_options_reach_the_run(monkeypatch):

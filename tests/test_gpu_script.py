@@ -11,11 +11,13 @@ import time
 from pathlib import Path
 
 import pytest
+from bench_cases import named, planted, slightly_off
 
-from benchmarks.gpu import checks, kernels, report, run, work
+from benchmarks.gpu import checks, host, kernels, report, run, work
 from benchmarks.gpu.run import FILES, Run, Stage
 from benchmarks.gpu.work import NOT_ALL_OK, POISONED, append, load, states
 from fastjac.activations import TABLE
+from fastjac.bench.cases import select_cases
 
 ROOT = Path(__file__).resolve().parent.parent
 PYTHON = sys.executable
@@ -205,6 +207,30 @@ def test_checks_begin_with_what_matters_and_reach_every_activation():
     assert len(both) < len(ops) and both == triton[: len(both)]  # Triton has no row_sqnorm
     assert {name.split(", ")[-1] for name in ops} == {*checks.DTYPES}
     assert {fn for fn in TABLE if any(f"act, {fn}," in name for name in triton)} == {*TABLE}
+
+
+def test_host_costs_are_those_of_the_suite_eager_and_in_graphs():
+    names = [name for name, _ in host.items("cuda")]
+    for case in select_cases(suite="host"):
+        for contestant in ("plain", "eager", "fastjac", "graphed-eager", "graphed-fastjac"):
+            assert f"{case.name}, {contestant}" in names
+    assert "row_sqnorm backward, fastjac:cuda" in names
+
+
+def test_a_step_with_wrong_gradients_has_no_host_cost(tmp_path):
+    (case,) = select_cases(["host-dreg-3-layers"])
+    contestants = (*named("eager")[1:], planted("fastjac", slightly_off))
+    for contestant in contestants:
+        for row in host.step_cost("cpu", case, contestant):
+            append(tmp_path / "host.jsonl", {"item": contestant.name, **row})
+    right, wrong = load(tmp_path / "host.jsonl")
+    assert right["launches"] > 100 and right["host_us"] > 0 and right["rel_err"] < 1e-6
+    assert not wrong["ok"] and "host_us" not in wrong
+    (cells,) = report.host(tmp_path)[2]
+    assert cells[0] == case.name and cells[1].endswith(f" / {right['launches']}")
+    assert cells[2] == "wrong"
+    (missed,) = report.wrong(tmp_path)[2]
+    assert missed[1] == "fastjac: fastjac" and missed[2].startswith("relative error ")
 
 
 @pytest.mark.parametrize("carried", [True, False])

@@ -1,7 +1,9 @@
-"""What a step costs the host: kernels launched, and µs per call without waiting for the GPU.
+"""What a step costs the host: launches, and µs per call without waiting for the GPU.
 
-The sizes are so small that the GPU is always ahead. Calls are issued in bursts of ten, which stay
-far below the thousand launches that a stream queues before a launch waits.
+The steps are those of ``fastjac bench --suite host``, so small that the GPU is always ahead. Each
+passes the gate first; for a graph this compares what a replay computes. Compiled steps are left to
+the stage ``steps``, because each compiles for ten seconds. Calls are issued in bursts of ten, which
+stay far below the thousand launches that a stream queues before a launch waits.
 """
 
 from __future__ import annotations
@@ -15,10 +17,11 @@ import torch
 
 from benchmarks.gpu.steps import contestants_for
 from benchmarks.gpu.work import Item, Row, main
+from fastjac.bench.cases import Case, select_cases
 from fastjac.bench.contestants import Contestant
-from fastjac.bench.measure import Options, kernels
-from fastjac.bench.networks import mlp
-from fastjac.bench.problems import op_problem, step_problem
+from fastjac.bench.gate import open_gate
+from fastjac.bench.measure import Options, launches
+from fastjac.bench.problems import op_problem
 from fastjac.bench.runner import settings
 
 STEPS = ("plain", "eager", "fastjac", "graphed-eager", "graphed-fastjac")
@@ -50,18 +53,21 @@ def per_call(step: Callable[[], object], device: str) -> Row:
     return {
         "host_us": 1e6 * statistics.median(issued) / BURST,
         "done_us": 1e6 * statistics.median(done) / BURST,
-        "kernels": kernels(step, torch.device(device)),
+        "launches": launches(step),
     }
 
 
-def step_cost(device: str, penalty: str, layers: int, contestant: Contestant) -> Iterator[Row]:
-    network = functools.partial(mlp, [64] * (layers + 1) + [10])
+def step_cost(device: str, case: Case, contestant: Contestant) -> Iterator[Row]:
     where = torch.device(device)
-    problem = step_problem(network, (32, 64), penalty, device=where, dtype=torch.float32)
     with settings(Options(where, threads=1)):
+        problem = case.build(where, torch.float32)
+        expected = open_gate(problem, torch.float32).of(contestant.name)
         prepared = contestant.setup(problem)
-        row = {"step": penalty, "layers": layers, "contestant": contestant.name}
-        yield row | per_call(prepared.step, device)
+        error = expected.error(prepared.gradients())
+        row = {"step": case.name, "contestant": contestant.name, "rel_err": error}
+        right = error <= expected.limit
+        wrong = {"ok": False, "reason": f"relative error {error:.1e} > {expected.limit:.1e}"}
+        yield row | (per_call(prepared.step, device) if right else wrong)
         prepared.close()
 
 
@@ -77,11 +83,10 @@ def op_cost(device: str, op: str, phase: str, contestant: Contestant) -> Iterato
 
 def items(device: str) -> Iterator[Item]:
     known = contestants_for(device)
-    for layers in (2, 6):
-        for penalty in ("spectreg", "dreg"):
-            for name in STEPS:
-                measure = functools.partial(step_cost, device, penalty, layers, known[name])
-                yield f"{penalty}, {layers} layers, {name}", measure
+    for case in select_cases(suite="host"):
+        for name in STEPS:
+            measure = functools.partial(step_cost, device, case, known[name])
+            yield f"{case.name}, {name}", measure
     ours = ("fastjac:cuda", "fastjac:triton") if device == "cuda" else ("fastjac:cpu",)
     for op, phase in PHASES:
         for name in ("eager", *ours):

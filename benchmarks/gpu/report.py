@@ -143,13 +143,14 @@ def kernels(out: Path, few: bool = False) -> Table:
 def host(out: Path) -> Table:
     cells: dict[str, dict[str, str]] = {}
     for row in of_file(out, "host.jsonl"):
-        what = f"{row['step']}, {row['layers']} layers" if "step" in row else None
-        launched = "–" if row["kernels"] is None else row["kernels"]
-        text = f"{row['host_us']:.0f} / {row['done_us']:.0f} / {launched}"
-        cells.setdefault(what or f"{row['op']} {row['phase']}", {})[row["contestant"]] = text
+        what = row.get("step") or f"{row['op']} {row['phase']}"
+        text = "wrong"
+        if right(row):
+            text = f"{row['host_us']:.0f} / {row['done_us']:.0f} / {row['launches']}"
+        cells.setdefault(what, {})[row["contestant"]] = text
     names = list(dict.fromkeys(name for found in cells.values() for name in found))
     rows = [[what, *(found.get(name, "–") for name in names)] for what, found in cells.items()]
-    return "Host: µs to issue / µs until done / kernels", ("call", *names), rows
+    return "Host: µs to issue / µs until done / launches", ("call", *names), rows
 
 
 def steps(out: Path) -> Table:

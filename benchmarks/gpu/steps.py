@@ -48,7 +48,8 @@ def contestants_for(device: str) -> dict[str, Contestant]:
     if device == "cuda":
         return known
     dry = {name: replace(c, name=f"dry-{name}") for name, c in known.items()}
-    compiled = Contestant("dry-compiled", setup_of("compiled", backend="aot_eager"))
+    how = {"backend": "aot_eager"}
+    compiled = Contestant("dry-compiled", setup_of("compiled", **how), compiler="aot_eager")
     return known | {n: dry[n] for n in SETS[1][1:]} | {"compiled": compiled}
 
 

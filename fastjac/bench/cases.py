@@ -19,7 +19,7 @@ from torch import nn
 from fastjac.activations import TABLE
 from fastjac.bench import everyday
 from fastjac.bench.idioms import IDIOMS
-from fastjac.bench.networks import TransformerClassifier, lenet, mlp, small_resnet
+from fastjac.bench.networks import FunctionalMlp, TransformerClassifier, lenet, mlp, small_resnet
 from fastjac.bench.problems import PHASES, Problem, op_problem, squared_error, step_problem
 
 #: The arguments of ``--suite``, and what each suite holds.
@@ -30,6 +30,7 @@ SUITES = {
     "elementwise": "every activation: forward, backward and double backward",
     "papers": "networks of the papers: LeNet-5, a CIFAR ResNet, SIN (2017); MLPs with DREG (2026)",
     "networks": "SpectReg on twelve everyday networks: BERT, Llama, U-Net, SIREN, GRU, …",
+    "host": "steps on tensors of a few numbers, one thread: what Python and dispatching cost",
     "scaling": "SpectReg on an MLP by width, batch, depth and projections: one axis at a time",
     "all": "every case; the default",
 }
@@ -54,13 +55,16 @@ class Case:
     Attributes:
         name: The argument of ``--case``.
         penalty: The penalty of a step, or the op.
-        kind: ``"step"`` (forward, loss, backward) or ``"elementwise"`` (one op).
+        kind: ``"step"`` (forward, loss, backward), ``"host"`` (a step on so small tensors that its
+            time is the cost of the host) or ``"elementwise"`` (one op).
         suites: Keys of :data:`SUITES`, without ``"all"``.
         build: Makes the problem on a device in a dtype.
         quick: The contestants of the quick suite; empty if the case is not in it.
         only: The contestants that take part in any suite; empty for all.
         activation, phase: Of an elementwise case; the names that tables and plots show.
         axes: Of a scaling case, ``"width=256 batch=128 depth=4 projections=1"``.
+        threads: The number of threads that the case always has; None for that of the run.
+        jax: Whether the contestant ``jax`` takes part: SpectReg on an MLP with GELU.
     """
 
     name: str
@@ -73,6 +77,8 @@ class Case:
     activation: str = ""
     phase: str = ""
     axes: str = ""
+    threads: int | None = None
+    jax: bool = False
 
 
 def select_cases(names: Sequence[str] = (), suite: str | None = None) -> list[Case]:
@@ -112,6 +118,7 @@ def _step(
     *suites: str,
     quick: str = "",
     only: str = "",
+    jax: bool = False,
     **options: Any,
 ) -> Case:
     """A training step; ``options`` are those of :func:`step_problem`."""
@@ -120,7 +127,8 @@ def _step(
         return step_problem(network, shape, penalty, device=device, dtype=dtype, **options)
 
     all_suites = (*(("quick",) if quick else ()), IDIOMS[penalty].suite, *suites)
-    return Case(name, penalty, "step", all_suites, build, (*quick.split(),), (*only.split(),))
+    lists = (*quick.split(),), (*only.split(),)
+    return Case(name, penalty, "step", all_suites, build, *lists, jax=jax)
 
 
 def _mlp(inputs: int, hidden: int, width: int, outputs: int = 10, activation: type = nn.GELU):
@@ -159,6 +167,15 @@ def _everyday(name: str, network: Callable[[], nn.Module], *shape: int, **option
     return replace(case, suites=("networks",))
 
 
+def _host(
+    name: str, penalty: str, network: Callable[[], nn.Module], *shape: int, jax: bool = False
+) -> Case:
+    """A step with batch 2 and width 4 on one thread."""
+    everyone = "plain eager compiled jax fastjac graphed-eager graphed-fastjac"
+    case = _step(f"host-{name}", penalty, network, shape, only=everyone, jax=jax)
+    return replace(case, kind="host", suites=("host",), threads=1)
+
+
 def _op(op: str, fn: str, phase: str) -> Case:
     """One phase of ``act`` or ``act_stats``."""
     if op == "act":
@@ -187,10 +204,15 @@ def all_cases() -> tuple[Case, ...]:
     return (
         # The widest is bound by matrix products, the narrowest by launches and Python.
         _step("spectreg-mlp-b512-w2048", "spectreg", _mlp(1024, 3, 2048), (512, 1024)),
-        _step("spectreg-mlp-b128-w512", "spectreg", net512, b128, quick=f"{short} compiled"),
+        _step(
+            *("spectreg-mlp-b128-w512", "spectreg", net512, b128),
+            quick=f"{short} compiled",
+            jax=True,
+        ),
         _step(
             *("spectreg-mlp-b100-w64", "spectreg", _mlp(16, 5, 64), (100, 16)),
             quick=f"{short} compiled jacobianreg",
+            jax=True,
         ),
         _step("datagrad-mlp-b128-w512", "datagrad", net512, b128, quick=short),
         _step("frobreg-mlp-b128-w512", "frobreg", net512, b128, quick=f"{short} jacobianreg"),
@@ -207,12 +229,6 @@ def all_cases() -> tuple[Case, ...]:
         _step("dreg-transformer", "dreg", TransformerClassifier, (16, 64, 256)),
         # The aim on a GPU in bfloat16 is 1.03 times plain.
         _feed_forward(),
-        # For the column `kernels`: the kernels beyond plain's are as many with six layers as with
-        # two, less one for each layer whose bias gradient the fused backward sums.
-        *(
-            _step(f"dreg-launches-{n}", "dreg", _mlp(64, n, 64), (32, 64), only="plain fastjac")
-            for n in (2, 6)
-        ),
         _step(
             *("spectreg-relu-mlp-b128-w512", "spectreg", _mlp(784, 4, 512, activation=nn.ReLU)),
             *(b128,),
@@ -242,6 +258,14 @@ def all_cases() -> tuple[Case, ...]:
         _everyday("unet", everyday.UNet, 8, 3, 16, 16),
         _everyday("dcgan", everyday.Discriminator, 8, 3, 32, 32, outputs=1, kinks=True),
         _everyday("residual", everyday.Residual, 64, 64),
+        # The same layers twice, as a Sequential and in a module with functional calls.
+        _host("sequential", "spectreg", _mlp(4, 3, 4), 2, 4, jax=True),
+        _host("own-module", "spectreg", functools.partial(FunctionalMlp, [4, 4, 4, 4, 10]), 2, 4),
+        _host("residual", "spectreg", functools.partial(everyday.Residual, 4, 4, layers=3), 2, 4),
+        _host("transformer", "spectreg", functools.partial(everyday.Bert, 4, 2, layers=1), 2, 4, 4),
+        # On a GPU the launches beyond plain's are as many with six layers as with three, less one
+        # for each layer whose bias gradient the fused backward sums (tests/test_host.py).
+        *(_host(f"dreg-{n}-layers", "dreg", _mlp(4, n, 4), 2, 4) for n in (3, 6)),
         _scaling(),
         *(_scaling(**{axis: value}) for axis in SCALING_AXES for value in SCALING_AXES[axis]),
         # torch returns the input of identity itself, so there is no kernel to time.

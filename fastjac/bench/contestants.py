@@ -7,6 +7,7 @@
                  fast as or faster than compiling the objective and calling ``backward`` on it (2
                  cores: 0.86 against 1.20 ms for SpectReg 16-5x64-10, 61.8 against 75.0 ms for the
                  ResNet).
+``jax``          ``jax.jit(jax.grad(objective))``, where JAX is installed
 ``jacobianreg``  facebookresearch's JacobianReg algorithm: one pass per projection
 ``fastjac``      the public penalty on a model prepared by ``fastjac.fuse``; a layer-wise penalty is
                  attached to the model as it is
@@ -26,10 +27,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fastjac.bench import phases, steps
+import torch
+
+from fastjac.bench import by_jax, phases, steps
 from fastjac.bench.cases import Case, unknown
 from fastjac.bench.idioms import IDIOMS, InputJacobian
-from fastjac.bench.measure import Options
+from fastjac.bench.measure import Options, available_cores
 from fastjac.bench.problems import Problem, StepProblem
 from fastjac.bench.steps import Prepared
 from fastjac.ops import dispatch
@@ -46,14 +49,15 @@ class Contestant:
         name: The argument of ``--contestant``.
         setup: Makes it ready; the first call of the step may still compile.
         colour: The colour of its bars and lines.
-        compiles: Its set-up and first call count as compile time.
+        compiler: What compiles it, ``"torch"`` (Inductor) or ``"jax"``, else empty. Its set-up and
+            first call count as compile time.
         impl: The implementation of the fused ops that it asks for; empty if it uses none.
     """
 
     name: str
     setup: Callable[[Problem], Prepared]
     colour: str = OTHER_COLOUR
-    compiles: bool = False
+    compiler: str = ""
     impl: str = ""
 
 
@@ -77,13 +81,14 @@ def all_contestants() -> tuple[Contestant, ...]:
     return (
         Contestant("plain", setup_of("plain"), "#b8bcc2"),
         Contestant("eager", setup_of("eager"), "#e8743b"),
-        Contestant("compiled", setup_of("compiled"), "#5b8bd0", compiles=True),
+        Contestant("compiled", setup_of("compiled"), "#5b8bd0", compiler="torch"),
+        Contestant("jax", by_jax.setup, "#c9a227", compiler="jax"),
         Contestant("jacobianreg", setup_of("jacobian_reg"), "#b58bc4"),
         _ours("fastjac", "#13865b"),
         _ours("fastjac-autograd", "#8f9f3a", engine="autograd"),
         # torch.compile fuses torch's own activations, so no fused op runs.
         Contestant(
-            "fastjac-compiled", setup_of("ours", engine="compiled"), "#2f9fb0", compiles=True
+            "fastjac-compiled", setup_of("ours", engine="compiled"), "#2f9fb0", compiler="torch"
         ),
         _ours("fastjac:reference", "#cfdcc9", "reference"),
         _ours("fastjac:cpu", "#6dbb98", "cpu"),
@@ -117,17 +122,37 @@ def why_not(contestant: Contestant, case: Case, options: Options) -> str | None:
         return "only penalties on the input Jacobian have engines"
     if contestant.name.startswith("graphed-") and (device == "cpu" or idiom is None):
         return "a CUDA graph holds a training step on a GPU"
-    if contestant.compiles and device == "cpu":
-        compiler = os.environ.get("CXX") or "g++"
-        if not (shutil.which(compiler) or shutil.which("clang++")):
-            return f"torch.compile needs a C++ compiler; {compiler!r} was not found"
+    if contestant.compiler == "jax":
+        if not case.jax:
+            return "JAX is compared in few cases, which have SpectReg on an MLP"
+        if device != "cpu" or options.dtype != torch.float32:
+            return "JAX is compared on the CPU, in float32"
+        if case.kind != "host" and options.threads != available_cores():
+            return f"JAX uses all {available_cores()} cores; taskset gives it fewer"
     if contestant.name.startswith("fastjac:"):
         if isinstance(idiom, InputJacobian):
             return "penalties on the input Jacobian are timed by engine, not by implementation"
         if contestant.impl == "triton" and device == "cpu":
             return "on the CPU Triton only interprets its kernels"
         return dispatch.why_not(contestant.impl, device, options.dtype)
+    return missing(contestant, options)
+
+
+def missing(contestant: Contestant, options: Options) -> str | None:
+    """What a contestant needs that this machine does not have; None if it has all."""
+    if contestant.compiler == "jax":
+        return by_jax.why_not()
+    if contestant.compiler == "torch" and options.device.type == "cpu":
+        compiler = os.environ.get("CXX") or "g++"
+        if not (shutil.which(compiler) or shutil.which("clang++")):
+            return f"torch.compile needs a C++ compiler; {compiler!r} was not found"
     return None
+
+
+def asked(contestant: Contestant, case: Case, options: Options) -> bool:
+    """Whether the lists of a case name a contestant."""
+    quick = not options.quick or contestant.name in case.quick
+    return quick and (not case.only or contestant.name in case.only)
 
 
 def contestants_of(
@@ -137,7 +162,20 @@ def contestants_of(
     return [
         contestant
         for contestant in contestants
-        if (not options.quick or contestant.name in case.quick)
-        and (not case.only or contestant.name in case.only)
-        and why_not(contestant, case, options) is None
+        if asked(contestant, case, options) and why_not(contestant, case, options) is None
     ]
+
+
+def left_out(
+    cases: Sequence[Case], contestants: Sequence[Contestant], options: Options
+) -> list[str]:
+    """A line for each contestant that would run in one of the cases if the machine had more."""
+    lines = []
+    for contestant in contestants:
+        lack = missing(contestant, options)
+        if lack and any(
+            asked(contestant, case, options) and why_not(contestant, case, options) == lack
+            for case in cases
+        ):
+            lines.append(f"{contestant.name} is left out: {lack}")
+    return lines

@@ -126,7 +126,7 @@ def admit(
     """
     cache = contextlib.nullcontext()
     try:
-        if contestant.compiles:
+        if contestant.compiler == "torch":
             _start_compiler(record.device)
             cache = fresh_cache()()  # no code that an earlier run left on disk
             ends.callback(torch.compiler.reset)  # frees the graphs of this case, and its model
@@ -137,7 +137,7 @@ def admit(
             gradients = prepared.gradients()
             took = time.perf_counter() - began
         expected = gate.of(contestant.name)
-        record.compile_s = took if contestant.compiles else None
+        record.compile_s = took if contestant.compiler else None
         record.engine = prepared.engine
         record.rel_err, record.rel_err_limit = expected.error(gradients), expected.limit
     except Exception as error:

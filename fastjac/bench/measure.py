@@ -1,4 +1,4 @@
-"""Clocks, samples in turn, and peak memory."""
+"""Clocks, samples in turn, peak memory, and launches."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+
+from fastjac.torch_private import TorchDispatchMode
 
 Step = Callable[[], object]
 
@@ -202,15 +204,29 @@ def peak_bytes(step: Step, device: torch.device) -> int:
     return peak
 
 
-def kernels(step: Step, device: torch.device) -> int | None:
-    """The number of kernels that one call launches on a GPU; None on the CPU."""
-    if device.type != "cuda":
-        return None
-    with _muted_stderr(), torch.profiler.profile() as profile:
+class Launches(TorchDispatchMode):
+    """Counts the dispatched operations that are not views.
+
+    The number is the same on a CPU and on a GPU. What an operation calls inside itself is not
+    counted, and neither is a kernel that compiled code or a CUDA graph starts without the
+    dispatcher.
+    """
+
+    total = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> object:
+        # _unsafe_view is a view whose schema does not say so.
+        self.total += not (func.is_view or func.name() == "aten::_unsafe_view")
+        return func(*args, **(kwargs or {}))
+
+
+def launches(step: Step) -> int:
+    """The launches of one call, see :class:`Launches`."""
+    with Launches() as counter:
         step()
-        torch.cuda.synchronize(device)
-    on_gpu = torch.autograd.DeviceType.CUDA
-    return sum(event.device_type == on_gpu for event in profile.events() or ())
+    return counter.total
 
 
 def _allocations(events: Sequence[Any]) -> Iterator[Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -14,6 +15,20 @@ def mlp(sizes: Sequence[int], activation: type[nn.Module] = nn.GELU) -> nn.Seque
     for fan_in, fan_out in pairwise(sizes):
         layers += [nn.Linear(fan_in, fan_out), activation()]
     return nn.Sequential(*layers[:-1])
+
+
+class FunctionalMlp(nn.Module):
+    """An MLP with GELU as people write it by hand: layers in a list, the activation a function."""
+
+    def __init__(self, sizes: Sequence[int]) -> None:
+        super().__init__()
+        *hidden, head = (nn.Linear(fan_in, fan_out) for fan_in, fan_out in pairwise(sizes))
+        self.hidden, self.head = nn.ModuleList(hidden), head
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.hidden:
+            x = F.gelu(layer(x))
+        return self.head(x)
 
 
 def lenet() -> nn.Sequential:

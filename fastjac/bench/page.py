@@ -16,10 +16,10 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from fastjac.bench.records import Record, load
-from fastjac.bench.report import number, place, ratio
+from fastjac.bench.report import number, place, ratio, time_of
 
 HISTORY = Path("benchmarks/history.csv")  # relative to the root of the project
-CONTESTANTS = ("plain", "eager", "jacobianreg", "compiled", "fastjac")
+CONTESTANTS = ("plain", "eager", "jacobianreg", "compiled", "jax", "fastjac")
 
 #: Case -> contestant -> record, all of one machine; the records of a case are of one commit.
 Cases = dict[str, dict[str, Record]]
@@ -108,6 +108,17 @@ def _summary(cases: Cases) -> Rows:
     return [[*row, peak] for row, peak in zip(_time(cases), peaks, strict=True)]
 
 
+def _host(cases: Cases) -> Rows:
+    def cell(name: str, found: dict[str, Record]) -> str:
+        if name not in found:
+            return "–"
+        launched = found[name].launches
+        text = time_of(found[name], found[name].median_ms)
+        return f"{text} ({'–' if launched is None else launched})"
+
+    return _grid(cases, "µs (launches)", cell)
+
+
 def _elementwise(cases: Cases) -> Rows:
     cells: dict[str, dict[str, str]] = {}
     for found in cases.values():
@@ -126,6 +137,7 @@ TABLES = {
     "summary": ("step", _summary, True),
     "time": ("step", _time, False),
     "memory": ("step", _memory, False),
+    "host": ("host", _host, False),
     "elementwise": ("elementwise", _elementwise, False),
 }
 

@@ -24,6 +24,7 @@ class Record:
 
     Attributes:
         case, penalty, kind, suite: Of the case; several suites are separated by spaces.
+            A case of the kind ``"host"`` has no peak_mb and no rate of matrix products.
         activation, phase: Of an elementwise case, else empty.
         contestant: Its registered name.
         status: ``"ok"``, ``"wrong"`` (it missed the gate and was not timed) or ``"failed"``.
@@ -49,7 +50,8 @@ class Record:
             the contestant reaches, in per cent.
         impl: The implementation of the fused ops that a fastjac contestant ran.
         engine: The engine of a fastjac penalty on the input Jacobian.
-        kernels: The number of kernels that one step launches, on a GPU only.
+        launches: The dispatched operations of one call that are not views. None of a contestant
+            that compiles, because its kernels do not go through the dispatcher; 0 of a CUDA graph.
         axes: Of a scaling case, see `Case`.
         message: What went wrong.
         torch, triton, fastjac, machine, commit: Versions, and the name of the processor or GPU.
@@ -84,7 +86,7 @@ class Record:
     gflop: float | None = None
     gemm_gflops: float | None = None
     pct_gemm: float | None = None
-    kernels: int | None = None
+    launches: int | None = None
     impl: str = ""
     engine: str = ""
     axes: str = ""

@@ -18,6 +18,8 @@ from fastjac.bench.records import Record, by_run
 
 TITLES = {
     "step": "Training step",
+    "host": "Host cost: a training step with batch 2 and width 4, on one thread\n"
+    "Launches are the dispatched operations that are not views. Compiled code does not dispatch.",
     "elementwise": "Elementwise op (plain is torch's forward kernel)",
 }
 
@@ -29,6 +31,11 @@ def number(value: float | None) -> str:
     if value >= 100:
         return f"{value:.0f}"
     return f"{value:.1f}" if value >= 10 else f"{value:.2f}" if value >= 1 else f"{value:.3f}"
+
+
+def time_of(record: Record, value: float | None) -> str:
+    """A time of a record: µs of a host case, else ms."""
+    return number(value and value * (1e3 if record.kind == "host" else 1))
 
 
 def ratio(value: float | None) -> str:
@@ -54,23 +61,30 @@ def _versus(value: float | None) -> Text:
     return Text(ratio(value), style=style)
 
 
+def _launches(record: Record) -> str:
+    if record.launches is None:
+        return "–" if record.kind == "host" else ""
+    return str(record.launches)
+
+
 #: Heading -> cell. A column that no row has a value for is left out.
 COLUMNS: dict[str, Callable[[Record], str | Text]] = {
-    "ms": lambda r: Text(number(r.median_ms), style="bold"),
-    "p20 - p80": lambda r: f"{number(r.p20_ms)} - {number(r.p80_ms)}" if r.p80_ms else "",
-    "× plain": lambda r: ratio(r.overhead) if r.kind == "step" else "",
+    "ms": lambda r: "" if r.kind == "host" else Text(number(r.median_ms), style="bold"),
+    "µs": lambda r: Text(time_of(r, r.median_ms), style="bold") if r.kind == "host" else "",
+    "p20 - p80": lambda r: f"{time_of(r, r.p20_ms)} - {time_of(r, r.p80_ms)}" if r.p80_ms else "",
+    "× plain": lambda r: "" if r.kind == "elementwise" else ratio(r.overhead),
     "% GEMM": lambda r: "" if r.pct_gemm is None else f"{r.pct_gemm:.0f}%",
     "GB/s": lambda r: number(r.gbps),
     "% copy": lambda r: "" if r.pct_copy is None else f"{r.pct_copy:.0f}%",
     "vs eager": lambda r: _versus(r.vs_eager),
     "peak MB": lambda r: number(r.peak_mb),
-    "kernels": lambda r: "" if r.kernels is None else str(r.kernels),
+    "launches": _launches,
     "rel err": lambda r: "" if r.rel_err is None else f"{r.rel_err:.1e}",
     "compile s": lambda r: "" if r.compile_s is None else f"{r.compile_s:.1f}",
 }
-#: The columns that a terminal narrower than WIDE_FROM does not show.
-WIDE = ("p20 - p80", "% GEMM", "rel err", "compile s")
-WIDE_FROM = 108
+#: The columns that a terminal narrower than WIDE_FROM does not show; launches it shows of the host.
+WIDE = ("p20 - p80", "% GEMM", "launches", "rel err", "compile s")
+WIDE_FROM = 130
 
 
 def render(records: Sequence[Record], console: Console) -> None:
@@ -91,10 +105,13 @@ def render(records: Sequence[Record], console: Console) -> None:
 
 
 def _table(kind: str, records: Sequence[Record], console: Console) -> Table:
+    hidden = {*WIDE} if console.width < WIDE_FROM else set()
+    if kind == "host":
+        hidden.discard("launches")
     columns = {
         heading: cell
         for heading, cell in COLUMNS.items()
-        if (console.width >= WIDE_FROM or heading not in WIDE) and any(map(cell, records))
+        if heading not in hidden and any(map(cell, records))
     }
     table = empty_table(TITLES[kind], "case", "contestant", numbers=list(columns))
     cases: dict[str, list[Record]] = {}
@@ -187,5 +204,5 @@ def expected_seconds(contestants: Sequence[Contestant], options: Options) -> flo
 
     The ceiling is sampled like a contestant.
     """
-    compiling = 12.0 * sum(contestant.compiles for contestant in contestants)
+    compiling = 12.0 * sum(bool(contestant.compiler) for contestant in contestants)
     return 0.5 + 1.3 * options.budget_s * (len(contestants) + 1) + compiling

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -13,7 +13,7 @@ from fastjac.bench.cases import Case
 from fastjac.bench.contestants import Contestant, contestants_of
 from fastjac.bench.gate import Gate, admit, open_gate, short
 from fastjac.bench.idioms import IDIOMS
-from fastjac.bench.measure import Options, Samples, interleave, kernels, peak_bytes
+from fastjac.bench.measure import Options, Samples, interleave, launches, peak_bytes
 from fastjac.bench.problems import OpProblem, Problem
 from fastjac.bench.records import Record, versions
 from fastjac.bench.steps import Prepared
@@ -61,23 +61,24 @@ def run(
     Ctrl-C ends the run and keeps the finished cases, and the current one if it has three rounds.
     """
     outcome = Outcome([])
-    with settings(options):
-        try:
-            for case in cases:
-                entered = contestants_of(case, contestants, options)
-                before = len(outcome.records)
-                try:
+    try:
+        for case in cases:
+            entered = contestants_of(case, contestants, options)
+            before = len(outcome.records)
+            mine = replace(options, threads=case.threads or options.threads)
+            try:
+                with settings(mine):
                     _run_case(
-                        *(case, entered, options, functools.partial(watch, case), outcome.records)
+                        *(case, entered, mine, functools.partial(watch, case), outcome.records)
                     )
-                finally:
-                    save(outcome.records[before:])
-                watch(case, "")
-                if not options.keep_going and any(r.status == "wrong" for r in outcome.records):
-                    outcome.stopped = True
-                    break
-        except KeyboardInterrupt:
-            outcome.interrupted = True
+            finally:
+                save(outcome.records[before:])
+            watch(case, "")
+            if not options.keep_going and any(r.status == "wrong" for r in outcome.records):
+                outcome.stopped = True
+                break
+    except KeyboardInterrupt:
+        outcome.interrupted = True
     return outcome
 
 
@@ -114,16 +115,16 @@ def _run_case(
         return
     samples = Samples()
     with contextlib.ExitStack() as ends:
-        prepared: dict[str, Prepared] = {}
+        prepared: dict[Contestant, Prepared] = {}
         for contestant in contestants:
-            watch(f"{contestant.name}: {'compiling' if contestant.compiles else 'checking'}")
+            watch(f"{contestant.name}: {'compiling' if contestant.compiler else 'checking'}")
             ready = admit(contestant, problem, gate, mine[contestant.name], ends)
             if ready is not None:
-                prepared[contestant.name] = ready
-        timed = {name: mine[name] for name in prepared}
+                prepared[contestant] = ready
+        timed = {contestant.name: mine[contestant.name] for contestant in prepared}
         try:
             if prepared:
-                watch("timing " + ", ".join(prepared))
+                watch("timing " + ", ".join(timed))
                 _measure(prepared, timed, problem, options, samples)
                 _fill_in(timed, samples, problem, gate)
         except KeyboardInterrupt:
@@ -163,26 +164,34 @@ def new_record(case: Case, contestant: Contestant, options: Options) -> Record:
 
 
 def _measure(
-    prepared: Mapping[str, Prepared],
+    prepared: Mapping[Contestant, Prepared],
     records: Mapping[str, Record],
     problem: Problem,
     options: Options,
     samples: Samples,
 ) -> None:
-    """Time the admitted contestants beside the ceiling, then count their memory and kernels."""
-    steps = {name: ready.step for name, ready in prepared.items()}
-    interleave(steps, {CEILING: problem.ceiling()}, options, samples)
-    for name, ready in prepared.items():
+    """Time the admitted contestants beside the ceiling, then count their memory and launches.
+
+    A host case has no ceiling: a large product would leave a cold cache, and its peak of memory
+    says nothing. JAX has an allocator of its own.
+    """
+    host = any(record.kind == "host" for record in records.values())
+    steps = {contestant.name: ready.step for contestant, ready in prepared.items()}
+    interleave(steps, {} if host else {CEILING: problem.ceiling()}, options, samples)
+    for contestant, ready in prepared.items():
+        record = records[contestant.name]
         ready.release()
-        records[name].peak_mb = peak_bytes(ready.step, options.device) / 1e6
-        records[name].kernels = kernels(ready.step, options.device)
+        if not host and contestant.compiler != "jax":
+            record.peak_mb = peak_bytes(ready.step, options.device) / 1e6
+        if not contestant.compiler:
+            record.launches = launches(ready.step)
         ready.release()
 
 
 def _fill_in(records: Mapping[str, Record], samples: Samples, problem: Problem, gate: Gate) -> None:
     """Fill in the times, and how much of the ceiling each contestant reaches."""
     medians = {name: samples.quantiles_ms(name)[1] for name in samples}
-    plain, eager, ceiling = medians.get("plain"), medians.get("eager"), medians[CEILING]
+    plain, eager, ceiling = (medians.get(name) for name in ("plain", "eager", CEILING))
     for name, record in records.items():
         record.n_rounds = samples.n_rounds
         record.p20_ms, record.median_ms, record.p80_ms = samples.quantiles_ms(name)
@@ -191,6 +200,8 @@ def _fill_in(records: Mapping[str, Record], samples: Samples, problem: Problem, 
             record.ratio, record.ratio_se = samples.ratio(name, "plain")
         # The plain step computes no penalty, so it is not a faster eager.
         record.vs_eager = eager / medians[name] if eager and name != "plain" else None
+        if ceiling is None:
+            continue
         if isinstance(problem, OpProblem):
             copied = 2 * problem.z[0].nbytes
             # plain is the forward kernel in every phase.

@@ -24,7 +24,7 @@ from rich.text import Text
 
 from fastjac.bench import compare, plots, records, report
 from fastjac.bench.cases import Case, select_cases
-from fastjac.bench.contestants import Contestant, contestants_of, select_contestants
+from fastjac.bench.contestants import Contestant, contestants_of, left_out, select_contestants
 from fastjac.bench.measure import Options, available_cores, busy
 from fastjac.bench.records import Record
 from fastjac.bench.runner import Outcome, run
@@ -150,7 +150,10 @@ def bench(
         typer.Option(metavar="NAME", help="Only this contestant (and plain); may be repeated."),
     ] = None,
     threads: Annotated[
-        int | None, typer.Option(min=1, help="CPU threads; the default is all available cores.")
+        int | None,
+        typer.Option(
+            min=1, help="CPU threads; the default is all available cores. The suite host has one."
+        ),
     ] = None,
     device: Annotated[Device, typer.Option(help="The device to run on.")] = Device.cpu,
     dtype: Annotated[Dtype, typer.Option(help="The dtype of networks and data.")] = Dtype.float32,
@@ -250,7 +253,10 @@ def _selection(
     ]
     if not entered:
         what = f"--contestant {' '.join(contestant)}" if contestant else "--quick"
-        raise ValueError(f"{what}: no contestant is left for any of the chosen cases.")
+        lacks = "; ".join(left_out(cases, contestants, options))
+        raise ValueError(
+            f"{what}: no contestant is left for any of the chosen cases.{lacks and f' {lacks}.'}"
+        )
     return entered, contestants
 
 
@@ -276,6 +282,8 @@ def _run(
             writing(csv_file, lambda: records.append_csv(found, csv_file))
 
     console = Console(stderr=True)
+    for line in left_out(cases, contestants, options):
+        console.print(line, style="dim", highlight=False, markup=False, soft_wrap=True)
     warning = busy(options.threads)
     if warning is not None:
         console.print(Text(f"warning: {warning}", style="yellow"), soft_wrap=True)
