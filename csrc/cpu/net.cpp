@@ -1,5 +1,5 @@
 // `net_forward` and `net_pull` for CPU tensors; see fastjac/ops/net.py.
-#include "net.h"
+#include "net_state.h"
 #include "row_sqnorm_kernels.h"
 
 namespace fastjac {
@@ -10,43 +10,43 @@ RowsKernel norms_kernel() {
   return best;
 }
 
-Tensor nothing(const Tensor& like) { return empty(like, 0, 0); }
-
-// Returns the output and what `Saved` takes: if `slopes`, φ' and φ'' of the activations and all
-// values that linear steps read; else s of the activations and no output of an activation.
+// Returns the output and what `Saved` takes: if `slopes`, a flat tensor of φ', φ'' and all values
+// that linear steps read; else s of the activations and no output of an activation.
 Tensors net_forward(const Tensor& x, const Tensors& weights, const Tensors& biases, int64_t tile,
                     bool slopes, const Tensor& plan) {
   const Program program(x, weights, plan);
   const int64_t n = rows_of(x, "x");
   check_matrix(x, x, n, program.steps[0].width, "x");
-  Sweep sweep(program, n, 1, tile);
+  const Sweep sweep(program, n, 1, tile);
   STD_TORCH_CHECK(int64_t(biases.size()) >= program.biases, "fastjac: net: too few biases");
   for (int64_t i = 0; i < program.biases; ++i) {
     if (program.bias_widths[i] > 0) check_vector(biases[i], x, program.bias_widths[i], "a bias");
   }
 
   const Tensor output = empty(x, n, program.output().width);
-  Tensors saved(3 * program.acts + program.kept, nothing(x));
-  std::vector<Tensor> homes(program.size(), nothing(x));
+  Saved saved(sweep);
+  Entries made;
+  if (slopes) {
+    made = saved.missing();
+  } else {
+    saved.for_entries([&](int64_t entry, const Step& step) {
+      const bool act = step.kind == Kind::act;
+      made.add((act && entry < 3 * program.acts ? entry % 3 == 0 : !act) ? n : 0, step.width);
+    });
+  }
+  Tensors found = made.make(x, slopes);
+  saved.take(made);
+  std::vector<const char*> homes(program.size());
+  homes[0] = data_of(x);
   for (int64_t i = 1; i < program.size(); ++i) {
     const Step& step = program.steps[i];
-    if (step.kind == Kind::act) {
-      for (int64_t j = 0; j < 3; ++j) {
-        if (slopes ? j == 1 || (j == 2 && step.curved) : j == 0) {
-          saved[3 * step.place + j] = empty(x, n, step.width);
-        }
-      }
-      if (!slopes && !is_given(homes[step.a])) homes[step.a] = saved[3 * step.place];
-    }
-    if (step.kept >= 0 && (slopes || step.kind != Kind::act)) {
-      homes[i] = saved[3 * program.acts + step.kept] = empty(x, n, step.width);
-    }
+    if (step.kept >= 0) homes[i] = saved.value(step);
+    if (step.kind == Kind::act && homes[step.a] == nullptr) homes[step.a] = saved.of(step, 0);
   }
-  homes.back() = output;
+  homes.back() = data_of(output);
 
-  sweep.for_rows(x, 0, 0, [&](const Rows& rows, char* scratch) {
+  sweep.for_rows(0, 0, [&](const Rows& rows, char* scratch) {
     const auto home = [&](int64_t i) {
-      if (i == 0) return sweep.of(x, rows, program.steps[0].width);
       const View found = sweep.of(homes[i], rows, program.steps[i].width);
       return found ? found : sweep.slot(rows, scratch, i);
     };
@@ -58,9 +58,7 @@ Tensors net_forward(const Tensor& x, const Tensors& weights, const Tensors& bias
         const void* bias = step.bias < 0 ? nullptr : biases[step.bias].const_data_ptr();
         sweep.apply(step, a, out, rows, 1, bias, scratch);
       } else if (step.kind == Kind::act) {
-        const auto memory = [&](int64_t j) {
-          return sweep.of(saved[3 * step.place + j], rows, width);
-        };
+        const auto memory = [&](int64_t j) { return sweep.of(saved.of(step, j), rows, width); };
         const View s = memory(0);
         if (s && s.data != a.data) sweep.copy(a, width, s, width, width, rows, 1, 1, false);
         const Curve curve{step.fn, step.params, program.dtype, a.data, nullptr, nullptr};
@@ -77,45 +75,45 @@ Tensors net_forward(const Tensor& x, const Tensors& weights, const Tensors& bias
       }
     }
   });
-  saved.insert(saved.begin(), output);
-  return saved;
+  found.insert(found.begin(), output);
+  return found;
 }
 
-// Returns v = Jᵀ w [K n, d], the squared norms of its rows, the cotangents of the activations and
-// of the linear steps (empty if `fused`), and φ' and φ'' of the activations, if `slopes` and if
-// they are not given. w is [K n, m].
+// Returns v = Jᵀ w [K n, d], the squared norms of its rows, a flat tensor of what is missing in
+// `Saved` if `slopes`, and what `Deltas` takes. w is [K n, m].
 Tensors net_pull(const Tensor& w, const Tensors& weights, const Tensors& tensors, int64_t n,
-                 int64_t tile, bool slopes, const Tensor& plan) {
+                 int64_t tile, bool slopes, bool flat, const Tensor& plan) {
   const Program program(w, weights, plan);
   const int64_t k = parts_of(w, n, "w"), d = program.steps[0].width;
   check_matrix(w, w, k * n, program.output().width, "w");
-  Sweep sweep(program, n, k, tile);
-  const Saved saved(sweep, w, tensors, 1, program.size());
+  const Sweep sweep(program, n, k, tile);
+  Saved saved(sweep, w, tensors, 1, program.size());
 
-  const Tensor v = empty(w, k * n, d), norms = torch::stable::new_empty(w, {k * n});
-  Tensors deltas(program.acts + program.linears, nothing(w)), curves(2 * program.acts, nothing(w));
-  std::vector<Tensor> homes(program.size(), nothing(w));
-  homes[0] = v;
-  for (int64_t i = 1; i < program.size(); ++i) {
-    const Step& step = program.steps[i];
-    const bool act = step.kind == Kind::act;
-    if (act || (step.kind == Kind::linear && !program.fused(i))) {
-      homes[i] = deltas[act ? step.place : program.acts + step.place] = empty(w, k * n, step.width);
+  Tensors found{empty(w, k * n, d), torch::stable::new_empty(w, {k * n})};
+  std::vector<char> evaluated(program.acts);
+  if (slopes) {
+    for (const Step& step : program.steps) {
+      if (step.kind == Kind::act) evaluated[step.place] = !saved.has_slopes(step);
     }
-    if (act && slopes && !is_given(saved.of(step, 1))) {
-      curves[2 * step.place] = empty(w, n, step.width);
-      if (step.curved) curves[2 * step.place + 1] = empty(w, n, step.width);
-    }
+    Entries missing = saved.missing();
+    found.push_back(missing.make(w, true)[0]);
+    saved.take(missing);
   }
+  Deltas deltas(sweep, 1, program.size());
+  const Tensors made = deltas.make(w, flat);
+  found.insert(found.end(), made.begin(), made.end());
 
-  sweep.for_rows(w, 0, 0, [&](const Rows& rows, char* scratch) {
+  sweep.for_rows(0, 0, [&](const Rows& rows, char* scratch) {
     const auto home = [&](int64_t i) {
-      const View found = sweep.of(homes[i], rows, program.steps[i].width);
-      return found ? found : sweep.slot(rows, scratch, i);
+      const Step& step = program.steps[i];
+      if (i == 0) return sweep.of(data_of(found[0]), rows, d);
+      const bool kept = step.kind == Kind::act || step.kind == Kind::linear;
+      const View memory = kept ? deltas.at(step, rows) : View{};
+      return memory ? memory : sweep.slot(rows, scratch, i);
     };
     std::vector<char> written(program.size());
     const int64_t top = program.size() - 1, m = program.output().width;
-    sweep.copy(sweep.of(w, rows, m), m, home(top), m, m, rows, k, 1, false);
+    sweep.copy(sweep.of(data_of(w), rows, m), m, home(top), m, m, rows, k, 1, false);
     for (int64_t i = top; i > 0; --i) {
       const Step& step = program.steps[i];
       const View delta = home(i);
@@ -130,12 +128,11 @@ Tensors net_pull(const Tensor& w, const Tensors& weights, const Tensors& tensors
         sweep.apply_transposed(step, delta, home(step.a), rows, k, written[step.a], scratch);
         written[step.a] = true;
       } else if (step.kind == Kind::act) {
-        Curve curve = saved.curve(step, rows);
-        const View slope = sweep.of(curves[2 * step.place], rows, step.width);
-        if (slope) {
-          const View bend = sweep.of(curves[2 * step.place + 1], rows, step.width);
-          sweep.evaluate({curve, nullptr, slope.data, bend.data}, rows.count * step.width);
-          curve.slope = slope.data;
+        const Curve curve = saved.curve(step, rows);
+        if (evaluated[step.place]) {
+          char *slope = sweep.of(saved.of(step, 1), rows, step.width).data,
+               *bend = sweep.of(saved.of(step, 2), rows, step.width).data;
+          sweep.evaluate({curve, nullptr, slope, bend}, rows.count * step.width);
         }
         sweep.slope(curve, step, delta, home(step.a), rows, k, written[step.a]);
         written[step.a] = true;
@@ -146,18 +143,15 @@ Tensors net_pull(const Tensor& w, const Tensors& weights, const Tensors& tensors
         }
       }
     }
-    const View found = home(0);
-    char* norms_at = static_cast<char*>(norms.mutable_data_ptr()) + rows.first * sweep.item;
+    const View v = home(0);
+    char* norms = const_cast<char*>(data_of(found[1])) + rows.first * sweep.item;
     for (int64_t i = 0; i < k; ++i) {
       const RowsCall call{
-          program.dtype, found.at(i), true, nullptr, false, norms_at + i * n * sweep.item, d};
+          program.dtype, v.at(i), true, nullptr, false, norms + i * n * sweep.item, d};
       sweep.parallel(rows.count, Sweep::grain / (d + 1) + 1,
                      [&](int64_t begin, int64_t end) { norms_kernel()(call, begin, end); });
     }
   });
-  Tensors found{v, norms};
-  found.insert(found.end(), deltas.begin(), deltas.end());
-  found.insert(found.end(), curves.begin(), curves.end());
   return found;
 }
 

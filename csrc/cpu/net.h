@@ -2,6 +2,7 @@
 // through all steps, where their values are, and the operations on them.
 #pragma once
 
+#include <cstdlib>
 #include <cstring>
 
 #include "gemm.h"
@@ -39,6 +40,19 @@ struct View {
   char* at(int64_t k) const { return data + k * part; }
 };
 
+// Scratch memory, aligned to cache lines. A tensor would take ten times as long to make.
+struct Memory {
+  explicit Memory(int64_t bytes)
+      : data(static_cast<char*>(std::aligned_alloc(64, size_t(bytes + 63) / 64 * 64))) {
+    STD_TORCH_CHECK(data != nullptr || bytes == 0, "fastjac: net: no memory for ", bytes, " bytes");
+  }
+  Memory(const Memory&) = delete;
+  Memory& operator=(const Memory&) = delete;
+  ~Memory() { std::free(data); }
+
+  char* data;
+};
+
 struct Sweep {
   // The smallest number of elements that is given to a thread. It is small, because the threads are
   // awake between two products.
@@ -58,6 +72,8 @@ struct Sweep {
       rows_of_block = std::min(this->tile, std::max<int64_t>(block / (k * program.widest), 16));
     }
     slot_bytes = padded(k * rows_of_block * program.widest * item);
+    const int64_t longest = std::max(k * rows_of_block, program.widest);
+    slots_at = product_scratch(longest, program.widest, longest);
   }
 
   static int64_t padded(int64_t bytes) { return (bytes + 63) / 64 * 64; }
@@ -68,12 +84,10 @@ struct Sweep {
   // If there is only one tile, the functions that f calls can use all threads. The scratch memory
   // has the slots of the program, `slots` more, and `more` bytes; then that of products.
   template <class F>
-  void for_rows(const Tensor& like, int64_t slots, int64_t more, F f) {
-    products_at = (program.slots + slots) * slot_bytes + padded(more);
-    const int64_t longest = std::max(k * rows_of_block, program.widest);
-    const int64_t bytes = products_at + product_scratch(longest, program.widest, longest);
-    const Tensor memory = empty(like, tiles(), bytes / item);
-    char* scratch = static_cast<char*>(memory.mutable_data_ptr());
+  void for_rows(int64_t slots, int64_t more, F f) const {
+    const int64_t bytes = slots_at + (program.slots + slots) * slot_bytes + padded(more);
+    const Memory memory(tiles() * bytes);
+    char* scratch = memory.data;
     torch::stable::parallel_for(0, tiles(), 1, [&](int64_t begin, int64_t end) {
       for (int64_t t = begin; t < end; ++t) {
         const int64_t last = std::min((t + 1) * tile, n);
@@ -88,22 +102,17 @@ struct Sweep {
 
   View slot(const Rows& rows, char* scratch, int64_t value) const {
     const Step& step = program.steps[value];
-    return {scratch + step.slot * slot_bytes, rows.count * step.width * item};
+    return {scratch + slots_at + step.slot * slot_bytes, rows.count * step.width * item};
   }
 
   View extra_slot(const Rows& rows, char* scratch, int64_t i, int64_t width) const {
-    return {scratch + (program.slots + i) * slot_bytes, rows.count * width * item};
+    return {scratch + slots_at + (program.slots + i) * slot_bytes, rows.count * width * item};
   }
 
-  // The rows of a matrix [n, width] or [K n, width].
-  View of(const Tensor& t, const Rows& rows, int64_t width) const {
-    if (!is_given(t)) return {};
-    auto* data = static_cast<char*>(const_cast<void*>(t.const_data_ptr()));
-    return {data + rows.first * width * item, n * width * item};
-  }
-
-  View of(const std::optional<Tensor>& t, const Rows& rows, int64_t width) const {
-    return t ? of(*t, rows, width) : View{};
+  // The rows of a matrix [n, width] or [K n, width], whose memory starts at `data`.
+  View of(const char* data, const Rows& rows, int64_t width) const {
+    if (data == nullptr) return {};
+    return {const_cast<char*>(data) + rows.first * width * item, n * width * item};
   }
 
   // ---- operations
@@ -140,8 +149,7 @@ struct Sweep {
     static const bool vectors = best_isa() != Isa::baseline;
     const int64_t size = m * n * k;
     if (size <= (vectors ? 1 << 18 : 1 << 12) || (vectors && program.narrow)) {
-      return product_kernel()(
-          {program.dtype, form, m, n, k, a, b, c, bias, add, scratch + products_at});
+      return product_kernel()({program.dtype, form, m, n, k, a, b, c, bias, add, scratch});
     }
     if (bias != nullptr) {
       const int64_t bytes = n * item;
@@ -208,58 +216,8 @@ struct Sweep {
 
   const Program& program;
   int64_t n, k, tile, item;
-  int64_t rows_of_block, slot_bytes, products_at = 0;
-};
-
-// The tensors of the activations and of the values that linear steps read, as `net_forward` returns
-// them: s, φ' and φ'' for each activation, then the values. Some are empty.
-struct Saved {
-  // Checks those that the steps from `start` to `stop` need; the tensors of others may be gone.
-  Saved(const Sweep& sweep, const Tensor& like, const Tensors& tensors, int64_t start, int64_t stop)
-      : sweep(sweep), tensors(tensors) {
-    const Program& program = sweep.program;
-    STD_TORCH_CHECK(int64_t(tensors.size()) == 3 * program.acts + program.kept,
-                    "fastjac: net: saved must be 3 tensors for each activation and one for each of "
-                    "the ",
-                    program.kept, " values that linear steps read");
-    for (int64_t i = 0; i < program.size(); ++i) {
-      const Step& step = program.steps[i];
-      if (step.kind == Kind::act) {
-        for (int64_t j = 0; j < 3; ++j) check(tensors[3 * step.place + j], like, step.width);
-        STD_TORCH_CHECK(i < start || i >= stop || has_curve(step), "fastjac: net: activation ",
-                        step.place, " has neither s nor its derivatives");
-      }
-      if (step.kept >= 0) check(value(step), like, step.width);
-    }
-  }
-
-  const Tensor& value(const Step& step) const {
-    return tensors[3 * sweep.program.acts + step.kept];
-  }
-
-  const Tensor& of(const Step& act, int64_t j) const { return tensors[3 * act.place + j]; }
-
-  // Whether the value of a step that a linear step reads is given, or can be computed from s.
-  bool has_value(const Step& step) const {
-    return is_given(value(step)) || (step.kind == Kind::act && is_given(of(step, 0)));
-  }
-
-  Curve curve(const Step& act, const Rows& rows) const {
-    const auto at = [&](int64_t j) { return sweep.of(of(act, j), rows, act.width).data; };
-    return {act.fn, act.params, sweep.program.dtype, at(0), at(1), at(2)};
-  }
-
-  const Sweep& sweep;
-  const Tensors& tensors;
-
- private:
-  void check(const Tensor& t, const Tensor& like, int64_t width) const {
-    if (is_given(t)) check_matrix(t, like, sweep.n, width, "a saved tensor");
-  }
-
-  bool has_curve(const Step& act) const {
-    return is_given(of(act, 0)) || (is_given(of(act, 1)) && (!act.curved || is_given(of(act, 2))));
-  }
+  int64_t rows_of_block, slot_bytes;
+  int64_t slots_at;  // the first bytes of the scratch memory are those of products
 };
 
 }  // namespace fastjac

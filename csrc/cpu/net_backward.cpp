@@ -6,13 +6,13 @@ namespace {
 
 // The memory of tangents for a block of rows.
 struct Tangents {
-  View u, factor;       // the tangents of the input, and numbers by which to multiply them
-  const Tensors* kept;  // of the values that linear steps read, or null
+  View u, factor;        // the tangents of the input, and numbers by which to multiply them
+  const Pushed* pushed;  // has those of the values that linear steps read, or null
 
   View at(const Sweep& sweep, const Rows& rows, char* scratch, int64_t i) const {
     const Step& step = sweep.program.steps[i];
     if (i == 0 && !factor) return u;
-    if (kept != nullptr && step.kept >= 0) return sweep.of((*kept)[step.kept], rows, step.width);
+    if (pushed != nullptr && step.kept >= 0) return pushed->tangent(step, rows);
     return sweep.slot(rows, scratch, i);
   }
 };
@@ -83,40 +83,35 @@ void push_block(const Sweep& sweep, const Rows& rows, char* scratch, const Saved
   }
 }
 
-// Returns J u [K n, m] if `wanted`, else an empty tensor; then, if there are deltas, what
-// `net_backward` needs: Σ φ'' δ t of the activations (empty if it is zero) and the tangents of the
-// values that linear steps read.
+// Returns J u [K n, m] if `wanted`, else an empty tensor; then, if there are deltas, what `Pushed`
+// takes.
 Tensors net_push(const Tensor& u, const std::optional<Tensor>& factor, const Tensors& weights,
                  const Tensors& tensors, const Tensors& delta_tensors, int64_t n, int64_t tile,
-                 bool wanted, const Tensor& plan) {
+                 bool wanted, bool flat, const Tensor& plan) {
   const Program program(u, weights, plan);
-  const int64_t k = parts_of(u, n, "u");
-  check_matrix(u, u, k * n, program.steps[0].width, "u");
+  const int64_t k = parts_of(u, n, "u"), d = program.steps[0].width, m = program.output().width;
+  check_matrix(u, u, k * n, d, "u");
   if (factor) check_vector(*factor, u, k * n, "factor");
-  Sweep sweep(program, n, k, tile);
+  const Sweep sweep(program, n, k, tile);
   const Saved saved(sweep, u, tensors, 1, program.size());
-  std::optional<Deltas> deltas;
-  if (!delta_tensors.empty()) deltas.emplace(sweep, u, delta_tensors, 1, program.size());
-
-  const Tensor out = empty(u, wanted ? k * n : 0, program.output().width);
-  Tensors extras(program.acts, empty(u, 0, 0)), kept(program.kept, empty(u, 0, 0));
-  for (const Step& step : program.steps) {
-    if (!deltas) break;
-    if (step.kind == Kind::act && step.curved) extras[step.place] = empty(u, n, step.width);
-    if (step.kept >= 0) kept[step.kept] = empty(u, k * n, step.width);
+  Deltas deltas(sweep, 1, program.size());
+  Pushed pushed(sweep, 1, program.size());
+  const bool second_order = !delta_tensors.empty();
+  Tensors found;
+  if (second_order) {
+    deltas.take(u, delta_tensors, "deltas");
+    found = pushed.make(u, flat);
   }
-  sweep.for_rows(u, 0, 0, [&](const Rows& rows, char* scratch) {
-    const Tangents tangents{sweep.of(u, rows, program.steps[0].width), sweep.of(factor, rows, 1),
-                            deltas ? &kept : nullptr};
+  const Tensor out = empty(u, wanted ? k * n : 0, m);
+  found.insert(found.begin(), out);
+  sweep.for_rows(0, 0, [&](const Rows& rows, char* scratch) {
+    const Tangents tangents{sweep.of(data_of(u), rows, d), sweep.of(data_of(factor), rows, 1),
+                            second_order ? &pushed : nullptr};
     push_block(
-        sweep, rows, scratch, saved, deltas ? &*deltas : nullptr, tangents,
-        sweep.of(out, rows, program.output().width),
-        [&](const Step& step) { return sweep.of(extras[step.place], rows, step.width); },
+        sweep, rows, scratch, saved, second_order ? &deltas : nullptr, tangents,
+        sweep.of(data_of(out), rows, m), [&](const Step& act) { return pushed.extra(act, rows); },
         [](int64_t, const View&) {});
   });
-  Tensors found{out};
-  found.insert(found.end(), extras.begin(), extras.end());
-  found.insert(found.end(), kept.begin(), kept.end());
   return found;
 }
 
@@ -135,24 +130,6 @@ void check_range(const Program& program, int64_t start, int64_t stop, bool push)
   }
 }
 
-// `pushed` is what net_push returns after J u.
-void check_pushed(const Sweep& sweep, const Tensor& like, const Tensors& pushed, int64_t start,
-                  int64_t stop) {
-  const Program& program = sweep.program;
-  STD_TORCH_CHECK(int64_t(pushed.size()) == program.acts + program.kept,
-                  "fastjac: net: pushed must be the results of net_push");
-  for (int64_t i = start; i < stop; ++i) {
-    const Step& step = program.steps[i];
-    if (step.kind == Kind::act && step.curved) {
-      check_matrix(pushed[step.place], like, sweep.n, step.width, "a second-order term");
-    }
-    if (step.kind == Kind::linear && program.steps[step.a].kept >= 0) {
-      const Step& a = program.steps[step.a];
-      check_matrix(pushed[program.acts + a.kept], like, sweep.k * sweep.n, a.width, "a tangent");
-    }
-  }
-}
-
 // The arguments of `net_backward` after all checks.
 struct Backward {
   const Sweep& sweep;
@@ -160,9 +137,7 @@ struct Backward {
   const Deltas* deltas;  // or null: no u is pushed
   const Terms& terms;
   int64_t start, stop;
-  const Tensor& x;
-  const std::optional<Tensor>& grad;
-  const Tensor& x_grad;
+  const char *x, *grad, *x_grad;
   std::vector<char> needed;  // the values whose cotangents are used
 
   // The value that a linear step reads, as its input.
@@ -221,7 +196,7 @@ struct Backward {
       }
     }
     const View end = home(start - 1);
-    if (is_given(x_grad) && !written[start - 1]) {
+    if (x_grad != nullptr && !written[start - 1]) {
       std::memset(end.data, 0, rows.count * program.steps[start - 1].width * sweep.item);
     }
   }
@@ -230,7 +205,7 @@ struct Backward {
               const Tangents& tangents) const {
     const Step& step = sweep.program.steps[i];
     if (terms.gradients.wanted(step.weight)) {
-      if (tangents.kept != nullptr) {
+      if (tangents.pushed != nullptr) {
         const View memory = sweep.extra_slot(rows, scratch, 0, step.width);
         const View hat = deltas->of_linear(i, saved, rows, memory);
         if (step.a == 0) scale_input(sweep, rows, scratch, tangents);
@@ -249,20 +224,24 @@ struct Backward {
 // cotangent of the value of step stop - 1.
 Tensors net_backward(const std::optional<Tensor>& grad, const std::optional<Tensor>& u,
                      const std::optional<Tensor>& factor, const Tensor& x, const Tensors& weights,
-                     const Tensors& tensors, const Tensors& delta_tensors, const Tensors& pushed,
-                     int64_t n, int64_t tile, int64_t start, int64_t stop, const Tensor& wanted,
-                     const Tensor& plan) {
+                     const Tensors& tensors, const Tensors& delta_tensors,
+                     const Tensors& pushed_tensors, int64_t n, int64_t tile, int64_t start,
+                     int64_t stop, const Tensor& wanted, const Tensor& plan) {
   const Program program(x, weights, plan);
   check_matrix(x, x, n, program.steps[0].width, "x");
   const int64_t k = u ? parts_of(*u, n, "u") : 1;
   if (u) check_matrix(*u, x, k * n, program.steps[0].width, "u");
   if (factor) check_vector(*factor, x, k * n, "factor");
-  check_range(program, start, stop, u && pushed.empty());
+  check_range(program, start, stop, u && pushed_tensors.empty());
   if (grad) check_matrix(*grad, x, n, program.steps[stop - 1].width, "grad");
-  Sweep sweep(program, n, k, tile);
+  const Sweep sweep(program, n, k, tile);
   const Saved saved(sweep, x, tensors, start, stop);
-  std::optional<Deltas> deltas;
-  if (u) deltas.emplace(sweep, x, delta_tensors, start, stop);
+  Deltas deltas(sweep, start, stop);
+  if (u) deltas.take(x, delta_tensors, "deltas");
+  // If there are no results of net_push, each thread pushes its rows itself.
+  const bool immediate = u && pushed_tensors.empty(), later = u && !immediate;
+  Pushed pushed(sweep, start, stop);
+  if (later) pushed.take(x, pushed_tensors, "pushed");
   const int64_t slots = int64_t(weights.size()) + program.biases;
   STD_TORCH_CHECK(wanted.dim() == 1 && wanted.size(0) > slots && dtype_of(wanted) == DType::f64 &&
                       wanted.is_contiguous(),
@@ -288,31 +267,27 @@ Tensors net_backward(const std::optional<Tensor>& grad, const std::optional<Tens
     STD_TORCH_CHECK(step.a == 0 || want[step.weight] == 0 || saved.has_value(program.steps[step.a]),
                     "fastjac: net: the value that step ", i, " reads is not given");
   }
-  const bool immediate = u && pushed.empty();
-  if (u && !immediate) check_pushed(sweep, x, pushed, start, stop);
-  const Tensors kept(immediate ? pushed.begin() : pushed.end() - (u ? program.kept : 0),
-                     pushed.end());
 
   const Tensor x_grad = empty(x, want_x ? n : 0, program.steps[start - 1].width);
   Gradients gradients(sweep, x, weights, want, used);
   const Terms terms{sweep, saved, gradients, weights.size()};
-  const Backward backward{sweep,  saved, deltas ? &*deltas : nullptr, terms, start, stop, x, grad,
-                          x_grad, needed};
-  sweep.for_rows(x, 1, immediate ? extra_bytes : 0, [&](const Rows& rows, char* scratch) {
-    const Tangents tangents{sweep.of(u, rows, program.steps[0].width), sweep.of(factor, rows, 1),
-                            u && !immediate ? &kept : nullptr};
-    const auto extra = [&](const Step& step) {
-      if (!immediate) return sweep.of(pushed[step.place], rows, step.width);
-      const int64_t base = (program.slots + 1) * sweep.slot_bytes;
-      return View{scratch + base + extras_at[step.place], rows.count * step.width * sweep.item};
+  const Backward backward{sweep, saved,      u ? &deltas : nullptr, terms,           start,
+                          stop,  data_of(x), data_of(grad),         data_of(x_grad), needed};
+  sweep.for_rows(1, immediate ? extra_bytes : 0, [&](const Rows& rows, char* scratch) {
+    const Tangents tangents{sweep.of(data_of(u), rows, program.steps[0].width),
+                            sweep.of(data_of(factor), rows, 1), later ? &pushed : nullptr};
+    const auto extra = [&](const Step& act) {
+      if (later) return pushed.extra(act, rows);
+      const View memory = sweep.extra_slot(rows, scratch, 1, act.width);
+      return View{memory.data + extras_at[act.place], memory.part};
     };
     if (immediate) {
-      push_block(sweep, rows, scratch, saved, &*deltas, tangents, View{}, extra,
+      push_block(sweep, rows, scratch, saved, &deltas, tangents, View{}, extra,
                  [&](int64_t i, const View& t) {
                    const Step& step = program.steps[i];
                    if (!gradients.wanted(step.weight)) return;
                    const View memory = sweep.extra_slot(rows, scratch, 0, step.width);
-                   const View hat = deltas->of_linear(i, saved, rows, memory);
+                   const View hat = deltas.of_linear(i, saved, rows, memory);
                    terms.weight(step, hat, t, rows, k, scratch);
                  });
     }

@@ -1,73 +1,37 @@
 // What the backward of net_backward.cpp adds up: the products of cotangents and tangents.
 #pragma once
 
-#include "net.h"
+#include "net_state.h"
 
 namespace fastjac {
-
-// The cotangents of the activations and of the linear steps, as `net_pull` returns them.
-struct Deltas {
-  Deltas(const Sweep& sweep, const Tensor& like, const Tensors& tensors, int64_t start,
-         int64_t stop)
-      : sweep(sweep), tensors(tensors) {
-    const Program& program = sweep.program;
-    STD_TORCH_CHECK(int64_t(tensors.size()) == program.acts + program.linears,
-                    "fastjac: net: deltas must be those of all activations and linear steps");
-    for (int64_t i = start; i < stop; ++i) {
-      const Step& step = program.steps[i];
-      if (step.kind == Kind::act || (step.kind == Kind::linear && !program.fused(i))) {
-        check_matrix(of(step), like, sweep.k * sweep.n, step.width, "a delta");
-      }
-    }
-  }
-
-  const Tensor& of(const Step& step) const {
-    return tensors[step.kind == Kind::act ? step.place : sweep.program.acts + step.place];
-  }
-
-  View at(const Step& step, const Rows& rows) const { return sweep.of(of(step), rows, step.width); }
-
-  // The cotangents of the output of a linear step. `memory` is used if they must be computed.
-  View of_linear(int64_t i, const Saved& saved, const Rows& rows, const View& memory) const {
-    const Step& step = sweep.program.steps[i];
-    if (!sweep.program.fused(i)) return at(step, rows);
-    const Step& act = sweep.program.steps[step.last];
-    sweep.slope(saved.curve(act, rows), act, at(act, rows), memory, rows, sweep.k, false);
-    return memory;
-  }
-
-  const Sweep& sweep;
-  const Tensors& tensors;
-};
 
 // The gradients of weights and biases. The first tile writes to the results, every other tile has
 // its own memory, and `finish` adds in the order of the tiles, so two runs give the same bits.
 struct Gradients {
   Gradients(const Sweep& sweep, const Tensor& like, const Tensors& weights, const double* wanted,
             const std::vector<char>& used)
-      : sweep(sweep), written(sweep.tiles() * used.size()) {
+      : sweep(sweep), found(used.size(), empty(like, 0, 0)), written(sweep.tiles() * used.size()) {
     const Program& program = sweep.program;
     const size_t n_weights = weights.size();
     for (size_t slot = 0; slot < used.size(); ++slot) {
       offsets.push_back(-1);
-      found.push_back(empty(like, 0, 0));
+      first.push_back(nullptr);
       if (!used[slot] || wanted[slot] == 0) continue;
       const bool is_weight = slot < n_weights;
       const int64_t width = is_weight ? 0 : program.bias_widths[slot - n_weights];
       found[slot] = is_weight ? empty(like, weights[slot].size(0), weights[slot].size(1))
                               : torch::stable::new_empty(like, {width});
+      first[slot] = static_cast<char*>(found[slot].mutable_data_ptr());
       offsets[slot] = total;
       total += Sweep::padded(found[slot].numel() * sweep.item);
     }
-    others = empty(like, sweep.tiles() - 1, total / sweep.item);
+    others.emplace((sweep.tiles() - 1) * total);
   }
 
   bool wanted(size_t slot) const { return offsets[slot] >= 0; }
 
   char* at(size_t slot, int64_t tile) const {
-    if (tile == 0) return static_cast<char*>(found[slot].mutable_data_ptr());
-    return static_cast<char*>(others.mutable_data_ptr()) +
-           (tile - 1) * (total / sweep.item) * sweep.item + offsets[slot];
+    return tile == 0 ? first[slot] : others->data + (tile - 1) * total + offsets[slot];
   }
 
   // Whether a term is added to earlier ones. It is called once for each term.
@@ -104,9 +68,10 @@ struct Gradients {
   }
 
   const Sweep& sweep;
-  std::vector<int64_t> offsets;  // in bytes; -1 if not wanted
   Tensors found;
-  Tensor others;
+  std::vector<int64_t> offsets;  // in bytes; -1 if not wanted
+  std::vector<char*> first;      // the memory of the first tile
+  std::optional<Memory> others;
   int64_t total = 0;
   std::vector<char> written;
 };

@@ -33,6 +33,8 @@ void evaluate_at(const Curve& curve, const T* s, T* out, T* slope, T* bend, int6
       evaluate_loop<A, true, true, false>(s, out, slope, bend, n, params);
     } else if (out != nullptr) {
       evaluate_loop<A, true, false, false>(s, out, slope, bend, n, params);
+    } else if (slope == nullptr) {
+      evaluate_loop<A, false, false, true>(s, out, slope, bend, n, params);
     } else if (bend != nullptr) {
       evaluate_loop<A, false, true, true>(s, out, slope, bend, n, params);
     } else {

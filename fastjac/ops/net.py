@@ -4,9 +4,9 @@ The network is a program over values, for float32 and float64 on the CPU. Value 
 ``[N, d]``; each step computes one more value; the last value is the output. With K cotangents or
 tangents for each sample, ``[K N, ...]``, the sweeps are:
 
-    net_forward    x       → the output; s, φ', φ'' and values
-    net_pull       w       → v = Jᵀ w, ‖v‖² of each row; the cotangents δ
-    net_push       u       → J u; Σ_k φ'' δ_k t_k and the tangents t
+    net_forward    x       → the output; ``saved``
+    net_pull       w       → v = Jᵀ w, ‖v‖² of each row; ``deltas``, the cotangents
+    net_push       u       → J u; ``pushed``, the tangents and second-order terms
     net_backward   grad, u → the gradients, of ⟨grad, output⟩ and of ⟨u, Jᵀ w⟩ together
 
 The ops do not modify their arguments. A thread takes ``tile`` rows of the batch through all steps,
@@ -31,26 +31,33 @@ and several steps may use the same one. A function is a row of
 is s = z, or the ``_of_output`` of one, whose argument is s = φ(z). (The row "relu" takes either.)
 
 ``saved`` has 3 tensors ``[N, C]`` for each ACT step, in the order of the steps: s, φ'(s), φ''(s);
-then one for each value except x that a LINEAR step reads, in the order of the values. Empty tensors
-are allowed: s or (φ', φ'') of an ACT step (φ'' is never needed if it is zero everywhere), and a
-value that is φ(s) of a given s. `net_forward` returns (φ', φ'') and all values if ``slopes``, else
-s and the values that are no φ(s). A caller whose forward torch computed passes the tensors that
-torch saved; `net_pull` with ``slopes`` then returns (φ', φ''), with which later sweeps are faster.
+then one for each value except x that a LINEAR step reads, in the order of the values. A tensor may
+be empty: s or (φ', φ'') of an ACT step, φ'' if it is zero everywhere, and a value that is φ(s) of
+an s that is given. A caller whose forward torch computed passes the tensors that torch saved.
 
-`net_pull` returns v, the norms, ``deltas``, and 2 tensors (φ', φ'') for each ACT step, which are
-empty if ``slopes`` is False or they were given. ``deltas`` has the cotangents of the ACT steps and
-then those of the LINEAR steps (empty if an ACT step is the only one that reads the value).
+A list of results is either flat, one tensor ``[numbers]`` for all, or has separate tensors, some
+of which may be empty. A flat tensor is faster to make, separate ones can be freed one by one. Where
+a list is an argument, both are accepted. ``saved`` may also be the tensors above with a flat one
+behind them, which has the φ', φ'' and values that are missing in the former.
 
-`net_push` returns J u, which is empty unless ``wanted``, and ``pushed``. If ``deltas`` is empty,
-``pushed`` has empty tensors. If ``factor`` (one number per row) is given, `net_push` and
-`net_backward` push ``2 factor u``, the gradient of ``factor`` times the squared norms.
+`net_forward` returns the output and ``saved``: if ``slopes``, one flat tensor with the φ', φ'' and
+values; if not, separate tensors, with s and the values that are no φ(s).
+
+`net_pull` returns v and the norms; if ``slopes``, the flat tensor of what is missing in ``saved``,
+so that later sweeps need not evaluate activations; then ``deltas``: the cotangents of the ACT
+steps and of the LINEAR steps, empty if an ACT step is the only one that reads the value.
+
+`net_push` returns J u, which is empty unless ``wanted``, and ``pushed``: Σ_k φ'' δ_k t_k of the ACT
+steps, and the tangents of the values that LINEAR steps read. ``pushed`` is empty if ``deltas`` is.
+If ``factor`` (one number per row) is given, `net_push` and `net_backward` push ``2 factor u``, the
+gradient of ``factor`` times the squared norms.
 
 `net_backward` pushes u itself if ``pushed`` is empty. u is None if there is no penalty; grad is
-None if it is zero. ``wanted`` is float64 with a number for each weight, each bias and x; the op returns
-their gradients in this order, empty if not wanted. It may be called for a range of steps, from
-``start`` (1 for all) to ``stop``, which reads only the value ``start - 1`` of earlier steps: grad
-is the cotangent of value ``stop - 1`` and the last result that of value ``start - 1``. ``pushed``
-must be given for a range, and the tensors of other steps may be empty.
+None if it is zero. ``wanted`` is float64 with a number for each weight, each bias and x; the op
+returns their gradients in this order, empty if not wanted. It may be called for a range of steps,
+from ``start`` (1 for all) to ``stop``, which reads only the value ``start - 1`` of earlier steps:
+grad is the cotangent of value ``stop - 1`` and the last result that of value ``start - 1``. Lists
+must be separate then, and ``pushed`` must be given; the tensors of other steps may be empty.
 
 The ops are not differentiable. `fastjac.input_jacobian.chain` calls them.
 """
@@ -85,9 +92,9 @@ for _schema in (
     "net_forward(Tensor x, Tensor[] weights, Tensor[] biases, int tile, bool slopes, Tensor plan)"
     " -> Tensor[]",
     "net_pull(Tensor w, Tensor[] weights, Tensor[] saved, int n, int tile, bool slopes,"
-    " Tensor plan) -> Tensor[]",
+    " bool flat, Tensor plan) -> Tensor[]",
     "net_push(Tensor u, Tensor? factor, Tensor[] weights, Tensor[] saved, Tensor[] deltas, int n,"
-    " int tile, bool wanted, Tensor plan) -> Tensor[]",
+    " int tile, bool wanted, bool flat, Tensor plan) -> Tensor[]",
     "net_backward(Tensor? grad, Tensor? u, Tensor? factor, Tensor x, Tensor[] weights,"
     " Tensor[] saved, Tensor[] deltas, Tensor[] pushed, int n, int tile, int start, int stop,"
     " Tensor wanted, Tensor plan) -> Tensor[]",

@@ -250,11 +250,12 @@ class Mlp:
         self.versions = [(t, t._version) for t in (x, *recipe.slots)]
         self.large = not recipe.tiled and n * recipe.widest >= LARGE
         self.tile = rows_of_a_thread(n) if recipe.tiled else n
-        # φ' and φ'' are kept if the numbers stay in the caches. Otherwise z takes less memory.
-        self.slopes = recipe.tiled
+        # Flat lists have φ' and φ'', which stay in the caches. Otherwise z takes less memory, and
+        # the tensors are freed layer by layer.
+        self.flat = recipe.tiled
         with below_autograd():
             self.output, *self.saved = raw("net_forward")(
-                self.x, self.weights, recipe.biases, self.tile, self.slopes, self.plan
+                self.x, self.weights, recipe.biases, self.tile, self.flat, self.plan
             )
         self.deltas: list[Tensor] = []
         self.u: Tensor | None = None
@@ -308,11 +309,10 @@ class Mlp:
 
     def _pull(self, w: Tensor) -> tuple[Tensor, Tensor]:
         with below_autograd():
-            v, norms, *found = raw("net_pull")(
+            v, norms, *self.deltas = raw("net_pull")(
                 *(w.flatten(0, 1).contiguous(), self.weights, self.saved, self.n, self.tile),
-                *(False, self.plan),
+                *(False, self.flat, self.plan),
             )
-        self.deltas = found[: -2 * self.recipe.acts]
         return v, norms
 
     def jvp(self, u: Tensor) -> Tensor:
@@ -328,7 +328,7 @@ class Mlp:
         with below_autograd():
             return raw("net_push")(
                 *(u, factor, self.weights, self.saved, deltas, self.n, self.tile, wanted),
-                self.plan,
+                *(self.flat, self.plan),
             )
 
     def push(
