@@ -10,15 +10,16 @@ RowsKernel norms_kernel() {
   return best;
 }
 
-// Returns the output and what `Saved` takes: if `slopes`, a flat tensor of φ', φ'' and all values
-// that linear steps read; else s of the activations and no output of an activation.
+// Returns the output and what `Saved` takes: if `slopes`, φ' and φ'' of the activations and all
+// values that linear steps read; else s of the activations and no output of an activation.
 Tensors net_forward(const Tensor& x, const Tensors& weights, const Tensors& biases, int64_t tile,
-                    bool slopes, const Tensor& plan) {
+                    bool slopes, bool flat, const Tensor& plan) {
   const Program program(x, weights, plan);
   const int64_t n = rows_of(x, "x");
   check_matrix(x, x, n, program.steps[0].width, "x");
   const Sweep sweep(program, n, 1, tile);
   STD_TORCH_CHECK(int64_t(biases.size()) >= program.biases, "fastjac: net: too few biases");
+  STD_TORCH_CHECK(slopes || !flat, "fastjac: net: a flat tensor does not have s");
   for (int64_t i = 0; i < program.biases; ++i) {
     if (program.bias_widths[i] > 0) check_vector(biases[i], x, program.bias_widths[i], "a bias");
   }
@@ -34,7 +35,7 @@ Tensors net_forward(const Tensor& x, const Tensors& weights, const Tensors& bias
       made.add((act && entry < 3 * program.acts ? entry % 3 == 0 : !act) ? n : 0, step.width);
     });
   }
-  Tensors found = made.make(x, slopes);
+  Tensors found = made.make(x, flat);
   saved.take(made);
   std::vector<const char*> homes(program.size());
   homes[0] = data_of(x);

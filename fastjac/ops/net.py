@@ -40,8 +40,8 @@ of which may be empty. A flat tensor is faster to make, separate ones can be fre
 a list is an argument, both are accepted. ``saved`` may also be the tensors above with a flat one
 behind them, which has the φ', φ'' and values that are missing in the former.
 
-`net_forward` returns the output and ``saved``: if ``slopes``, one flat tensor with the φ', φ'' and
-values; if not, separate tensors, with s and the values that are no φ(s).
+`net_forward` returns the output and ``saved``: if ``slopes``, with the φ', φ'' and values; if not,
+with s and the values that are no φ(s), and not flat.
 
 `net_pull` returns v and the norms; if ``slopes``, the flat tensor of what is missing in ``saved``,
 so that later sweeps need not evaluate activations; then ``deltas``: the cotangents of the ACT
@@ -89,8 +89,8 @@ def rows(steps: Sequence[Sequence[float]]) -> Tensor:
 
 
 for _schema in (
-    "net_forward(Tensor x, Tensor[] weights, Tensor[] biases, int tile, bool slopes, Tensor plan)"
-    " -> Tensor[]",
+    "net_forward(Tensor x, Tensor[] weights, Tensor[] biases, int tile, bool slopes,"
+    " bool flat, Tensor plan) -> Tensor[]",
     "net_pull(Tensor w, Tensor[] weights, Tensor[] saved, int n, int tile, bool slopes,"
     " bool flat, Tensor plan) -> Tensor[]",
     "net_push(Tensor u, Tensor? factor, Tensor[] weights, Tensor[] saved, Tensor[] deltas, int n,"
