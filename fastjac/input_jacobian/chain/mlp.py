@@ -1,22 +1,22 @@
-"""The sweeps of a Sequential of Linear and activation modules: one C++ call each (`ops.mlp`)."""
+"""The sweeps of a Sequential of Linear and activation modules: one C++ call each (`ops.net`)."""
 
 from __future__ import annotations
 
 import functools
 import math
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as module_hooks
 
-from fastjac.activations import IDS, MAX_PARAMS, TABLE, get
+from fastjac.activations import IDS, get
 from fastjac.input_jacobian.by_autograd import run_model
 from fastjac.input_jacobian.chain.graph_run import GraphRun
 from fastjac.nn import Act, activation_of
-from fastjac.ops import mlp as mlp  # registers the ops
+from fastjac.ops import net
 from fastjac.ops.dispatch import OPS
 from fastjac.ops.registration import raw
 from fastjac.torch_private import below_autograd
@@ -31,9 +31,19 @@ backward is one call.
 TILED = 1 << 16
 """Elements of a weight up to which each thread takes a tile of the rows through all layers.
 
-Compared with threads that share each GEMM, a step takes 0.7 to 0.85 of the time (2 threads, width
-64, batch 100 to 2048), and 0.9 at width 256. From width 512 on there is no gain, and each thread
-needs memory for weight gradients of its own.
+Compared with threads that share each product, a step takes 0.7 to 0.85 of the time (2 threads,
+width 64, batch 100 to 2048), and 0.9 at width 256. From width 512 on there is no gain, and each
+thread needs memory for weight gradients of its own. `Program::small_weight` in csrc/cpu/program.h
+is the same number.
+"""
+
+
+FLAT = 1 << 18
+"""Pre-activations up to which a sweep returns one tensor instead of one for each layer.
+
+With 5 layers, a step then takes 25 µs less. From a few MB on, the memory of one tensor is new in
+each step, and the first access to a page takes longer than all else: 24 ms of 22 for 8 layers of
+2048 rows and 256 columns.
 """
 
 
@@ -42,8 +52,6 @@ _GLOBAL_HOOKS = tuple(
     for name, value in vars(module_hooks).items()
     if name.startswith("_global_") and "hooks" in name and hasattr(value, "__len__")
 )
-_IDENTITY: tuple[int, tuple[float, ...]] = (IDS["identity"], ())
-
 _recipes: weakref.WeakKeyDictionary[nn.Module, Recipe] = weakref.WeakKeyDictionary()
 
 
@@ -99,26 +107,62 @@ def _walk(model: nn.Module) -> Iterator[nn.Module]:
                 yield from _walk(child)
 
 
-class Recipe:
-    """The layers of an MLP. `of` returns None if the model is not an MLP of the required form."""
+def unique(tensors: Iterable[Tensor]) -> list[Tensor]:
+    return list({id(t): t for t in tensors}.values())
 
-    def __init__(self, parts: list[Part], layers: list[tuple[Tensor, Any, Any]]) -> None:
-        self.parts = parts
+
+def places(tensors: list[Tensor]) -> dict[int, int]:
+    """The places of tensors in a list, by their ids."""
+    return {id(t): place for place, t in enumerate(tensors)}
+
+
+def fit(layers: list[list[Any]]) -> bool:
+    """Whether the C++ calls take the weights and biases of ``[weight, bias, activation]``."""
+    first = layers[0][0]
+    if first.dtype not in (torch.float32, torch.float64) or first.device.type != "cpu":
+        return False
+    width = first.shape[-1]
+    for weight, bias, _ in layers:
+        for t in (weight,) if bias is None else (weight, bias):
+            if (t.dtype, t.device) != (first.dtype, first.device):
+                return False
+            if not t.is_contiguous() or t.numel() == 0:
+                return False
+        if weight.shape[1] != width:
+            return False
+        width = weight.shape[0]
+    return OPS["act"].select("auto", first.device, first.dtype) == "cpu"
+
+
+class Recipe:
+    """The program of an MLP. `of` returns None if the model is not an MLP of the required form."""
+
+    def __init__(self, parts: list[Part], layers: list[list[Any]]) -> None:
+        """A layer is ``[weight, bias, activation]``; the bias and the activation may be None."""
+        self.parts, self.layers = parts, layers
         self.flattens = any(part.kind is nn.Flatten for part in parts)
-        self.weights = [weight for weight, _, _ in layers]
-        self.biases = [bias for _, bias, _ in layers if bias is not None]
-        self.activations = [activation for _, _, activation in layers]
-        self.plan = torch.tensor(
-            [
-                (fn, bias is not None, *params, *[0.0] * (MAX_PARAMS - len(params)))
-                for _, bias, (fn, params) in layers
-            ],
-            dtype=torch.float64,
-            device="cpu",  # C++ reads it, also if torch.set_default_device names a GPU
-        )
-        # The order of the gradients: weight 0, bias 0, weight 1, ...
-        self.slots = [t for weight, bias, _ in layers for t in (weight, bias)]
+        # A module that occurs twice has one weight, whose gradients C++ adds.
+        self.weights = unique(weight for weight, _, _ in layers)
+        self.biases = unique(bias for _, bias, _ in layers if bias is not None)
+        weights, biases = map(places, (self.weights, self.biases))
+        steps: list[tuple[float, ...]] = [(net.INPUT, layers[0][0].shape[1])]
+        self.starts: list[int] = []
+        """The first step of each layer."""
+        self.names: list[str] = []
+        for weight, bias, act in layers:
+            self.starts.append(len(steps))
+            place = -1 if bias is None else biases[id(bias)]
+            steps.append((net.LINEAR, len(steps) - 1, 0, weights[id(weight)], place))
+            self.names.append(f"Linear({weight.shape[1]}, {weight.shape[0]})")
+            if act is not None:
+                name, params = act
+                steps.append((net.ACT, len(steps) - 1, 0, IDS[name], 0, *params))
+                self.names.append(name)
+        self.plan = net.rows(steps)
+        self.acts = sum(kind == net.ACT for kind, *_ in steps)
+        self.slots = [*self.weights, *self.biases]
         self.widest = max(max(w.shape) for w in self.weights)
+        self.numbers = sum(weight.shape[0] for weight, *_ in layers)
         self.tiled = max(w.numel() for w in self.weights) <= TILED
         self.trained: Any = None
 
@@ -127,7 +171,7 @@ class Recipe:
         if type(model) is not nn.Sequential:
             return None
         parts = [Part(module) for module in _walk(model)]
-        layers: list[tuple[Tensor, Any, Any]] = []
+        layers: list[list[Any]] = []
         open_layer = False  # whether the last layer has no activation yet
         for place, part in enumerate(part for part in parts if part.kind is not nn.Sequential):
             module: Any = part.module()
@@ -137,19 +181,18 @@ class Recipe:
             elif part.kind is nn.Linear:
                 if not {"weight", "bias"} <= part.parameters.keys():  # replaced by other tensors
                     return None
-                layers.append((module.weight, module.bias, _IDENTITY))
+                layers.append([module.weight, module.bias, None])
                 open_layer = True
             else:
                 act = activation_of(module)
                 if act is None or act.impl not in ("auto", "cpu") or not open_layer:
                     return None
-                found = (IDS[act.fn], get(act.fn).param_values(act.params))
-                layers[-1] = (*layers[-1][:2], found)
+                layers[-1][2] = act.fn, get(act.fn).param_values(act.params)
                 open_layer = False
-        if len(layers) < 2 or not open_layer:  # the model ends in an activation
+        if len(layers) < 2 or not open_layer or not fit(layers):  # it ends in an activation
             return None
         recipe = cls(parts, layers)
-        return recipe if recipe.holds() and recipe.fits() else None
+        return recipe if recipe.holds() else None
 
     def holds(self) -> bool:
         """Whether the model has not changed."""
@@ -157,20 +200,7 @@ class Recipe:
 
     def fits(self) -> bool:
         """Whether the C++ calls take the weights."""
-        kind = self.weights[0].dtype, self.weights[0].device
-        if kind[0] not in (torch.float32, torch.float64) or kind[1].type != "cpu":
-            return False
-        width = self.weights[0].shape[-1]
-        for t in self.slots:
-            if t is None:
-                continue
-            if (t.dtype, t.device) != kind or not t.is_contiguous() or t.numel() == 0:
-                return False
-            if t.dim() == 2:
-                if t.shape[1] != width:
-                    return False
-                width = t.shape[0]
-        return OPS["act"].select("auto", kind[1], kind[0]) == "cpu"
+        return fit(self.layers)
 
     def takes(self, x: Tensor) -> bool:
         first = self.weights[0]
@@ -180,18 +210,29 @@ class Recipe:
             return False
         return math.prod(x.shape[1:]) == first.shape[1]
 
+    def free(self, layer: int, *lists: list[Tensor]) -> None:
+        """Drop the tensors of a layer from ``saved``, ``deltas`` and ``pushed``."""
+        saved, deltas, pushed = lists
+        act = sum(activation is not None for *_, activation in self.layers[:layer])
+        nothing = saved[0].new_empty(0, 0)
+        if self.layers[layer][2] is not None:
+            saved[3 * act : 3 * act + 3] = [nothing] * 3
+            for of_acts in deltas, pushed:
+                of_acts[act : act + 1] = [nothing] * len(of_acts[act : act + 1])
+        if deltas:
+            deltas[self.acts + layer] = nothing
+        if layer > 0:
+            saved[3 * self.acts + layer - 1] = nothing
+            if pushed:
+                pushed[self.acts + layer - 1] = nothing
+
     def prepare(self) -> None:
         """Sets ``parameters`` (that require grad) and their ``places`` among the gradients."""
-        trained = [t is not None and t.requires_grad for t in self.slots]
-        if trained == self.trained:
-            return
-        places: dict[int, list[int]] = {}
-        for place, t in enumerate(self.slots):
-            if trained[place]:
-                places.setdefault(id(t), []).append(place)
-        self.places = list(places.values())
-        self.parameters = [self.slots[first] for first, *_ in self.places]
-        self.trained = trained
+        trained = [t.requires_grad for t in self.slots]
+        if trained != self.trained:
+            self.places = [place for place, wanted in enumerate(trained) if wanted]
+            self.parameters = [self.slots[place] for place in self.places]
+            self.trained = trained
 
 
 @functools.lru_cache(maxsize=256)
@@ -202,34 +243,36 @@ def _wanted(flags: tuple[bool, ...]) -> Tensor:
 class Mlp:
     """One run of an MLP. `of` returns None if the model or x does not fit."""
 
-    one_product = True  # `pull` leaves the state of a single product in the stacks
+    one_product = True  # `pull` leaves the state of a single product
     own_output = True  # the forward runs in C++ and builds no graph
     end = None
 
     def __init__(self, model: nn.Module, recipe: Recipe, x: Tensor) -> None:
-        self.model, self.given = model, x
+        self.model, self.given, self.recipe = model, x, recipe
         n = self.n = len(x)
         self.shape = x.shape
         self.x = x if x.dim() == 2 and x.is_contiguous() else x.detach().flatten(1).contiguous()
         # Detached, since `p.data = t` before the backward puts another tensor in the place of p's.
         self.weights, self.plan = [w.detach() for w in recipe.weights], recipe.plan
-        self.activations = recipe.activations
         recipe.prepare()
         self.places, self.parameters = recipe.places, recipe.parameters
         self.of_x = x.requires_grad
         self.wanted = _wanted((*recipe.trained, x.requires_grad))
-        self.versions = [(t, t._version) for t in (x, *recipe.slots) if t is not None]
+        self.versions = [(t, t._version) for t in (x, *recipe.slots)]
         self.large = not recipe.tiled and n * recipe.widest >= LARGE
         self.tile = rows_of_a_thread(n) if recipe.tiled else n
+        # φ' and φ'' are kept if the threads have tiles. Otherwise z takes less memory.
+        self.slopes = recipe.tiled
+        self.flat = recipe.tiled and n * recipe.numbers <= FLAT
         with below_autograd():
-            *self.stacks, self.output = raw("mlp_forward")(
-                self.x, self.weights, recipe.biases, self.tile, self.plan
+            self.output, *self.saved = raw("net_forward")(
+                *(self.x, self.weights, recipe.biases, self.tile, self.slopes, self.flat),
+                self.plan,
             )
         self.deltas: list[Tensor] = []
         self.u: Tensor | None = None
         self.factor: Tensor | None = None  # if given, 2 factor u is pushed
-        self.waiting = False  # whether mlp_down has to push u
-        self.pushed: tuple[list[Tensor], list[Tensor]] | None = None  # stacks, deltas of mlp_push
+        self.pushed: list[Tensor] = []  # the results of net_push, if net_backward does not push
 
     @classmethod
     def of(cls, model: Any, x: Tensor) -> Mlp | None:
@@ -277,103 +320,65 @@ class Mlp:
         return v, norms if len(w) == 1 else norms.view(len(w), -1).sum(0)
 
     def _pull(self, w: Tensor) -> tuple[Tensor, Tensor]:
-        if self.tile < self.n < len(w) * self.n:  # several cotangents need a single tile
-            self.stacks, self.tile = list(map(self._pre_activation, self.stacks)), self.n
         with below_autograd():
-            *self.deltas, v, norms = raw("mlp_pull")(
-                *(w.flatten(0, 1).contiguous(), self.weights, self.stacks, self.n, self.tile),
-                self.plan,
+            v, norms, *self.deltas = raw("net_pull")(
+                *(w.flatten(0, 1).contiguous(), self.weights, self.saved, self.n, self.tile),
+                *(False, self.flat, self.plan),
             )
         return v, norms
 
-    def _pre_activation(self, stack: Tensor) -> Tensor:
-        """``z_l`` of a hidden layer, from the stack of `mlp_forward`, which is in tiles."""
-        return torch.cat([part[len(part) // 2 :] for part in stack.split(2 * self.tile)])
-
     def jvp(self, u: Tensor) -> Tensor:
-        """``J u``, with two operations per layer."""
-        k = len(u)
-        u = u.reshape(k, self.n, -1)
-        with torch.no_grad():
-            for weight, activation, stack in zip(
-                self.weights, self.activations, [*self.stacks, None], strict=True
-            ):
-                u = u.matmul(weight.t())
-                if stack is not None:
-                    z = self._pre_activation(stack).expand(u.shape).contiguous()
-                    with below_autograd():
-                        u = raw("act")(z, u, 1, *activation)
-        return u
+        """``J u``."""
+        return self._push(self._rows(u), None, [], True)[0].view(len(u), *self.output.shape)
+
+    def _rows(self, u: Tensor) -> Tensor:
+        return u.detach().reshape(-1, self.x.shape[1]).contiguous()
+
+    def _push(
+        self, u: Tensor, factor: Tensor | None, deltas: list[Tensor], wanted: bool
+    ) -> list[Tensor]:
+        with below_autograd():
+            return raw("net_push")(
+                *(u, factor, self.weights, self.saved, deltas, self.n, self.tile, wanted),
+                *(self.flat, self.plan),
+            )
 
     def push(
         self, u: Tensor, keep: bool, wanted: bool, factor: Tensor | None = None
     ) -> Tensor | None:
-        if keep and factor is not None:
-            u = u.clone()
-        k = u.numel() // self.x.numel()
-        self.u = u.detach().reshape(k * self.n, -1).contiguous()
+        self.u = self._rows(u)
+        k = len(self.u) // self.n
         self.factor = None if factor is None else factor.repeat(k) if k > 1 else factor.contiguous()
-        stacks, deltas = self.stacks, self.deltas
-        if keep:
-            deltas = [d.clone() for d in deltas]
-        if keep or k != 1:
-            stacks = [self._stack(t, k) for t in stacks]
-        self.pushed = stacks, deltas
-        self.waiting = not (wanted or self.large)
-        if self.waiting:
-            return None
-        with below_autograd():
-            t = raw("mlp_push")(
-                *(self.u, self.factor, self.weights, stacks, deltas, self.n, self.tile),
-                *(wanted, self.plan),
-            )
-        self.factor = None
-        return t.view(k, *self.output.shape) if wanted else None
-
-    def _stack(self, t: Tensor, k: int) -> Tensor:
-        """A copy of a stack with room for k cotangents."""
-        if k == 1 and len(t) == 2 * self.n:
-            return t.clone()
-        new = t.new_empty((k + 1) * self.n, t.shape[1])
-        new[k * self.n :] = t[-self.n :]
-        return new
+        if not (wanted or self.large):
+            return None  # net_backward pushes u
+        out, *self.pushed = self._push(self.u, self.factor, self.deltas, wanted)
+        return out.view(k, *self.output.shape) if wanted else None
 
     def down(self, grad: Tensor | None, keep: bool) -> list[Tensor | None]:
         (u, self.u), (factor, self.factor) = (self.u, None), (self.factor, None)
-        push, self.waiting = self.waiting, False
-        weights = list(self.weights)
-        if self.pushed is not None:
-            stacks, deltas = map(list, self.pushed)
-        else:
-            stacks = [self._stack(t, 1) for t in self.stacks] if keep else list(self.stacks)
-            deltas = [self.x.new_empty(self.n, len(w)) for w in weights]
-        self.pushed = None
+        pushed, self.pushed = self.pushed, []
+        saved, deltas = list(self.saved), list(self.deltas)
         if not keep:
-            self.stacks, self.deltas = [], []
-        grad = self.x.new_zeros(self.n, len(weights[-1])) if grad is None else grad.contiguous()
-        grads: list[Any] = [None] * (2 * len(weights) + 1)
-        while weights:
-            start = len(weights) - 1 if self.large else 0
+            self.saved, self.deltas = [], []
+        grad = None if grad is None else grad.contiguous()
+        large = self.large and (u is None or pushed)
+        ends = [*(self.recipe.starts if large else [1]), len(self.plan)]
+        grads: list[Any] = [None] * len(self.wanted)
+        for layer in reversed(range(len(ends) - 1)):
             with below_autograd():
-                found = raw("mlp_down")(
-                    *(grad, u, factor, self.x, weights, stacks, deltas, self.n, self.tile),
-                    *(start, push, self.wanted, self.plan),
+                found = raw("net_backward")(
+                    *(grad, u, factor, self.x, self.weights, saved, deltas, pushed, self.n),
+                    *(self.tile, ends[layer], ends[layer + 1], self.wanted, self.plan),
                 )
-            grads[2 * start : 2 * len(weights)] = found[2 * start : -1]
-            grads[-1] = found[-1]
-            grad = None
-            del weights[start:], deltas[start:], stacks[max(start - 1, 0) :]
-        result: list[Tensor | None] = [grads[-1].view(self.shape) if self.of_x else None]
-        for first, *others in self.places:
-            total = grads[first]
-            for place in others:
-                total = total + grads[place]
-            result.append(total)
-        return result
+            *found, grad = found
+            for place in self.places:
+                if found[place].numel():
+                    total = grads[place]
+                    grads[place] = found[place] if total is None else total + found[place]
+            if large:
+                self.recipe.free(layer, saved, deltas, pushed)
+        of_x = grad.view(self.shape) if self.of_x and grad is not None else None
+        return [of_x, *[grads[place] for place in self.places]]
 
     def describe(self) -> list[str]:
-        names = list(TABLE)
-        found = []
-        for w, (fn, *_) in zip(self.weights, self.activations, strict=True):
-            found += [f"Linear({w.shape[1]}, {w.shape[0]})", names[fn]]
-        return ["one C++ call per sweep:", *found[:-1]]
+        return ["one C++ call per sweep:", *self.recipe.names]

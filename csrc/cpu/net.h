@@ -1,0 +1,223 @@
+// What the sweeps of net.cpp and net_backward.cpp share: the rows of a batch that a thread takes
+// through all steps, where their values are, and the operations on them.
+#pragma once
+
+#include <cstdlib>
+#include <cstring>
+
+#include "gemm.h"
+#include "isa.h"
+#include "net_kernels.h"
+#include "product_kernels.h"
+#include "program.h"
+
+namespace fastjac {
+
+// Do not call these in the files of the kernels: the linker could keep the copy that was compiled
+// with AVX-512 for all callers.
+inline const NetKernels& net_kernels() {
+  static const NetKernels& best = FASTJAC_BEST_ISA(net_kernels);
+  return best;
+}
+
+inline ProductKernel product_kernel() {
+  static const ProductKernel best = FASTJAC_BEST_ISA(product_kernel);
+  return best;
+}
+
+// Rows of the batch. `tile` is the number of the tile that they belong to.
+struct Rows {
+  int64_t first, count, tile;
+};
+
+// The memory of a value for some rows: K matrices [rows, width], whose starts are `part` bytes
+// apart. Null if there is none.
+struct View {
+  char* data = nullptr;
+  int64_t part = 0;
+
+  explicit operator bool() const { return data != nullptr; }
+  char* at(int64_t k) const { return data + k * part; }
+};
+
+// Scratch memory, aligned to cache lines. A tensor would take ten times as long to make.
+struct Memory {
+  explicit Memory(int64_t bytes)
+      : data(static_cast<char*>(std::aligned_alloc(64, size_t(bytes + 63) / 64 * 64))) {
+    STD_TORCH_CHECK(data != nullptr || bytes == 0, "fastjac: net: no memory for ", bytes, " bytes");
+  }
+  Memory(const Memory&) = delete;
+  Memory& operator=(const Memory&) = delete;
+  ~Memory() { std::free(data); }
+
+  char* data;
+};
+
+struct Sweep {
+  // The smallest number of elements that is given to a thread. It is small, because the threads are
+  // awake between two products.
+  static constexpr int64_t grain = 2048;
+  // The number of elements of a value that stay in the L2 cache with those of the other values of a
+  // few steps.
+  static constexpr int64_t block = 1 << 15;
+
+  Sweep(const Program& program, int64_t n, int64_t k, int64_t tile)
+      : program(program), n(n), k(k), tile(std::min(tile, n)), item(program.item) {
+    STD_TORCH_CHECK(n > 0 && k > 0 && tile > 0, "fastjac: net: n and tile must be positive");
+    STD_TORCH_CHECK(
+        n < (int64_t(1) << 54) / k / program.widest / (program.slots + program.acts + 4),
+        "fastjac: net: too many numbers");
+    rows_of_block = this->tile;
+    if (program.narrow) {
+      rows_of_block = std::min(this->tile, std::max<int64_t>(block / (k * program.widest), 16));
+    }
+    slot_bytes = padded(k * rows_of_block * program.widest * item);
+    const int64_t longest = std::max(k * rows_of_block, program.widest);
+    slots_at = product_scratch(longest, program.widest, longest);
+  }
+
+  static int64_t padded(int64_t bytes) { return (bytes + 63) / 64 * 64; }
+
+  int64_t tiles() const { return (n + tile - 1) / tile; }
+
+  // Calls f(rows, scratch memory) for blocks of rows. A tile is on one thread, its blocks in order.
+  // If there is only one tile, the functions that f calls can use all threads. The scratch memory
+  // has the slots of the program, `slots` more, and `more` bytes; then that of products.
+  template <class F>
+  void for_rows(int64_t slots, int64_t more, F f) const {
+    const int64_t bytes = slots_at + (program.slots + slots) * slot_bytes + padded(more);
+    const Memory memory(tiles() * bytes);
+    char* scratch = memory.data;
+    torch::stable::parallel_for(0, tiles(), 1, [&](int64_t begin, int64_t end) {
+      for (int64_t t = begin; t < end; ++t) {
+        const int64_t last = std::min((t + 1) * tile, n);
+        for (int64_t first = t * tile; first < last; first += rows_of_block) {
+          f(Rows{first, std::min(rows_of_block, last - first), t}, scratch + t * bytes);
+        }
+      }
+    });
+  }
+
+  // ---- where values are
+
+  View slot(const Rows& rows, char* scratch, int64_t value) const {
+    const Step& step = program.steps[value];
+    return {scratch + slots_at + step.slot * slot_bytes, rows.count * step.width * item};
+  }
+
+  View extra_slot(const Rows& rows, char* scratch, int64_t i, int64_t width) const {
+    return {scratch + slots_at + (program.slots + i) * slot_bytes, rows.count * width * item};
+  }
+
+  // The rows of a matrix [n, width] or [K n, width], whose memory starts at `data`.
+  View of(const char* data, const Rows& rows, int64_t width) const {
+    if (data == nullptr) return {};
+    return {const_cast<char*>(data) + rows.first * width * item, n * width * item};
+  }
+
+  // ---- operations
+
+  template <class F>
+  void parallel(int64_t size, int64_t least, F f) const {
+    if (tiles() > 1 || size <= least) return f(0, size);
+    torch::stable::parallel_for(0, size, least, f);
+  }
+
+  // Calls f(part of a, part of c, rows) for K parts; once for all if they are adjacent.
+  template <class F>
+  void for_parts(const View& a, int64_t a_width, const View& c, int64_t c_width, int64_t rows,
+                 int64_t parts, F f) const {
+    const bool adjacent = a.part == rows * a_width * item && c.part == rows * c_width * item;
+    if (parts == 1 || adjacent) return f(a.data, c.data, parts * rows);
+    for (int64_t i = 0; i < parts; ++i) f(a.at(i), c.at(i), rows);
+  }
+
+  // The kernels of fastjac/csrc/cpu/product_kernels.cpp, or BLAS, whichever is faster. Of a narrow
+  // program, each thread has its rows and all products are those of the kernels: in GFLOP/s of one
+  // core of an AMD EPYC 9R14 or so (AVX-512, float32) they reach, with BLAS in parentheses,
+  //   rows   width   A Wᵀ        D W         Dᵀ A
+  //     10      16    39 (25)     48 (26)     46 (27)
+  //     10      64    69 (59)    103 (59)     89 (65)
+  //     50      64    95 (82)    105 (82)    106 (86)
+  //    100     128   105 (96)    111 (96)    110 (92)
+  //     10     256    73 (66)    113 (67)     89 (74)
+  //   1024     256   110 (100)   112 (101)   110 (98)
+  // in float64 half of it (BLAS: 10 to 49), and with AVX2 about the same. Without AVX2 BLAS is
+  // faster from about 16 x 16 x 16 on. Wide products need all threads and are left to BLAS.
+  void product(Form form, int64_t m, int64_t n, int64_t k, const char* a, const char* b, char* c,
+               bool add, char* scratch, const void* bias = nullptr) const {
+    static const bool vectors = best_isa() != Isa::baseline;
+    const int64_t size = m * n * k;
+    if (size <= (vectors ? 1 << 18 : 1 << 12) || (vectors && program.narrow)) {
+      return product_kernel()({program.dtype, form, m, n, k, a, b, c, bias, add, scratch});
+    }
+    if (bias != nullptr) {
+      const int64_t bytes = n * item;
+      for (int64_t i = 0; i < m; ++i) std::memcpy(c + i * bytes, bias, bytes);
+    }
+    const Matrix left = form == Form::t_times ? Matrix{a, k, m}.t() : Matrix{a, m, k};
+    const Matrix right = form == Form::times_t ? Matrix{b, n, k}.t() : Matrix{b, k, n};
+    gemm(program.dtype, left, right, c, add || bias != nullptr);
+  }
+
+  // c = a Wᵀ + bias for a linear step.
+  void apply(const Step& step, const View& a, const View& c, const Rows& rows, int64_t parts,
+             const void* bias, char* scratch) const {
+    const int64_t width = step.width, inner = program.steps[step.a].width;
+    const auto* w = static_cast<const char*>(program.weights_at[step.weight]);
+    for_parts(a, inner, c, width, rows.count, parts, [&](const char* from, char* to, int64_t m) {
+      product(Form::times_t, m, width, inner, from, w, to, false, scratch, bias);
+    });
+  }
+
+  // c = g W for a linear step, or c += g W if `add`.
+  void apply_transposed(const Step& step, const View& g, const View& c, const Rows& rows,
+                        int64_t parts, bool add, char* scratch) const {
+    const int64_t width = step.width, inner = program.steps[step.a].width;
+    const auto* w = static_cast<const char*>(program.weights_at[step.weight]);
+    for_parts(g, width, c, inner, rows.count, parts, [&](const char* from, char* to, int64_t m) {
+      product(Form::times, m, inner, width, from, w, to, add, scratch);
+    });
+  }
+
+  // out = factor a, or out += factor a: `columns` columns from those that a and out start at.
+  void copy(const View& a, int64_t a_width, const View& out, int64_t out_width, int64_t columns,
+            const Rows& rows, int64_t parts, double factor, bool add,
+            const View& factors = {}) const {
+    for (int64_t i = 0; i < parts; ++i) {
+      const CopyCall call{program.dtype,
+                          a.at(i),
+                          a_width,
+                          out.at(i),
+                          out_width,
+                          columns,
+                          factor,
+                          factors ? factors.at(i) : nullptr,
+                          add};
+      parallel(rows.count, grain / columns + 1,
+               [&](int64_t begin, int64_t end) { net_kernels().copy(call, begin, end); });
+    }
+  }
+
+  // out = φ' g, or out += φ' g, of an activation step; extra (of one part) is added if it is given.
+  void slope(const Curve& curve, const Step& step, const View& g, const View& out, const Rows& rows,
+             int64_t parts, bool add, const View& extra = {}) const {
+    for (int64_t i = 0; i < parts; ++i) {
+      const SlopeCall call{curve, g.at(i), extra.data, out.at(i), add};
+      parallel(rows.count * step.width, grain,
+               [&](int64_t begin, int64_t end) { net_kernels().slope(call, begin, end); });
+    }
+  }
+
+  void evaluate(const EvaluateCall& call, int64_t size) const {
+    parallel(size, grain,
+             [&](int64_t begin, int64_t end) { net_kernels().evaluate(call, begin, end); });
+  }
+
+  const Program& program;
+  int64_t n, k, tile, item;
+  int64_t rows_of_block, slot_bytes;
+  int64_t slots_at;  // the first bytes of the scratch memory are those of products
+};
+
+}  // namespace fastjac

@@ -1,0 +1,309 @@
+// `net_push` and `net_backward` for CPU tensors; see fastjac/ops/net.py.
+#include "net_gradients.h"
+
+namespace fastjac {
+namespace {
+
+// The memory of tangents for a block of rows.
+struct Tangents {
+  View u, factor;        // the tangents of the input, and numbers by which to multiply them
+  const Pushed* pushed;  // has those of the values that linear steps read, or null
+
+  View at(const Sweep& sweep, const Rows& rows, char* scratch, int64_t i) const {
+    const Step& step = sweep.program.steps[i];
+    if (i == 0 && !factor) return u;
+    if (pushed != nullptr && step.kept >= 0) return pushed->tangent(step, rows);
+    return sweep.slot(rows, scratch, i);
+  }
+};
+
+// Writes 2 factor u to the slot of the input.
+void scale_input(const Sweep& sweep, const Rows& rows, char* scratch, const Tangents& tangents) {
+  if (!tangents.factor) return;
+  const int64_t d = sweep.program.steps[0].width;
+  sweep.copy(tangents.u, d, sweep.slot(rows, scratch, 0), d, d, rows, sweep.k, 2, false,
+             tangents.factor);
+}
+
+// Pushes u through the steps. `extra(step)` is the memory of Σ φ'' δ t of an activation; if there
+// are no deltas, it is not computed. Calls on_linear(i, tangent) before the linear step i. Writes
+// J u to `out` if it is not null.
+template <class Extra, class F>
+void push_block(const Sweep& sweep, const Rows& rows, char* scratch, const Saved& saved,
+                const Deltas* deltas, const Tangents& tangents, const View& out, Extra extra,
+                F on_linear) {
+  const Program& program = sweep.program;
+  const int64_t size = program.size();
+  std::vector<char> needed(size);  // the tangents that are used
+  needed[size - 1] = bool(out);
+  for (int64_t i = size - 1; i > 0; --i) {
+    const Step& step = program.steps[i];
+    const bool term =
+        deltas != nullptr && (step.kind == Kind::linear || (step.kind == Kind::act && step.curved));
+    if (!term && !needed[i]) continue;
+    needed[step.a] = true;
+    if (step.binary()) needed[step.b] = true;
+  }
+  const auto at = [&](int64_t i) {
+    return i == size - 1 ? out : tangents.at(sweep, rows, scratch, i);
+  };
+  scale_input(sweep, rows, scratch, tangents);
+  for (int64_t i = 1; i < size; ++i) {
+    const Step& step = program.steps[i];
+    const int64_t a_width = program.steps[step.a].width, width = step.width;
+    if (!needed[step.a] && !needed[i]) continue;
+    const View t = at(step.a), to = needed[i] ? at(i) : View{};
+    if (step.kind == Kind::linear) {
+      on_linear(i, t);
+      if (to) sweep.apply(step, t, to, rows, sweep.k, nullptr, scratch);
+    } else if (step.kind == Kind::act) {
+      const bool curved = deltas != nullptr && step.curved;
+      const View sum = curved ? extra(step) : View{};
+      const Curve curve = saved.curve(step, rows);
+      for (int64_t p = 0; p < sweep.k; ++p) {
+        const PushCall call{curve,
+                            curved ? deltas->at(step, rows).at(p) : nullptr,
+                            t.at(p),
+                            sum.data,
+                            to ? to.at(p) : nullptr,
+                            p > 0};
+        sweep.parallel(rows.count * width, Sweep::grain,
+                       [&](int64_t begin, int64_t end) { net_kernels().push(call, begin, end); });
+      }
+    } else if (to) {
+      const double factor = step.kind == Kind::scale ? step.number : 1;
+      sweep.copy(t, a_width, to, width, a_width, rows, sweep.k, factor, false);
+      if (step.binary()) {
+        const bool sum = step.kind == Kind::add;
+        const View rest{to.data + (sum ? 0 : a_width * sweep.item), to.part};
+        const int64_t b_width = program.steps[step.b].width;
+        sweep.copy(at(step.b), b_width, rest, width, b_width, rows, sweep.k, 1, sum);
+      }
+    }
+  }
+}
+
+// Returns J u [K n, m] if `wanted`, else an empty tensor; then, if there are deltas, what `Pushed`
+// takes.
+Tensors net_push(const Tensor& u, const std::optional<Tensor>& factor, const Tensors& weights,
+                 const Tensors& tensors, const Tensors& delta_tensors, int64_t n, int64_t tile,
+                 bool wanted, bool flat, const Tensor& plan) {
+  const Program program(u, weights, plan);
+  const int64_t k = parts_of(u, n, "u"), d = program.steps[0].width, m = program.output().width;
+  check_matrix(u, u, k * n, d, "u");
+  if (factor) check_vector(*factor, u, k * n, "factor");
+  const Sweep sweep(program, n, k, tile);
+  const Saved saved(sweep, u, tensors, 1, program.size());
+  Deltas deltas(sweep, 1, program.size());
+  Pushed pushed(sweep, 1, program.size());
+  const bool second_order = !delta_tensors.empty();
+  Tensors found;
+  if (second_order) {
+    deltas.take(u, delta_tensors, "deltas");
+    found = pushed.make(u, flat);
+  }
+  const Tensor out = empty(u, wanted ? k * n : 0, m);
+  found.insert(found.begin(), out);
+  sweep.for_rows(0, 0, [&](const Rows& rows, char* scratch) {
+    const Tangents tangents{sweep.of(data_of(u), rows, d), sweep.of(data_of(factor), rows, 1),
+                            second_order ? &pushed : nullptr};
+    push_block(
+        sweep, rows, scratch, saved, second_order ? &deltas : nullptr, tangents,
+        sweep.of(data_of(out), rows, m), [&](const Step& act) { return pushed.extra(act, rows); },
+        [](int64_t, const View&) {});
+  });
+  return found;
+}
+
+// Raises unless the steps read no value before that of step start - 1, and later steps no value
+// before that of step stop - 1: then one cotangent goes in and one comes out.
+void check_range(const Program& program, int64_t start, int64_t stop, bool push) {
+  STD_TORCH_CHECK(start > 0 && start < stop && stop <= program.size(),
+                  "fastjac: net: no steps from ", start, " to ", stop);
+  STD_TORCH_CHECK(!push || (start == 1 && stop == program.size()),
+                  "fastjac: net: a part of the steps needs the results of net_push");
+  for (int64_t i = start; i < program.size(); ++i) {
+    const Step& step = program.steps[i];
+    const int64_t lowest = step.binary() ? std::min(step.a, step.b) : step.a;
+    STD_TORCH_CHECK(lowest >= (i < stop ? start : stop) - 1, "fastjac: net: step ", i,
+                    " reads a value of earlier steps than those from ", start, " to ", stop);
+  }
+}
+
+// The arguments of `net_backward` after all checks.
+struct Backward {
+  const Sweep& sweep;
+  const Saved& saved;
+  const Deltas* deltas;  // or null: no u is pushed
+  const Terms& terms;
+  int64_t start, stop;
+  const char *x, *grad, *x_grad;
+  std::vector<char> needed;  // the values whose cotangents are used
+
+  // The value that a linear step reads, as its input.
+  View input(const Step& step, const Rows& rows, char* scratch) const {
+    const Program& program = sweep.program;
+    const Step& a = program.steps[step.a];
+    if (step.a == 0) return sweep.of(x, rows, a.width);
+    const View given = sweep.of(saved.value(a), rows, a.width);
+    if (given) return given;
+    const View memory = sweep.extra_slot(rows, scratch, 0, a.width);
+    Curve curve = saved.curve(a, rows);
+    sweep.evaluate({curve, memory.data, nullptr, nullptr}, rows.count * a.width);
+    return memory;
+  }
+
+  // Takes a block backward through the steps from the last one of the range to the first one.
+  template <class Extra>
+  void run(const Rows& rows, char* scratch, const Tangents& tangents, Extra extra) const {
+    const Program& program = sweep.program;
+    const auto home = [&](int64_t i) {
+      const View found = i == start - 1 ? sweep.of(x_grad, rows, program.steps[i].width) : View{};
+      return found ? found : sweep.slot(rows, scratch, i);
+    };
+    std::vector<char> written(program.size());
+    const auto give = [&](int64_t value, const View& g, int64_t width, double factor) {
+      if (!needed[value]) return;
+      const int64_t columns = program.steps[value].width;
+      sweep.copy(g, width, home(value), columns, columns, rows, 1, factor, written[value]);
+      written[value] = true;
+    };
+    const View top = sweep.of(grad, rows, program.steps[stop - 1].width);
+    written[stop - 1] = bool(top);
+    for (int64_t i = stop - 1; i >= start; --i) {
+      const Step& step = program.steps[i];
+      const bool has = written[i];
+      const View g = i == stop - 1 ? top : home(i);
+      if (step.kind == Kind::linear) {
+        linear(i, g, has, rows, scratch, tangents);
+        if (!has || !needed[step.a]) continue;
+        sweep.apply_transposed(step, g, home(step.a), rows, 1, written[step.a], scratch);
+        written[step.a] = true;
+      } else if (step.kind == Kind::act) {
+        const View more = deltas != nullptr && step.curved ? extra(step) : View{};
+        if (!needed[step.a] || (!has && !more)) continue;
+        if (has) {
+          sweep.slope(saved.curve(step, rows), step, g, home(step.a), rows, 1, written[step.a],
+                      more);
+          written[step.a] = true;
+        } else {
+          give(step.a, more, step.width, 1);
+        }
+      } else if (has) {
+        give(step.a, g, step.width, step.kind == Kind::scale ? step.number : 1);
+        const int64_t first = step.kind == Kind::cat ? program.steps[step.a].width : 0;
+        if (step.binary()) give(step.b, {g.data + first * sweep.item, g.part}, step.width, 1);
+      }
+    }
+    const View end = home(start - 1);
+    if (x_grad != nullptr && !written[start - 1]) {
+      std::memset(end.data, 0, rows.count * program.steps[start - 1].width * sweep.item);
+    }
+  }
+
+  void linear(int64_t i, const View& g, bool has, const Rows& rows, char* scratch,
+              const Tangents& tangents) const {
+    const Step& step = sweep.program.steps[i];
+    if (terms.gradients.wanted(step.weight)) {
+      if (tangents.pushed != nullptr) {
+        const View memory = sweep.extra_slot(rows, scratch, 0, step.width);
+        const View hat = deltas->of_linear(i, saved, rows, memory);
+        if (step.a == 0) scale_input(sweep, rows, scratch, tangents);
+        terms.weight(step, hat, tangents.at(sweep, rows, scratch, step.a), rows, sweep.k, scratch);
+      }
+      if (has) terms.weight(step, g, input(step, rows, scratch), rows, 1, scratch);
+    }
+    if (has && step.bias >= 0 && terms.gradients.wanted(terms.weights + step.bias)) {
+      terms.bias(step, g, rows);
+    }
+  }
+};
+
+// Returns the gradients of the weights and of the biases, and the cotangent of the value that the
+// steps from `start` to `stop` start from (x, if start is 1), if they are `wanted`. grad is the
+// cotangent of the value of step stop - 1.
+Tensors net_backward(const std::optional<Tensor>& grad, const std::optional<Tensor>& u,
+                     const std::optional<Tensor>& factor, const Tensor& x, const Tensors& weights,
+                     const Tensors& tensors, const Tensors& delta_tensors,
+                     const Tensors& pushed_tensors, int64_t n, int64_t tile, int64_t start,
+                     int64_t stop, const Tensor& wanted, const Tensor& plan) {
+  const Program program(x, weights, plan);
+  check_matrix(x, x, n, program.steps[0].width, "x");
+  const int64_t k = u ? parts_of(*u, n, "u") : 1;
+  if (u) check_matrix(*u, x, k * n, program.steps[0].width, "u");
+  if (factor) check_vector(*factor, x, k * n, "factor");
+  check_range(program, start, stop, u && pushed_tensors.empty());
+  if (grad) check_matrix(*grad, x, n, program.steps[stop - 1].width, "grad");
+  const Sweep sweep(program, n, k, tile);
+  const Saved saved(sweep, x, tensors, start, stop);
+  Deltas deltas(sweep, start, stop);
+  if (u) deltas.take(x, delta_tensors, "deltas");
+  // If there are no results of net_push, each thread pushes its rows itself.
+  const bool immediate = u && pushed_tensors.empty(), later = u && !immediate;
+  Pushed pushed(sweep, start, stop);
+  if (later) pushed.take(x, pushed_tensors, "pushed");
+  const int64_t slots = int64_t(weights.size()) + program.biases;
+  STD_TORCH_CHECK(wanted.dim() == 1 && wanted.size(0) > slots && dtype_of(wanted) == DType::f64 &&
+                      wanted.is_contiguous(),
+                  "fastjac: net: wanted must be float64, a number for each weight, bias and x");
+  const auto* want = static_cast<const double*>(wanted.const_data_ptr());
+  std::vector<char> used(slots), needed(program.size());
+  const bool want_x = start > 1 || want[slots] != 0;
+  needed[start - 1] = want_x;
+  int64_t extra_bytes = 0;
+  std::vector<int64_t> extras_at(program.acts);
+  for (int64_t i = start; i < stop; ++i) {
+    const Step& step = program.steps[i];
+    needed[i] = needed[step.a] || (step.binary() && needed[step.b]);
+    if (step.kind == Kind::act && step.curved) {
+      extras_at[step.place] = extra_bytes;
+      extra_bytes += Sweep::padded(sweep.rows_of_block * step.width * sweep.item);
+    }
+    if (step.kind != Kind::linear) continue;
+    used[step.weight] = true;
+    if (step.bias >= 0) used[weights.size() + step.bias] = true;
+    const bool by_bias = step.bias >= 0 && want[weights.size() + step.bias] != 0;
+    needed[i] = needed[i] || want[step.weight] != 0 || by_bias;
+    STD_TORCH_CHECK(step.a == 0 || want[step.weight] == 0 || saved.has_value(program.steps[step.a]),
+                    "fastjac: net: the value that step ", i, " reads is not given");
+  }
+
+  const Tensor x_grad = empty(x, want_x ? n : 0, program.steps[start - 1].width);
+  Gradients gradients(sweep, x, weights, want, used);
+  const Terms terms{sweep, saved, gradients, weights.size()};
+  const Backward backward{sweep, saved,      u ? &deltas : nullptr, terms,           start,
+                          stop,  data_of(x), data_of(grad),         data_of(x_grad), needed};
+  sweep.for_rows(1, immediate ? extra_bytes : 0, [&](const Rows& rows, char* scratch) {
+    const Tangents tangents{sweep.of(data_of(u), rows, program.steps[0].width),
+                            sweep.of(data_of(factor), rows, 1), later ? &pushed : nullptr};
+    const auto extra = [&](const Step& act) {
+      if (later) return pushed.extra(act, rows);
+      const View memory = sweep.extra_slot(rows, scratch, 1, act.width);
+      return View{memory.data + extras_at[act.place], memory.part};
+    };
+    if (immediate) {
+      push_block(sweep, rows, scratch, saved, &deltas, tangents, View{}, extra,
+                 [&](int64_t i, const View& t) {
+                   const Step& step = program.steps[i];
+                   if (!gradients.wanted(step.weight)) return;
+                   const View memory = sweep.extra_slot(rows, scratch, 0, step.width);
+                   const View hat = deltas.of_linear(i, saved, rows, memory);
+                   terms.weight(step, hat, t, rows, k, scratch);
+                 });
+    }
+    backward.run(rows, scratch, tangents, extra);
+  });
+  gradients.finish();
+  Tensors found = gradients.found;
+  found.push_back(x_grad);
+  return found;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fastjac, CPU, m) {
+  m.impl("net_push", TORCH_BOX(&net_push));
+  m.impl("net_backward", TORCH_BOX(&net_backward));
+}
+
+}  // namespace fastjac
