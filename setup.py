@@ -2,8 +2,9 @@
 
 There are two shared libraries, which are loaded with ``torch.ops.load_library``: ``_cpu.so`` (C++)
 and ``_cuda.so`` (nvcc). They use the stable ABI of torch, so a binary works with every torch from
-2.10 on and with every Python. All commands are in ``build/native/build.ninja``, which can also be
-run by hand.
+2.10 on and with every Python. ``_record.abi3.so`` is a module of the stable ABI of Python, which
+works with every Python from 3.10 on and every torch. All commands are in
+``build/native/build.ninja``, which can also be run by hand.
 
 If torch, a compiler or nvcc is missing, the package is installed without the library that needs it.
 ``_build.json`` keeps the reason, which ``fastjac info`` prints. It is an error if a compiler exists
@@ -27,6 +28,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -154,6 +156,7 @@ class NativeBuild(build_ext):
         ninja = Ninja()
         info["cpu"] = self.add_cpu(ninja, package, include, why)
         info["cuda"] = self.add_cuda(ninja, package, include, why)
+        info["record"] = self.add_record(ninja, package)
         if ninja.targets:
             ninja.run()
         (package / "_build.json").write_text(json.dumps(info, indent=2) + "\n")
@@ -185,6 +188,24 @@ class NativeBuild(build_ext):
                 objects.append(ninja.compile("cxx", source, flags=flags))
         ninja.link("link", objects, package / "_cpu.so")
         return {"built": True, "compiler": version_line(cxx), "instruction_sets": isas}
+
+    def add_record(self, ninja: Ninja, package: Path) -> dict:
+        """The extension module ``fastjac._record``, which Python code can stand in for."""
+        cxx = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
+        include = Path(sysconfig.get_path("include"))
+        if os.environ.get("FASTJAC_CPU", "auto") == "0":
+            return {"built": False, "why": "FASTJAC_CPU=0 was set"}
+        if not cxx or not shutil.which(cxx):
+            return {"built": False, "why": "no C++ compiler found (set CXX or install g++)"}
+        if not (include / "Python.h").exists():
+            return {"built": False, "why": "Python.h is not found (install python3-dev)"}
+        more, link = (os.environ.get(name, "") for name in ("CXXFLAGS", "LDFLAGS"))
+        command = f"{cxx} -MMD -MF $out.d {CXX_FLAGS} {more} -isystem {include} -c $in -o $out"
+        ninja.rule("cxx_python", command)
+        ninja.rule("link_python", f"{cxx} -shared {link} -o $out $in", depfile=False)
+        source = ninja.compile("cxx_python", ROOT / "csrc/python/record.cpp")
+        ninja.link("link_python", [source], package / "_record.abi3.so")
+        return {"built": True}
 
     def add_cuda(self, ninja: Ninja, package: Path, include: Path | None, why: str) -> dict:
         wish = os.environ.get("FASTJAC_CUDA", "auto")
@@ -236,7 +257,7 @@ class NativeBuild(build_ext):
 
     def get_outputs(self) -> list[str]:
         package = Path(self.build_lib) / "fastjac"
-        names = ("_cpu.so", "_cuda.so", "_build.json", "kernels/_phi.py")
+        names = ("_cpu.so", "_cuda.so", "_record.abi3.so", "_build.json", "kernels/_phi.py")
         return [str(package / name) for name in names if (package / name).exists()]
 
     def get_output_mapping(self) -> dict[str, str]:
@@ -247,7 +268,7 @@ class PythonBuild(build_py):
     """Excludes the files that an editable install wrote to the source tree from a wheel."""
 
     def build_package_data(self) -> None:
-        generated = {"_build.json", "_cpu.so", "_cuda.so"}
+        generated = {"_build.json", "_cpu.so", "_cuda.so", "_record.abi3.so"}
         self.data_files = [
             (package, src, build, [f for f in files if Path(f).name not in generated])
             for package, src, build, files in self.data_files

@@ -55,7 +55,8 @@ class ProjectionPenalty(InputPenalty):
         """``scale * Σ_k ‖J_nᵀ w_kn‖``, as ``[N]``."""
         if pull.output.shape[0] == 0:
             return attached_zeros(pull.output)
-        w = w.reshape(w.shape[0], *pull.output.shape)
+        if w.shape[1:] != pull.output.shape:
+            w = w.reshape(w.shape[0], *pull.output.shape)
         if self.norm == "l2_squared":
             sums = pull.squared_norms(w, self.chunk_size)
         else:

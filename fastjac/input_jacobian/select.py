@@ -21,11 +21,11 @@ from fastjac.input_jacobian.chain import (
     Chain,
     GraphRun,
     Mlp,
-    ProgramRun,
     Signature,
     Unreadable,
     Unsupported,
     programs_of,
+    run_of,
 )
 from fastjac.input_jacobian.compiled import engine as compiled
 from fastjac.input_jacobian.compiled.buffers import places_of
@@ -107,10 +107,7 @@ def _run(
         try:
             programs, signature, untraced = _programs(x, output, start)
             if programs is not None:
-                run = ProgramRun(x, output, signature, programs)
-                if not programs.functions:
-                    run.as_graph()  # which raises if the graph cannot be recorded
-                return output, Chain(x, run), None, ""
+                return output, Chain(x, run_of(x, output, signature, programs)), None, ""
             if output.grad_fn is not None:
                 operations = guards.Operations(output)
             if steady or _asks_for_chain(request, operations):
@@ -138,9 +135,9 @@ def _programs(x: Tensor, output: Tensor, start: int) -> tuple[Any, Any, str | No
     """
     try:
         signature = Signature(x, output, start)
+        programs = programs_of(signature)
     except Unreadable as error:
         return None, None, str(error)
-    programs = programs_of(signature)
     if programs is None:
         return None, None, None
     if programs.failure is not None:

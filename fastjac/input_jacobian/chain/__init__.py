@@ -4,7 +4,8 @@ from fastjac.input_jacobian.chain import nodes as nodes  # fills the table
 from fastjac.input_jacobian.chain.engine import Chain
 from fastjac.input_jacobian.chain.graph_run import GraphRun
 from fastjac.input_jacobian.chain.mlp import Mlp
-from fastjac.input_jacobian.chain.program import ProgramRun, programs_of
+from fastjac.input_jacobian.chain.network import run_of
+from fastjac.input_jacobian.chain.program import programs_of
 from fastjac.input_jacobian.chain.rules import Unsupported
 from fastjac.input_jacobian.chain.signature import Signature, Unreadable
 
@@ -12,9 +13,9 @@ __all__ = [
     "Chain",
     "GraphRun",
     "Mlp",
-    "ProgramRun",
     "Signature",
     "Unreadable",
     "Unsupported",
     "programs_of",
+    "run_of",
 ]

@@ -14,6 +14,7 @@ calls of C++, the forward included.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -42,31 +43,34 @@ class Chain(Pullback):
 
     def __init__(self, x: Tensor, run: Any) -> None:
         self.given, self.run = x, run
-        # Leaves of the graphs of R and of the cotangents.
-        self.x = x.detach().requires_grad_() if x.requires_grad else x.detach()
-        self.output = run.output.detach().requires_grad_()
+        self.output = run.output.detach().requires_grad_()  # a leaf of the graphs of R and w
         self.products: list[JacobianProduct] = []
         self.others: list[Tensor] = []  # leaves that R depends on beside the output and x
+
+    @functools.cached_property
+    def x(self) -> Tensor:  # type: ignore[override]
+        """x as a leaf of the graphs of R and of the cotangents, if one of them uses it."""
+        return self.given.detach().requires_grad_(self.given.requires_grad)
 
     # ---- products with the Jacobian
 
     def vjp(self, w: Tensor, chunk_size: int | None = None) -> Tensor:
         found = []
         for part in self._parts(w, chunk_size):
-            found.append(self._leaf("vjp", part, None, self.run.pull(part.detach())))
+            found.append(self._leaf("vjp", part, None, self.run.pull(detached(part))))
         return found[0] if len(found) == 1 else torch.cat(found)
 
     def squared_norms(self, w: Tensor, chunk_size: int | None = None) -> Tensor:
         found = []
         for part in self._parts(w, chunk_size):
-            v, norms = self.run.norms(part.detach())
+            v, norms = self.run.norms(detached(part))
             found.append(self._leaf("norms", part, v, norms))
         return found[0] if len(found) == 1 else torch.stack(found).sum(0)
 
     def jvp(self, u: Tensor, chunk_size: int | None = None) -> Tensor:
         found = []
         for part in self._parts(u, chunk_size):
-            found.append(self._leaf("jvp", part, None, self.run.jvp(part.detach())))
+            found.append(self._leaf("jvp", part, None, self.run.jvp(detached(part))))
         return found[0] if len(found) == 1 else torch.cat(found)
 
     def then(self, f: Callable[[Tensor], Tensor]) -> Pullback:
@@ -75,7 +79,7 @@ class Chain(Pullback):
         x, direct = self.given, False
         for node in graph_nodes(composed.output):
             leaf = getattr(node, "variable", None)
-            direct |= leaf is not None and (leaf is x or leaf is self.x)
+            direct |= leaf is not None and (leaf is x or leaf is vars(self).get("x"))
             direct |= x.grad_fn is not None and node is x.grad_fn
         if not direct:
             return composed
@@ -97,8 +101,9 @@ class Chain(Pullback):
 
     def values(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """``(output, R)`` in the graph of x, the parameters and what else R depends on."""
-        known = {id(self.output), id(self.x), *(id(product.leaf) for product in self.products)}
-        for t in (values, *(product.of for product in self.products)):
+        known = {id(self.output), id(vars(self).get("x"))}
+        known.update([id(product.leaf) for product in self.products])
+        for t in (values, *[product.of for product in self.products]):
             if t.requires_grad and id(t) not in known:
                 self._note_leaves(t, known)
         inputs = self.given, *self.run.parameters, *self.others
@@ -147,7 +152,9 @@ class Chain(Pullback):
         use them themselves.
         """
         leaves = [product.leaf for product in self.products]
-        ends = [self.output, *([self.x] if self.x.requires_grad else []), *self.others]
+        x = vars(self).get("x")
+        of_x = x is not None and x.requires_grad
+        ends = [self.output, *([self.x] if of_x else []), *self.others]
 
         def through(t: Tensor, cotangent: Tensor, *more: Tensor) -> list[Any]:
             """The gradients with respect to ``more``; adds those of the ends up."""
@@ -157,8 +164,7 @@ class Chain(Pullback):
             )
             found = list(of_ends[len(ends) :])
             grad = plus(grad, of_ends[0])
-            first = 1 - int(self.x.requires_grad)
-            for i, g in enumerate(of_ends[1 : len(ends)], first):
+            for i, g in enumerate(of_ends[1 : len(ends)], 1 - int(of_x)):
                 direct[i] = plus(direct[i], g)
             return found
 
@@ -187,13 +193,17 @@ class Chain(Pullback):
         return grad
 
 
+def detached(t: Tensor) -> Tensor:
+    return t.detach() if t.requires_grad else t
+
+
 class _Chain(torch.autograd.Function):
     @staticmethod
     def forward(ctx, chain, values, x, *parameters):
         ctx.chain, ctx.values = chain, values
         ctx.set_materialize_grads(False)
         values = values.detach()
-        return (chain.output.detach().clone(), values) if chain.run.own_output else values
+        return (chain.output.clone(), values) if chain.run.own_output else values
 
     @staticmethod
     def backward(ctx, *grads):

@@ -7,7 +7,6 @@ repeat is not slowed down by tracing.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -17,15 +16,15 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from fastjac import torch_private
 from fastjac.input_jacobian.chain.graph_run import GraphRun, plus
-from fastjac.input_jacobian.chain.signature import Signature
+from fastjac.input_jacobian.chain.signature import Signature, Unreadable
 from fastjac.input_jacobian.chain.trace import Untraceable, trace
 
 Function = Callable[..., list[Any]]
 
-KEPT = 64
+KEPT = 256
 """Signatures whose programs are kept. A model has one for each shape of its input and each mode."""
 
-SEEN = 1024
+SEEN = 4096
 """Signatures that are remembered to have been seen once."""
 
 
@@ -34,30 +33,34 @@ class Programs:
 
     def __init__(self) -> None:
         self.functions: dict[Any, Function] = {}
+        self.traced: set[str] = set()  # their names
         self.failure: str | None = None  # why a sweep could not be traced
+        self.network: Any = None  # a `Network`, if the run is that of one
         self.targets: list[int] | None = None  # the tensors with second-order terms
 
 
-_programs: OrderedDict[Any, Programs] = OrderedDict()
-_seen: OrderedDict[int, None] = OrderedDict()
+_programs: dict[Any, Programs] = {}
+_seen: dict[int, None] = {}
 
 
 def programs_of(signature: Signature) -> Programs | None:
     """The programs of a signature; None if it is seen for the first time."""
     key = signature.key
-    found = _programs.get(key)
+    try:
+        found = _programs.get(key)
+    except TypeError as error:
+        raise Unreadable("an operation holds an option that cannot be compared") from error
     if found is not None:
-        _programs.move_to_end(key)
         return found
     number = hash(key)
     if number not in _seen:
         _seen[number] = None
         if len(_seen) > SEEN:
-            _seen.popitem(last=False)
+            del _seen[next(iter(_seen))]  # the oldest one
         return None
     found = _programs[key] = Programs()
     if len(_programs) > KEPT:
-        _programs.popitem(last=False)
+        del _programs[next(iter(_programs))]
     return found
 
 
@@ -79,21 +82,33 @@ class ProgramRun:
 
     def __init__(self, x: Tensor, output: Tensor, signature: Signature, programs: Programs) -> None:
         self.given, self.programs = x, programs
-        self.output: Any = output
-        self.device = output.device.type
-        self.graph: GraphRun | None = None
-        self.end: Any = get_gradient_edge(output)
         self.of_x = x.requires_grad
-        self.starts = [*signature.leaf_edges]
-        if self.of_x:
-            self.starts.insert(0, GradientEdge(*signature.source))
+        self.output: Any = output  # None after the last backward, as are the next two
+        self.signature: Any = signature
+        self.graph: GraphRun | None = None
         self.tensors, self.leaves = signature.tensors, signature.leaves
-        hooked = any([leaf._backward_hooks for leaf in self.leaves])
-        self.own_output = signature.private and not hooked
         self.versions = [t._version for t in self.tensors]
+        self.own_output = signature.private
         self.deltas: list[Tensor | None] = []
         self.extras: list[Tensor | None] | None = None
         self.waiting: tuple[list[Any], bool] | None = None  # a push that `down` takes along
+        if not self.own_output and "push" not in programs.traced:
+            self.as_graph()  # now, since the user may modify the output in place
+
+    @property
+    def end(self) -> GradientEdge | None:
+        """The edge of the output in the graph of torch."""
+        return None if self.output is None else get_gradient_edge(self.output)
+
+    @property
+    def starts(self) -> list[GradientEdge]:
+        """The edges of x, if its gradient is wanted, and of the leaves."""
+        edges = [GradientEdge(node, 0) for node in self.signature.leaf_nodes]
+        return [GradientEdge(*self.signature.source), *edges] if self.of_x else edges
+
+    def free(self) -> None:
+        """Free the graph of torch, so that each tensor is freed after its last use."""
+        self.output = self.signature = self.graph = None
 
     @property
     def parameters(self) -> list[Tensor]:
@@ -140,6 +155,7 @@ class ProgramRun:
             sweep: what the program repeats, see `trace`.
             last: whether the tensors of the run are freed.
         """
+        device = self.given.device.type
         key = (name, *options, *map(_description, given))
         function = self.programs.functions.get(key)
         with torch.no_grad():
@@ -149,16 +165,17 @@ class ProgramRun:
                 except Untraceable as error:
                     self.programs.failure, outputs = error.args
                     return outputs
-            elif torch.is_autocast_enabled(self.device):
-                with torch.autocast(self.device, enabled=False), torch_private.below_autograd():
+            elif torch.is_autocast_enabled(device):
+                with torch.autocast(device, enabled=False), torch_private.below_autograd():
                     return function(list(self.tensors), given)
             else:
                 tensors = self.tensors if last else list(self.tensors)
-                if last:  # free the graph, so that each tensor is freed after its last use
-                    self.output, self.end, self.graph, self.starts = None, None, None, []
+                if last:
+                    self.free()
                 with torch_private.below_autograd():
                     return function(tensors, given)
         self.programs.functions[key] = function
+        self.programs.traced.add(name)
         return outputs
 
     def pull(self, w: Tensor) -> Tensor:
@@ -232,7 +249,7 @@ class ProgramRun:
             if name == "push_down":
                 graph.push_given(given, False)
                 given += graph.extras
-            targets = [self.end, *graph.record.targets[: len(given)]]
+            targets: Any = [self.end, *graph.record.targets[: len(given)]]
             terms = [p for p in zip(targets, [grad, *given], strict=True) if p[1] is not None]
             found = torch.autograd.grad(
                 [target for target, _ in terms],
@@ -247,8 +264,9 @@ class ProgramRun:
 
     def through_torch(self, grad: Tensor) -> list[Tensor | None]:
         """As `down`, for the gradient of the output alone; by torch, and differentiable."""
+        end: Any = self.end
         found = torch.autograd.grad(
-            [self.end], self.starts, [grad], create_graph=True, allow_unused=True
+            [end], self.starts, [grad], create_graph=True, allow_unused=True
         )
         return [*found] if self.of_x else [None, *found]
 

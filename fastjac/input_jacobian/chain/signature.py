@@ -3,20 +3,20 @@
 Two runs with equal signatures have graphs with the same operations, options, shapes, strides and
 dtypes, connected in the same way, and share memory between the same tensors. A sweep therefore
 makes the same calls of torch in both, and what was traced in one can be run with the tensors of the
-other (`program`). Everything is read from the graph of the run itself, in about 3 µs an operation.
+other (`program`). Everything is read from the graph of the run itself, by csrc/python/record.cpp.
 """
 
 from __future__ import annotations
 
+import ctypes
 import functools
-import operator
-from collections.abc import Callable
+import sys
 from sys import getrefcount
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import get_gradient_edge
 
 from fastjac import torch_private
 from fastjac.ops.autograd import Function
@@ -24,54 +24,38 @@ from fastjac.ops.autograd import Function
 _PLAIN = (Tensor, nn.Parameter)
 
 
+def number_bytes(t: Tensor) -> bytes:
+    """The memory of a number on the CPU. Under a mode, ``item()`` of one of Python's raises."""
+    return ctypes.string_at(t.data_ptr(), t.element_size())
+
+
 class Unreadable(RuntimeError):
     """A graph whose operations do not show all that they hold."""
 
 
-class _Kind:
-    """How the nodes of one type are read."""
-
-    def __init__(self, node: Any) -> None:
-        forward = getattr(node, "_forward_cls", None)
-        self.leaf = type(node).__name__ == "AccumulateGrad"
-        self.own = forward is not None and issubclass(forward, Function)
-        if not (self.leaf or self.own or type(node).__name__[-1:].isdigit()):
-            # Torch generates the nodes with a numbered name, and shows all that they save.
-            raise Unreadable(f"{type(node).__name__} does not show all that it holds")
-        names, raw = [], []
-        if not self.own:
-            names = [name for name in dir(node) if name.startswith("_saved_")]
-            raw = torch_private.saved_names(node)
-        tensors = [name.removeprefix("_raw") for name in raw]
-        self.hooks, self.tensors = _getter(raw), _getter(tensors)
-        self.options = _getter([name for name in names if name not in tensors])
-        # Shapes follow from those of the tensors, unless an operation has saved none (a view).
-        self.shapes = not (tensors or self.own) and type(node).__name__ != "TBackward0"
+# How the nodes of one type are read: whether they are leaves, or of fastjac; the names of what they
+# have saved, as it is and as tensors, and of their options; and whether their shapes are read.
+Kind = tuple[bool, bool, tuple[str, ...], tuple[str, ...], tuple[str, ...], bool]
 
 
-def _getter(names: list[str]) -> Callable[[Any], tuple[Any, ...]] | None:
-    """A function that returns the attributes with these names; None if there are none."""
-    if len(names) == 1:
-        one = operator.attrgetter(names[0])
-        return lambda node: (one(node),)
-    return operator.attrgetter(*names) if names else None
+def _kind_of(node: Any) -> Kind:
+    forward, name = getattr(node, "_forward_cls", None), type(node).__name__
+    leaf = name == "AccumulateGrad"
+    own = forward is not None and issubclass(forward, Function)
+    if not (leaf or own or name[-1:].isdigit()):
+        # Torch generates the nodes with a numbered name, and shows all that they save.
+        raise Unreadable(f"{name} does not show all that it holds")
+    if leaf or own:
+        return leaf, own, (), (), (), False
+    raw = torch_private.saved_names(node)
+    tensors = [saved.removeprefix("_raw") for saved in raw]
+    options = [saved for saved in dir(node) if saved.startswith("_saved_") and saved not in tensors]
+    # Shapes follow from those of the tensors, unless an operation has saved none (a view).
+    shapes = not tensors and name != "TBackward0"
+    return leaf, own, tuple(raw), tuple(tensors), tuple(map(sys.intern, options)), shapes
 
 
-_kinds: dict[type, _Kind] = {}
-
-
-@functools.cache
-def _references_of_graph() -> int:
-    """The references to a saved tensor, in `Signature._saved`, if only the graph holds it."""
-    with torch.inference_mode(False), torch.enable_grad():
-        node: Any = torch.ones(1, device="cpu", requires_grad=True).exp().sin().grad_fn
-
-    def count(found: tuple[Any, ...]) -> int:
-        for t in found:
-            return getrefcount(t)
-        raise AssertionError
-
-    return count(operator.attrgetter("_saved_self", "_saved_self")(node)[:1])
+_kinds: dict[type, Kind] = {}
 
 
 class Signature:
@@ -81,98 +65,152 @@ class Signature:
         key: hashable; equal for runs with equal signatures.
         tensors: x and the saved tensors, in the order of ``key``.
         leaves: the leaves that require grad, but x.
-        leaf_edges: where their gradients arrive.
+        leaf_nodes: their nodes, where the gradients arrive.
         private: whether nobody else can see the tensors between x and the output, as far as the
             graph shows it. If a part of the graph existed before the run (the number of its nodes
             is less than ``start``), or the model has kept a hidden tensor, its gradient may be
-            asked for.
+            asked for. Nor if a leaf has hooks, which each backward through the graph would run.
     """
 
     def __init__(self, x: Tensor, output: Tensor, start: int) -> None:
         edge = get_gradient_edge(x)
         self.source = edge.node, edge.output_nr
+        run = x, edge.node, edge.output_nr, output.grad_fn, output.output_nr, start
+        while True:
+            found = read(*run, _kinds, _PLAIN, _alone())
+            if found[0] is not None:
+                break
+            if isinstance(found[1], str):
+                raise Unreadable(found[1])
+            _kinds[type(found[1])] = _kind_of(found[1])
+        self.key, self.tensors, self.leaves, self.leaf_nodes, self.private = found
+
+
+class _Reader:
+    """What `read` does, in Python."""
+
+    def __init__(self, x: Tensor, source: Any, start: int, plain: Any, alone: int) -> None:
+        self.x, self.source, self.start, self.plain, self.alone = x, source, start, plain, alone
+        self.key: list[Any] = []
         self.tensors: list[Tensor] = []
         self.leaves: list[Tensor] = []
-        self.leaf_edges: list[GradientEdge] = []
+        self.leaf_nodes: list[Any] = []
         self.private = True
-        self._x = x
-        self._alone = _references_of_graph()
-        self._memory: dict[int, int] = {}  # by address: the place of the first tensor there
-        self._key: list[Any] = [output.output_nr]
-        self._saved((x,))
-        self._walk(output.grad_fn, start)
-        self.key = tuple(self._key)
-        try:
-            hash(self.key)
-        except TypeError as error:
-            raise Unreadable("an operation holds an option that cannot be compared") from error
+        self.memory: dict[int, int] = {}  # by address: the place of the first tensor there
 
-    def _walk(self, end: Any, start: int) -> None:
-        source, key, known = self.source, self._key, _kinds.get
-        leaves, edges = self.leaves, self.leaf_edges
+    def walk(self, end: Any, kinds: dict[type, Kind]) -> Any:
+        """Reads the graph; returns a node of an unknown type."""
+        key = self.key
         nodes, numbers = [end], {end: 0}
         for node in nodes:  # which grows
-            kind = known(type(node))
+            kind = kinds.get(type(node))
             if kind is None:
-                kind = _kinds[type(node)] = _Kind(node)
+                return node
             key.append(type(node))
-            if kind.leaf:
-                leaf = node.variable
-                if type(leaf) not in _PLAIN:
-                    raise Unreadable(f"a leaf of the graph is {type(leaf).__name__}")
-                leaves.append(leaf)
-                edges.append(GradientEdge(node, 0))
-                key += leaf.shape, leaf.dtype, leaf.device
+            if kind[0]:
+                self.leaf(node)
                 continue
             for edge in node.next_functions:
                 following = edge[0]
                 if following is None:
                     key.append(-1)
-                elif edge == source:
+                elif edge == self.source:
                     key.append(-2)
                 else:
-                    number = numbers.get(following)
-                    if number is None:
-                        number = numbers[following] = len(nodes)
+                    number = numbers.setdefault(following, len(nodes))
+                    if number == len(nodes):
                         nodes.append(following)
                     key.append(number)
                     if edge[1]:
-                        key.append(edge)
-            if node._sequence_nr() < start:
-                self.private = False
-            if kind.hooks is not None and kind.tensors is not None:
-                for raw in kind.hooks(node):
-                    for one in raw if type(raw) is tuple else (raw,):
-                        if one.unpack_hook is not None:
-                            raise Unreadable("tensors are saved under hooks (a checkpoint)")
-                self._saved(kind.tensors(node))
-            if kind.options is not None:
-                key.extend(kind.options(node))
-            if kind.own:
-                self._saved(node.saved_tensors)
-                key.extend(vars(node).items())
-            if kind.shapes:
-                for output in node._input_metadata:
-                    key.append(output.dtype)
-                    key.extend(output.shape)
+                        key.append(edge[1:])
+            self.inner(node, kind)
+        return None
 
-    def _saved(self, found: tuple[Any, ...]) -> None:
-        key, memory, tensors, alone = self._key, self._memory, self.tensors, self._alone
-        for t in found:
-            if type(t) not in _PLAIN:
-                if t is None:
-                    key.append(None)
-                elif type(t) is tuple:
-                    self._saved(t)
-                else:
-                    raise Unreadable(f"a tensor of the graph is {type(t).__name__}")
-                continue
-            if getrefcount(t) > alone and t.grad_fn is not None and t is not self._x:
-                # Several operations may have saved it.
-                again = sum([t is other for other in (*tensors, *found)]) - 1
-                if getrefcount(t) > alone + again:
-                    self.private = False
-            key += memory.setdefault(t.data_ptr(), len(tensors)), t.shape, t.stride(), t.dtype
-            tensors.append(t)
-            if not t.shape and t.is_cpu and not t.requires_grad:
-                key.append(t.item())  # a number of Python, which a trace takes for a constant
+    def leaf(self, node: Any) -> None:
+        leaf = node.variable
+        if type(leaf) not in self.plain:
+            raise Unreadable("a leaf of the graph is of a subclass of Tensor")
+        if leaf._backward_hooks is not None:
+            self.private = False
+        self.leaves.append(leaf)
+        self.leaf_nodes.append(node)
+        self.key += leaf.shape, leaf.dtype, leaf.device
+
+    def inner(self, node: Any, kind: Kind) -> None:
+        _, own, raw, tensors, options, shapes = kind
+        key = self.key
+        if node._sequence_nr() < self.start:
+            self.private = False
+        for name in raw:
+            saved = getattr(node, name)
+            for one in saved if type(saved) is tuple else (saved,):
+                if one.unpack_hook is not None:
+                    raise Unreadable("tensors are saved under hooks (a checkpoint)")
+        for name in tensors:
+            self.saved(getattr(node, name))
+        key += [getattr(node, name) for name in options]
+        if own:
+            self.saved(node.saved_tensors)
+            key.append(tuple(vars(node).items()))
+        if shapes:
+            for output in node._input_metadata:
+                key += output.dtype, tuple(output.shape)
+
+    def saved(self, found: Any) -> None:
+        """A tensor, None or a tuple of such."""
+        if found is None:
+            self.key.append(None)
+        elif type(found) is tuple:
+            for part in found:
+                self.saved(part)
+        else:
+            self.tensor(found)
+
+    def tensor(self, t: Tensor) -> None:
+        if type(t) not in self.plain:
+            raise Unreadable("a tensor of the graph is of a subclass of Tensor")
+        # The arguments of `saved`, of this method and of `getrefcount` are three references.
+        if self.private and t is not self.x and getrefcount(t) > self.alone + 3:
+            again = sum([t is other for other in self.tensors])  # several operations may save it
+            if t.grad_fn is not None and getrefcount(t) > self.alone + 3 + again:
+                self.private = False
+        key, place = self.key, len(self.tensors)
+        key += self.memory.setdefault(t.data_ptr(), place), t.shape, t.stride(), t.dtype
+        self.tensors.append(t)
+        if not t.shape and t.is_cpu and not t.requires_grad:
+            key.append(number_bytes(t))  # a number of Python is a constant of a trace
+
+
+def read_in_python(*run: Any) -> Any:
+    """`read`, if the extension module was not built."""
+    x, node, nr, end, end_nr, start, kinds, plain, alone = run
+    reader = _Reader(x, (node, nr), start, plain, alone)
+    reader.key.append(end_nr)
+    try:
+        reader.tensor(x)
+        unknown = reader.walk(end, kinds)
+    except Unreadable as error:
+        return None, str(error)
+    if unknown is not None:
+        return None, unknown
+    return tuple(reader.key), reader.tensors, reader.leaves, reader.leaf_nodes, reader.private
+
+
+def references_in_python(node: Any, name: str) -> int:
+    """The references to an attribute of a node, while the caller holds one."""
+    found = getattr(node, name)
+    return getrefcount(found) - 1
+
+
+try:
+    from fastjac._record import read, references  # type: ignore[import-not-found]
+except ImportError:
+    read, references = read_in_python, references_in_python
+
+
+@functools.cache
+def _alone() -> int:
+    """The references to a saved tensor if only the graph, and who has just read it, hold it."""
+    with torch.inference_mode(False), torch.enable_grad():
+        node = torch.ones(1, device="cpu", requires_grad=True).exp().sin().grad_fn
+    return references(node, "_saved_self")

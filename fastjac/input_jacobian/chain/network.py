@@ -1,0 +1,326 @@
+"""A recorded run as a network that C++ sweeps through, one call each (`ops.net`).
+
+`Network.of` finds the program of `ops.net` in the record of a run, however the model is written:
+Linear layers, activations of the table, sums, concatenations and factors. The forward was that of
+torch, and the sweeps take the tensors that torch saved.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastjac.activations import KERNEL_ROWS
+from fastjac.input_jacobian.chain.activations import Kernel, suffix_for
+from fastjac.input_jacobian.chain.graph_run import plus
+from fastjac.input_jacobian.chain.mlp import FLAT, TILED, rows_of_a_thread
+from fastjac.input_jacobian.chain.program import ProgramRun, Programs
+from fastjac.input_jacobian.chain.record import Record, Step
+from fastjac.input_jacobian.chain.rules import signed
+from fastjac.input_jacobian.chain.signature import Signature, number_bytes
+from fastjac.ops import net
+from fastjac.ops.registration import raw
+from fastjac.torch_private import below_autograd, shape_of_node
+
+ROWS = {row.name: number for number, row in enumerate(KERNEL_ROWS)}
+
+VIEWS = ("View", "UnsafeView", "Squeeze", "Unsqueeze", "Alias", "Clone")
+
+
+class Other(Exception):
+    """The run is not one of a network that C++ knows."""
+
+
+class Network:
+    """The program, and where its tensors are among those of a `Signature`.
+
+    Attributes:
+        plan: see `ops.net`.
+        weights: the places of the saved weights, ``[in, out]``.
+        saved: the places of the argument ``saved`` of the sweeps; -1 for an empty one.
+        wanted: the argument of `net_backward`, without and with the gradient of x.
+        gradients: for each weight and bias, in the order of its results, the number of the leaf,
+            or -1.
+        width: the numbers of a sample of x.
+    """
+
+    def __init__(self, record: Record, signature: Signature) -> None:
+        self._signature = signature
+        self._places = {_memory(t): i for i, t in reversed([*enumerate(signature.tensors)])}
+        self._leaves = {id(t): i for i, t in enumerate(signature.leaves)}
+        x = signature.tensors[0]
+        self.n, self.width = x.shape[0], x[0].numel()
+        self._steps: list[Any] = [(net.INPUT, self.width)]
+        self._widths = [self.width]
+        self._values: dict[Any, int] = {record.source: 0}
+        self._of_input: dict[int, int] = {}  # by value: the place of the tensor
+        self._arguments: list[int] = []  # of the activations
+        self.weights: list[int] = []
+        self._biases: list[Any] = []
+        self._of_weights: list[int] = []
+        self._of_biases: list[int] = []
+        for step in record.steps:
+            self._values[step.node, 0] = self._step(step)
+        if self._values[record.end] != len(self._steps) - 1 or not self.weights:
+            raise Other("the output is not the last value, or there is no layer")
+        self.plan = net.rows(self._steps)
+        self.gradients = [*self._of_weights, *self._of_biases]
+        wanted = [leaf >= 0 for leaf in self.gradients]
+        self.wanted = [_numbers([*wanted, of_x]) for of_x in (False, True)]
+        acts = {i for i, step in enumerate(self._steps) if step[0] == net.ACT}
+        read = sorted({step[1] for step in self._steps if step[0] == net.LINEAR} - {0})
+        self.saved = [p for place in self._arguments for p in (place, -1, -1)]
+        for value in read:
+            place = self._of_input.get(value, -1)
+            if place < 0 and value not in acts:
+                raise Other("the input of a layer was not saved")
+            self.saved.append(place)
+        self.flat = self.n * sum(self._widths[i] for i in acts) <= FLAT
+
+    @classmethod
+    def of(cls, record: Record, signature: Signature) -> Network | None:
+        x = signature.tensors[0]
+        wide = x.dtype in (torch.float32, torch.float64)
+        if not (wide and x.is_cpu and suffix_for("cpu", x.dtype) == "" and x.dim() > 0):
+            return None
+        try:
+            return cls(record, signature)
+        except Other:
+            return None
+
+    # ---- steps
+
+    def _step(self, step: Step) -> int:
+        """The number of the value of an operation."""
+        node, sources = step.node, step.sources
+        name, _, overload = type(node).__name__.partition("Backward")
+        values = [None if s is None else self._values.get(s) for s in sources]
+        inside: list[Any] = [v for v, s in zip(values, sources, strict=True) if s is not None]
+        if None in inside or not inside:
+            raise Other("an operation with several outputs")
+        if isinstance(step.rule, Kernel):
+            return self._activation(step, inside[0])
+        if overload == "0" and name in ("Relu", "LeakyRelu", "Hardtanh", "Hardsigmoid"):
+            return self._piecewise(node, name, inside[0])
+        if name in ("Addmm", "Mm") and overload == "0":
+            return self._linear(node, name == "Addmm", values)
+        shape = shape_of_node(node)
+        if name == "Add" and overload == "0" and node._saved_alpha == 1 and len(inside) == 2:
+            if any(list(shape_of_node(*s)) != list(shape) for s in sources if s is not None):
+                raise Other("a sum with broadcasting")
+            return self._add((net.ADD, *inside), self._widths[inside[0]])
+        if name == "Cat" and len(inside) == len(values) and len(shape) == 2:
+            if signed(node._saved_dim) not in (1, -1):
+                raise Other("a concatenation of samples")
+            value = inside[0]
+            for other in inside[1:]:
+                width = self._widths[value] + self._widths[other]
+                value = self._add((net.CAT, value, other), width)
+            return value
+        if name == "Mul" and len(inside) == 1:
+            factor = node._saved_other if values[0] is not None else node._saved_self
+            constant = overload == "0" and factor.dim() == 0 and not factor.requires_grad
+            if constant and factor.dtype == torch.float64:  # a number of Python
+                (number,) = struct.unpack("d", number_bytes(factor))
+                return self._add((net.SCALE, inside[0], 0, 0, 0, number), self._widths[inside[0]])
+        if name in VIEWS and shape and shape[0] == self.n:
+            return inside[0]  # the numbers of a sample stay in order
+        raise Other(name)
+
+    def _add(self, row: tuple[float, ...], width: int) -> int:
+        self._steps.append(row)
+        self._widths.append(width)
+        return len(self._steps) - 1
+
+    def _activation(self, step: Step, value: int) -> int:
+        s, order, fn, params, suffix = step.rule.call(step.node)  # type: ignore[attr-defined]
+        row = KERNEL_ROWS[fn].name
+        if order == 0:
+            row = row.replace("_slope", "_of_output")
+        if suffix or order > 1:
+            raise Other("an activation of another kind")
+        return self._act(row, params, s, value)
+
+    def _piecewise(self, node: Any, name: str, value: int) -> int:
+        if name == "Relu":
+            return self._act("relu", (), node._saved_result, value)
+        row, params = {
+            "LeakyRelu": ("leaky_relu", ("negative_slope",)),
+            "Hardtanh": ("hardtanh", ("min_val", "max_val")),
+            "Hardsigmoid": ("hardsigmoid", ()),
+        }[name]
+        numbers = tuple(getattr(node, f"_saved_{param}") for param in params)
+        return self._act(row, numbers, node._saved_self, value)
+
+    def _act(self, row: str, params: tuple[float, ...], s: Tensor, value: int) -> int:
+        self._arguments.append(self._place(s, (self.n, self._widths[value])))
+        return self._add((net.ACT, value, 0, ROWS[row], 0, *params), self._widths[value])
+
+    def _place(self, t: Tensor, shape: tuple[int, ...]) -> int:
+        if t.shape != shape or not t.is_contiguous():
+            raise Other("a saved tensor is not a contiguous matrix")
+        return self._places[_memory(t)]
+
+    def _linear(self, node: Any, biased: bool, values: list[Any]) -> int:
+        a, weight = ("mat1", "mat2") if biased else ("self", "mat2")
+        weight = getattr(node, f"_saved_{weight}")
+        value, *others = values[1:] if biased else values
+        if value is None or any(v is not None for v in (*others, *values[: int(biased)])):
+            raise Other("a product of two values")
+        if biased and not (node._saved_alpha == node._saved_beta == 1):
+            raise Other("a scaled layer")
+        inner, width = weight.shape
+        if not weight.t().is_contiguous() or weight.numel() > TILED or inner != self._widths[value]:
+            raise Other("a weight that is wide, or not contiguous")
+        given = getattr(node, f"_saved_{a}")
+        if given is not None and value > 0:
+            self._of_input[value] = self._place(given, (self.n, inner))
+        edges = node.next_functions
+        of_weight = self._leaf_behind(edges[2 if biased else 1][0], transposed=True)
+        place = self._places[_memory(weight)]
+        if place not in self.weights:
+            self.weights.append(place)
+            self._of_weights.append(of_weight)
+        bias = -1
+        if biased and edges[0][0] is not None:
+            leaf = self._leaf_behind(edges[0][0], transposed=False)
+            if self._signature.leaves[leaf].shape != (width,):
+                raise Other("a bias of another shape")
+            bias = (
+                len(self._of_biases) if leaf not in self._of_biases else self._of_biases.index(leaf)
+            )
+            if bias == len(self._of_biases):
+                self._of_biases.append(leaf)
+        return self._add((net.LINEAR, value, 0, self.weights.index(place), bias), width)
+
+    def _leaf_behind(self, node: Any, transposed: bool) -> int:
+        """The number of the leaf; -1 if there is none, since it does not require grad."""
+        if node is None:
+            return -1
+        if transposed:
+            if type(node).__name__ != "TBackward0":
+                raise Other("a weight that is computed")
+            node = node.next_functions[0][0]
+        leaf = self._leaves.get(id(getattr(node, "variable", None)))
+        if leaf is None:
+            raise Other("a weight or bias that is computed")
+        return leaf
+
+
+def _numbers(flags: list[bool]) -> Tensor:
+    return torch.tensor(flags, dtype=torch.float64, device="cpu")
+
+
+def _memory(t: Tensor) -> Any:
+    return t.data_ptr(), t.shape, t.stride(), t.dtype
+
+
+class NetworkRun(ProgramRun):
+    """The sweeps of a run of a `Network`; see `ProgramRun`."""
+
+    def __init__(self, x: Tensor, output: Tensor, signature: Signature, programs: Any) -> None:
+        super().__init__(x, output, signature, programs)
+        tensors, network = self.tensors, programs.network
+        self.network: Network = network
+        self.n, self.shape, self.output_shape = network.n, x.shape, output.shape
+        self.x = x = tensors[0]
+        if x.dim() != 2 or not x.is_contiguous():
+            self.x = x.detach().reshape(self.n, -1).contiguous()
+        self.weights = [tensors[place].t() for place in network.weights]
+        self.saved = [_NOTHING[x.dtype] if place < 0 else tensors[place] for place in network.saved]
+        self.tile = rows_of_a_thread(self.n)
+        self.slopes = False  # whether φ' and φ'' are among `saved`
+        self.pushes: list[tuple[Any, ...]] = []
+
+    def begin(self) -> None:
+        super().begin()
+        self.pushes = []
+
+    def pull(self, w: Tensor) -> Tensor:
+        return self.norms(w)[0]
+
+    def norms(self, w: Tensor) -> tuple[Tensor, Tensor]:
+        k, n = len(w), self.n
+        with below_autograd():
+            v, norms, *self.deltas = raw("net_pull")(
+                *(w.reshape(k * n, -1).contiguous(), self.weights, self.saved, n, self.tile),
+                *(not self.slopes, self.network.flat, self.network.plan),
+            )
+        if not self.slopes:
+            self.saved = [*self.saved, self.deltas.pop(0)]
+            self.slopes = True
+        return v.view(k, *self.shape), norms if k == 1 else norms.view(k, n).sum(0)
+
+    def _up(self, u: Tensor, factor: Any, deltas: list[Any], wanted: bool) -> list[Tensor]:
+        with below_autograd():
+            return raw("net_push")(
+                *(u, factor, self.weights, self.saved, deltas, self.n, self.tile, wanted),
+                *(self.network.flat, self.network.plan),
+            )
+
+    def jvp(self, u: Tensor) -> Tensor:
+        k = len(u)
+        out = self._up(u.reshape(k * self.n, -1).contiguous(), None, [], True)[0]
+        return out.view(k, *self.output_shape)
+
+    def push(
+        self, u: Tensor, keep: bool, wanted: bool, factor: Tensor | None = None
+    ) -> Tensor | None:
+        k = len(u)
+        u = u.detach().reshape(k * self.n, -1).contiguous()
+        if factor is not None:
+            factor = factor.repeat(k) if k > 1 else factor.contiguous()
+        out, pushed = None, []
+        if wanted:
+            out, *pushed = self._up(u, factor, self.deltas, True)
+            out = out.view(k, *self.output_shape)
+        self.pushes.append((u, factor, self.deltas, pushed))
+        return out
+
+    def down(self, grad: Tensor | None, keep: bool) -> list[Tensor | None]:
+        pushes, self.pushes = self.pushes or [(None, None, [], [])], []
+        if grad is not None:
+            grad = grad.reshape(self.n, -1).contiguous()
+        total: list[Any] = [None] * (1 + len(self.leaves))
+        for u, factor, deltas, pushed in pushes:
+            if grad is None and u is None:
+                continue
+            with below_autograd():
+                *found, of_x = raw("net_backward")(
+                    *(grad, u, factor, self.x, self.weights, self.saved, deltas, pushed, self.n),
+                    *(self.tile, 1, len(self.network.plan), self.wanted, self.network.plan),
+                )
+            grad = None
+            if self.of_x:
+                total[0] = plus(total[0], of_x.view(self.shape))
+            for leaf, gradient in zip(self.network.gradients, found, strict=True):
+                if leaf >= 0:
+                    total[1 + leaf] = plus(total[1 + leaf], gradient)
+        if not keep:
+            self.free()
+            self.saved, self.tensors = [], []
+        return total
+
+    @property
+    def wanted(self) -> Tensor:
+        return self.network.wanted[self.of_x]
+
+    def describe(self) -> list[str]:
+        return ["one C++ call per sweep:", *super().describe()]
+
+
+# Empty matrices, for what is missing in a list.
+_NOTHING = {t: torch.empty(0, 0, dtype=t, device="cpu") for t in (torch.float32, torch.float64)}
+
+
+def run_of(x: Tensor, output: Tensor, signature: Signature, programs: Programs) -> ProgramRun:
+    """The sweeps of a run. Raises `Unsupported` if its graph cannot be recorded."""
+    if programs.network is None and not programs.traced:  # it is new
+        run = ProgramRun(x, output, signature, programs)
+        programs.network = Network.of(run.as_graph().record, signature)
+    if programs.network is not None and signature.private:
+        return NetworkRun(x, output, signature, programs)
+    return ProgramRun(x, output, signature, programs)
