@@ -28,10 +28,13 @@ from fastjac import torch_private
 from fastjac.ops.autograd import graph_nodes
 from fastjac.per_sample import attached_zero
 
+_AVAILABLE = dist.is_available()
+_world: Any = torch_private.process_groups() if _AVAILABLE else None  # of `is_initialized`
+
 
 def active() -> bool:
     """Whether a process group is initialized."""
-    return dist.is_available() and dist.is_initialized()
+    return _AVAILABLE and _world.default_pg is not None
 
 
 def loaded(module: str, name: str) -> tuple[type, ...]:

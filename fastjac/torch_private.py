@@ -97,7 +97,7 @@ sequence_number = _private(
     "to tell the operations of a run from those that were recorded before it",
     "the chain engine cannot run",
 )
-_top_hooks = _private(
+top_hooks = _private(
     "torch._C._autograd._top_saved_tensors_default_hooks",
     "to see whether a call is inside a checkpoint or save_on_cpu",
     "a checkpointed model could be recomputed in another way than it was run",
@@ -153,7 +153,7 @@ def saved_under_hooks(node: Any, names: list[str]) -> bool:
 
 def saved_tensor_hooks() -> Any:
     """The innermost hooks on saved tensors (a checkpoint, ``save_on_cpu``), or None."""
-    return None if torch.compiler.is_compiling() else _top_hooks(True)
+    return None if torch.compiler.is_compiling() else top_hooks(True)
 
 
 def after_backward(function: Callable[[], None]) -> None:
@@ -260,9 +260,29 @@ NAMES.append(
 )
 
 
+_modes = _private(
+    "torch._C._len_torch_dispatch_stack",
+    "to know in one call that nothing records the operations",
+    "the chain engine cannot run",
+)
+_before_dispatch = _private(
+    "torch._C._dispatch_tls_is_dispatch_key_included",
+    "to know in one call that nothing records the operations before autograd",
+    "the chain engine cannot run",
+)
+_PRE_DISPATCH = torch._C.DispatchKey.PreDispatch
+
+
+def modes_active() -> bool:
+    """Whether a ``TorchDispatchMode`` is active."""
+    return _modes() > 0 or _before_dispatch(_PRE_DISPATCH)
+
+
 def make_fx_traces() -> bool:
     """Whether ``make_fx`` (or non-strict ``torch.export``, which uses it) records the call."""
     if torch.compiler.is_dynamo_compiling():  # dynamo runs no code that could ask
+        return False
+    if not modes_active():
         return False
     tracer = sys.modules.get("torch.fx.experimental.proxy_tensor")
     mode: Any = getattr(tracer, "get_proxy_mode", lambda: None)
@@ -293,6 +313,11 @@ def capturing() -> bool:
 
 # ---- distributed training
 
+process_groups = _later(
+    "torch.distributed.distributed_c10d._world",
+    "to see in one call whether a process group is initialized",
+    "fastjac cannot be imported",
+)
 _ddp_sink = _later(
     "torch.nn.parallel.distributed._DDPSink",
     "to make DDP with a static graph reduce the gradients of a penalty that is the whole loss",

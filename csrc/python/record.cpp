@@ -79,8 +79,8 @@ class Reader {
         plain(plain),
         alone(alone) {}
 
-  // Returns (key, tensors, leaves, leaf nodes, private), or (None, a node of an unknown type) or
-  // (None, a text) if the graph cannot be read.
+  // Returns (key, tensors, leaves, leaf nodes, source, private), or (None, a node of an unknown
+  // type) or (None, a text) if the graph cannot be read.
   Owned read(PyObject* end, long end_nr) {
     append(owned(PyLong_FromLong(end_nr)));
     tensor(x);
@@ -97,7 +97,8 @@ class Reader {
       if (!readable) return owned(Py_BuildValue("Os", Py_None, why));
     }
     const Owned tuple = owned(PyList_AsTuple(key.get()));
-    return owned(PyTuple_Pack(5, tuple.get(), tensors.get(), leaves.get(), ends.get(),
+    PyObject* found = source == nullptr ? Py_None : source;
+    return owned(PyTuple_Pack(6, tuple.get(), tensors.get(), leaves.get(), ends.get(), found,
                               hidden ? Py_True : Py_False));
   }
 
@@ -117,6 +118,11 @@ class Reader {
 
   bool leaf(PyObject* node) {
     const Owned variable = attribute(node, names().variable);
+    if (variable.get() == x) {
+      if (source == nullptr) source = node;
+      append(owned(PyLong_FromLong(-2)));
+      return true;
+    }
     if (!is_plain(variable.get())) return refuse("a leaf of the graph is of a subclass of Tensor");
     const Owned hooks = attribute(variable.get(), names().backward_hooks);
     if (hooks.get() != Py_None) hidden = false;
@@ -255,7 +261,7 @@ class Reader {
   }
 
   PyObject* x;
-  PyObject* source;
+  PyObject* source;  // the node of x; null until it is found, if x is a leaf
   long source_nr;
   long long start;
   PyObject* kinds;
@@ -281,6 +287,7 @@ PyObject* read(PyObject*, PyObject* args) {
     return nullptr;
   }
   try {
+    if (source == Py_None) source = nullptr;
     return Reader(x, source, source_nr, start, kinds, plain, alone).read(end, end_nr).release();
   } catch (const Raised&) {
     return nullptr;

@@ -179,7 +179,7 @@ def check_graph(x: Tensor, output: Tensor) -> None:
             "form penalty(model, x)"
         )
     # Dynamo knows requires_grad of the tensors that it traces, but not grad_fn.
-    if not output.requires_grad or not (torch.compiler.is_compiling() or output.grad_fn):
+    if not output.requires_grad or not (output.grad_fn or torch.compiler.is_compiling()):
         raise RuntimeError(
             "output has no grad_fn: it was detached, computed under torch.no_grad(), or x and "
             "output are swapped"
@@ -193,14 +193,14 @@ def run_model(model: Callable[..., Any], x: Tensor, at: str | None) -> tuple[Ten
     Otherwise it is the output of the submodule called ``at``. The model continues with a copy of
     it, which an in-place operation such as ``ReLU(inplace=True)`` may modify.
     """
-    arguments.tensor("x", x)
     if at is None:
         arguments.floating("x", x)
         if not x.requires_grad:
             x = x.detach().requires_grad_()
-        version = 0 if torch.compiler.is_compiling() else x._version
+        compiling = torch.compiler.is_compiling()
+        version = 0 if compiling else x._version
         output = call_model(model, x)
-        if not torch.compiler.is_compiling() and x._version != version:
+        if not compiling and x._version != version:
             raise RuntimeError(
                 "the model modified x in place (an activation with inplace=True, for instance), so "
                 "the gradient with respect to x would be that of the modified one: pass x.clone() "
@@ -208,6 +208,7 @@ def run_model(model: Callable[..., Any], x: Tensor, at: str | None) -> tuple[Ten
             )
         return x, output
 
+    arguments.tensor("x", x)
     caught: list[Tensor] = []
 
     def catch(module: nn.Module, args: Any, hidden: Any) -> Tensor:

@@ -80,12 +80,13 @@ def _run(
     is the one of later calls, with the same operations and shapes.
     """
     at, advice = request.penalty.at, ". Use engine='autograd'"
-    reason = _why_not(request, x)
     if torch.compiler.is_compiling():
         x, output = by_autograd.run_model(model, x, at)
         by_autograd.check_graph(x, output)
         distributed.check_graph(x, output)
-        return output, by_autograd.AutogradPullback(x, output), reason, advice
+        pull = by_autograd.AutogradPullback(x, output)
+        return output, pull, "torch.compile traces the call", advice
+    reason = _why_not(request, x)
     if (
         type(model) is nn.Sequential
         and reason is None
@@ -162,13 +163,11 @@ def _why_not(request: Request, x: Any) -> str | None:
     """Why the chain engine does not run this call, as far as this is known before it; else None."""
     if request.penalty.engine == "autograd":
         return "engine='autograd' is set"
-    if torch.compiler.is_compiling():
-        return "torch.compile traces the call"
     if torch_private.transforms_active():
         return "a torch.func transform is active"
     if torch_private.make_fx_traces():
         return "make_fx traces the call"
-    if torch_private.saved_tensor_hooks() is not None:
+    if torch_private.top_hooks(True) is not None:
         return "hooks on saved tensors (a checkpoint) are active"
     if type(x) not in (Tensor, nn.Parameter):
         return f"x is {type(x).__name__}"

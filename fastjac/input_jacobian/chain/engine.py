@@ -107,7 +107,8 @@ class Chain(Pullback):
             if t.requires_grad and id(t) not in known:
                 self._note_leaves(t, known)
         inputs = self.given, *self.run.parameters, *self.others
-        found = _Chain.apply(self, values, *inputs)
+        # No torch.func transform is active, for which Function.apply has more to do.
+        found = super(torch.autograd.Function, _Chain).apply(self, values, *inputs)
         return found if self.run.own_output else (self.run.output, found)
 
     def _note_leaves(self, t: Tensor, known: set[int]) -> None:

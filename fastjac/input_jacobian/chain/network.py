@@ -243,7 +243,7 @@ class NetworkRun(ProgramRun):
         return self.norms(w)[0]
 
     def norms(self, w: Tensor) -> tuple[Tensor, Tensor]:
-        k, n = len(w), self.n
+        k, n = w.shape[0], self.n
         with below_autograd():
             v, norms, *self.deltas = raw("net_pull")(
                 *(w.reshape(k * n, -1).contiguous(), self.weights, self.saved, n, self.tile),
@@ -269,7 +269,7 @@ class NetworkRun(ProgramRun):
     def push(
         self, u: Tensor, keep: bool, wanted: bool, factor: Tensor | None = None
     ) -> Tensor | None:
-        k = len(u)
+        k = u.shape[0]
         u = u.detach().reshape(k * self.n, -1).contiguous()
         if factor is not None:
             factor = factor.repeat(k) if k > 1 else factor.contiguous()
@@ -298,7 +298,8 @@ class NetworkRun(ProgramRun):
                 total[0] = plus(total[0], of_x.view(self.shape))
             for leaf, gradient in zip(self.network.gradients, found, strict=True):
                 if leaf >= 0:
-                    total[1 + leaf] = plus(total[1 + leaf], gradient)
+                    before = total[1 + leaf]
+                    total[1 + leaf] = gradient if before is None else before + gradient
         if not keep:
             self.free()
             self.saved, self.tensors = [], []

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import get_gradient_edge
 
 from fastjac import torch_private
 from fastjac.ops.autograd import Function
@@ -66,6 +65,7 @@ class Signature:
         tensors: x and the saved tensors, in the order of ``key``.
         leaves: the leaves that require grad, but x.
         leaf_nodes: their nodes, where the gradients arrive.
+        source: the node of x and the number of its output.
         private: whether nobody else can see the tensors between x and the output, as far as the
             graph shows it. If a part of the graph existed before the run (the number of its nodes
             is less than ``start``), or the model has kept a hidden tensor, its gradient may be
@@ -73,9 +73,7 @@ class Signature:
     """
 
     def __init__(self, x: Tensor, output: Tensor, start: int) -> None:
-        edge = get_gradient_edge(x)
-        self.source = edge.node, edge.output_nr
-        run = x, edge.node, edge.output_nr, output.grad_fn, output.output_nr, start
+        run = x, x.grad_fn, x.output_nr, output.grad_fn, output.output_nr, start
         while True:
             found = read(*run, _kinds, _PLAIN, _alone())
             if found[0] is not None:
@@ -83,7 +81,8 @@ class Signature:
             if isinstance(found[1], str):
                 raise Unreadable(found[1])
             _kinds[type(found[1])] = _kind_of(found[1])
-        self.key, self.tensors, self.leaves, self.leaf_nodes, self.private = found
+        self.key, self.tensors, self.leaves, self.leaf_nodes, node, self.private = found
+        self.source = node, x.output_nr
 
 
 class _Reader:
@@ -128,6 +127,10 @@ class _Reader:
 
     def leaf(self, node: Any) -> None:
         leaf = node.variable
+        if leaf is self.x:
+            self.source = self.source[0] or node, self.source[1]
+            self.key.append(-2)
+            return
         if type(leaf) not in self.plain:
             raise Unreadable("a leaf of the graph is of a subclass of Tensor")
         if leaf._backward_hooks is not None:
@@ -193,7 +196,8 @@ def read_in_python(*run: Any) -> Any:
         return None, str(error)
     if unknown is not None:
         return None, unknown
-    return tuple(reader.key), reader.tensors, reader.leaves, reader.leaf_nodes, reader.private
+    found = tuple(reader.key), reader.tensors, reader.leaves, reader.leaf_nodes
+    return *found, reader.source[0], reader.private
 
 
 def references_in_python(node: Any, name: str) -> int:

@@ -35,7 +35,7 @@ class Untraceable(RuntimeError):
 
 
 # The functions of torch that call an operation with the least overhead.
-_HOMES = (torch, torch._C._nn, torch.Tensor)
+_HOMES = (torch, torch.Tensor)
 
 # These depend on numbers, or on the strides of the memory of one run.
 _REFUSED = ("aten::_local_scalar_dense", "aten::nonzero", "aten::as_strided")
