@@ -1,21 +1,19 @@
 // `act_stats` and `act_stats_backward` for CPU tensors; see fastjac/ops/act_stats.py.
-#include "act_stats_kernels.h"
-
 #include <torch/csrc/stable/library.h>
 
 #include <tuple>
 #include <vector>
 
+#include "passes.h"
 #include "sums.h"
 
 namespace fastjac {
-namespace {
 
-std::tuple<Tensor, Tensor> run(const Tensor& z, const std::optional<Tensor>& g,
-                               const std::optional<Tensor>& w_sample,
-                               const std::optional<Tensor>& w_channel, int64_t dim,
-                               Statistic statistic, double scale, bool backward, int64_t fn,
-                               const std::vector<double>& params) {
+std::tuple<Tensor, Tensor> stats_pass(const Tensor& z, const std::optional<Tensor>& g,
+                                      const std::optional<Tensor>& w_sample,
+                                      const std::optional<Tensor>& w_channel, int64_t dim,
+                                      Statistic statistic, double scale, bool backward, int64_t fn,
+                                      const std::vector<double>& params) {
   const StatsOperands operands(z, g, w_sample, w_channel, dim);
   const Layout& layout = operands.layout;
   const Tasks tasks(layout.rows(), layout.columns());
@@ -49,11 +47,14 @@ std::tuple<Tensor, Tensor> run(const Tensor& z, const std::optional<Tensor>& g,
   return {result, value};
 }
 
+namespace {
+
 std::tuple<Tensor, Tensor> act_stats(const Tensor& z, const std::optional<Tensor>& w, int64_t dim,
                                      bool per_sample, double scale, int64_t fn,
                                      const std::vector<double>& params) {
-  return run(z, std::nullopt, per_sample ? std::nullopt : w, per_sample ? w : std::nullopt, dim,
-             per_sample ? Statistic::sample : Statistic::channel, scale, false, fn, params);
+  return stats_pass(z, std::nullopt, per_sample ? std::nullopt : w, per_sample ? w : std::nullopt,
+                    dim, per_sample ? Statistic::sample : Statistic::channel, scale, false, fn,
+                    params);
 }
 
 std::tuple<Tensor, Tensor> act_stats_backward(const Tensor& z, const std::optional<Tensor>& g,
@@ -61,8 +62,8 @@ std::tuple<Tensor, Tensor> act_stats_backward(const Tensor& z, const std::option
                                               const std::optional<Tensor>& w_channel, int64_t dim,
                                               int64_t statistic, double scale, int64_t fn,
                                               const std::vector<double>& params) {
-  return run(z, g, w_sample, w_channel, dim, static_cast<Statistic>(statistic), scale, true, fn,
-             params);
+  return stats_pass(z, g, w_sample, w_channel, dim, static_cast<Statistic>(statistic), scale, true,
+                    fn, params);
 }
 
 }  // namespace

@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "isa.h"
+#include "passes.h"
 #include "row_sqnorm_kernels.h"
 #include "rows.h"
 
@@ -37,7 +38,9 @@ void* part(void* flat, const Tensor& t, int64_t row) {
   return static_cast<char*>(flat) + row * size;
 }
 
-Tensor row_sqnorm(const std::vector<Tensor>& weights) {
+}  // namespace
+
+Tensor row_norms(const std::vector<Tensor>& weights) {
   const int64_t rows = total_rows(weights);
   Tensor out = torch::stable::new_empty(weights[0], {rows}, statistic_type(weights[0]));
   torch::stable::zero_(out);  // for rows without elements
@@ -54,8 +57,8 @@ Tensor row_sqnorm(const std::vector<Tensor>& weights) {
   return out;
 }
 
-void row_sqnorm_backward(std::vector<Tensor> grads, const std::vector<Tensor>& weights,
-                         const Tensor& c, bool add) {
+void scaled_rows(std::vector<Tensor> grads, const std::vector<Tensor>& weights, const Tensor& c,
+                 bool add) {
   const int64_t rows = total_rows(weights);
   check_rows_backward(grads, weights, c, rows);
   const Tensor coefficients = torch::stable::contiguous(c);
@@ -71,11 +74,9 @@ void row_sqnorm_backward(std::vector<Tensor> grads, const std::vector<Tensor>& w
   for_all_rows(weights, calls);
 }
 
-}  // namespace
-
 STABLE_TORCH_LIBRARY_IMPL(fastjac, CPU, m) {
-  m.impl("row_sqnorm", TORCH_BOX(&row_sqnorm));
-  m.impl("row_sqnorm_backward", TORCH_BOX(&row_sqnorm_backward));
+  m.impl("row_sqnorm", TORCH_BOX(&row_norms));
+  m.impl("row_sqnorm_backward", TORCH_BOX(&scaled_rows));
 }
 
 }  // namespace fastjac

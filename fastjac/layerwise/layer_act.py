@@ -25,14 +25,17 @@ from torch import Tensor
 from fastjac.ops.act_stats import (
     BIAS,
     NONE,
+    check_channels,
     composed_grad_z,
     composed_statistic,
     named,
     recorded,
+    result_like,
     spread,
 )
 from fastjac.ops.autograd import Function
-from fastjac.ops.registration import raw
+from fastjac.ops.dispatch import accumulate_dtype
+from fastjac.ops.registration import check_like, raw, register
 from fastjac.ops.row_sqnorm import add_to, alike, composed_rows, plus_rows, rows_of
 from fastjac.torch_private import below_autograd
 
@@ -64,7 +67,7 @@ def layer_act(
 
     ``layer`` is a `LayerActOptions`. Raises under forward mode and ``torch.func``.
     """
-    return apply_layer_act(x, weight, bias, z, layer)
+    return apply_layer_act(x, weight, bias, z, None, layer, None)
 
 
 class _LayerAct(Function):
@@ -74,14 +77,21 @@ class _LayerAct(Function):
     boxed_grads_call = True
 
     @staticmethod
-    def forward(ctx, x, weight, bias, z, layer):
-        conv, scale, fn, params, suffix, _, rows = layer
+    def forward(ctx, x, weight, bias, z, total, layer, share):
+        conv, scale, fn, params, suffix, impl, rows = layer
         dim = z.dim() - 1 if conv is None else 1
+        ctx.layer = layer
+        ctx.set_materialize_grads(False)
+        if impl == rows == "cpu":
+            with below_autograd():
+                a, s, r, total = raw("layer_act")(z, weight, total, dim, scale, fn, params)
+            ctx.save_for_backward(x, weight, bias, z, s, r)
+            if share is not None:
+                share += s, r
+            return a, total
         with below_autograd():
             r = rows_of([weight], rows) if rows else None
             a, s = raw("act_stats" + suffix)(z, None, dim, False, scale, fn, params)
-        ctx.layer = layer
-        ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, weight, bias, z, s if rows else None, r)
         if r is None:
             return a, s
@@ -94,36 +104,49 @@ class _LayerAct(Function):
         g, v = boxed
         x, weight, bias, z, s, r = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
+        rest = None, v if ctx.needs_input_grad[4] else None, None, None
         if recorded(g, v):
-            return *_recorded_backward(g, v, x, weight, bias, z, needs, ctx.layer), None, None
-        conv, scale, fn, params, suffix, _, rows = ctx.layer
+            return *_recorded_backward(g, v, x, weight, bias, z, needs, ctx.layer), *rest
+        conv, scale, fn, params, suffix, impl, rows = ctx.layer
         if v is None:
             grad_z = raw("act" + suffix)(z, g, 1, fn, params)
-            return *_layer_backward(grad_z, x, weight, bias, conv, needs), None, None
+            return *_layer_backward(grad_z, x, weight, bias, conv, needs), *rest
         dim = z.dim() - 1 if conv is None else 1
-        q, statistic = r * v if rows else v, BIAS if needs[2] else NONE
-        grad_z, grad_b = raw("act_stats_backward" + suffix)(
-            z, g, None, q, dim, statistic, scale, fn, params
-        )
-        c = s * v if rows and needs[1] else None
+        at_once = impl == rows == "cpu"
+        with below_autograd():
+            if at_once:
+                options = dim, needs[2], scale, fn, params
+                grad_z, grad_b, c = raw("layer_act_backward")(z, g, v, s, r, *options)
+            else:
+                q, statistic = r * v if rows else v, BIAS if needs[2] else NONE
+                grad_z, grad_b = raw("act_stats_backward" + suffix)(
+                    z, g, None, q, dim, statistic, scale, fn, params
+                )
+                c = s * v if rows else None
         ctx.maybe_clear_saved_tensors()  # not if the graph is retained
         boxed.clear()
         del grads, g, z
-        if needs[2]:
-            needs = (*needs[:2], False)
-            grad_b = grad_b if grad_b.dtype == bias.dtype else grad_b.to(bias.dtype)
-        else:
+        if not needs[2]:
             grad_b = None
-        if c is None or conv is not None or weight.dtype != grad_z.dtype:
-            grad_x, grad_w, _ = _layer_backward(grad_z, x, weight, bias, conv, needs)
-            return grad_x, _add_rows(grad_w, weight, c, rows), grad_b, None, None
-        # The GEMM adds its product to 2 c W while that is in the cache. This costs half of a pass
-        # over ∂W after the GEMM (784-4×512-10, batch 128: +0.09 ms a step against +0.21).
-        grad_w = torch.empty_like(weight)
-        add_to([grad_w], [weight], c, rows, add=False)
-        grad_w.addmm_(_flat(grad_z).t(), _flat(x))
-        del x
-        return grad_z.matmul(weight) if needs[0] else None, grad_w, grad_b, None, None
+        elif grad_b.dtype != bias.dtype:
+            grad_b = grad_b.to(bias.dtype)
+        if at_once and conv is None and needs[1] and _dense(grad_z, x, weight):
+            with below_autograd():
+                grad_x, grad_w = raw("linear_backward")(grad_z, x, weight, c, needs[0])
+            return grad_x if needs[0] else None, grad_w, grad_b, *rest
+        grad_x, grad_w, _ = _layer_backward(grad_z, x, weight, bias, conv, (*needs[:2], False))
+        return grad_x, _add_rows(grad_w, weight, c, rows), grad_b, *rest
+
+
+def _dense(grad_z: Tensor, x: Tensor, weight: Tensor) -> bool:
+    """Whether ``linear_backward`` can compute the gradients."""
+    return (
+        grad_z.dtype in (torch.float32, torch.float64)
+        and grad_z.dtype == weight.dtype == x.dtype
+        and grad_z.is_contiguous()
+        and x.is_contiguous()
+        and weight.is_contiguous()
+    )
 
 
 def _add_rows(grad: Tensor | None, weight: Tensor, c: Tensor | None, impl: str) -> Tensor | None:
@@ -202,3 +225,48 @@ def _layer_backward(
 def _flat(t: Tensor) -> Tensor:
     """``[N·P, C]``, by reshape, since flatten has no batching rule."""
     return t if t.dim() == 2 else t.reshape(-1, t.shape[-1])
+
+
+# ---- the raw ops, for CPU tensors
+
+
+def _fake(z, weight, total, dim, *rest):
+    check_channels(z, dim)
+    a = result_like(z, dim)
+    s = z.new_empty(z.shape[dim], dtype=accumulate_dtype(z.dtype))
+    return a, s, torch.empty_like(s), s.new_empty(())
+
+
+def _fake_backward(z, g, v, s, r, dim, bias, *rest):
+    check_channels(z, dim)
+    check_like(g, z, "g")
+    size = z.shape[dim] if bias else 0
+    sums = z.new_empty(size, dtype=accumulate_dtype(z.dtype))
+    return result_like(z, dim), sums, torch.empty_like(s)
+
+
+def _fake_linear(grad_z, x, weight, c, needs_x):
+    return torch.empty_like(x) if needs_x else x.new_empty(0), torch.empty_like(weight)
+
+
+# (φ(z), s, r, total + Σ_c s_c r_c). Without a total it is 0.
+register(
+    "layer_act(Tensor z, Tensor weight, Tensor? total, int dim, float scale, int fn,"
+    " float[] params) -> (Tensor, Tensor, Tensor, Tensor)",
+    derivative="use act_stats and row_sqnorm",
+    fake=_fake,
+)
+# (∂z, ∂b or an empty tensor, c = v s), where q = v r in the formula of `act_stats`.
+register(
+    "layer_act_backward(Tensor z, Tensor? g, Tensor v, Tensor s, Tensor r, int dim, bool bias,"
+    " float scale, int fn, float[] params) -> (Tensor, Tensor, Tensor)",
+    derivative="use act_stats and row_sqnorm",
+    fake=_fake_backward,
+)
+# (∂x or an empty tensor, ∂W = ∂zᵀ x + 2 c W) of a Linear; float32 or float64, contiguous.
+register(
+    "linear_backward(Tensor grad_z, Tensor x, Tensor weight, Tensor c, bool needs_x)"
+    " -> (Tensor, Tensor)",
+    derivative="use linear and row_sqnorm",
+    fake=_fake_linear,
+)

@@ -100,8 +100,11 @@ def at_layer(
         if tap is not None and tap[0] == identity(weight) and saved_tensor_hooks() is None:
             weight, r = tap[1:]
             options = options._replace(rows="")
-        run = layer_act if seen.compiling else apply_layer_act
-        a, v = run(call.x, weight, call.layer.module.bias, call.z.detach(), options)
+        inputs = call.x, weight, call.layer.module.bias, call.z.detach()
+        if seen.compiling:
+            a, v = layer_act(*inputs, options)
+        else:
+            a, v = apply_layer_act(*inputs, None, options, None)
         seen.whole.append(call.layer)
         term = Statistic(call, v) if r is None else Statistic(call, v, by_channel=True, r=r)
     elif call.layer.hooked and is_dtensor(call.weight):
