@@ -1,6 +1,7 @@
 // `act_stats` and `act_stats_backward` for CPU tensors; see fastjac/ops/act_stats.py.
 #include <torch/csrc/stable/library.h>
 
+#include <cstring>
 #include <tuple>
 #include <vector>
 
@@ -9,12 +10,9 @@
 
 namespace fastjac {
 
-std::tuple<Tensor, Tensor> stats_pass(const Tensor& z, const std::optional<Tensor>& g,
-                                      const std::optional<Tensor>& w_sample,
-                                      const std::optional<Tensor>& w_channel, int64_t dim,
-                                      Statistic statistic, double scale, bool backward, int64_t fn,
-                                      const std::vector<double>& params) {
-  const StatsOperands operands(z, g, w_sample, w_channel, dim);
+void stats_pass(const StatsOperands& operands, const void* w_channel, Statistic statistic,
+                double scale, bool backward, int64_t fn, const std::vector<double>& params,
+                void* value) {
   const Layout& layout = operands.layout;
   const Tasks tasks(layout.rows(), layout.columns());
   const Sum sum = operands.sum(statistic);
@@ -22,39 +20,50 @@ std::tuple<Tensor, Tensor> stats_pass(const Tensor& z, const std::optional<Tenso
   Tensor result = operands.out;
   const StatsCall call{fn,
                        checked_params(fn, params),
-                       dtype_of(z),
+                       dtype_of(operands.z),
                        backward,
                        operands.z.const_data_ptr(),
                        StatsOperands::pointer(operands.g),
                        result.mutable_data_ptr(),
                        StatsOperands::pointer(operands.w_sample),
-                       StatsOperands::pointer(operands.w_channel),
+                       w_channel,
                        2 * scale,
                        layout,
                        sum,
                        partial.data()};
   run_tasks(call, tasks);
-  Tensor value = torch::stable::new_empty(z, {operands.size(statistic)}, statistic_type(z));
-  if (z.numel() == 0) {
-    torch::stable::zero_(value);
-  } else if (dtype_of(value) == DType::f64) {
+  const bool wide = call.dtype == DType::f64;
+  if (operands.z.numel() == 0) {
+    std::memset(value, 0, operands.size(statistic) * (wide ? 8 : 4));
+  } else if (wide) {
     finish(operands, statistic, tasks, partial, scale_of(statistic, scale),
-           static_cast<double*>(value.mutable_data_ptr()));
+           static_cast<double*>(value));
   } else {
     finish(operands, statistic, tasks, partial, scale_of(statistic, scale),
-           static_cast<float*>(value.mutable_data_ptr()));
+           static_cast<float*>(value));
   }
-  return {result, value};
 }
 
 namespace {
 
+std::tuple<Tensor, Tensor> run(const Tensor& z, const std::optional<Tensor>& g,
+                               const std::optional<Tensor>& w_sample,
+                               const std::optional<Tensor>& w_channel, int64_t dim,
+                               Statistic statistic, double scale, bool backward, int64_t fn,
+                               const std::vector<double>& params) {
+  const StatsOperands operands(z, g, w_sample, w_channel, dim);
+  operands.sum(statistic);  // raises if there is no such statistic
+  Tensor value = torch::stable::new_empty(z, {operands.size(statistic)}, statistic_type(z));
+  stats_pass(operands, StatsOperands::pointer(operands.w_channel), statistic, scale, backward, fn,
+             params, value.mutable_data_ptr());
+  return {operands.out, value};
+}
+
 std::tuple<Tensor, Tensor> act_stats(const Tensor& z, const std::optional<Tensor>& w, int64_t dim,
                                      bool per_sample, double scale, int64_t fn,
                                      const std::vector<double>& params) {
-  return stats_pass(z, std::nullopt, per_sample ? std::nullopt : w, per_sample ? w : std::nullopt,
-                    dim, per_sample ? Statistic::sample : Statistic::channel, scale, false, fn,
-                    params);
+  return run(z, std::nullopt, per_sample ? std::nullopt : w, per_sample ? w : std::nullopt, dim,
+             per_sample ? Statistic::sample : Statistic::channel, scale, false, fn, params);
 }
 
 std::tuple<Tensor, Tensor> act_stats_backward(const Tensor& z, const std::optional<Tensor>& g,
@@ -62,8 +71,8 @@ std::tuple<Tensor, Tensor> act_stats_backward(const Tensor& z, const std::option
                                               const std::optional<Tensor>& w_channel, int64_t dim,
                                               int64_t statistic, double scale, int64_t fn,
                                               const std::vector<double>& params) {
-  return stats_pass(z, g, w_sample, w_channel, dim, static_cast<Statistic>(statistic), scale, true,
-                    fn, params);
+  return run(z, g, w_sample, w_channel, dim, static_cast<Statistic>(statistic), scale, true, fn,
+             params);
 }
 
 }  // namespace

@@ -77,17 +77,17 @@ class _LayerAct(Function):
     boxed_grads_call = True
 
     @staticmethod
-    def forward(ctx, x, weight, bias, z, total, layer, share):
+    def forward(ctx, x, weight, bias, z, total, layer, tables):
         conv, scale, fn, params, suffix, impl, rows = layer
         dim = z.dim() - 1 if conv is None else 1
         ctx.layer = layer
         ctx.set_materialize_grads(False)
         if impl == rows == "cpu":
             with below_autograd():
-                a, s, r, total = raw("layer_act")(z, weight, total, dim, scale, fn, params)
-            ctx.save_for_backward(x, weight, bias, z, s, r)
-            if share is not None:
-                share += s, r
+                a, table, total = raw("layer_act")(z, weight, total, dim, scale, fn, params)
+            ctx.save_for_backward(x, weight, bias, z, table, None)
+            if tables is not None:
+                tables.append(table)
             return a, total
         with below_autograd():
             r = rows_of([weight], rows) if rows else None
@@ -116,7 +116,7 @@ class _LayerAct(Function):
         with below_autograd():
             if at_once:
                 options = dim, needs[2], scale, fn, params
-                grad_z, grad_b, c = raw("layer_act_backward")(z, g, v, s, r, *options)
+                grad_z, grad_b, c = raw("layer_act_backward")(z, g, v, s, *options)
             else:
                 q, statistic = r * v if rows else v, BIAS if needs[2] else NONE
                 grad_z, grad_b = raw("act_stats_backward" + suffix)(
@@ -232,38 +232,40 @@ def _flat(t: Tensor) -> Tensor:
 
 def _fake(z, weight, total, dim, *rest):
     check_channels(z, dim)
-    a = result_like(z, dim)
-    s = z.new_empty(z.shape[dim], dtype=accumulate_dtype(z.dtype))
-    return a, s, torch.empty_like(s), s.new_empty(())
+    table = z.new_empty((2, z.shape[dim]), dtype=accumulate_dtype(z.dtype))
+    return result_like(z, dim), table, table.new_empty(())
 
 
-def _fake_backward(z, g, v, s, r, dim, bias, *rest):
+def _fake_backward(z, g, v, table, dim, bias, *rest):
     check_channels(z, dim)
     check_like(g, z, "g")
-    size = z.shape[dim] if bias else 0
-    sums = z.new_empty(size, dtype=accumulate_dtype(z.dtype))
-    return result_like(z, dim), sums, torch.empty_like(s)
+    channels = z.shape[dim]
+    return (
+        result_like(z, dim),
+        table.new_empty(channels if bias else 0),
+        table.new_empty(channels),
+    )
 
 
 def _fake_linear(grad_z, x, weight, c, needs_x):
     return torch.empty_like(x) if needs_x else x.new_empty(0), torch.empty_like(weight)
 
 
-# (φ(z), s, r, total + Σ_c s_c r_c). Without a total it is 0.
+# Returns φ(z), the table [s, r], and total + Σ_c s_c r_c.
 register(
     "layer_act(Tensor z, Tensor weight, Tensor? total, int dim, float scale, int fn,"
-    " float[] params) -> (Tensor, Tensor, Tensor, Tensor)",
+    " float[] params) -> (Tensor, Tensor, Tensor)",
     derivative="use act_stats and row_sqnorm",
     fake=_fake,
 )
-# (∂z, ∂b or an empty tensor, c = v s), where q = v r in the formula of `act_stats`.
+# Returns ∂z, ∂b (empty if not `bias`) and c = v s, for the gradient v of the total.
 register(
-    "layer_act_backward(Tensor z, Tensor? g, Tensor v, Tensor s, Tensor r, int dim, bool bias,"
+    "layer_act_backward(Tensor z, Tensor? g, Tensor v, Tensor table, int dim, bool bias,"
     " float scale, int fn, float[] params) -> (Tensor, Tensor, Tensor)",
     derivative="use act_stats and row_sqnorm",
     fake=_fake_backward,
 )
-# (∂x or an empty tensor, ∂W = ∂zᵀ x + 2 c W) of a Linear; float32 or float64, contiguous.
+# Returns ∂x (empty if not `needs_x`) and ∂W = ∂zᵀ x + 2 c W of a Linear; float32 or float64.
 register(
     "linear_backward(Tensor grad_z, Tensor x, Tensor weight, Tensor c, bool needs_x)"
     " -> (Tensor, Tensor)",

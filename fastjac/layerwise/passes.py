@@ -102,6 +102,11 @@ class Pass:
         self.whole: list[Layer] = []  # the layers that are one node with their term
         self.whole_before: list[Layer] = []  # those of the previous pass
         self.taps: dict[Layer, Any] = {}  # (identity of the weight, a view of it, its row norms)
+        # Whether all terms have one factor. A layer on a CPU then adds its term to the total of
+        # those before it, in its own node, instead of `finish` in nodes of its own.
+        self.running = False
+        self.totals: dict[torch.dtype, Tensor] = {}  # by the dtype of z
+        self.tables: list[Tensor] = []  # s and r of these layers
 
     # ---- what the forwards report
 

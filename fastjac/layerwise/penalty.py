@@ -76,13 +76,17 @@ class LayerPenalty(LayerStatistic, ModelPenalty):
             for name, v, factor in shares:
                 key = name, ran[name]
                 ran[name] += 1
+                v = v.prod(0) if v.dim() == 2 else v
                 share = v.sum() * (factor / samples if self.reduction == "mean" else factor)
                 values[key] = values[key] + share if key in values else share
         return [(name, value) for (name, _), value in values.items()]
 
     def remember(self, batch: int, shares: Sequence[tuple[Term, Tensor, float]]) -> None:
-        """Notes each layer's share ``f Σ v`` of the sum over a pass, given ``(term, v, f)``."""
-        self._shares.append((batch, [(t.call.name, v.detach(), f) for t, v, f in shares]))
+        """Notes each layer's share ``f Σ v`` of the sum over a pass, given ``(term, v, f)``.
+
+        A v of two rows stands for their product.
+        """
+        self._shares.append((batch, [(t.call.layer.name, v.detach(), f) for t, v, f in shares]))
 
     # ---- called
 

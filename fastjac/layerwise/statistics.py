@@ -58,6 +58,7 @@ class Statistic(Term):
     r: Tensor | None = None  # the row norms, if they are computed already
     gain: Gain = NO_GAIN  # the factor of r that comes from a norm
     impl: str = "auto"  # the implementation that computes r
+    table: Tensor | None = None  # if result is a running total (`Pass.totals`): s and r, detached
     whole_shape: Any = None  # the shape of the whole z, if this process has a part of it
 
     @property
@@ -94,19 +95,7 @@ def at_layer(
     if a is None and call.norm is None and seen.grad and not seen.transformed:
         options = _one_node(call, phi, seen.compiling, wanted)
     if options is not None:
-        weight, r = call.weight, None
-        tap = seen.taps.get(call.layer) if seen.taps else None
-        # Only for the same weight, and not in a checkpoint, which would have to recompute the tap.
-        if tap is not None and tap[0] == identity(weight) and saved_tensor_hooks() is None:
-            weight, r = tap[1:]
-            options = options._replace(rows="")
-        inputs = call.x, weight, call.layer.module.bias, call.z.detach()
-        if seen.compiling:
-            a, v = layer_act(*inputs, options)
-        else:
-            a, v = apply_layer_act(*inputs, None, options, None)
-        seen.whole.append(call.layer)
-        term = Statistic(call, v) if r is None else Statistic(call, v, by_channel=True, r=r)
+        a, term = _in_one_node(seen, call, options)
     elif call.layer.hooked and is_dtensor(call.weight):
         a, term = _of_shards(call, phi, a, wanted)
     elif a is None and _after_batch_norm(seen, call, phi, wanted):
@@ -159,10 +148,10 @@ def norms_of_rows_at_once(seen: Pass) -> None:
         return
     if seen.sharded:  # some weights are freed
         return
-    weights = {layer: layer.module.weight for layer in seen.whole_before}
-    first = next(iter(weights.values()))
+    first = seen.whole_before[0].module.weight
     if first.device.type not in TAPPED or seen.wanted.per_sample or not seen.wanted.use_weight:
         return
+    weights = {layer: layer.module.weight for layer in seen.whole_before}
     kind = (first.dtype, first.device)
     weights = {
         layer: w
@@ -247,6 +236,33 @@ def _one_node(
         key = (*key[:2], dict(phi.params), *key[3:])  # the module may change its own params
         layer.memo = key, _layer_act_options(call, phi, wanted)
     return layer.memo[1]
+
+
+def _in_one_node(
+    seen: Pass, call: LayerCall, options: LayerActOptions
+) -> tuple[Tensor, Statistic]:
+    weight, module = call.weight, call.layer.module
+    bias = module._parameters.get("bias")
+    if bias is None:  # none, or a property
+        bias = module.bias
+    z = call.z.detach()
+    if seen.compiling:
+        a, v = layer_act(call.x, weight, bias, z, options)
+        return a, Statistic(call, v)
+    seen.whole.append(call.layer)
+    tap = seen.taps.get(call.layer) if seen.taps else None
+    # Only for the same weight, and not in a checkpoint, which would have to recompute the tap.
+    if tap is not None and tap[0] == identity(weight) and saved_tensor_hooks() is None:
+        weight, r = tap[1:]
+        a, s = apply_layer_act(call.x, weight, bias, z, None, options._replace(rows=""), None)
+        return a, Statistic(call, s, by_channel=True, r=r)
+    if not (seen.running and options.impl == options.rows == "cpu"):
+        a, v = apply_layer_act(call.x, weight, bias, z, None, options, None)
+        return a, Statistic(call, v)
+    before, tables = seen.totals.get(z.dtype), seen.tables
+    a, total = apply_layer_act(call.x, weight, bias, z, before, options, tables)
+    seen.totals[z.dtype] = total
+    return a, Statistic(call, total, table=tables[-1])
 
 
 def _layer_act_options(

@@ -43,11 +43,16 @@ class SumOverLayers(LayerPenalty):
         """The ``f`` of each layer that counts."""
         raise NotImplementedError
 
+    def one_factor(self) -> bool:
+        """Whether all layers that are found count, with the same ``f / d``."""
+        return False
+
     # ---- the statistic, and the sum
 
     def before_pass(self, seen: Pass) -> None:
         per_sample = not self.squared or self.reduction == "none"
         seen.wanted = Wanted(per_sample, self.use_weight)
+        seen.running = self.one_factor() and not (seen.compiling or seen.sharded)
         statistics.norms_of_rows_at_once(seen)
 
     at_layer = staticmethod(statistics.at_layer)
@@ -71,10 +76,12 @@ class SumOverLayers(LayerPenalty):
         if common == 1:  # the factors differ, or all are 1
             for t, f in zip(terms, scales, strict=True):
                 t.result = t.result if f == 1 else t.result * f
-        sums = [t.result for t in terms if not t.by_channel]
-        totals = [torch.stack(sums).sum()] if sums else []
+        totals = list(seen.totals.values())
+        sums = [t.result for t in terms if not t.by_channel and t.table is None]
+        totals += [torch.stack(sums).sum()] if sums else []
         totals += statistics.totals([t for t in terms if t.by_channel], seen.wanted)
-        self.remember(batch, [(t, t.result, common) for t in terms])
+        shares = [t.result if t.table is None else t.table for t in terms]
+        self.remember(batch, [(t, v, common) for t, v in zip(terms, shares, strict=True)])
         total = totals[0] if len(totals) == 1 else torch.stack(totals).sum()
         return Sum(total if common == 1 else total * common, batch)
 

@@ -119,6 +119,10 @@ class DREG(SumOverLayers):
         if model is not None:  # last, so that an invalid option leaves the model unchanged
             self._attach(model)
 
+    def one_factor(self) -> bool:
+        every = type(self).select is SumOverLayers.select
+        return every and self.over == self.positions == "sum" and self.layer_weights is None
+
     def divisor(self, term: Statistic) -> float:
         if self.over == self.positions == "sum":
             return 1.0
