@@ -161,18 +161,21 @@ class LayerForward(Forward):
         forward = self.previous or self.own
         if running is None:
             return forward(*args, **kwargs)
+        layer = self.layer
         z, products = None, None
         if (
             running.compute is not None
-            and self.layer.plain
+            and layer.plain
             and self.previous is None
             and len(args) == 1
         ):
             z = running.compute(self.module, args[0])
-        if z is None:
+        if z is None and layer.plain:
+            z = forward(*args, **kwargs)
+        elif z is None:
             z, products = self.computed(forward, *args, **kwargs)
         if isinstance(z, Tensor):
-            running.layer_ran(self.layer, args[0] if args else first(args, kwargs), z, products)
+            running.layer_ran(layer, args[0] if args else first(args, kwargs), z, products)
         return z
 
     def computed(self, forward: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
@@ -249,14 +252,17 @@ class ActivationForward(Forward):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         observer = self.observer
         running = None if observer is None else observer.running()
-        call = None if running is None else running.find(first(args, kwargs))
+        call = None
+        if running is not None:
+            call = running.find(args[0] if args else first(args, kwargs))
         if running is None or call is None:
             return self.plain(*args, **kwargs)
         # A forward of another watch, which this one replaced, must see z too.
         a = None if self.previous is None else self.previous(*args, **kwargs)
-        module = self.module
-        if any(getattr(module, name) != value for name, value in self.chosen_by):
-            self.prepare()
+        for name, value in self.chosen_by:
+            if getattr(self.module, name) != value:
+                self.prepare()
+                break
         return running.activate(call, self.phi, a)
 
 

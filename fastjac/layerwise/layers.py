@@ -87,6 +87,13 @@ class Nonlinearity:
         assert self.module is not None
         return module_derivative(self.module, z)
 
+    def overwrites(self) -> bool:
+        """Whether the activation writes to z."""
+        module = self.module
+        if module is None or not ("inplace" in vars(module) or hasattr(type(module), "inplace")):
+            return False  # without asking the module, whose error would take 2 µs
+        return bool(module.inplace)
+
     def _act(self, z: Tensor, order: int) -> Tensor:
         assert self.fn is not None
         return act(z, None, order, self.fn, impl=self.impl, **self.params)

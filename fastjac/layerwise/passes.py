@@ -126,7 +126,7 @@ class Pass:
                 self.left_out.append((layer.name, UNKNOWN_WEIGHT))
                 return None
             weight, groups = product.weight, product.groups
-        if not layer.hooked and is_dtensor(weight):
+        if type(weight) is not nn.Parameter and not layer.hooked and is_dtensor(weight):
             raise RuntimeError(
                 f"layer {layer.name}: its weight became a DTensor (tensor parallel) after the "
                 "penalty was attached: attach the penalty after parallelize_module"
@@ -151,7 +151,7 @@ class Pass:
                     if call.z is z:
                         refuse_written(z, call.name)
                         return call
-                elif call.is_output(z):
+                elif call.z is z or (call.ref is not None and call.is_output(z)):
                     # After ``out += skip`` it is the same object with other values.
                     return call if call.version == z._version else None
         return None
@@ -168,10 +168,15 @@ class Pass:
             call.release()
 
     def activate(self, call: LayerCall, phi: Nonlinearity, a: Tensor | None) -> Tensor:
-        self._check(call)
-        call.used = True
         original = call.z
-        in_place = a is None and getattr(phi.module, "inplace", False)
+        if self.grad and not original.requires_grad and call.weight.requires_grad:
+            # Under torch.func, requires_grad does not say whether there is a gradient.
+            if not transforms_active():
+                raise without_gradient(call)
+        if original.dim() < 2:
+            raise without_samples(call)
+        call.used = True
+        in_place = a is None and phi.overwrites()
         if in_place:  # the penalty needs z, and the model expects that it is overwritten
             call.z = original.clone()
             call.version = call.version if self.compiling else call.z._version
@@ -194,29 +199,12 @@ class Pass:
             finally:  # a checkpoint ends its recomputation by an exception
                 if not self.compiling:
                     call.release()
-            self._note(term, a)
+            # A recomputation makes the same operations, and its terms are not used.
+            if self.task == -1:
+                self.terms.append(term)
+                if self.include_output:
+                    self.activated.append(a)
         return original.copy_(a) if in_place else a
-
-    def _note(self, term: Term, a: Tensor) -> None:
-        if self.task == -1:  # a recomputation makes the same operations, and its terms are not used
-            self.terms.append(term)
-            if self.include_output:
-                self.activated.append(a)
-
-    def _check(self, call: LayerCall) -> None:
-        # Under torch.func, requires_grad does not say whether there is a gradient.
-        needed = self.grad and not transforms_active()
-        if needed and not call.z.requires_grad and call.weight.requires_grad:
-            raise RuntimeError(
-                f"layer {call.name}: its pre-activation was computed with gradients off (in a "
-                "reentrant checkpoint, or under torch.no_grad() in forward), so a part of the "
-                "gradient of the penalty would be lost: use checkpoint(..., use_reentrant=False)"
-            )
-        if call.z.dim() < 2:
-            raise RuntimeError(
-                f"layer {call.name}: its output has shape {tuple(call.z.shape)}: dimension 0 must "
-                "be the samples in the whole model; give x a batch dimension"
-            )
 
     # ---- after the run
 
@@ -236,7 +224,9 @@ class Pass:
         """Computes the terms that are missing, and notes which layers have none."""
         for call, phi in self.postponed:
             a, term = statistic.at_layer(self, call, phi, call.z)
-            self._note(term, a)
+            self.terms.append(term)
+            if self.include_output:
+                self.activated.append(a)
         outputs = [output] if isinstance(output, Tensor) else tree_leaves(output)
         left_out, ran = self.left_out, self.ran
         for call in self.calls:
@@ -290,3 +280,18 @@ def samples_of(args: Any, kwargs: Any) -> int | None:
         if isinstance(t, Tensor) and t.dim() > 0:
             return t.shape[0]
     return None
+
+
+def without_gradient(call: LayerCall) -> RuntimeError:
+    return RuntimeError(
+        f"layer {call.name}: its pre-activation was computed with gradients off (in a reentrant "
+        "checkpoint, or under torch.no_grad() in forward), so a part of the gradient of the "
+        "penalty would be lost: use checkpoint(..., use_reentrant=False)"
+    )
+
+
+def without_samples(call: LayerCall) -> RuntimeError:
+    return RuntimeError(
+        f"layer {call.name}: its output has shape {tuple(call.z.shape)}: dimension 0 must be the "
+        "samples in the whole model; give x a batch dimension"
+    )

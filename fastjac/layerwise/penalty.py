@@ -25,10 +25,11 @@ class LayerOptions(PenaltyOptions, total=False):
 
 @dataclass
 class Sum:
-    """``Σ_n R_n`` of ``count`` samples, if the values of the samples are not needed."""
+    """``Σ_n R_n = factor total`` of ``count`` samples, if the values of these are not needed."""
 
     total: Tensor
     count: int
+    factor: float = 1.0
 
 
 class LayerPenalty(LayerStatistic, ModelPenalty):
@@ -151,7 +152,8 @@ class LayerPenalty(LayerStatistic, ModelPenalty):
             return super()._reduce(values)
         factor = self._factor(values.total)
         # The mean over no samples would be 0/0.
-        return values.total * (factor / (values.count or 1) if self.reduction == "mean" else factor)
+        count = (values.count or 1) if self.reduction == "mean" else 1
+        return values.total * (factor * values.factor / count)
 
     # ---- attached
 
@@ -194,8 +196,9 @@ class LayerPenalty(LayerStatistic, ModelPenalty):
                 f"{type(self).__name__}() has no model: attach it, {type(self).__name__}(model), "
                 "or call it with (model, x)"
             )
-        self._watch.forget_dropped()
-        passes, self._watch.passes = self._watch.passes, []
+        watch = self._watch
+        watch.forget_dropped()
+        passes, watch.passes = watch.passes, []
         if not passes:
             raise RuntimeError(
                 "penalty(): the model has not run since the last call with training mode and "
@@ -213,8 +216,9 @@ class LayerPenalty(LayerStatistic, ModelPenalty):
         vars(self)["_shares"] = []
         value = self._reduce(_together([self._finish(seen) for seen, _ in due]))
         self.count_call()
-        value = distributed.attached(value, *[t for _, output in due for t in output.tensors])
-        return distributed.through_sink(value, self._watch.ddp)
+        if distributed.active():
+            value = distributed.attached(value, *[t for _, output in due for t in output.tensors])
+        return value if watch.ddp is None else distributed.through_sink(value, watch.ddp)
 
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()
@@ -240,5 +244,6 @@ def _together(results: Sequence[Tensor | Sum]) -> Tensor | Sum:
         return results[0]
     sums = [r for r in results if isinstance(r, Sum)]
     if sums:
-        return Sum(torch.stack([s.total for s in sums]).sum(), sum(s.count for s in sums))
+        totals = [s.total if s.factor == 1 else s.total * s.factor for s in sums]
+        return Sum(torch.stack(totals).sum(), sum(s.count for s in sums))
     return torch.cat([r for r in results if isinstance(r, Tensor)])

@@ -89,13 +89,15 @@ def at_layer(
     seen: Pass, call: LayerCall, phi: Nonlinearity, a: Tensor | None
 ) -> tuple[Tensor, Statistic]:
     """``φ(z)``, which is a if that is given, and the statistic of the layer."""
-    wanted, options = seen.wanted, None
+    wanted, found = seen.wanted, None
     if seen.sharded:
         sharded.check_gathered(call)
     if a is None and call.norm is None and seen.grad and not seen.transformed:
-        options = _one_node(call, phi, seen.compiling, wanted)
-    if options is not None:
-        a, term = _in_one_node(seen, call, options)
+        found = _one_node(seen, call, phi, wanted)
+        if found is not None and not seen.sharded:
+            return found
+    if found is not None:
+        a, term = found
     elif call.layer.hooked and is_dtensor(call.weight):
         a, term = _of_shards(call, phi, a, wanted)
     elif a is None and _after_batch_norm(seen, call, phi, wanted):
@@ -220,49 +222,50 @@ def _rows(call: LayerCall, impl: str, gain: Gain, wanted: Wanted) -> Tensor | No
 
 
 def _one_node(
-    call: LayerCall, phi: Nonlinearity, compiling: bool, wanted: Wanted
-) -> LayerActOptions | None:
-    """The options of `layer_act` if it can compute this call, else None."""
-    if compiling:
-        return _layer_act_options(call, phi, wanted)
-    # Hooks on z would see no gradient, and the weight's gradient needs the x of the forward.
-    z, x, layer = call.z, call.x, call.layer
-    if x is None or z._backward_hooks or z.retains_grad or x._version != call.x_version:
-        return None
-    # Everything that the options depend on, beside the module.
-    conv = None if layer.linear else conv_options(layer.module)
-    key = (phi.fn, phi.impl, phi.params, wanted, z.dtype, z.device, call.weight.stride(), conv)
-    if layer.memo is None or layer.memo[0] != key:
-        key = (*key[:2], dict(phi.params), *key[3:])  # the module may change its own params
-        layer.memo = key, _layer_act_options(call, phi, wanted)
-    return layer.memo[1]
-
-
-def _in_one_node(
-    seen: Pass, call: LayerCall, options: LayerActOptions
-) -> tuple[Tensor, Statistic]:
-    weight, module = call.weight, call.layer.module
-    bias = module._parameters.get("bias")
-    if bias is None:  # none, or a property
-        bias = module.bias
-    z = call.z.detach()
+    seen: Pass, call: LayerCall, phi: Nonlinearity, wanted: Wanted
+) -> tuple[Tensor, Statistic] | None:
+    """``φ(z)`` and the statistic by `layer_act`; None if it cannot compute this call."""
+    z, x, layer, weight = call.z, call.x, call.layer, call.weight
     if seen.compiling:
-        a, v = layer_act(call.x, weight, bias, z, options)
+        options = _layer_act_options(call, phi, wanted)
+    # Hooks on z would see no gradient, and the weight's gradient needs the x of the forward.
+    elif x is None or z._backward_hooks or z.retains_grad or x._version != call.x_version:
+        return None
+    else:
+        # Everything that the options depend on, beside the module.
+        conv = None if layer.linear else conv_options(layer.module)
+        kinds = z.dtype, z.device, weight.dtype, weight.stride()
+        key = (phi.fn, phi.impl, phi.params, wanted, kinds, conv)
+        memo = layer.memo
+        if memo is None or memo[0] != key:
+            key = (*key[:2], dict(phi.params), *key[3:])  # the module may change its own params
+            memo = layer.memo = key, _layer_act_options(call, phi, wanted)
+        options = memo[1]
+    if options is None:
+        return None
+    bias = layer.module._parameters.get("bias")
+    if bias is None:  # none, or a property
+        bias = layer.module.bias
+    if seen.compiling:
+        a, v = layer_act(x, weight, bias, z.detach(), options)
         return a, Statistic(call, v)
-    seen.whole.append(call.layer)
-    tap = seen.taps.get(call.layer) if seen.taps else None
+    seen.whole.append(layer)
+    if seen.running and options.impl == options.rows == "cpu" and not seen.taps:
+        totals, tables, dtype = seen.totals, seen.tables, z.dtype
+        a, total = apply_layer_act(
+            x, weight, bias, z.detach(), totals.get(dtype), options, tables
+        )
+        totals[dtype] = total
+        return a, Statistic(call, total, table=tables[-1])
+    tap = seen.taps.get(layer)
     # Only for the same weight, and not in a checkpoint, which would have to recompute the tap.
     if tap is not None and tap[0] == identity(weight) and saved_tensor_hooks() is None:
         weight, r = tap[1:]
-        a, s = apply_layer_act(call.x, weight, bias, z, None, options._replace(rows=""), None)
+        options = options._replace(rows="")
+        a, s = apply_layer_act(x, weight, bias, z.detach(), None, options, None)
         return a, Statistic(call, s, by_channel=True, r=r)
-    if not (seen.running and options.impl == options.rows == "cpu"):
-        a, v = apply_layer_act(call.x, weight, bias, z, None, options, None)
-        return a, Statistic(call, v)
-    before, tables = seen.totals.get(z.dtype), seen.tables
-    a, total = apply_layer_act(call.x, weight, bias, z, before, options, tables)
-    seen.totals[z.dtype] = total
-    return a, Statistic(call, total, table=tables[-1])
+    a, v = apply_layer_act(x, weight, bias, z.detach(), None, options, None)
+    return a, Statistic(call, v)
 
 
 def _layer_act_options(

@@ -44,7 +44,7 @@ class SumOverLayers(LayerPenalty):
         raise NotImplementedError
 
     def one_factor(self) -> bool:
-        """Whether all layers that are found count, with the same ``f / d``."""
+        """Whether all layers that are found count, with the same f, and ``d = 1``."""
         return False
 
     # ---- the statistic, and the sum
@@ -59,6 +59,12 @@ class SumOverLayers(LayerPenalty):
     at_output = staticmethod(statistics.at_output)
 
     def finish(self, seen: Pass, batch: int) -> Tensor | Sum:
+        if len(seen.tables) == len(seen.terms) and len(seen.totals) == 1:
+            (total,) = seen.totals.values()
+            factor = self.factors(len(seen.terms))[0]
+            shares = [(t.call.layer.name, t.table, factor) for t in seen.terms]
+            self._shares.append((batch, shares))
+            return Sum(total, batch, factor)
         terms = self.select(seen.terms)
         if len(terms) < len(seen.terms):
             names = [t.call.name for t in seen.terms if not any(t is kept for kept in terms)]
@@ -83,7 +89,7 @@ class SumOverLayers(LayerPenalty):
         shares = [t.result if t.table is None else t.table for t in terms]
         self.remember(batch, [(t, v, common) for t, v in zip(terms, shares, strict=True)])
         total = totals[0] if len(totals) == 1 else torch.stack(totals).sum()
-        return Sum(total if common == 1 else total * common, batch)
+        return Sum(total, batch, common)
 
 
 def _root(value: Tensor) -> Tensor:
