@@ -33,6 +33,7 @@ from fastjac.layerwise.layers import (
     nonlinearity_of,
 )
 from fastjac.layerwise.products import Product, Products
+from fastjac.layerwise.sequence import Run, modules_only, runs_of
 from fastjac.nn import Act
 
 
@@ -42,6 +43,14 @@ class PassObserver(Protocol):
     compute: Callable[[Any, Tensor], Tensor | None] | None
     """``compute(module, x)`` returns the output of a plain layer, or None to have the module
     compute it. It is None in an observer that computes no layers."""
+
+    sequences: bool
+    """Whether `run_ran` may be called."""
+
+    def run_ran(
+        self, run: Run, x: Tensor, weights: list[Tensor], biases: list[Tensor]
+    ) -> Tensor:
+        """Computes several layers of an ``nn.Sequential`` at once."""
 
     def layer_ran(
         self, layer: Layer, x: Tensor, z: Tensor, products: list[Product] | None
@@ -259,11 +268,49 @@ class ActivationForward(Forward):
             return self.plain(*args, **kwargs)
         # A forward of another watch, which this one replaced, must see z too.
         a = None if self.previous is None else self.previous(*args, **kwargs)
+        if self.changed():
+            self.prepare()
+        return running.activate(call, self.phi, a)
+
+
+    def changed(self) -> bool:
+        """Whether an attribute that decides which activation it is has changed."""
         for name, value in self.chosen_by:
             if getattr(self.module, name) != value:
-                self.prepare()
-                break
-        return running.activate(call, self.phi, a)
+                return True
+        return False
+
+
+class SequentialForward(Forward):
+    """The forward of an ``nn.Sequential``, which computes several small layers at once."""
+
+    def prepare(self) -> None:
+        self.modules: list[Any] | None = None
+        self.runs: dict[int, Run] = {}
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        observer = self.observer
+        running = None if observer is None else observer.running()
+        if running is None or not running.sequences or len(args) != 1 or kwargs:
+            return self.plain(*args, **kwargs)
+        x = args[0]
+        modules = list(self.module._modules.values())
+        if modules != self.modules:
+            self.modules = modules
+            self.runs = runs_of(modules, observer, (LayerForward, ActivationForward))
+        if self.previous is not None or not self.runs or not modules_only():
+            return self.plain(x)
+        place = 0
+        while place < len(modules):
+            run = self.runs.get(place)
+            given = None if run is None or not isinstance(x, Tensor) else run.parameters(x)
+            if run is None or given is None:
+                x = modules[place](x)
+                place += 1
+            else:
+                x = running.run_ran(run, x, *given)
+                place += 2 * len(run.pairs)
+        return x
 
 
 class HeldFunction:
@@ -293,6 +340,8 @@ def forward_of(module: nn.Module) -> type[Forward] | None:
     if type(module) in NORM and not patched(module):
         over_several = isinstance(module, nn.LayerNorm) and len(module.normalized_shape) != 1
         return None if over_several else NormForward
+    if type(module) is nn.Sequential and not patched(module):
+        return SequentialForward
     own = hasattr(module, "fastjac_activation")
     if is_activation(module) and type(module) is not Act and (own or not patched(module)):
         return ActivationForward  # an Act calls the observers itself

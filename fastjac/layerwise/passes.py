@@ -14,6 +14,7 @@ from fastjac.distributed import is_dtensor
 from fastjac.layerwise.layers import Layer, LayerCall, Nonlinearity
 from fastjac.layerwise.norms import batch_normed
 from fastjac.layerwise.products import Product, refuse_written, version_of
+from fastjac.layerwise.sequence import Run
 from fastjac.layerwise.sharded import sharding
 from fastjac.ops.autograd import transformed
 from fastjac.torch_private import saved_tensor_hooks, transforms_active, tree_leaves
@@ -54,6 +55,10 @@ class LayerStatistic:
         self, seen: Pass, call: LayerCall, phi: Nonlinearity, a: Tensor | None
     ) -> tuple[Tensor, Term]:
         """``φ(z)`` for the output z of the call (which is a, if that is given), and the term."""
+        raise NotImplementedError
+
+    def of_run(self, calls: list[LayerCall], total: Tensor, tables: list[Tensor]) -> list[Any]:
+        """The terms of the layers of a run, if the statistic sets `Pass.running`."""
         raise NotImplementedError
 
     def at_output(self, seen: Pass, call: LayerCall) -> Term:
@@ -138,6 +143,20 @@ class Pass:
             call = LayerCall(layer, x, z, weight, *versions, groups)
         self.calls.append(call)
         return call
+
+    @property
+    def sequences(self) -> bool:
+        return self.running and self.grad and not (self.include_output or self.inside)
+
+    def run_ran(self, run: Run, x: Tensor, weights: list[Tensor], biases: list[Tensor]) -> Tensor:
+        calls = run.calls(x, weights)
+        a, total, tables = run(x, self.totals.get(x.dtype), weights, biases)
+        self.calls += calls
+        if self.task == -1:
+            self.totals[x.dtype] = total
+            self.tables += tables
+            self.terms += self.statistic.of_run(calls, total, tables)
+        return a
 
     def output_replaced(self, layer: Layer, z: Tensor) -> None:
         calls = [c for c in self.calls if c.layer is layer]

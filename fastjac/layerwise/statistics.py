@@ -111,6 +111,13 @@ def at_layer(
     return a, term
 
 
+def of_run(calls: list[LayerCall], total: Tensor, tables: list[Tensor]) -> list[Statistic]:
+    """The statistics of the layers of a `sequence.Run`."""
+    return [
+        Statistic(call, total, table=table) for call, table in zip(calls, tables, strict=True)
+    ]
+
+
 def at_output(seen: Pass, call: LayerCall) -> Statistic:
     """The statistic of the output layer, with ``φ' = 1``."""
     wanted = seen.wanted
@@ -249,14 +256,12 @@ def _one_node(
     if seen.compiling:
         a, v = layer_act(x, weight, bias, z.detach(), options)
         return a, Statistic(call, v)
-    seen.whole.append(layer)
-    if seen.running and options.impl == options.rows == "cpu" and not seen.taps:
+    if seen.running and options.impl == options.rows == "cpu":
         totals, tables, dtype = seen.totals, seen.tables, z.dtype
-        a, total = apply_layer_act(
-            x, weight, bias, z.detach(), totals.get(dtype), options, tables
-        )
+        a, total = apply_layer_act(x, weight, bias, z.detach(), totals.get(dtype), options, tables)
         totals[dtype] = total
         return a, Statistic(call, total, table=tables[-1])
+    seen.whole.append(layer)
     tap = seen.taps.get(layer)
     # Only for the same weight, and not in a checkpoint, which would have to recompute the tap.
     if tap is not None and tap[0] == identity(weight) and saved_tensor_hooks() is None:

@@ -52,11 +52,17 @@ class SumOverLayers(LayerPenalty):
     def before_pass(self, seen: Pass) -> None:
         per_sample = not self.squared or self.reduction == "none"
         seen.wanted = Wanted(per_sample, self.use_weight)
-        seen.running = self.one_factor() and not (seen.compiling or seen.sharded)
+        seen.running = (
+            self.use_weight
+            and self.one_factor()
+            and not (per_sample or seen.compiling or seen.sharded)
+            and "cpu" not in statistics.TAPPED
+        )
         statistics.norms_of_rows_at_once(seen)
 
     at_layer = staticmethod(statistics.at_layer)
     at_output = staticmethod(statistics.at_output)
+    of_run = staticmethod(statistics.of_run)
 
     def finish(self, seen: Pass, batch: int) -> Tensor | Sum:
         if len(seen.tables) == len(seen.terms) and len(seen.totals) == 1:
