@@ -65,7 +65,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_act(const Tensor& z, const Tensor& weig
                   "fastjac: the weight must have a row for each channel of z, on its device, and "
                   "be float64 if z is");
   if (total) check_numbers(*total, z, {}, "total");
-  const Tensor table = numbers(z, {2, channels}), after = numbers(z, {});
+  const Tensor table = numbers(z, {2 * channels}), after = numbers(z, {});
   with_compute_type(z, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     T *s = data<T>(table), *r = s + channels;
@@ -89,7 +89,7 @@ Gradients through_activation(const Tensor& z, const std::optional<Tensor>& g, co
   const StatsOperands operands(z, g, std::nullopt, std::nullopt, dim);
   const int64_t channels = operands.layout.c;
   check_numbers(v, z, {}, "v");
-  check_numbers(table, z, {2, channels}, "the table of s and r");
+  check_numbers(table, z, {2 * channels}, "the table of s and r");
   const Tensor c = numbers(z, {channels}), grad_b = numbers(z, {bias ? channels : 0});
   with_compute_type(z, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;

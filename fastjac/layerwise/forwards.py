@@ -44,12 +44,11 @@ class PassObserver(Protocol):
     """``compute(module, x)`` returns the output of a plain layer, or None to have the module
     compute it. It is None in an observer that computes no layers."""
 
-    sequences: bool
-    """Whether `run_ran` may be called."""
+    @property
+    def sequences(self) -> bool:
+        """Whether `run_ran` may be called."""
 
-    def run_ran(
-        self, run: Run, x: Tensor, weights: list[Tensor], biases: list[Tensor]
-    ) -> Tensor:
+    def run_ran(self, run: Run, x: Tensor, weights: list[Tensor], biases: list[Tensor]) -> Tensor:
         """Computes several layers of an ``nn.Sequential`` at once."""
 
     def layer_ran(
@@ -172,12 +171,7 @@ class LayerForward(Forward):
             return forward(*args, **kwargs)
         layer = self.layer
         z, products = None, None
-        if (
-            running.compute is not None
-            and layer.plain
-            and self.previous is None
-            and len(args) == 1
-        ):
+        if running.compute is not None and layer.plain and self.previous is None and len(args) == 1:
             z = running.compute(self.module, args[0])
         if z is None and layer.plain:
             z = forward(*args, **kwargs)
@@ -268,17 +262,15 @@ class ActivationForward(Forward):
             return self.plain(*args, **kwargs)
         # A forward of another watch, which this one replaced, must see z too.
         a = None if self.previous is None else self.previous(*args, **kwargs)
-        if self.changed():
-            self.prepare()
-        return running.activate(call, self.phi, a)
+        return running.activate(call, self.current(), a)
 
-
-    def changed(self) -> bool:
-        """Whether an attribute that decides which activation it is has changed."""
+    def current(self) -> Nonlinearity:
+        """The activation that the attributes of the module choose now."""
         for name, value in self.chosen_by:
             if getattr(self.module, name) != value:
-                return True
-        return False
+                self.prepare()
+                break
+        return self.phi
 
 
 class SequentialForward(Forward):
@@ -305,6 +297,8 @@ class SequentialForward(Forward):
             run = self.runs.get(place)
             given = None if run is None or not isinstance(x, Tensor) else run.parameters(x)
             if run is None or given is None:
+                if run is not None and run.stale:
+                    self.modules = None
                 x = modules[place](x)
                 place += 1
             else:

@@ -77,7 +77,7 @@ class _LayerAct(Function):
     boxed_grads_call = True
 
     @staticmethod
-    def forward(ctx, x, weight, bias, z, total, layer, tables):
+    def forward(ctx, x, weight, bias, z, total, layer, kept):
         conv, scale, fn, params, suffix, impl, rows = layer
         dim = z.dim() - 1 if conv is None else 1
         ctx.layer = layer
@@ -86,8 +86,8 @@ class _LayerAct(Function):
             with below_autograd():
                 a, table, total = raw("layer_act")(z, weight, total, dim, scale, fn, params)
             ctx.save_for_backward(x, weight, bias, z, table, None)
-            if tables is not None:
-                tables.append(table)
+            if kept is not None:
+                kept.append(table)
             return a, total
         with below_autograd():
             r = rows_of([weight], rows) if rows else None
@@ -251,7 +251,7 @@ def _flat(t: Tensor) -> Tensor:
 
 def _fake(z, weight, total, dim, *rest):
     check_channels(z, dim)
-    table = z.new_empty((2, z.shape[dim]), dtype=accumulate_dtype(z.dtype))
+    table = z.new_empty(2 * z.shape[dim], dtype=accumulate_dtype(z.dtype))
     return result_like(z, dim), table, table.new_empty(())
 
 
@@ -272,7 +272,7 @@ def _fake_linear(x, weight, z, g, v, table, needs_x, bias, *rest):
     return grad_x, torch.empty_like(weight), x.new_empty(weight.shape[0] if bias else 0)
 
 
-# Returns φ(z), the table [s, r], and total + Σ_c s_c r_c.
+# Returns φ(z), the table [s, r] (flat), and total + Σ_c s_c r_c.
 register(
     "layer_act(Tensor z, Tensor weight, Tensor? total, int dim, float scale, int fn,"
     " float[] params) -> (Tensor, Tensor, Tensor)",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -59,6 +59,19 @@ class Layer:
             if product.kind == self.kind and product.returned(z, self.name):
                 return product
         return None
+
+
+class Table(NamedTuple):
+    """The numbers s and r of a layer's channels, one after the other in a flat tensor."""
+
+    flat: Tensor
+    first: int
+    channels: int
+
+    def products(self) -> Tensor:
+        """``s_c r_c``, whose sum is the share of the layer."""
+        middle, end = self.first + self.channels, self.first + 2 * self.channels
+        return self.flat[self.first : middle] * self.flat[middle:end]
 
 
 @dataclass(slots=True, eq=False)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastjac.distributed import is_dtensor
-from fastjac.layerwise.layers import Layer, LayerCall, Nonlinearity
+from fastjac.layerwise.layers import Layer, LayerCall, Nonlinearity, Table
 from fastjac.layerwise.norms import batch_normed
 from fastjac.layerwise.products import Product, refuse_written, version_of
 from fastjac.layerwise.sequence import Run
@@ -57,7 +57,7 @@ class LayerStatistic:
         """``φ(z)`` for the output z of the call (which is a, if that is given), and the term."""
         raise NotImplementedError
 
-    def of_run(self, calls: list[LayerCall], total: Tensor, tables: list[Tensor]) -> list[Any]:
+    def of_run(self, calls: list[LayerCall], total: Tensor, tables: list[Table]) -> list[Any]:
         """The terms of the layers of a run, if the statistic sets `Pass.running`."""
         raise NotImplementedError
 
@@ -111,7 +111,7 @@ class Pass:
         # those before it, in its own node, instead of `finish` in nodes of its own.
         self.running = False
         self.totals: dict[torch.dtype, Tensor] = {}  # by the dtype of z
-        self.tables: list[Tensor] = []  # s and r of these layers
+        self.added = 0  # the number of these layers
 
     # ---- what the forwards report
 
@@ -154,7 +154,7 @@ class Pass:
         self.calls += calls
         if self.task == -1:
             self.totals[x.dtype] = total
-            self.tables += tables
+            self.added += len(calls)
             self.terms += self.statistic.of_run(calls, total, tables)
         return a
 
@@ -188,10 +188,10 @@ class Pass:
 
     def activate(self, call: LayerCall, phi: Nonlinearity, a: Tensor | None) -> Tensor:
         original = call.z
-        if self.grad and not original.requires_grad and call.weight.requires_grad:
-            # Under torch.func, requires_grad does not say whether there is a gradient.
-            if not transforms_active():
-                raise without_gradient(call)
+        needed = self.grad and not original.requires_grad and call.weight.requires_grad
+        # Under torch.func, requires_grad does not say whether there is a gradient.
+        if needed and not transforms_active():
+            raise without_gradient(call)
         if original.dim() < 2:
             raise without_samples(call)
         call.used = True
@@ -279,7 +279,8 @@ class Pass:
             )
         for term in self.terms:
             call = term.call
-            call.check_unchanged()
+            if call.version >= 0:
+                call.check_unchanged()
             shape = call.shape
             fits = len(shape) >= 2 and (call.layer.linear or len(shape) == call.weight.dim())
             if shape[0] != batch or not fits:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from fastjac import arguments, distributed
+from fastjac.layerwise.layers import Table
 from fastjac.layerwise.passes import LayerStatistic, Pass, Term
 from fastjac.layerwise.watch import Watch
 from fastjac.penalty import ModelPenalty, PenaltyOptions, call_model
@@ -64,7 +65,7 @@ class LayerPenalty(LayerStatistic, ModelPenalty):
         self.layers_found: list[str] = []
         self.layers_left_out: list[tuple[str, str]] = []
         # Of each pass its number of samples, and (name, v, f) of its layers, whose share is f Σ v.
-        self._shares: list[tuple[int, list[tuple[str, Tensor, float]]]] = []
+        self._shares: list[tuple[int, list[tuple[str, Tensor | Table, float]]]] = []
         self._watch: Watch | None = None
 
     @property
@@ -77,17 +78,17 @@ class LayerPenalty(LayerStatistic, ModelPenalty):
             for name, v, factor in shares:
                 key = name, ran[name]
                 ran[name] += 1
-                v = v.prod(0) if v.dim() == 2 else v
+                v = v.products() if isinstance(v, Table) else v
                 share = v.sum() * (factor / samples if self.reduction == "mean" else factor)
                 values[key] = values[key] + share if key in values else share
         return [(name, value) for (name, _), value in values.items()]
 
-    def remember(self, batch: int, shares: Sequence[tuple[Term, Tensor, float]]) -> None:
-        """Notes each layer's share ``f Σ v`` of the sum over a pass, given ``(term, v, f)``.
-
-        A v of two rows stands for their product.
-        """
-        self._shares.append((batch, [(t.call.layer.name, v.detach(), f) for t, v, f in shares]))
+    def remember(self, batch: int, shares: Sequence[tuple[Term, Tensor | Table, float]]) -> None:
+        """Notes each layer's share ``f Σ v`` of the sum over a pass, given ``(term, v, f)``."""
+        noted = [
+            (t.call.layer.name, v if isinstance(v, Table) else v.detach(), f) for t, v, f in shares
+        ]
+        self._shares.append((batch, noted))
 
     # ---- called
 
@@ -214,7 +215,8 @@ class LayerPenalty(LayerStatistic, ModelPenalty):
             zeros = attached_zeros(output)
             return zeros if self.reduction == "none" else zeros.sum()
         vars(self)["_shares"] = []
-        value = self._reduce(_together([self._finish(seen) for seen, _ in due]))
+        results = [self._finish(seen) for seen, _ in due]
+        value = self._reduce(results[0] if len(results) == 1 else _together(results))
         self.count_call()
         if distributed.active():
             value = distributed.attached(value, *[t for _, output in due for t in output.tensors])
@@ -240,8 +242,6 @@ class LayerPenalty(LayerStatistic, ModelPenalty):
 
 def _together(results: Sequence[Tensor | Sum]) -> Tensor | Sum:
     """The results of several passes as one batch."""
-    if len(results) == 1:
-        return results[0]
     sums = [r for r in results if isinstance(r, Sum)]
     if sums:
         totals = [s.total if s.factor == 1 else s.total * s.factor for s in sums]

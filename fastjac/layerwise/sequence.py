@@ -19,12 +19,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as module_hooks
 
 from fastjac import torch_private
-from fastjac.activations import IDS, MAX_PARAMS, ROWS, get
-from fastjac.layerwise.layers import LayerCall, Nonlinearity
-from fastjac.ops.act_stats import composed, named
+from fastjac.activations import IDS, MAX_PARAMS, get
+from fastjac.layerwise.layers import LayerCall, Nonlinearity, Table
+from fastjac.ops.act_stats import composed
 from fastjac.ops.autograd import Function, recorded, transformed
 from fastjac.ops.dispatch import OPS
 from fastjac.ops.registration import raw, register
@@ -32,32 +31,26 @@ from fastjac.ops.row_sqnorm import composed_rows
 from fastjac.torch_private import below_autograd
 
 SMALL = 1 << 16
-"""Elements of x, or of the output of a layer, from which on the modules are called one by one.
+"""Elements of x, a weight or an output up to which a layer is small.
 
-There the kernels take the time, and a backward layer by layer frees memory earlier.
+In a larger one the kernels take the time, and a backward layer by layer frees memory earlier.
 """
 
-_GLOBAL_HOOKS = tuple(
-    value
-    for name, value in vars(module_hooks).items()
-    if name.startswith("_global_") and "hooks" in name and hasattr(value, "__len__")
-)
 
-
-def hooked(state: dict[str, Any]) -> bool:
-    """Whether a call of the module with these attributes runs more than its forward."""
-    return bool(
-        state["_forward_hooks"]
-        or state["_forward_pre_hooks"]
-        or state["_backward_hooks"]
-        or state["_backward_pre_hooks"]
-    )
+def hooked(*modules: dict[str, Any]) -> bool:
+    """Whether a call of a module with these attributes runs more than its forward."""
+    for state in modules:
+        if state["_forward_hooks"] or state["_forward_pre_hooks"]:
+            return True
+        if state["_backward_hooks"] or state["_backward_pre_hooks"]:
+            return True
+    return False
 
 
 def modules_only() -> bool:
     """Whether a call of a module does what its class says, and torch computes it as usual."""
     return torch.is_grad_enabled() and not (
-        any(map(len, _GLOBAL_HOOKS))
+        torch_private.has_any_global_hook()
         or transformed()
         or torch_private.saved_tensor_hooks() is not None
         or torch_private.any_mode()
@@ -71,6 +64,7 @@ class Run:
 
     def __init__(self, pairs: list[tuple[Any, Any]]) -> None:
         self.pairs = pairs
+        self.stale = False  # whether an activation has become another one
         self.phis: list[Nonlinearity] = [activation.phi for _, activation in pairs]
         self.biased = [linear.module._parameters.get("bias") is not None for linear, _ in pairs]
         rows = []
@@ -96,11 +90,12 @@ class Run:
         ):
             module = linear.module
             state, other = vars(module), vars(activation.module)
-            if hooked(state) or hooked(other) or type(module) is not nn.Linear:
+            if hooked(state, other) or type(module) is not nn.Linear:
                 return None
             if state.get("forward") is not linear or other.get("forward") is not activation:
                 return None
-            if activation.changed() or activation.phi is not phi:
+            if activation.current() is not phi:
+                self.stale = True
                 return None
             weight, bias = state["_parameters"].get("weight"), state["_parameters"].get("bias")
             for t in (weight, bias) if biased else (weight,):
@@ -110,10 +105,10 @@ class Run:
                     return None
             if not biased and ("bias" not in state["_parameters"] or bias is not None):
                 return None
-            if weight.shape[1] != width:
+            if weight.shape[1] != width or not 0 < weight.numel() <= SMALL:
                 return None
             width = weight.shape[0]
-            if not 0 < n * width <= SMALL or (biased and bias.shape != (width,)):
+            if n * width > SMALL or (biased and bias.shape != (width,)):
                 return None
             weights.append(weight)
             if biased:
@@ -122,12 +117,15 @@ class Run:
 
     def __call__(
         self, x: Tensor, before: Tensor | None, weights: list[Tensor], biases: list[Tensor]
-    ) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """``a_L``, the total, and ``[s_l, r_l]`` of each layer."""
+    ) -> tuple[Tensor, Tensor, list[Table]]:
+        """``a_L``, the total, and the table of each layer."""
         kept: list[Tensor] = []
         a, total = _apply(x, before, self, kept, len(weights), *weights, *biases)
-        sizes = [2 * w.shape[0] for w in weights]
-        return a, total, [t.view(2, -1) for t in kept[0].split(sizes)]
+        tables, first = [], 0
+        for w in weights:
+            tables.append(Table(kept[0], first, w.shape[0]))
+            first += 2 * w.shape[0]
+        return a, total, tables
 
     def calls(self, x: Tensor, weights: list[Tensor]) -> list[LayerCall]:
         """The record of each layer."""
@@ -148,9 +146,9 @@ def runs_of(modules: list[Any], observer: Any, kinds: tuple[type, type]) -> dict
     pairs: list[tuple[Any, Any]] = []
     place = 0
     while place < len(modules):
-        pair = tuple(vars(m).get("forward") for m in modules[place : place + 2] if m is not None)
-        if len(pair) == 2 and _fuses(*pair, observer, kinds):
-            pairs.append(pair)
+        pair = [vars(m).get("forward") for m in modules[place : place + 2] if m is not None]
+        if len(pair) == 2 and _fuses(pair[0], pair[1], observer, kinds):
+            pairs.append((pair[0], pair[1]))
             place += 2
             continue
         if pairs:
@@ -162,7 +160,7 @@ def runs_of(modules: list[Any], observer: Any, kinds: tuple[type, type]) -> dict
     return found
 
 
-def _fuses(linear: Any, activation: Any, observer: Any, kinds: tuple[type, type]) -> bool:
+def _fuses(linear: Any, activation: Any, observer: Any, kinds: tuple[Any, Any]) -> bool:
     if type(linear) is not kinds[0] or type(activation) is not kinds[1]:
         return False
     if linear.observer is not observer or activation.observer is not observer:
@@ -207,9 +205,10 @@ class _LayersAct(Function):
         if g is not None and not g.is_contiguous():
             g = g.contiguous()
         with below_autograd():
+            if v is None:  # no penalty, so the numbers in the table do not matter
+                v, table = x.new_zeros(()), torch.zeros_like(table)
             grad_x, *found = raw("layers_act_backward")(
-                *(g, x.new_zeros(()) if v is None else v, x, parameters[:count], state, table),
-                *(needs_x, run.plan, 1.0),
+                g, v, x, parameters[:count], state, table, needs_x, run.plan, 1.0
             )
         weights, biases, left = [], [], iter(found)
         for biased in run.biased:
@@ -233,13 +232,9 @@ def _recorded_backward(g, v, x, run, count, parameters):
             inputs[0].requires_grad_()
         a, *views = inputs
         biases, value = iter(views[count:]), 0
-        for weight, biased, (fn, *params) in zip(
-            views[:count], run.biased, run.plan[:, [0, *range(2, 2 + MAX_PARAMS)]].tolist(), strict=True
-        ):
+        for weight, phi, biased in zip(views[:count], run.phis, run.biased, strict=True):
             z = nn.functional.linear(a, weight, next(biases) if biased else None)
-            row = ROWS[int(fn)]
-            name, options = named(int(fn), params[: len(row.params)])
-            a, s = composed(z, None, z.dim() - 1, False, 1.0, name, options, "auto")
+            a, s = composed(z, None, z.dim() - 1, False, 1.0, phi.fn, phi.params, "auto")
             value = value + (s * composed_rows(weight)).sum()
         pairs = [(t, c) for t, c in ((a, g), (value, v)) if c is not None]
         outputs, cotangents = zip(*pairs, strict=True)

@@ -25,7 +25,7 @@ from fastjac.distributed import is_dtensor
 from fastjac.layerwise import sharded
 from fastjac.layerwise.batch_norm import batch_norm_act
 from fastjac.layerwise.layer_act import LayerActOptions, apply_layer_act, layer_act
-from fastjac.layerwise.layers import Layer, LayerCall, Nonlinearity, conv_options
+from fastjac.layerwise.layers import Layer, LayerCall, Nonlinearity, Table, conv_options
 from fastjac.layerwise.norms import Gain, norm_gain
 from fastjac.layerwise.passes import Pass, Term
 from fastjac.ops.act_stats import act_stats
@@ -58,7 +58,7 @@ class Statistic(Term):
     r: Tensor | None = None  # the row norms, if they are computed already
     gain: Gain = NO_GAIN  # the factor of r that comes from a norm
     impl: str = "auto"  # the implementation that computes r
-    table: Tensor | None = None  # if result is a running total (`Pass.totals`): s and r, detached
+    table: Table | None = None  # if result is a running total (`Pass.totals`)
     whole_shape: Any = None  # the shape of the whole z, if this process has a part of it
 
     @property
@@ -111,11 +111,9 @@ def at_layer(
     return a, term
 
 
-def of_run(calls: list[LayerCall], total: Tensor, tables: list[Tensor]) -> list[Statistic]:
+def of_run(calls: list[LayerCall], total: Tensor, tables: list[Table]) -> list[Statistic]:
     """The statistics of the layers of a `sequence.Run`."""
-    return [
-        Statistic(call, total, table=table) for call, table in zip(calls, tables, strict=True)
-    ]
+    return [Statistic(call, total, table=t) for call, t in zip(calls, tables, strict=True)]
 
 
 def at_output(seen: Pass, call: LayerCall) -> Statistic:
@@ -153,7 +151,7 @@ def norms_of_rows_at_once(seen: Pass) -> None:
     These are the weights of the layers that the last pass computed by `layer_act`. Each layer then
     computes with a view of its weight; one node behind all views adds the gradients of the norms.
     """
-    if seen.compiling or not seen.whole_before or not seen.grad or seen.transformed:
+    if seen.compiling or not seen.grad or seen.transformed:
         return
     if seen.sharded:  # some weights are freed
         return
@@ -257,10 +255,12 @@ def _one_node(
         a, v = layer_act(x, weight, bias, z.detach(), options)
         return a, Statistic(call, v)
     if seen.running and options.impl == options.rows == "cpu":
-        totals, tables, dtype = seen.totals, seen.tables, z.dtype
-        a, total = apply_layer_act(x, weight, bias, z.detach(), totals.get(dtype), options, tables)
+        kept: list[Tensor] = []
+        totals, dtype = seen.totals, z.dtype
+        a, total = apply_layer_act(x, weight, bias, z.detach(), totals.get(dtype), options, kept)
         totals[dtype] = total
-        return a, Statistic(call, total, table=tables[-1])
+        seen.added += 1
+        return a, Statistic(call, total, table=Table(kept[0], 0, weight.shape[0]))
     seen.whole.append(layer)
     tap = seen.taps.get(layer)
     # Only for the same weight, and not in a checkpoint, which would have to recompute the tap.

@@ -58,18 +58,18 @@ class SumOverLayers(LayerPenalty):
             and not (per_sample or seen.compiling or seen.sharded)
             and "cpu" not in statistics.TAPPED
         )
-        statistics.norms_of_rows_at_once(seen)
+        if seen.whole_before:
+            statistics.norms_of_rows_at_once(seen)
 
     at_layer = staticmethod(statistics.at_layer)
     at_output = staticmethod(statistics.at_output)
     of_run = staticmethod(statistics.of_run)
 
     def finish(self, seen: Pass, batch: int) -> Tensor | Sum:
-        if len(seen.tables) == len(seen.terms) and len(seen.totals) == 1:
+        if seen.added == len(seen.terms) and len(seen.totals) == 1:
             (total,) = seen.totals.values()
             factor = self.factors(len(seen.terms))[0]
-            shares = [(t.call.layer.name, t.table, factor) for t in seen.terms]
-            self._shares.append((batch, shares))
+            self.remember(batch, [(t, t.table, factor) for t in seen.terms])
             return Sum(total, batch, factor)
         terms = self.select(seen.terms)
         if len(terms) < len(seen.terms):

@@ -120,6 +120,7 @@ class Watch:
             output = forward(*args, **kwargs)
             self.passes = [(None, Output(output))]
             return output
+        assert statistic is not None
         if self.passes:
             self.forget_stale()
         self.ddp = static_graph()
@@ -165,10 +166,9 @@ class Watch:
 
     def forget_dropped(self) -> None:
         """Drops the passes whose output the program has dropped, except the latest."""
-        if torch.compiler.is_compiling():
+        if (len(self.passes) < 2 and not self.dropped) or torch.compiler.is_compiling():
             return
-        if len(self.passes) > 1:
-            self._forget(self.passes[:-1])
+        self._forget(self.passes[:-1])
         if self.dropped:
             warnings.warn(
                 f"{self.dropped} forward passes of the model since the last penalty() do not count "
