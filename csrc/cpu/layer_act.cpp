@@ -44,6 +44,7 @@ Tensor numbers(const Tensor& z, const std::vector<int64_t>& sizes) {
 
 void check_numbers(const Tensor& t, const Tensor& z, const std::vector<int64_t>& sizes,
                    const char* name) {
+  STD_TORCH_CHECK(t.defined(), "fastjac: ", name, " is None: it must be a tensor");
   bool fits = t.dim() == int64_t(sizes.size());
   for (size_t d = 0; fits && d < sizes.size(); ++d) fits = t.size(int64_t(d)) == sizes[d];
   STD_TORCH_CHECK(
@@ -59,6 +60,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_act(const Tensor& z, const Tensor& weig
                                              const std::vector<double>& params) {
   const StatsOperands operands(z, std::nullopt, std::nullopt, std::nullopt, dim);
   const int64_t channels = operands.layout.c;
+  STD_TORCH_CHECK(weight.defined(), "fastjac: the weight is None: it must be a tensor");
   STD_TORCH_CHECK(weight.device() == z.device() && weight.dim() >= 1 &&
                       weight.size(0) == channels &&
                       (dtype_of(weight) == DType::f64) == (dtype_of(z) == DType::f64),
@@ -116,11 +118,12 @@ std::tuple<Tensor, Tensor, Tensor> linear_act_backward(
     const Tensor& x, const Tensor& weight, const Tensor& z, const std::optional<Tensor>& g,
     const Tensor& v, const Tensor& table, bool needs_x, bool bias, double scale, int64_t fn,
     const std::vector<double>& params) {
+  STD_TORCH_CHECK(z.defined(), "fastjac: z is None: it must be a tensor");
   const DType dtype = dtype_of(z);
   STD_TORCH_CHECK(dtype == DType::f32 || dtype == DType::f64,
                   "fastjac: linear_act_backward: float32 or float64 only");
   for (const Tensor* t : {&x, &weight, &z}) {
-    STD_TORCH_CHECK(t->dim() >= 1 && t->scalar_type() == z.scalar_type() &&
+    STD_TORCH_CHECK(t->defined() && t->dim() >= 1 && t->scalar_type() == z.scalar_type() &&
                         t->device() == z.device() && t->is_contiguous(),
                     "fastjac: linear_act_backward: x, weight and z must be contiguous, and of one "
                     "dtype and device");

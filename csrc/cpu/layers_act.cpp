@@ -39,7 +39,8 @@ struct Sizes {
   int64_t n = 1, state = 0, table = 0;
 
   Sizes(const Tensor& x, const Tensors& weights) {
-    STD_TORCH_CHECK(x.dim() >= 2, "fastjac: layers_act: x must have at least 2 dimensions");
+    STD_TORCH_CHECK(x.defined() && x.dim() >= 2,
+                    "fastjac: layers_act: x must have at least 2 dimensions");
     for (int64_t d = 0; d + 1 < x.dim(); ++d) n *= x.size(d);
     for (const Tensor& w : weights) {
       STD_TORCH_CHECK(w.dim() == 2, "fastjac: layers_act: a weight must be a matrix");
@@ -50,7 +51,7 @@ struct Sizes {
 };
 
 void check_flat(const Tensor& t, const Tensor& like, int64_t size, const char* name) {
-  STD_TORCH_CHECK(t.numel() == size && t.scalar_type() == like.scalar_type() &&
+  STD_TORCH_CHECK(t.defined() && t.numel() == size && t.scalar_type() == like.scalar_type() &&
                       t.device() == like.device() && t.is_contiguous(),
                   "fastjac: layers_act: ", name, " must have ", size,
                   " elements, be contiguous, and have the dtype and device of the others");

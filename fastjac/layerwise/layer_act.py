@@ -9,7 +9,9 @@ layers (`fastjac.ops.row_sqnorm.tapped`, on a GPU, where the number of launches 
 backward makes one pass over ``z`` for ``∂z`` and ``∂b``, leaves the two GEMMs to torch, and adds
 ``2 ∂v s_c W_c`` to ``∂W`` in place, while both are in the cache. If autograd accumulated them, the
 penalty would allocate a second ``∂W`` (784-4×512-10, batch 128, 2 cores: +4.8 MB on 5). The ops
-`act_stats` and `row_sqnorm` are used for both directions.
+`act_stats` and `row_sqnorm` are used for both directions. On a CPU, where a call from Python takes
+as long as a small layer, one op computes all of a direction, and v is added to the total of the
+layers before, so that the value of the penalty needs no nodes of its own.
 
 A backward that is being recorded computes ``z`` again and consists of differentiable operations.
 """
@@ -150,8 +152,8 @@ class _LayerAct(Function):
         return grad_z.matmul(weight) if needs_x else None, grad_w, grad_b, *rest
 
 
-# For so many elements of z, what counts is the number of calls; for more, when memory is freed.
-SMALL = 1 << 16
+# Elements of z up to which the number of calls counts; beyond, when memory is freed does.
+SMALL = 1 << 15
 
 
 def _small(x: Tensor, weight: Tensor, z: Tensor) -> bool:

@@ -7,7 +7,8 @@ Linear modules and their activations is one autograd node. For L layers with bat
     a_L      v = v_0 + scale Σ_l Σ_c s_lc r_lc
 
 with ``s`` and ``r`` as in `layer_act`, where ``v_0`` is the total of the layers before. With batch
-2 and three layers of width 4, a step takes 0.8 of the time of the plain step.
+2 and three layers of width 4, a step takes 1.15 of the time of the plain step; with the layers one
+by one, 1.6.
 
 Whatever could show a difference to calling the modules one by one is looked at in each call
 (`Run.parameters`): hooks, a replaced forward or weight, autocast, checkpoints, modes of torch.
@@ -168,6 +169,8 @@ def _fuses(linear: Any, activation: Any, observer: Any, kinds: tuple[Any, Any]) 
     if linear.previous is not None or activation.previous is not None:
         return False
     if not linear.layer.plain or linear.layer.hooked or type(linear.module) is not nn.Linear:
+        return False
+    if type(activation.module).__call__ is not nn.Module.__call__:
         return False
     phi = activation.phi
     return phi.fn is not None and phi.impl in ("auto", "cpu") and _runs_here()

@@ -3,7 +3,7 @@
 The ways, the cheapest first: the layer and its activation as one autograd node (`layer_act`);
 BatchNorm and activation as one node (`batch_norm_act`); the activation and the statistic in one
 pass (`act_stats`); composed operations, if the table does not have the activation or the weight is
-a DTensor.
+a DTensor. Small layers of an ``nn.Sequential`` do not come here (`sequence`).
 
 If only the sum over the samples is needed, it is taken first: the pass that computes the activation
 returns ``s_c = Σ_{n,p} φ'²``, and ``Σ_c s_c ‖W_c‖²`` is a product of two vectors, which `sums`
@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,64 +23,18 @@ from fastjac.distributed import is_dtensor
 from fastjac.layerwise import sharded
 from fastjac.layerwise.batch_norm import batch_norm_act
 from fastjac.layerwise.layer_act import LayerActOptions, apply_layer_act, layer_act
-from fastjac.layerwise.layers import Layer, LayerCall, Nonlinearity, Table, conv_options
+from fastjac.layerwise.layers import LayerCall, Nonlinearity, Table, conv_options
 from fastjac.layerwise.norms import Gain, norm_gain
-from fastjac.layerwise.passes import Pass, Term
+from fastjac.layerwise.passes import Pass
+from fastjac.layerwise.terms import NO_GAIN, Statistic, Wanted, positions
 from fastjac.ops.act_stats import act_stats
 from fastjac.ops.dispatch import OPS, accumulate_dtype
 from fastjac.ops.registration import suffix_of
 from fastjac.ops.row_sqnorm import or_auto, row_sqnorm, rows_in_memory, tapped
 from fastjac.torch_private import saved_tensor_hooks
 
-NO_GAIN = Gain()
 TAPPED = {"cuda"}
 """The types of devices on which one launch computes the row norms of all layers."""
-
-
-class Wanted(NamedTuple):
-    """The form of the statistic that a penalty needs."""
-
-    per_sample: bool  # one value per sample; False for the sum over the samples
-    use_weight: bool  # False: without ``‖W_c‖²`` and the gain of a norm
-
-
-@dataclass(slots=True)
-class Statistic(Term):
-    """The term of a layer.
-
-    ``result`` is the statistic, per sample ``[N]`` or summed over the samples. If ``by_channel``,
-    it is ``s`` instead, ``[C]``, which `totals` multiplies by the row norms ``r = ‖W_c‖²``.
-    """
-
-    by_channel: bool = False
-    r: Tensor | None = None  # the row norms, if they are computed already
-    gain: Gain = NO_GAIN  # the factor of r that comes from a norm
-    impl: str = "auto"  # the implementation that computes r
-    table: Table | None = None  # if result is a running total (`Pass.totals`)
-    whole_shape: Any = None  # the shape of the whole z, if this process has a part of it
-
-    @property
-    def shape(self) -> Any:
-        return self.call.shape if self.whole_shape is None else self.whole_shape
-
-    @property
-    def units(self) -> int:
-        """The number of units, or output channels, of the layer."""
-        return self.shape[self.call.layer.dim]
-
-    @property
-    def positions(self) -> int:
-        """The number of output positions of each sample."""
-        return positions(self.call.layer, self.shape)
-
-    @property
-    def elements(self) -> int:
-        """The number of elements of the weight."""
-        return self.call.weight.numel()
-
-
-def positions(layer: Layer, shape: Sequence[int]) -> int:
-    return math.prod(shape[1:-1] if layer.linear else shape[2:])
 
 
 def at_layer(

@@ -10,7 +10,7 @@ from torch import Tensor
 from fastjac.layerwise import statistics
 from fastjac.layerwise.passes import Pass
 from fastjac.layerwise.penalty import LayerPenalty, Sum
-from fastjac.layerwise.statistics import Statistic, Wanted
+from fastjac.layerwise.terms import Statistic, Wanted
 
 
 class SumOverLayers(LayerPenalty):

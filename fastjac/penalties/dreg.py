@@ -8,8 +8,8 @@ from torch import nn
 from typing_extensions import Unpack
 
 from fastjac import arguments, reference
-from fastjac.layerwise.statistics import Statistic
 from fastjac.layerwise.sums import SumOverLayers
+from fastjac.layerwise.terms import Statistic
 from fastjac.penalties.registry import PenaltySpec, layered_example
 from fastjac.penalty import PenaltyOptions
 
