@@ -15,8 +15,11 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 from torch.utils.checkpoint import checkpoint
 
+import fastjac
 from fastjac import reference
+from fastjac.activations import IDS
 from fastjac.layerwise.sequence import SMALL, Run
+from fastjac.ops.registration import raw
 from fastjac.penalties import DREG
 
 pytestmark = [cpu_only, pytest.mark.usefixtures("double")]
@@ -267,3 +270,22 @@ def test_wrong_sizes_raise_the_error_of_torch() -> None:
     with pytest.raises(RuntimeError, match="dimension 0 must be the samples"):
         model(torch.randn(4))
     assert penalty.attached
+
+
+@pytest.mark.parametrize("shape", [(3,), (2, 3), (2, 0)], ids=str)
+@pytest.mark.parametrize("needs", [True, False])
+def test_opcheck_of_one_layer(shape: tuple[int, ...], needs: bool) -> None:
+    x, z, g = torch.randn(*shape, 5), torch.randn(*shape, 4), torch.randn(*shape, 4)
+    weight, dim = torch.randn(4, 5), len(shape)
+    end = (0.5, IDS["silu"], ())
+    total = torch.randn(()) if needs else None
+    torch.library.opcheck(raw("layer_act"), (z, weight, dim, *end, total))
+    _, table, v = raw("layer_act")(z, weight, dim, *end, total)
+    torch.library.opcheck(raw("layer_act_backward"), (z, g, v, table, dim, needs, *end))
+    given = (x, weight, z, g if needs else None, v, table, needs, needs, *end)
+    torch.library.opcheck(raw("linear_act_backward"), given)
+    s, r = table.view(2, -1)
+    _, truth = fastjac.act_stats(z, "silu", dim=dim, scale=0.5)
+    close(s, truth)
+    close(r, weight.square().sum(1))
+    close(v, s @ r + (0 if total is None else total))

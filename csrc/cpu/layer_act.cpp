@@ -54,10 +54,10 @@ void check_numbers(const Tensor& t, const Tensor& z, const std::vector<int64_t>&
       "with a float64 z)");
 }
 
-std::tuple<Tensor, Tensor, Tensor> layer_act(const Tensor& z, const Tensor& weight,
-                                             const std::optional<Tensor>& total, int64_t dim,
+std::tuple<Tensor, Tensor, Tensor> layer_act(const Tensor& z, const Tensor& weight, int64_t dim,
                                              double scale, int64_t fn,
-                                             const std::vector<double>& params) {
+                                             const std::vector<double>& params,
+                                             const std::optional<Tensor>& total) {
   const StatsOperands operands(z, std::nullopt, std::nullopt, std::nullopt, dim);
   const int64_t channels = operands.layout.c;
   STD_TORCH_CHECK(weight.defined(), "fastjac: the weight is None: it must be a tensor");

@@ -86,7 +86,7 @@ class _LayerAct(Function):
         ctx.set_materialize_grads(False)
         if impl == rows == "cpu":
             with below_autograd():
-                a, table, total = raw("layer_act")(z, weight, total, dim, scale, fn, params)
+                a, table, total = raw("layer_act")(z, weight, dim, scale, fn, params, total)
             ctx.save_for_backward(x, weight, bias, z, table, None)
             if kept is not None:
                 kept.append(table)
@@ -251,7 +251,7 @@ def _flat(t: Tensor) -> Tensor:
 # ---- the raw ops, for CPU tensors
 
 
-def _fake(z, weight, total, dim, *rest):
+def _fake(z, weight, dim, *rest):
     check_channels(z, dim)
     table = z.new_empty(2 * z.shape[dim], dtype=accumulate_dtype(z.dtype))
     return result_like(z, dim), table, table.new_empty(())
@@ -276,8 +276,8 @@ def _fake_linear(x, weight, z, g, v, table, needs_x, bias, *rest):
 
 # Returns φ(z), the table [s, r] (flat), and total + Σ_c s_c r_c.
 register(
-    "layer_act(Tensor z, Tensor weight, Tensor? total, int dim, float scale, int fn,"
-    " float[] params) -> (Tensor, Tensor, Tensor)",
+    "layer_act(Tensor z, Tensor weight, int dim, float scale, int fn, float[] params,"
+    " Tensor? total) -> (Tensor, Tensor, Tensor)",
     derivative="use act_stats and row_sqnorm",
     fake=_fake,
 )

@@ -246,14 +246,7 @@ def _recorded_backward(g, v, x, run, count, parameters):
         )
 
 
-# ---- the raw ops, for CPU tensors
-
-
-def _fake(x, weights, biases, total, plan, scale):
-    rows = x.numel() // x.shape[-1]
-    channels = sum(w.shape[0] for w in weights)
-    out = x.new_empty((*x.shape[:-1], weights[-1].shape[0]))
-    return [out, x.new_empty(2 * rows * channels), x.new_empty(2 * channels), x.new_empty(())]
+# ---- the raw ops, for CPU tensors; without fake kernels, since no mode sees them
 
 
 # Returns a_L, the state [z_1, a_1, z_2, …, z_L, –], the table [s_1, r_1, s_2, …] and v. x is
@@ -262,7 +255,6 @@ register(
     "layers_act(Tensor x, Tensor[] weights, Tensor[] biases, Tensor? total, Tensor plan,"
     " float scale) -> Tensor[]",
     derivative="use linear, act_stats and row_sqnorm",
-    fake=_fake,
 )
 # Returns ∂x (empty if not `needs_x`), ∂W_1, ∂b_1 (if the layer has a bias), ∂W_2, …
 register(
