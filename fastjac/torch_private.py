@@ -242,6 +242,23 @@ assert_async = _private(
     "penalties with class targets cannot run in such a step",
 )
 
+_function_modes = _private(
+    "torch._C._len_torch_function_stack",
+    "to know whether a mode looks at the functions of torch that are called",
+    "layer-wise penalties of an nn.Sequential raise",
+)
+_dispatch_modes = _private(
+    "torch._C._len_torch_dispatch_stack",
+    "to know whether a mode looks at the operations that torch runs",
+    "layer-wise penalties of an nn.Sequential raise",
+)
+
+
+def any_mode() -> bool:
+    """Whether a mode sees the functions or operations of torch (make_fx, counters, a device)."""
+    return _function_modes() > 0 or _dispatch_modes() > 0
+
+
 # ---- make_fx
 
 NAMES.append(

@@ -18,8 +18,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastjac
+from fastjac.activations import IDS, MAX_PARAMS
 from fastjac.ops import act_stats as _ops_act_stats  # noqa: F401  (registers every op)
 from fastjac.ops.dispatch import OPS
+from fastjac.ops.registration import raw
 from fastjac.penalties import PENALTIES
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -233,14 +235,24 @@ def _run_layers() -> None:
     (first,) = torch.autograd.grad(a, z, v, create_graph=True)
     (second,) = torch.autograd.grad(first.square().sum(), z, create_graph=True)
     second.sum().backward()
-    conv = nn.Sequential(nn.Conv2d(2, 3, 2), nn.BatchNorm2d(3), nn.GELU(), nn.Flatten())
-    penalty = fastjac.DREG(conv, reduction="sum")
-    for x in (randn(3, 2, 4, 4), randn(1, 2, 2, 2).expand(5, 2, 2, 2)):
-        (conv(x).sum() + penalty()).backward()
+    for norms in ([nn.BatchNorm2d(3)], []):
+        conv = nn.Sequential(nn.Conv2d(2, 3, 2), *norms, nn.GELU(), nn.Flatten())
+        penalty = fastjac.DREG(conv, reduction="sum")
+        for x in (randn(3, 2, 4, 4), randn(1, 2, 2, 2).expand(5, 2, 2, 2)):
+            (conv(x).sum() + penalty()).backward()
     mlp = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 6), nn.SiLU(), nn.Linear(6, 3))
     for options in ({}, {"n_proj": 2}):
         output, value = fastjac.spectreg(mlp, randn(37, 5), **options)
         (output.sum() + value).backward()
+    # Penalties do not call these while a mode records what is called.
+    plan = torch.zeros(2, 2 + MAX_PARAMS, dtype=torch.float64)
+    plan[:, 0] = torch.tensor([IDS["tanh"], IDS["silu"]])
+    plan[0, 1] = 1  # the first layer has a bias
+    for shape in ((3, 5), (2, 3, 5)):
+        x, weights = randn(*shape), [randn(7, 5), randn(6, 7)]
+        for total, g in ((None, None), (randn(1)[0], randn(*shape[:-1], 6))):
+            *_, state, table, v = raw("layers_act")(x, weights, [randn(7)], total, plan, 0.5)
+            raw("layers_act_backward")(g, v, x, weights, state, table, g is None, plan, 0.5)
 
 
 # Arguments by their types in a schema. Most tensors and sizes of a case are drawn from one shape,

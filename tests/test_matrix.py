@@ -23,7 +23,7 @@ from fastjac.activations import SLOPES
 from fastjac.input_jacobian import by_autograd
 from fastjac.input_jacobian.chain import activations
 from fastjac.input_jacobian.compiled import backend, engine
-from fastjac.layerwise import layer_act
+from fastjac.layerwise import layer_act, sequence
 from fastjac.ops.registration import raw
 
 pytestmark = [
@@ -106,13 +106,14 @@ def without_curvature(monkeypatch: pytest.MonkeyPatch, thing: Thing) -> Thing:
 
     def planted(name: str) -> Any:
         op = raw(name)
-        if "act_stats_backward" not in name:
-            return op
-        return lambda z, g, n, q, *rest: op(z, g, n, torch.zeros_like(q), *rest)
+        if "act_stats_backward" in name:
+            return lambda z, g, n, q, *rest: op(z, g, n, torch.zeros_like(q), *rest)
+        return without_table(name, op, half=1)
 
     original = fused.backward
     monkeypatch.setattr(fused, "backward", staticmethod(backward))
     monkeypatch.setattr(layer_act, "raw", planted)
+    monkeypatch.setattr(sequence, "raw", planted)
     monkeypatch.setattr(importlib.import_module("fastjac.ops.act_stats"), "raw", planted)
     push = activations.Kernel.push
     monkeypatch.setattr(activations.Kernel, "push", lambda *a: (push(*a)[0], (None,)))
@@ -143,8 +144,30 @@ def without_weight_of_a_layer(monkeypatch: pytest.MonkeyPatch, thing: Thing) -> 
         for grad in () if add else grads:
             grad.zero_()
 
+    def planted(name: str) -> Any:
+        return without_table(name, raw(name), half=0)
+
     monkeypatch.setattr(layer_act, "add_to", add_nothing)
+    monkeypatch.setattr(layer_act, "raw", planted)
+    monkeypatch.setattr(sequence, "raw", planted)
     return thing
+
+
+def without_table(name: str, op: Any, half: int) -> Any:
+    """The backward of layers on a CPU with zeros for s (``half=0``) or r in the table."""
+    places = {"layer_act_backward": 3, "linear_act_backward": 5, "layers_act_backward": 5}
+    if name not in places:
+        return op
+
+    def call(*args: Any) -> Any:
+        given = list(args)
+        given[places[name]] = table = given[places[name]].clone()
+        widths = [w.shape[0] for w in args[3]] if name.startswith("layers") else [len(table) // 2]
+        for part in table.split([2 * c for c in widths]):
+            part.view(2, -1)[half] = 0
+        return op(*given)
+
+    return call
 
 
 LAYER_WISE = ("DREG attached", "DREG called", "Contractive attached")

@@ -1,14 +1,49 @@
 // `act_stats` and `act_stats_backward` for CPU tensors; see fastjac/ops/act_stats.py.
-#include "act_stats_kernels.h"
-
 #include <torch/csrc/stable/library.h>
 
+#include <cstring>
 #include <tuple>
 #include <vector>
 
+#include "passes.h"
 #include "sums.h"
 
 namespace fastjac {
+
+void stats_pass(const StatsOperands& operands, const void* w_channel, Statistic statistic,
+                double scale, bool backward, int64_t fn, const std::vector<double>& params,
+                void* value) {
+  const Layout& layout = operands.layout;
+  const Tasks tasks(layout.rows(), layout.columns());
+  const Sum sum = operands.sum(statistic);
+  std::vector<double> partial(partial_sums(layout, tasks, sum));
+  Tensor result = operands.out;
+  const StatsCall call{fn,
+                       checked_params(fn, params),
+                       dtype_of(operands.z),
+                       backward,
+                       operands.z.const_data_ptr(),
+                       StatsOperands::pointer(operands.g),
+                       result.mutable_data_ptr(),
+                       StatsOperands::pointer(operands.w_sample),
+                       w_channel,
+                       2 * scale,
+                       layout,
+                       sum,
+                       partial.data()};
+  run_tasks(call, tasks);
+  const bool wide = call.dtype == DType::f64;
+  if (operands.z.numel() == 0) {
+    std::memset(value, 0, operands.size(statistic) * (wide ? 8 : 4));
+  } else if (wide) {
+    finish(operands, statistic, tasks, partial, scale_of(statistic, scale),
+           static_cast<double*>(value));
+  } else {
+    finish(operands, statistic, tasks, partial, scale_of(statistic, scale),
+           static_cast<float*>(value));
+  }
+}
+
 namespace {
 
 std::tuple<Tensor, Tensor> run(const Tensor& z, const std::optional<Tensor>& g,
@@ -17,36 +52,11 @@ std::tuple<Tensor, Tensor> run(const Tensor& z, const std::optional<Tensor>& g,
                                Statistic statistic, double scale, bool backward, int64_t fn,
                                const std::vector<double>& params) {
   const StatsOperands operands(z, g, w_sample, w_channel, dim);
-  const Layout& layout = operands.layout;
-  const Tasks tasks(layout.rows(), layout.columns());
-  const Sum sum = operands.sum(statistic);
-  std::vector<double> partial(partial_sums(layout, tasks, sum));
-  Tensor result = operands.out;
-  const StatsCall call{fn,
-                       checked_params(fn, params),
-                       dtype_of(z),
-                       backward,
-                       operands.z.const_data_ptr(),
-                       StatsOperands::pointer(operands.g),
-                       result.mutable_data_ptr(),
-                       StatsOperands::pointer(operands.w_sample),
-                       StatsOperands::pointer(operands.w_channel),
-                       2 * scale,
-                       layout,
-                       sum,
-                       partial.data()};
-  run_tasks(call, tasks);
+  operands.sum(statistic);  // raises if there is no such statistic
   Tensor value = torch::stable::new_empty(z, {operands.size(statistic)}, statistic_type(z));
-  if (z.numel() == 0) {
-    torch::stable::zero_(value);
-  } else if (dtype_of(value) == DType::f64) {
-    finish(operands, statistic, tasks, partial, scale_of(statistic, scale),
-           static_cast<double*>(value.mutable_data_ptr()));
-  } else {
-    finish(operands, statistic, tasks, partial, scale_of(statistic, scale),
-           static_cast<float*>(value.mutable_data_ptr()));
-  }
-  return {result, value};
+  stats_pass(operands, StatsOperands::pointer(operands.w_channel), statistic, scale, backward, fn,
+             params, value.mutable_data_ptr());
+  return {operands.out, value};
 }
 
 std::tuple<Tensor, Tensor> act_stats(const Tensor& z, const std::optional<Tensor>& w, int64_t dim,

@@ -1,9 +1,11 @@
 // `row_sqnorm` and `row_sqnorm_backward` for CPU tensors; see fastjac/ops/row_sqnorm.py.
 #include <torch/csrc/stable/library.h>
 
+#include <cstring>
 #include <vector>
 
 #include "isa.h"
+#include "passes.h"
 #include "row_sqnorm_kernels.h"
 #include "rows.h"
 
@@ -40,22 +42,30 @@ void* part(void* flat, const Tensor& t, int64_t row) {
 Tensor row_sqnorm(const std::vector<Tensor>& weights) {
   const int64_t rows = total_rows(weights);
   Tensor out = torch::stable::new_empty(weights[0], {rows}, statistic_type(weights[0]));
-  torch::stable::zero_(out);  // for rows without elements
-  std::vector<Tensor> dense;
-  std::vector<RowsCall> calls;
-  int64_t first = 0;
-  for (const Tensor& w : weights) {
-    dense.push_back(with_rows_in_memory(w));
-    calls.push_back({dtype_of(w), dense.back().const_data_ptr(), true, nullptr, false,
-                     part(out.mutable_data_ptr(), out, first), row_length(w)});
-    first += w.size(0);
-  }
-  for_all_rows(dense, calls);
+  row_norms(weights, out.mutable_data_ptr());
   return out;
 }
 
-void row_sqnorm_backward(std::vector<Tensor> grads, const std::vector<Tensor>& weights,
-                         const Tensor& c, bool add) {
+}  // namespace
+
+void row_norms(const std::vector<Tensor>& weights, void* out) {
+  const int64_t size = dtype_of(weights[0]) == DType::f64 ? 8 : 4;
+  std::vector<Tensor> dense;
+  std::vector<RowsCall> calls;
+  char* first = static_cast<char*>(out);
+  for (const Tensor& w : weights) {
+    const int64_t bytes = w.size(0) * size;
+    if (w.numel() == 0) std::memset(first, 0, bytes);  // rows without elements
+    dense.push_back(with_rows_in_memory(w));
+    calls.push_back(
+        {dtype_of(w), dense.back().const_data_ptr(), true, nullptr, false, first, row_length(w)});
+    first += bytes;
+  }
+  for_all_rows(dense, calls);
+}
+
+void scaled_rows(std::vector<Tensor> grads, const std::vector<Tensor>& weights, const Tensor& c,
+                 bool add) {
   const int64_t rows = total_rows(weights);
   check_rows_backward(grads, weights, c, rows);
   const Tensor coefficients = torch::stable::contiguous(c);
@@ -71,11 +81,9 @@ void row_sqnorm_backward(std::vector<Tensor> grads, const std::vector<Tensor>& w
   for_all_rows(weights, calls);
 }
 
-}  // namespace
-
 STABLE_TORCH_LIBRARY_IMPL(fastjac, CPU, m) {
   m.impl("row_sqnorm", TORCH_BOX(&row_sqnorm));
-  m.impl("row_sqnorm_backward", TORCH_BOX(&row_sqnorm_backward));
+  m.impl("row_sqnorm_backward", TORCH_BOX(&scaled_rows));
 }
 
 }  // namespace fastjac

@@ -33,6 +33,7 @@ from fastjac.layerwise.layers import (
     nonlinearity_of,
 )
 from fastjac.layerwise.products import Product, Products
+from fastjac.layerwise.sequence import Run, modules_only, runs_of
 from fastjac.nn import Act
 
 
@@ -42,6 +43,13 @@ class PassObserver(Protocol):
     compute: Callable[[Any, Tensor], Tensor | None] | None
     """``compute(module, x)`` returns the output of a plain layer, or None to have the module
     compute it. It is None in an observer that computes no layers."""
+
+    @property
+    def sequences(self) -> bool:
+        """Whether `run_ran` may be called."""
+
+    def run_ran(self, run: Run, x: Tensor, weights: list[Tensor], biases: list[Tensor]) -> Tensor:
+        """Computes several layers of an ``nn.Sequential`` at once."""
 
     def layer_ran(
         self, layer: Layer, x: Tensor, z: Tensor, products: list[Product] | None
@@ -161,18 +169,16 @@ class LayerForward(Forward):
         forward = self.previous or self.own
         if running is None:
             return forward(*args, **kwargs)
+        layer = self.layer
         z, products = None, None
-        if (
-            running.compute is not None
-            and self.layer.plain
-            and self.previous is None
-            and len(args) == 1
-        ):
+        if running.compute is not None and layer.plain and self.previous is None and len(args) == 1:
             z = running.compute(self.module, args[0])
-        if z is None:
+        if z is None and layer.plain:
+            z = forward(*args, **kwargs)
+        elif z is None:
             z, products = self.computed(forward, *args, **kwargs)
         if isinstance(z, Tensor):
-            running.layer_ran(self.layer, args[0] if args else first(args, kwargs), z, products)
+            running.layer_ran(layer, args[0] if args else first(args, kwargs), z, products)
         return z
 
     def computed(self, forward: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
@@ -249,15 +255,56 @@ class ActivationForward(Forward):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         observer = self.observer
         running = None if observer is None else observer.running()
-        call = None if running is None else running.find(first(args, kwargs))
+        call = None
+        if running is not None:
+            call = running.find(args[0] if args else first(args, kwargs))
         if running is None or call is None:
             return self.plain(*args, **kwargs)
         # A forward of another watch, which this one replaced, must see z too.
         a = None if self.previous is None else self.previous(*args, **kwargs)
-        module = self.module
-        if any(getattr(module, name) != value for name, value in self.chosen_by):
-            self.prepare()
-        return running.activate(call, self.phi, a)
+        return running.activate(call, self.current(), a)
+
+    def current(self) -> Nonlinearity:
+        """The activation that the attributes of the module choose now."""
+        for name, value in self.chosen_by:
+            if getattr(self.module, name) != value:
+                self.prepare()
+                break
+        return self.phi
+
+
+class SequentialForward(Forward):
+    """The forward of an ``nn.Sequential``, which computes several small layers at once."""
+
+    def prepare(self) -> None:
+        self.modules: list[Any] | None = None
+        self.runs: dict[int, Run] = {}
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        observer = self.observer
+        running = None if observer is None else observer.running()
+        if running is None or not running.sequences or len(args) != 1 or kwargs:
+            return self.plain(*args, **kwargs)
+        x = args[0]
+        modules = list(self.module._modules.values())
+        if modules != self.modules:
+            self.modules = modules
+            self.runs = runs_of(modules, observer, (LayerForward, ActivationForward))
+        if self.previous is not None or not self.runs or not modules_only():
+            return self.plain(x)
+        place = 0
+        while place < len(modules):
+            run = self.runs.get(place)
+            given = None if run is None or not isinstance(x, Tensor) else run.parameters(x)
+            if run is None or given is None:
+                if run is not None and run.stale:
+                    self.modules = None
+                x = modules[place](x)
+                place += 1
+            else:
+                x = running.run_ran(run, x, *given)
+                place += 2 * len(run.pairs)
+        return x
 
 
 class HeldFunction:
@@ -287,6 +334,8 @@ def forward_of(module: nn.Module) -> type[Forward] | None:
     if type(module) in NORM and not patched(module):
         over_several = isinstance(module, nn.LayerNorm) and len(module.normalized_shape) != 1
         return None if over_several else NormForward
+    if type(module) is nn.Sequential and not patched(module):
+        return SequentialForward
     own = hasattr(module, "fastjac_activation")
     if is_activation(module) and type(module) is not Act and (own or not patched(module)):
         return ActivationForward  # an Act calls the observers itself

@@ -9,7 +9,9 @@ layers (`fastjac.ops.row_sqnorm.tapped`, on a GPU, where the number of launches 
 backward makes one pass over ``z`` for ``∂z`` and ``∂b``, leaves the two GEMMs to torch, and adds
 ``2 ∂v s_c W_c`` to ``∂W`` in place, while both are in the cache. If autograd accumulated them, the
 penalty would allocate a second ``∂W`` (784-4×512-10, batch 128, 2 cores: +4.8 MB on 5). The ops
-`act_stats` and `row_sqnorm` are used for both directions.
+`act_stats` and `row_sqnorm` are used for both directions. On a CPU, where a call from Python takes
+as long as a small layer, one op computes all of a direction, and v is added to the total of the
+layers before, so that the value of the penalty needs no nodes of its own.
 
 A backward that is being recorded computes ``z`` again and consists of differentiable operations.
 """
@@ -25,14 +27,17 @@ from torch import Tensor
 from fastjac.ops.act_stats import (
     BIAS,
     NONE,
+    check_channels,
     composed_grad_z,
     composed_statistic,
     named,
     recorded,
+    result_like,
     spread,
 )
 from fastjac.ops.autograd import Function
-from fastjac.ops.registration import raw
+from fastjac.ops.dispatch import accumulate_dtype
+from fastjac.ops.registration import check_like, raw, register
 from fastjac.ops.row_sqnorm import add_to, alike, composed_rows, plus_rows, rows_of
 from fastjac.torch_private import below_autograd
 
@@ -64,7 +69,7 @@ def layer_act(
 
     ``layer`` is a `LayerActOptions`. Raises under forward mode and ``torch.func``.
     """
-    return apply_layer_act(x, weight, bias, z, layer)
+    return apply_layer_act(x, weight, bias, z, None, layer, None)
 
 
 class _LayerAct(Function):
@@ -74,14 +79,21 @@ class _LayerAct(Function):
     boxed_grads_call = True
 
     @staticmethod
-    def forward(ctx, x, weight, bias, z, layer):
-        conv, scale, fn, params, suffix, _, rows = layer
+    def forward(ctx, x, weight, bias, z, total, layer, kept):
+        conv, scale, fn, params, suffix, impl, rows = layer
         dim = z.dim() - 1 if conv is None else 1
+        ctx.layer = layer
+        ctx.set_materialize_grads(False)
+        if impl == rows == "cpu":
+            with below_autograd():
+                a, table, total = raw("layer_act")(z, weight, dim, scale, fn, params, total)
+            ctx.save_for_backward(x, weight, bias, z, table, None)
+            if kept is not None:
+                kept.append(table)
+            return a, total
         with below_autograd():
             r = rows_of([weight], rows) if rows else None
             a, s = raw("act_stats" + suffix)(z, None, dim, False, scale, fn, params)
-        ctx.layer = layer
-        ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, weight, bias, z, s if rows else None, r)
         if r is None:
             return a, s
@@ -93,37 +105,69 @@ class _LayerAct(Function):
         boxed = grads[0] if isinstance(grads[0], list) else list(grads)
         g, v = boxed
         x, weight, bias, z, s, r = ctx.saved_tensors
-        needs = ctx.needs_input_grad[:3]
+        needs_x, needs_w, needs_b, _, needs_total, *_ = ctx.needs_input_grad
+        needs = needs_x, needs_w, needs_b
+        rest = None, v if needs_total else None, None, None
         if recorded(g, v):
-            return *_recorded_backward(g, v, x, weight, bias, z, needs, ctx.layer), None, None
-        conv, scale, fn, params, suffix, _, rows = ctx.layer
+            return *_recorded_backward(g, v, x, weight, bias, z, needs, ctx.layer), *rest
+        conv, scale, fn, params, suffix, impl, rows = ctx.layer
         if v is None:
             grad_z = raw("act" + suffix)(z, g, 1, fn, params)
-            return *_layer_backward(grad_z, x, weight, bias, conv, needs), None, None
-        dim = z.dim() - 1 if conv is None else 1
-        q, statistic = r * v if rows else v, BIAS if needs[2] else NONE
-        grad_z, grad_b = raw("act_stats_backward" + suffix)(
-            z, g, None, q, dim, statistic, scale, fn, params
-        )
-        c = s * v if rows and needs[1] else None
+            return *_layer_backward(grad_z, x, weight, bias, conv, needs), *rest
+        at_once = impl == rows == "cpu"
+        with below_autograd():
+            if at_once and needs_w and conv is None and _small(x, weight, z):
+                grad_x, grad_w, grad_b = raw("linear_act_backward")(
+                    x, weight, z, g, v, s, needs_x, needs_b, scale, fn, params
+                )
+                ctx.maybe_clear_saved_tensors()
+                return grad_x if needs_x else None, grad_w, grad_b if needs_b else None, *rest
+            dim = z.dim() - 1 if conv is None else 1
+            if at_once:
+                grad_z, grad_b, c = raw("layer_act_backward")(
+                    z, g, v, s, dim, needs_b, scale, fn, params
+                )
+            else:
+                q, statistic = r * v if rows else v, BIAS if needs_b else NONE
+                grad_z, grad_b = raw("act_stats_backward" + suffix)(
+                    z, g, None, q, dim, statistic, scale, fn, params
+                )
+                c = s * v if rows and needs_w else None
         ctx.maybe_clear_saved_tensors()  # not if the graph is retained
         boxed.clear()
         del grads, g, z
-        if needs[2]:
-            needs = (*needs[:2], False)
-            grad_b = grad_b if grad_b.dtype == bias.dtype else grad_b.to(bias.dtype)
-        else:
+        if not needs_b:
             grad_b = None
-        if c is None or conv is not None or weight.dtype != grad_z.dtype:
-            grad_x, grad_w, _ = _layer_backward(grad_z, x, weight, bias, conv, needs)
-            return grad_x, _add_rows(grad_w, weight, c, rows), grad_b, None, None
+        elif grad_b.dtype != bias.dtype:
+            grad_b = grad_b.to(bias.dtype)
+        if c is None or not needs_w or conv is not None or weight.dtype != grad_z.dtype:
+            grad_x, grad_w, _ = _layer_backward(grad_z, x, weight, bias, conv, (*needs[:2], False))
+            return grad_x, _add_rows(grad_w, weight, c, rows), grad_b, *rest
         # The GEMM adds its product to 2 c W while that is in the cache. This costs half of a pass
         # over ∂W after the GEMM (784-4×512-10, batch 128: +0.09 ms a step against +0.21).
         grad_w = torch.empty_like(weight)
         add_to([grad_w], [weight], c, rows, add=False)
         grad_w.addmm_(_flat(grad_z).t(), _flat(x))
         del x
-        return grad_z.matmul(weight) if needs[0] else None, grad_w, grad_b, None, None
+        return grad_z.matmul(weight) if needs_x else None, grad_w, grad_b, *rest
+
+
+# Elements of z up to which the number of calls counts; beyond, when memory is freed does.
+SMALL = 1 << 15
+
+
+def _small(x: Tensor, weight: Tensor, z: Tensor) -> bool:
+    """Whether ``linear_act_backward`` computes the gradients of a Linear."""
+    dtype = z.dtype
+    return (
+        z.numel() <= SMALL
+        and (dtype is torch.float32 or dtype is torch.float64)
+        and x.dtype is dtype
+        and weight.dtype is dtype
+        and x.is_contiguous()
+        and weight.is_contiguous()
+        and z.is_contiguous()
+    )
 
 
 def _add_rows(grad: Tensor | None, weight: Tensor, c: Tensor | None, impl: str) -> Tensor | None:
@@ -202,3 +246,52 @@ def _layer_backward(
 def _flat(t: Tensor) -> Tensor:
     """``[N·P, C]``, by reshape, since flatten has no batching rule."""
     return t if t.dim() == 2 else t.reshape(-1, t.shape[-1])
+
+
+# ---- the raw ops, for CPU tensors
+
+
+def _fake(z, weight, dim, *rest):
+    check_channels(z, dim)
+    table = z.new_empty(2 * z.shape[dim], dtype=accumulate_dtype(z.dtype))
+    return result_like(z, dim), table, table.new_empty(())
+
+
+def _fake_backward(z, g, v, table, dim, bias, *rest):
+    check_channels(z, dim)
+    check_like(g, z, "g")
+    channels = z.shape[dim]
+    return (
+        result_like(z, dim),
+        table.new_empty(channels if bias else 0),
+        table.new_empty(channels),
+    )
+
+
+def _fake_linear(x, weight, z, g, v, table, needs_x, bias, *rest):
+    check_like(g, z, "g")
+    grad_x = torch.empty_like(x) if needs_x else x.new_empty(0)
+    return grad_x, torch.empty_like(weight), x.new_empty(weight.shape[0] if bias else 0)
+
+
+# Returns φ(z), the table [s, r] (flat), and total + Σ_c s_c r_c.
+register(
+    "layer_act(Tensor z, Tensor weight, int dim, float scale, int fn, float[] params,"
+    " Tensor? total) -> (Tensor, Tensor, Tensor)",
+    derivative="use act_stats and row_sqnorm",
+    fake=_fake,
+)
+# Returns ∂z, ∂b (empty if not `bias`) and c = v s, for the gradient v of the total.
+register(
+    "layer_act_backward(Tensor z, Tensor? g, Tensor v, Tensor table, int dim, bool bias,"
+    " float scale, int fn, float[] params) -> (Tensor, Tensor, Tensor)",
+    derivative="use act_stats and row_sqnorm",
+    fake=_fake_backward,
+)
+# Returns ∂x (empty if not `needs_x`), ∂W with 2 c W, and ∂b of a Linear; float32 or float64.
+register(
+    "linear_act_backward(Tensor x, Tensor weight, Tensor z, Tensor? g, Tensor v, Tensor table,"
+    " bool needs_x, bool bias, float scale, int fn, float[] params) -> (Tensor, Tensor, Tensor)",
+    derivative="use linear, act_stats and row_sqnorm",
+    fake=_fake_linear,
+)

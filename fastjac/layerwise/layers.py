@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -61,6 +61,19 @@ class Layer:
         return None
 
 
+class Table(NamedTuple):
+    """The numbers s and r of a layer's channels, one after the other in a flat tensor."""
+
+    flat: Tensor
+    first: int
+    channels: int
+
+    def products(self) -> Tensor:
+        """``s_c r_c``, whose sum is the share of the layer."""
+        middle, end = self.first + self.channels, self.first + 2 * self.channels
+        return self.flat[self.first : middle] * self.flat[middle:end]
+
+
 @dataclass(slots=True, eq=False)
 class Nonlinearity:
     """``φ`` at one place of a model: a row of the activation table, or any activation module.
@@ -86,6 +99,13 @@ class Nonlinearity:
             return self._act(z, 1)
         assert self.module is not None
         return module_derivative(self.module, z)
+
+    def overwrites(self) -> bool:
+        """Whether the activation writes to z."""
+        module = self.module
+        if module is None or not ("inplace" in vars(module) or hasattr(type(module), "inplace")):
+            return False  # without asking the module, whose error would take 2 µs
+        return bool(module.inplace)
 
     def _act(self, z: Tensor, order: int) -> Tensor:
         assert self.fn is not None

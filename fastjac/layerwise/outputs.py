@@ -52,11 +52,14 @@ class Output:
         return self.held is None and bool(self.marks) and all(m() is None for m in self.marks)
 
 
-def apart(output: Any, nodes: list[Any]) -> Any:
-    """The output, as a view if one of the nodes of the penalty's terms returned it.
+def apart(output: Any, terms: list[Any]) -> Any:
+    """The output, as a view if the node of one of the terms returned it.
 
     The penalty keeps these nodes, so the node of the output must be another one.
     """
-    if not isinstance(output, Tensor) or output.grad_fn is None:
-        return output
-    return output.view_as(output) if any(output.grad_fn is n for n in nodes) else output
+    node = output.grad_fn if isinstance(output, Tensor) else None
+    if node is not None:
+        for term in terms:
+            if term.result.grad_fn is node:
+                return output.view_as(output)
+    return output

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from fastjac.distributed import is_dtensor
-from fastjac.layerwise.layers import Layer, LayerCall, Nonlinearity
+from fastjac.layerwise.layers import Layer, LayerCall, Nonlinearity, Table
 from fastjac.layerwise.norms import batch_normed
 from fastjac.layerwise.products import Product, refuse_written, version_of
+from fastjac.layerwise.sequence import Run
 from fastjac.layerwise.sharded import sharding
 from fastjac.ops.autograd import transformed
 from fastjac.torch_private import saved_tensor_hooks, transforms_active, tree_leaves
@@ -54,6 +55,10 @@ class LayerStatistic:
         self, seen: Pass, call: LayerCall, phi: Nonlinearity, a: Tensor | None
     ) -> tuple[Tensor, Term]:
         """``φ(z)`` for the output z of the call (which is a, if that is given), and the term."""
+        raise NotImplementedError
+
+    def of_run(self, calls: list[LayerCall], total: Tensor, tables: list[Table]) -> list[Any]:
+        """The terms of the layers of a run, if the statistic sets `Pass.running`."""
         raise NotImplementedError
 
     def at_output(self, seen: Pass, call: LayerCall) -> Term:
@@ -102,6 +107,11 @@ class Pass:
         self.whole: list[Layer] = []  # the layers that are one node with their term
         self.whole_before: list[Layer] = []  # those of the previous pass
         self.taps: dict[Layer, Any] = {}  # (identity of the weight, a view of it, its row norms)
+        # Whether all terms have one factor. A layer on a CPU then adds its term to the total of
+        # those before it, in its own node, instead of `finish` in nodes of its own.
+        self.running = False
+        self.totals: dict[torch.dtype, Tensor] = {}  # by the dtype of z
+        self.added = 0  # the number of these layers
 
     # ---- what the forwards report
 
@@ -121,7 +131,7 @@ class Pass:
                 self.left_out.append((layer.name, UNKNOWN_WEIGHT))
                 return None
             weight, groups = product.weight, product.groups
-        if not layer.hooked and is_dtensor(weight):
+        if type(weight) is not nn.Parameter and not layer.hooked and is_dtensor(weight):
             raise RuntimeError(
                 f"layer {layer.name}: its weight became a DTensor (tensor parallel) after the "
                 "penalty was attached: attach the penalty after parallelize_module"
@@ -133,6 +143,20 @@ class Pass:
             call = LayerCall(layer, x, z, weight, *versions, groups)
         self.calls.append(call)
         return call
+
+    @property
+    def sequences(self) -> bool:
+        return self.running and self.grad and not (self.include_output or self.inside)
+
+    def run_ran(self, run: Run, x: Tensor, weights: list[Tensor], biases: list[Tensor]) -> Tensor:
+        calls = run.calls(x, weights)
+        a, total, tables = run(x, self.totals.get(x.dtype), weights, biases)
+        self.calls += calls
+        if self.task == -1:
+            self.totals[x.dtype] = total
+            self.added += len(calls)
+            self.terms += self.statistic.of_run(calls, total, tables)
+        return a
 
     def output_replaced(self, layer: Layer, z: Tensor) -> None:
         calls = [c for c in self.calls if c.layer is layer]
@@ -146,7 +170,7 @@ class Pass:
                     if call.z is z:
                         refuse_written(z, call.name)
                         return call
-                elif call.is_output(z):
+                elif call.z is z or (call.ref is not None and call.is_output(z)):
                     # After ``out += skip`` it is the same object with other values.
                     return call if call.version == z._version else None
         return None
@@ -163,10 +187,15 @@ class Pass:
             call.release()
 
     def activate(self, call: LayerCall, phi: Nonlinearity, a: Tensor | None) -> Tensor:
-        self._check(call)
-        call.used = True
         original = call.z
-        in_place = a is None and getattr(phi.module, "inplace", False)
+        needed = self.grad and not original.requires_grad and call.weight.requires_grad
+        # Under torch.func, requires_grad does not say whether there is a gradient.
+        if needed and not transforms_active():
+            raise without_gradient(call)
+        if original.dim() < 2:
+            raise without_samples(call)
+        call.used = True
+        in_place = a is None and phi.overwrites()
         if in_place:  # the penalty needs z, and the model expects that it is overwritten
             call.z = original.clone()
             call.version = call.version if self.compiling else call.z._version
@@ -189,29 +218,12 @@ class Pass:
             finally:  # a checkpoint ends its recomputation by an exception
                 if not self.compiling:
                     call.release()
-            self._note(term, a)
+            # A recomputation makes the same operations, and its terms are not used.
+            if self.task == -1:
+                self.terms.append(term)
+                if self.include_output:
+                    self.activated.append(a)
         return original.copy_(a) if in_place else a
-
-    def _note(self, term: Term, a: Tensor) -> None:
-        if self.task == -1:  # a recomputation makes the same operations, and its terms are not used
-            self.terms.append(term)
-            if self.include_output:
-                self.activated.append(a)
-
-    def _check(self, call: LayerCall) -> None:
-        # Under torch.func, requires_grad does not say whether there is a gradient.
-        needed = self.grad and not transforms_active()
-        if needed and not call.z.requires_grad and call.weight.requires_grad:
-            raise RuntimeError(
-                f"layer {call.name}: its pre-activation was computed with gradients off (in a "
-                "reentrant checkpoint, or under torch.no_grad() in forward), so a part of the "
-                "gradient of the penalty would be lost: use checkpoint(..., use_reentrant=False)"
-            )
-        if call.z.dim() < 2:
-            raise RuntimeError(
-                f"layer {call.name}: its output has shape {tuple(call.z.shape)}: dimension 0 must "
-                "be the samples in the whole model; give x a batch dimension"
-            )
 
     # ---- after the run
 
@@ -231,7 +243,9 @@ class Pass:
         """Computes the terms that are missing, and notes which layers have none."""
         for call, phi in self.postponed:
             a, term = statistic.at_layer(self, call, phi, call.z)
-            self._note(term, a)
+            self.terms.append(term)
+            if self.include_output:
+                self.activated.append(a)
         outputs = [output] if isinstance(output, Tensor) else tree_leaves(output)
         left_out, ran = self.left_out, self.ran
         for call in self.calls:
@@ -265,7 +279,8 @@ class Pass:
             )
         for term in self.terms:
             call = term.call
-            call.check_unchanged()
+            if call.version >= 0:
+                call.check_unchanged()
             shape = call.shape
             fits = len(shape) >= 2 and (call.layer.linear or len(shape) == call.weight.dim())
             if shape[0] != batch or not fits:
@@ -285,3 +300,18 @@ def samples_of(args: Any, kwargs: Any) -> int | None:
         if isinstance(t, Tensor) and t.dim() > 0:
             return t.shape[0]
     return None
+
+
+def without_gradient(call: LayerCall) -> RuntimeError:
+    return RuntimeError(
+        f"layer {call.name}: its pre-activation was computed with gradients off (in a reentrant "
+        "checkpoint, or under torch.no_grad() in forward), so a part of the gradient of the "
+        "penalty would be lost: use checkpoint(..., use_reentrant=False)"
+    )
+
+
+def without_samples(call: LayerCall) -> RuntimeError:
+    return RuntimeError(
+        f"layer {call.name}: its output has shape {tuple(call.z.shape)}: dimension 0 must be the "
+        "samples in the whole model; give x a batch dimension"
+    )

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from fastjac import arguments, distributed
+from fastjac.layerwise.layers import Table
 from fastjac.layerwise.passes import LayerStatistic, Pass, Term
 from fastjac.layerwise.watch import Watch
 from fastjac.penalty import ModelPenalty, PenaltyOptions, call_model
@@ -25,10 +26,11 @@ class LayerOptions(PenaltyOptions, total=False):
 
 @dataclass
 class Sum:
-    """``Σ_n R_n`` of ``count`` samples, if the values of the samples are not needed."""
+    """``Σ_n R_n = factor total`` of ``count`` samples, if the values of these are not needed."""
 
     total: Tensor
     count: int
+    factor: float = 1.0
 
 
 class LayerPenalty(LayerStatistic, ModelPenalty):
@@ -63,7 +65,7 @@ class LayerPenalty(LayerStatistic, ModelPenalty):
         self.layers_found: list[str] = []
         self.layers_left_out: list[tuple[str, str]] = []
         # Of each pass its number of samples, and (name, v, f) of its layers, whose share is f Σ v.
-        self._shares: list[tuple[int, list[tuple[str, Tensor, float]]]] = []
+        self._shares: list[tuple[int, list[tuple[str, Tensor | Table, float]]]] = []
         self._watch: Watch | None = None
 
     @property
@@ -76,13 +78,17 @@ class LayerPenalty(LayerStatistic, ModelPenalty):
             for name, v, factor in shares:
                 key = name, ran[name]
                 ran[name] += 1
+                v = v.products() if isinstance(v, Table) else v
                 share = v.sum() * (factor / samples if self.reduction == "mean" else factor)
                 values[key] = values[key] + share if key in values else share
         return [(name, value) for (name, _), value in values.items()]
 
-    def remember(self, batch: int, shares: Sequence[tuple[Term, Tensor, float]]) -> None:
+    def remember(self, batch: int, shares: Sequence[tuple[Term, Tensor | Table, float]]) -> None:
         """Notes each layer's share ``f Σ v`` of the sum over a pass, given ``(term, v, f)``."""
-        self._shares.append((batch, [(t.call.name, v.detach(), f) for t, v, f in shares]))
+        noted = [
+            (t.call.layer.name, v if isinstance(v, Table) else v.detach(), f) for t, v, f in shares
+        ]
+        self._shares.append((batch, noted))
 
     # ---- called
 
@@ -147,7 +153,8 @@ class LayerPenalty(LayerStatistic, ModelPenalty):
             return super()._reduce(values)
         factor = self._factor(values.total)
         # The mean over no samples would be 0/0.
-        return values.total * (factor / (values.count or 1) if self.reduction == "mean" else factor)
+        count = (values.count or 1) if self.reduction == "mean" else 1
+        return values.total * (factor * values.factor / count)
 
     # ---- attached
 
@@ -190,8 +197,9 @@ class LayerPenalty(LayerStatistic, ModelPenalty):
                 f"{type(self).__name__}() has no model: attach it, {type(self).__name__}(model), "
                 "or call it with (model, x)"
             )
-        self._watch.forget_dropped()
-        passes, self._watch.passes = self._watch.passes, []
+        watch = self._watch
+        watch.forget_dropped()
+        passes, watch.passes = watch.passes, []
         if not passes:
             raise RuntimeError(
                 "penalty(): the model has not run since the last call with training mode and "
@@ -207,10 +215,12 @@ class LayerPenalty(LayerStatistic, ModelPenalty):
             zeros = attached_zeros(output)
             return zeros if self.reduction == "none" else zeros.sum()
         vars(self)["_shares"] = []
-        value = self._reduce(_together([self._finish(seen) for seen, _ in due]))
+        results = [self._finish(seen) for seen, _ in due]
+        value = self._reduce(results[0] if len(results) == 1 else _together(results))
         self.count_call()
-        value = distributed.attached(value, *[t for _, output in due for t in output.tensors])
-        return distributed.through_sink(value, self._watch.ddp)
+        if distributed.active():
+            value = distributed.attached(value, *[t for _, output in due for t in output.tensors])
+        return value if watch.ddp is None else distributed.through_sink(value, watch.ddp)
 
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()
@@ -232,9 +242,8 @@ class LayerPenalty(LayerStatistic, ModelPenalty):
 
 def _together(results: Sequence[Tensor | Sum]) -> Tensor | Sum:
     """The results of several passes as one batch."""
-    if len(results) == 1:
-        return results[0]
     sums = [r for r in results if isinstance(r, Sum)]
     if sums:
-        return Sum(torch.stack([s.total for s in sums]).sum(), sum(s.count for s in sums))
+        totals = [s.total if s.factor == 1 else s.total * s.factor for s in sums]
+        return Sum(torch.stack(totals).sum(), sum(s.count for s in sums))
     return torch.cat([r for r in results if isinstance(r, Tensor)])

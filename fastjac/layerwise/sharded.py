@@ -29,7 +29,7 @@ from fastjac.ops.row_sqnorm import or_auto, row_sqnorm
 
 def sharding() -> bool:
     """Whether any module of this process is under ``fully_shard``."""
-    return active() and torch_private.any_module_is_sharded()
+    return torch_private.any_module_is_sharded() and active()
 
 
 def freed(weight: Tensor) -> bool:

@@ -3,7 +3,7 @@
 The ways, the cheapest first: the layer and its activation as one autograd node (`layer_act`);
 BatchNorm and activation as one node (`batch_norm_act`); the activation and the statistic in one
 pass (`act_stats`); composed operations, if the table does not have the activation or the weight is
-a DTensor.
+a DTensor. Small layers of an ``nn.Sequential`` do not come here (`sequence`).
 
 If only the sum over the samples is needed, it is taken first: the pass that computes the activation
 returns ``s_c = Σ_{n,p} φ'²``, and ``Σ_c s_c ‖W_c‖²`` is a product of two vectors, which `sums`
@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,85 +23,33 @@ from fastjac.distributed import is_dtensor
 from fastjac.layerwise import sharded
 from fastjac.layerwise.batch_norm import batch_norm_act
 from fastjac.layerwise.layer_act import LayerActOptions, apply_layer_act, layer_act
-from fastjac.layerwise.layers import Layer, LayerCall, Nonlinearity, conv_options
+from fastjac.layerwise.layers import LayerCall, Nonlinearity, Table, conv_options
 from fastjac.layerwise.norms import Gain, norm_gain
-from fastjac.layerwise.passes import Pass, Term
+from fastjac.layerwise.passes import Pass
+from fastjac.layerwise.terms import NO_GAIN, Statistic, Wanted, positions
 from fastjac.ops.act_stats import act_stats
 from fastjac.ops.dispatch import OPS, accumulate_dtype
 from fastjac.ops.registration import suffix_of
 from fastjac.ops.row_sqnorm import or_auto, row_sqnorm, rows_in_memory, tapped
 from fastjac.torch_private import saved_tensor_hooks
 
-NO_GAIN = Gain()
 TAPPED = {"cuda"}
 """The types of devices on which one launch computes the row norms of all layers."""
-
-
-class Wanted(NamedTuple):
-    """The form of the statistic that a penalty needs."""
-
-    per_sample: bool  # one value per sample; False for the sum over the samples
-    use_weight: bool  # False: without ``‖W_c‖²`` and the gain of a norm
-
-
-@dataclass(slots=True)
-class Statistic(Term):
-    """The term of a layer.
-
-    ``result`` is the statistic, per sample ``[N]`` or summed over the samples. If ``by_channel``,
-    it is ``s`` instead, ``[C]``, which `totals` multiplies by the row norms ``r = ‖W_c‖²``.
-    """
-
-    by_channel: bool = False
-    r: Tensor | None = None  # the row norms, if they are computed already
-    gain: Gain = NO_GAIN  # the factor of r that comes from a norm
-    impl: str = "auto"  # the implementation that computes r
-    whole_shape: Any = None  # the shape of the whole z, if this process has a part of it
-
-    @property
-    def shape(self) -> Any:
-        return self.call.shape if self.whole_shape is None else self.whole_shape
-
-    @property
-    def units(self) -> int:
-        """The number of units, or output channels, of the layer."""
-        return self.shape[self.call.layer.dim]
-
-    @property
-    def positions(self) -> int:
-        """The number of output positions of each sample."""
-        return positions(self.call.layer, self.shape)
-
-    @property
-    def elements(self) -> int:
-        """The number of elements of the weight."""
-        return self.call.weight.numel()
-
-
-def positions(layer: Layer, shape: Sequence[int]) -> int:
-    return math.prod(shape[1:-1] if layer.linear else shape[2:])
 
 
 def at_layer(
     seen: Pass, call: LayerCall, phi: Nonlinearity, a: Tensor | None
 ) -> tuple[Tensor, Statistic]:
     """``φ(z)``, which is a if that is given, and the statistic of the layer."""
-    wanted, options = seen.wanted, None
+    wanted, found = seen.wanted, None
     if seen.sharded:
         sharded.check_gathered(call)
     if a is None and call.norm is None and seen.grad and not seen.transformed:
-        options = _one_node(call, phi, seen.compiling, wanted)
-    if options is not None:
-        weight, r = call.weight, None
-        tap = seen.taps.get(call.layer) if seen.taps else None
-        # Only for the same weight, and not in a checkpoint, which would have to recompute the tap.
-        if tap is not None and tap[0] == identity(weight) and saved_tensor_hooks() is None:
-            weight, r = tap[1:]
-            options = options._replace(rows="")
-        run = layer_act if seen.compiling else apply_layer_act
-        a, v = run(call.x, weight, call.layer.module.bias, call.z.detach(), options)
-        seen.whole.append(call.layer)
-        term = Statistic(call, v) if r is None else Statistic(call, v, by_channel=True, r=r)
+        found = _one_node(seen, call, phi, wanted)
+        if found is not None and not seen.sharded:
+            return found
+    if found is not None:
+        a, term = found
     elif call.layer.hooked and is_dtensor(call.weight):
         a, term = _of_shards(call, phi, a, wanted)
     elif a is None and _after_batch_norm(seen, call, phi, wanted):
@@ -115,6 +61,11 @@ def at_layer(
             (term.result,), term.by_channel = totals([term], wanted), False
         a, term.result = sharded.tied(a, term.result, call)
     return a, term
+
+
+def of_run(calls: list[LayerCall], total: Tensor, tables: list[Table]) -> list[Statistic]:
+    """The statistics of the layers of a `sequence.Run`."""
+    return [Statistic(call, total, table=t) for call, t in zip(calls, tables, strict=True)]
 
 
 def at_output(seen: Pass, call: LayerCall) -> Statistic:
@@ -152,14 +103,14 @@ def norms_of_rows_at_once(seen: Pass) -> None:
     These are the weights of the layers that the last pass computed by `layer_act`. Each layer then
     computes with a view of its weight; one node behind all views adds the gradients of the norms.
     """
-    if seen.compiling or not seen.whole_before or not seen.grad or seen.transformed:
+    if seen.compiling or not seen.grad or seen.transformed:
         return
     if seen.sharded:  # some weights are freed
         return
-    weights = {layer: layer.module.weight for layer in seen.whole_before}
-    first = next(iter(weights.values()))
+    first = seen.whole_before[0].module.weight
     if first.device.type not in TAPPED or seen.wanted.per_sample or not seen.wanted.use_weight:
         return
+    weights = {layer: layer.module.weight for layer in seen.whole_before}
     kind = (first.dtype, first.device)
     weights = {
         layer: w
@@ -228,22 +179,50 @@ def _rows(call: LayerCall, impl: str, gain: Gain, wanted: Wanted) -> Tensor | No
 
 
 def _one_node(
-    call: LayerCall, phi: Nonlinearity, compiling: bool, wanted: Wanted
-) -> LayerActOptions | None:
-    """The options of `layer_act` if it can compute this call, else None."""
-    if compiling:
-        return _layer_act_options(call, phi, wanted)
+    seen: Pass, call: LayerCall, phi: Nonlinearity, wanted: Wanted
+) -> tuple[Tensor, Statistic] | None:
+    """``φ(z)`` and the statistic by `layer_act`; None if it cannot compute this call."""
+    z, x, layer, weight = call.z, call.x, call.layer, call.weight
+    if seen.compiling:
+        options = _layer_act_options(call, phi, wanted)
     # Hooks on z would see no gradient, and the weight's gradient needs the x of the forward.
-    z, x, layer = call.z, call.x, call.layer
-    if x is None or z._backward_hooks or z.retains_grad or x._version != call.x_version:
+    elif x is None or z._backward_hooks or z.retains_grad or x._version != call.x_version:
         return None
-    # Everything that the options depend on, beside the module.
-    conv = None if layer.linear else conv_options(layer.module)
-    key = (phi.fn, phi.impl, phi.params, wanted, z.dtype, z.device, call.weight.stride(), conv)
-    if layer.memo is None or layer.memo[0] != key:
-        key = (*key[:2], dict(phi.params), *key[3:])  # the module may change its own params
-        layer.memo = key, _layer_act_options(call, phi, wanted)
-    return layer.memo[1]
+    else:
+        # Everything that the options depend on, beside the module.
+        conv = None if layer.linear else conv_options(layer.module)
+        kinds = z.dtype, z.device, weight.dtype, weight.stride()
+        key = (phi.fn, phi.impl, phi.params, wanted, kinds, conv)
+        memo = layer.memo
+        if memo is None or memo[0] != key:
+            key = (*key[:2], dict(phi.params), *key[3:])  # the module may change its own params
+            memo = layer.memo = key, _layer_act_options(call, phi, wanted)
+        options = memo[1]
+    if options is None:
+        return None
+    bias = layer.module._parameters.get("bias")
+    if bias is None:  # none, or a property
+        bias = layer.module.bias
+    if seen.compiling:
+        a, v = layer_act(x, weight, bias, z.detach(), options)
+        return a, Statistic(call, v)
+    if seen.running and options.impl == options.rows == "cpu":
+        kept: list[Tensor] = []
+        totals, dtype = seen.totals, z.dtype
+        a, total = apply_layer_act(x, weight, bias, z.detach(), totals.get(dtype), options, kept)
+        totals[dtype] = total
+        seen.added += 1
+        return a, Statistic(call, total, table=Table(kept[0], 0, weight.shape[0]))
+    seen.whole.append(layer)
+    tap = seen.taps.get(layer)
+    # Only for the same weight, and not in a checkpoint, which would have to recompute the tap.
+    if tap is not None and tap[0] == identity(weight) and saved_tensor_hooks() is None:
+        weight, r = tap[1:]
+        options = options._replace(rows="")
+        a, s = apply_layer_act(x, weight, bias, z.detach(), None, options, None)
+        return a, Statistic(call, s, by_channel=True, r=r)
+    a, v = apply_layer_act(x, weight, bias, z.detach(), None, options, None)
+    return a, Statistic(call, v)
 
 
 def _layer_act_options(

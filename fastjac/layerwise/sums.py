@@ -10,7 +10,7 @@ from torch import Tensor
 from fastjac.layerwise import statistics
 from fastjac.layerwise.passes import Pass
 from fastjac.layerwise.penalty import LayerPenalty, Sum
-from fastjac.layerwise.statistics import Statistic, Wanted
+from fastjac.layerwise.terms import Statistic, Wanted
 
 
 class SumOverLayers(LayerPenalty):
@@ -43,17 +43,34 @@ class SumOverLayers(LayerPenalty):
         """The ``f`` of each layer that counts."""
         raise NotImplementedError
 
+    def one_factor(self) -> bool:
+        """Whether all layers that are found count, with the same f, and ``d = 1``."""
+        return False
+
     # ---- the statistic, and the sum
 
     def before_pass(self, seen: Pass) -> None:
         per_sample = not self.squared or self.reduction == "none"
         seen.wanted = Wanted(per_sample, self.use_weight)
-        statistics.norms_of_rows_at_once(seen)
+        seen.running = (
+            self.use_weight
+            and self.one_factor()
+            and not (per_sample or seen.compiling or seen.sharded)
+            and "cpu" not in statistics.TAPPED
+        )
+        if seen.whole_before:
+            statistics.norms_of_rows_at_once(seen)
 
     at_layer = staticmethod(statistics.at_layer)
     at_output = staticmethod(statistics.at_output)
+    of_run = staticmethod(statistics.of_run)
 
     def finish(self, seen: Pass, batch: int) -> Tensor | Sum:
+        if seen.added == len(seen.terms) and len(seen.totals) == 1:
+            (total,) = seen.totals.values()
+            factor = self.factors(len(seen.terms))[0]
+            self.remember(batch, [(t, t.table, factor) for t in seen.terms])
+            return Sum(total, batch, factor)
         terms = self.select(seen.terms)
         if len(terms) < len(seen.terms):
             names = [t.call.name for t in seen.terms if not any(t is kept for kept in terms)]
@@ -71,12 +88,14 @@ class SumOverLayers(LayerPenalty):
         if common == 1:  # the factors differ, or all are 1
             for t, f in zip(terms, scales, strict=True):
                 t.result = t.result if f == 1 else t.result * f
-        sums = [t.result for t in terms if not t.by_channel]
-        totals = [torch.stack(sums).sum()] if sums else []
+        totals = list(seen.totals.values())
+        sums = [t.result for t in terms if not t.by_channel and t.table is None]
+        totals += [torch.stack(sums).sum()] if sums else []
         totals += statistics.totals([t for t in terms if t.by_channel], seen.wanted)
-        self.remember(batch, [(t, t.result, common) for t in terms])
+        shares = [t.result if t.table is None else t.table for t in terms]
+        self.remember(batch, [(t, v, common) for t, v in zip(terms, shares, strict=True)])
         total = totals[0] if len(totals) == 1 else torch.stack(totals).sum()
-        return Sum(total if common == 1 else total * common, batch)
+        return Sum(total, batch, common)
 
 
 def _root(value: Tensor) -> Tensor:

@@ -120,28 +120,33 @@ class Watch:
             output = forward(*args, **kwargs)
             self.passes = [(None, Output(output))]
             return output
-        self.forget_stale()
+        assert statistic is not None
+        if self.passes:
+            self.forget_stale()
         self.ddp = static_graph()
-        with self.one_pass() as seen:
-            seen.batch = samples_of(args, kwargs)
-            output = self._run(forward, args, kwargs, seen.compiling)
-            seen.complete(seen.statistic, output)
-        if not seen.compiling:
-            output = apart(output, [term.result.grad_fn for term in seen.terms])
-        self.passes.append((seen, Output(output)))
-        if not seen.compiling:  # a value that changes in each step would be compiled again
-            self.whole = seen.whole
-        return output
-
-    def _run(self, forward: Callable[..., Any], args: Any, kwargs: Any, compiling: bool) -> Any:
-        if compiling:  # torch.compile cannot leave a block with try in its middle
-            return forward(*args, **kwargs)
+        if torch.compiler.is_compiling():  # which cannot leave a block with try in its middle
+            with self.one_pass() as seen:
+                seen.batch = samples_of(args, kwargs)
+                output = forward(*args, **kwargs)
+                seen.complete(seen.statistic, output)
+            self.passes.append((seen, Output(output)))
+            return output
+        seen = self._new_pass(statistic)
         try:
-            return forward(*args, **kwargs)
+            self._begin(seen)
+            seen.batch = samples_of(args, kwargs)
+            output = forward(*args, **kwargs)
+            seen.complete(statistic, output)
         except RuntimeError as error:
             given = [("an input of the model", a) for a in args]
             refuse_inference(error, [*given, *kwargs.items()], self.model)
             raise
+        finally:
+            self._end(seen)
+        output = apart(output, seen.terms)
+        self.passes.append((seen, Output(output)))
+        self.whole = seen.whole
+        return output
 
     @contextmanager
     def suspended(self) -> Iterator[None]:
@@ -161,7 +166,7 @@ class Watch:
 
     def forget_dropped(self) -> None:
         """Drops the passes whose output the program has dropped, except the latest."""
-        if torch.compiler.is_compiling():
+        if (len(self.passes) < 2 and not self.dropped) or torch.compiler.is_compiling():
             return
         self._forget(self.passes[:-1])
         if self.dropped:
@@ -185,6 +190,14 @@ class Watch:
         """In this block the model runs once, which is a pass."""
         statistic = self.statistic()
         assert statistic is not None
+        seen = self._new_pass(statistic)
+        try:
+            self._begin(seen)
+            yield seen
+        finally:
+            self._end(seen)
+
+    def _new_pass(self, statistic: LayerStatistic) -> Pass:
         seen = Pass(statistic, self.layers, attached=self.attached)
         if not seen.compiling and torch.is_inference_mode_enabled():
             raise RuntimeError(
@@ -197,20 +210,23 @@ class Watch:
                 "models under fully_shard, which gathers and frees weights: run the model without "
                 "torch.compile"
             )
-        if not seen.compiling:
+        return seen
+
+    def _begin(self, seen: Pass) -> None:
+        if self.again is not None and not seen.compiling:
             self._forget_recomputation()
         self.current = seen
         OBSERVERS.append(self.observe)  # only for this pass: torch.compile guards on the list
-        try:
-            seen.whole_before = self.whole
-            statistic.before_pass(seen)
-            yield seen
-        finally:
-            if seen.compiling:
-                OBSERVERS.pop()
-            else:  # other threads may have added theirs
-                OBSERVERS.remove(self.observe)
-            seen.statistic = self.current = None
+        # In torch.compile a value that changes in each step would be compiled again.
+        seen.whole_before = self.whole
+        seen.statistic.before_pass(seen)
+
+    def _end(self, seen: Pass) -> None:
+        if seen.compiling:
+            OBSERVERS.pop()
+        else:  # other threads may have added theirs
+            OBSERVERS.remove(self.observe)
+        seen.statistic = self.current = None
 
     def running(self) -> Pass | None:
         """The pass that runs now, or the one that a checkpoint recomputes, or None."""

@@ -266,7 +266,7 @@ def _in_graph(z, w, dim, per_sample, scale, fn, values, suffix):
 # ---- the raw ops
 
 
-def _result_like(z: Tensor, dim: int) -> Tensor:
+def result_like(z: Tensor, dim: int) -> Tensor:
     """An empty result of the kernels. It has the strides of z if the kernels support them."""
     out, per_sample = torch.empty_like(z), math.prod(z.shape[1:])
     if z.numel() == 0:
@@ -288,14 +288,14 @@ def check_channels(z: Tensor, dim: int) -> None:
 def _fake(z, w, dim, per_sample, *rest):
     check_channels(z, dim)
     size = z.shape[0] if per_sample else z.shape[dim]
-    return _result_like(z, dim), z.new_empty(size, dtype=accumulate_dtype(z.dtype))
+    return result_like(z, dim), z.new_empty(size, dtype=accumulate_dtype(z.dtype))
 
 
 def _fake_backward(z, g, w_sample, w_channel, dim, statistic, *rest):
     check_channels(z, dim)
     check_like(g, z, "g")
     size = {NONE: 0, SAMPLE: z.shape[0]}.get(statistic, z.shape[dim])
-    return _result_like(z, dim), z.new_empty(size, dtype=accumulate_dtype(z.dtype))
+    return result_like(z, dim), z.new_empty(size, dtype=accumulate_dtype(z.dtype))
 
 
 register(

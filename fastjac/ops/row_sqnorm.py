@@ -250,6 +250,8 @@ def _in_graph(impl, tap, *weights):
 
 
 def _fake(weights):
+    if any(w.dim() == 0 for w in weights):
+        raise RuntimeError("fastjac: a weight must have at least 1 dimension")
     rows = sum(w.shape[0] for w in weights)
     return weights[0].new_empty(rows, dtype=accumulate_dtype(weights[0].dtype))
 

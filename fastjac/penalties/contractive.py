@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from fastjac import reference
-from fastjac.layerwise.statistics import Statistic
+from fastjac.layerwise.terms import Statistic
 from fastjac.penalties.dreg import DREG
 from fastjac.penalties.registry import PenaltySpec, layered_example
 

@@ -8,8 +8,8 @@ from torch import nn
 from typing_extensions import Unpack
 
 from fastjac import arguments, reference
-from fastjac.layerwise.statistics import Statistic
 from fastjac.layerwise.sums import SumOverLayers
+from fastjac.layerwise.terms import Statistic
 from fastjac.penalties.registry import PenaltySpec, layered_example
 from fastjac.penalty import PenaltyOptions
 
@@ -118,6 +118,10 @@ class DREG(SumOverLayers):
         self.layer_weights = arguments.numbers("layer_weights", layer_weights)
         if model is not None:  # last, so that an invalid option leaves the model unchanged
             self._attach(model)
+
+    def one_factor(self) -> bool:
+        every = type(self).select is SumOverLayers.select
+        return every and self.over == self.positions == "sum" and self.layer_weights is None
 
     def divisor(self, term: Statistic) -> float:
         if self.over == self.positions == "sum":

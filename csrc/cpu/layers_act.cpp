@@ -1,0 +1,196 @@
+// `layers_act` and `layers_act_backward` for CPU tensors: several layers, one after the other; see
+// fastjac/layerwise/sequence.py.
+#include <torch/csrc/stable/library.h>
+
+#include <cstring>
+#include <type_traits>
+#include <vector>
+
+#include "mlp_net.h"
+#include "row_sqnorm_kernels.h"
+#include "sums.h"
+
+namespace fastjac {
+namespace {
+
+RowsKernel rows_kernel() {
+  static const RowsKernel best = FASTJAC_BEST_ISA(row_sqnorm_kernel);
+  return best;
+}
+
+// One pass over z [n, c] and the sums of its columns; see StatsCall.
+template <class T>
+void pass(const Net& net, const Layer& layer, const T* z, const T* g, const T* w, T* out,
+          Statistic statistic, double scale, bool backward, T* value) {
+  const Layout layout{net.n, layer.c, 1, true};
+  const Tasks tasks(layout.rows(), layout.columns());
+  const Sum sum = statistic == Statistic::bias ? Sum::results_of_columns : Sum::squares_of_columns;
+  std::vector<double> partial(partial_sums(layout, tasks, sum));
+  const StatsCall call{layer.fn,  layer.params, net.dtype, backward,      z, g, out, nullptr, w,
+                       2 * scale, layout,       sum,       partial.data()};
+  run_tasks(call, tasks);
+  for (int64_t i = 0; i < layer.c; ++i) {
+    value[i] = T(scale_of(statistic, scale) * total(&partial[i], tasks.blocks, layer.c));
+  }
+}
+
+// The rows of x and the numbers of elements that the layers have in flat tensors.
+struct Sizes {
+  int64_t n = 1, state = 0, table = 0;
+
+  Sizes(const Tensor& x, const Tensors& weights) {
+    STD_TORCH_CHECK(x.defined() && x.dim() >= 2,
+                    "fastjac: layers_act: x must have at least 2 dimensions");
+    for (int64_t d = 0; d + 1 < x.dim(); ++d) n *= x.size(d);
+    for (const Tensor& w : weights) {
+      STD_TORCH_CHECK(w.dim() == 2, "fastjac: layers_act: a weight must be a matrix");
+      state += 2 * n * w.size(0);
+      table += 2 * w.size(0);
+    }
+  }
+};
+
+void check_flat(const Tensor& t, const Tensor& like, int64_t size, const char* name) {
+  STD_TORCH_CHECK(t.defined() && t.numel() == size && t.scalar_type() == like.scalar_type() &&
+                      t.device() == like.device() && t.is_contiguous(),
+                  "fastjac: layers_act: ", name, " must have ", size,
+                  " elements, be contiguous, and have the dtype and device of the others");
+}
+
+void check_input(const Tensor& x, const Tensors& weights) {
+  check_flat(x, x, x.numel(), "x");
+  STD_TORCH_CHECK(!weights.empty() && x.size(x.dim() - 1) == weights[0].size(1),
+                  "fastjac: layers_act: the last dimension of x must be that of the first weight");
+}
+
+template <class F>
+void with_type(const Net& net, F f) {
+  if (net.dtype == DType::f64) {
+    f(static_cast<double*>(nullptr));
+  } else {
+    f(static_cast<float*>(nullptr));
+  }
+}
+
+template <class T>
+T* data(const Tensor& t) {
+  return static_cast<T*>(const_cast<void*>(t.const_data_ptr()));
+}
+
+template <class T>
+void layers_forward(const Net& net, const Tensor& x, const Tensors& biases,
+                    const std::optional<Tensor>& before, double scale, const Tensor& out,
+                    const Tensor& state, const Tensor& table, const Tensor& after) {
+  const T* a = data<T>(x);
+  T *z = data<T>(state), *s = data<T>(table);
+  double sum = before ? double(*data<T>(*before)) : 0.0;
+  size_t given = 0;
+  for (size_t l = 0; l < net.layers.size(); ++l) {
+    const Layer& layer = net.layers[l];
+    const int64_t size = net.n * layer.c;
+    const bool last = l + 1 == net.layers.size();
+    if (layer.bias) {
+      const T* bias = data<T>(biases[given++]);
+      for (int64_t i = 0; i < net.n; ++i) std::memcpy(z + i * layer.c, bias, layer.c * sizeof(T));
+    }
+    gemm(net.dtype, {a, net.n, layer.d}, layer.matrix().t(), z, layer.bias);
+    T *next = last ? data<T>(out) : z + size, *r = s + layer.c;
+    pass<T>(net, layer, z, nullptr, nullptr, next, Statistic::channel, scale, false, s);
+    rows_kernel()({net.dtype, layer.weight, true, nullptr, false, r, layer.d}, 0, layer.c);
+    for (int64_t c = 0; c < layer.c; ++c) sum += double(s[c]) * double(r[c]);
+    a = next;
+    z += 2 * size;
+    s += 2 * layer.c;
+  }
+  *data<T>(after) = T(sum);
+}
+
+// Returns φ(z_L), the state [z_1, a_1, z_2, …], the table [s_1, r_1, s_2, …], and the total.
+Tensors layers_act(const Tensor& x, const Tensors& weights, const Tensors& biases,
+                   const std::optional<Tensor>& total, const Tensor& plan, double scale) {
+  const Sizes sizes(x, weights);
+  check_input(x, weights);
+  const Net net(x, weights, plan, sizes.n, sizes.n);
+  size_t given = 0;
+  for (const Layer& layer : net.layers) {
+    if (!layer.bias) continue;
+    STD_TORCH_CHECK(given < biases.size(), "fastjac: layers_act: too few biases");
+    check_vector(biases[given++], x, layer.c, "a bias");
+  }
+  if (total) check_flat(*total, x, 1, "total");
+  std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
+  shape.back() = net.layers.back().c;
+  const Tensor out = torch::stable::new_empty(x, shape),
+               state = torch::stable::new_empty(x, {sizes.state}),
+               table = torch::stable::new_empty(x, {sizes.table}),
+               after = torch::stable::new_empty(x, std::vector<int64_t>{});
+  with_type(net, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    layers_forward<T>(net, x, biases, total, scale, out, state, table, after);
+  });
+  return {out, state, table, after};
+}
+
+template <class T>
+void layers_down(const Net& net, const Tensor& x, const std::optional<Tensor>& g, T by,
+                 const Tensor& state, const Tensor& table, double scale, const Tensors& grads,
+                 bool needs_x) {
+  int64_t widest = 0;
+  for (const Layer& layer : net.layers) widest = layer.c > widest ? layer.c : widest;
+  std::vector<T> grad_z(net.n * widest), grad_a(net.n * widest), q(widest), sums(widest);
+  const T* cotangent = g ? data<T>(*g) : nullptr;
+  const T *end = data<T>(state) + state.numel(), *s = data<T>(table) + table.numel();
+  size_t next = grads.size();
+  for (size_t l = net.layers.size(); l-- > 0;) {
+    const Layer& layer = net.layers[l];
+    end -= 2 * net.n * layer.c;
+    s -= 2 * layer.c;
+    for (int64_t i = 0; i < layer.c; ++i) q[i] = by * s[layer.c + i];
+    T* grad_b = layer.bias ? data<T>(grads[--next]) : sums.data();
+    T* grad_w = data<T>(grads[--next]);
+    pass<T>(net, layer, end, cotangent, q.data(), grad_z.data(), Statistic::bias, scale, true,
+            grad_b);
+    for (int64_t i = 0; i < layer.c; ++i) q[i] = by * s[i];
+    rows_kernel()({net.dtype, layer.weight, false, grad_w, false, q.data(), layer.d}, 0, layer.c);
+    // The output of the layer before is behind its z.
+    const T* a = l > 0 ? end - net.n * layer.d : data<T>(x);
+    const Matrix of_z{grad_z.data(), net.n, layer.c};
+    gemm(net.dtype, of_z.t(), {a, net.n, layer.d}, grad_w, true);
+    if (l == 0 && !needs_x) break;
+    T* down = l > 0 ? grad_a.data() : data<T>(grads[0]);
+    gemm(net.dtype, of_z, layer.matrix(), down, false);
+    cotangent = down;
+  }
+}
+
+// Returns ∂x (empty if not `needs_x`), ∂W_1, ∂b_1 (if there is one), ∂W_2, …
+Tensors layers_act_backward(const std::optional<Tensor>& g, const Tensor& v, const Tensor& x,
+                            const Tensors& weights, const Tensor& state, const Tensor& table,
+                            bool needs_x, const Tensor& plan, double scale) {
+  const Sizes sizes(x, weights);
+  check_input(x, weights);
+  const Net net(x, weights, plan, sizes.n, sizes.n);
+  if (g) check_flat(*g, x, net.n * net.layers.back().c, "g");
+  check_flat(v, x, 1, "v");
+  check_flat(state, x, sizes.state, "the state");
+  check_flat(table, x, sizes.table, "the table");
+  Tensors grads{needs_x ? torch::stable::empty_like(x) : torch::stable::new_empty(x, {0})};
+  for (size_t l = 0; l < weights.size(); ++l) {
+    grads.push_back(torch::stable::empty_like(weights[l]));
+    if (net.layers[l].bias) grads.push_back(torch::stable::new_empty(x, {net.layers[l].c}));
+  }
+  with_type(net, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    layers_down<T>(net, x, g, *data<T>(v), state, table, scale, grads, needs_x);
+  });
+  return grads;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fastjac, CPU, m) {
+  m.impl("layers_act", TORCH_BOX(&layers_act));
+  m.impl("layers_act_backward", TORCH_BOX(&layers_act_backward));
+}
+
+}  // namespace fastjac

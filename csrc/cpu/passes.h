@@ -1,0 +1,24 @@
+// The passes of `act_stats` and `row_sqnorm`, which `layer_act` calls too.
+#pragma once
+
+#include <vector>
+
+#include "stats.h"
+
+namespace fastjac {
+
+// Defined in act_stats.cpp. Writes φ(z), or ∂z if `backward`, to operands.out, and the statistic
+// to `value`. The weight per channel is not that of the operands.
+void stats_pass(const StatsOperands& operands, const void* w_channel, Statistic statistic,
+                double scale, bool backward, int64_t fn, const std::vector<double>& params,
+                void* value);
+
+// Defined in row_sqnorm.cpp. Writes the squared norms of the rows of all weights, which must have
+// one dtype.
+void row_norms(const std::vector<Tensor>& weights, void* out);
+
+// Defined in row_sqnorm.cpp. grad += 2 c_r W_r (or =, if not `add`) for every weight.
+void scaled_rows(std::vector<Tensor> grads, const std::vector<Tensor>& weights, const Tensor& c,
+                 bool add);
+
+}  // namespace fastjac
