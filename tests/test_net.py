@@ -128,6 +128,22 @@ def test_only_what_is_wanted(name: str) -> None:
                     assert a.numel() == 0
 
 
+@pytest.mark.parametrize("k", [1, 2])
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_no_gradient_of_the_output(name: str, k: int) -> None:
+    """The loss is the penalty alone: None is the same as zeros."""
+    case = Case.of(name, k=k)
+    run = Run(case, 5, *WAYS["flat"])
+    for pushed in ([], run.push(case.u, None, False, run.deltas)[1:]):
+        case.grad = torch.zeros(13, 2, dtype=torch.float64)
+        expected = run.backward(case.u, None, pushed)
+        case.grad = None  # type: ignore[assignment]
+        for a, b in zip(run.backward(case.u, None, pushed), expected, strict=True):
+            close(a, b)
+        for gradient in run.backward(None, None, []):
+            assert not gradient.any()
+
+
 @pytest.mark.parametrize("way", ["slopes", "z"])
 def test_ranges_of_steps(way: str) -> None:
     """Layer by layer, from the last one, with the deltas of other layers gone."""
@@ -165,11 +181,14 @@ def test_ranges_of_steps(way: str) -> None:
 
 def test_infinite_cotangents_of_dead_units() -> None:
     """Zero times inf is zero where the derivative of ReLU is zero, as in torch."""
-    case = Case.of("relu")
-    case.grad[0, 0] = torch.inf
-    case.weights[2].zero_()
-    found = Run(case, 13, *WAYS["flat"]).backward(None, None, [])
-    assert not found[0].isinf().any()
+    x, w = torch.randn(6, 3, dtype=torch.float64), torch.randn(1, 6, 2, dtype=torch.float64)
+    bias, grad = torch.tensor([-100.0, 100.0], dtype=torch.float64), w[0].clone()
+    grad[:, 0] = torch.inf  # as of sqrt(relu(z))
+    weight, u = torch.randn(2, 3, dtype=torch.float64), torch.randn(1, 6, 3, dtype=torch.float64)
+    case = Case([linear(0, 0, 0), act(1, "relu")], [weight], [bias], x, w, u, grad, w[0, :, 0])
+    for way in ("flat", "z"):
+        for a in Run(case, 6, *WAYS[way]).backward(u, None, []):
+            assert a.isfinite().all()
 
 
 @pytest.mark.parametrize("n", [13, 700])
