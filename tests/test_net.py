@@ -101,13 +101,17 @@ def test_sweeps_are_exact(name: str, way: str, tile: int, k: int) -> None:
 
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_float32(name: str) -> None:
-    """As exact as float32 allows, for a batch of which a sum has several parts."""
+    """For a batch of which a sum has several parts.
+
+    The error of torch in float32 is up to 1.2e-6 here, that of the kernels 0.8e-6, and 1.6e-6 for
+    machines without fused multiplication and addition.
+    """
     torch.manual_seed(0)
     exact = Case.of(name, n=900)
     found = Run(exact.to(torch.float32), 450, *WAYS["flat"]).backward(exact.u.float(), None, [])
     for a, b in zip(found, exact.truth("given")["grads"], strict=True):
         if b is not None:
-            assert (a - b).norm() <= 1e-6 * b.norm()
+            assert (a - b).norm() <= 4e-6 * b.norm()
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
