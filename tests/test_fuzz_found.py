@@ -10,12 +10,13 @@ import fastjac
 from fastjac.activations import IDS
 from fastjac.layerwise.batch_norm import Normed, batch_norm_act, inverse_variance
 from fastjac.ops.act_stats import composed
+from fastjac.ops.net import INPUT, LINEAR, rows
 
 OPS = torch.ops.fastjac
 Z = torch.linspace(-2, 2, 6, dtype=torch.float64).view(2, 3)
 META = Z.to("meta")
 NOTHING = torch.empty(2**62, 0)
-PLAN = torch.tensor([[IDS["identity"], 0, 0, 0]], dtype=torch.float64)
+PLAN = rows([(INPUT, 3), (LINEAR, 0, 0, 0, -1)])
 GELU = (IDS["gelu"], ())
 
 
@@ -67,9 +68,9 @@ def test_orthogonal_projections_of_no_samples():
         (lambda: OPS.softmax_residual_backward(None, META), "logits of .* is None"),
         # Sums of sizes that overflow, and sizes of dimensions that do not exist.
         (lambda: OPS.row_sqnorm([NOTHING, NOTHING]), "too many rows"),
-        (lambda: OPS.mlp_forward(torch.ones(()), [], [], 1, PLAN), "x must be a matrix"),
-        (lambda: OPS.mlp_pull(Z[:0, :2], [Z], [], 1, 1, PLAN), "w must have a row"),
-        (lambda: OPS.mlp_pull(torch.ones(3), [Z], [], 1, 1, PLAN), "w must be|must have"),
+        (lambda: OPS.net_forward(torch.ones(()), [], [], 1, True, True, PLAN), "must be a matrix"),
+        (lambda: OPS.net_pull(Z[:0], [Z], [], 1, 1, True, True, PLAN), "w must have a row"),
+        (lambda: OPS.net_pull(Z[0], [Z], [], 1, 1, True, True, PLAN), "w must be a matrix"),
     ),
 )  # fmt: skip
 def test_raw_ops_refuse(call, message):

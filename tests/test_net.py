@@ -101,13 +101,17 @@ def test_sweeps_are_exact(name: str, way: str, tile: int, k: int) -> None:
 
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_float32(name: str) -> None:
-    """As exact as float32 allows, for a batch of which a sum has several parts."""
+    """For a batch of which a sum has several parts.
+
+    The error of torch in float32 is up to 1.2e-6 here, that of the kernels 0.8e-6, and 1.6e-6 for
+    machines without fused multiplication and addition.
+    """
     torch.manual_seed(0)
     exact = Case.of(name, n=900)
     found = Run(exact.to(torch.float32), 450, *WAYS["flat"]).backward(exact.u.float(), None, [])
     for a, b in zip(found, exact.truth("given")["grads"], strict=True):
         if b is not None:
-            assert (a - b).norm() <= 1e-6 * b.norm()
+            assert (a - b).norm() <= 4e-6 * b.norm()
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
@@ -126,6 +130,22 @@ def test_only_what_is_wanted(name: str) -> None:
                     close(a, b)
                 else:
                     assert a.numel() == 0
+
+
+@pytest.mark.parametrize("k", [1, 2])
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_no_gradient_of_the_output(name: str, k: int) -> None:
+    """The loss is the penalty alone: None is the same as zeros."""
+    case = Case.of(name, k=k)
+    run = Run(case, 5, *WAYS["flat"])
+    for pushed in ([], run.push(case.u, None, False, run.deltas)[1:]):
+        case.grad = torch.zeros(13, 2, dtype=torch.float64)
+        expected = run.backward(case.u, None, pushed)
+        case.grad = None  # type: ignore[assignment]
+        for a, b in zip(run.backward(case.u, None, pushed), expected, strict=True):
+            close(a, b)
+        for gradient in run.backward(None, None, []):
+            assert not gradient.any()
 
 
 @pytest.mark.parametrize("way", ["slopes", "z"])
@@ -165,11 +185,14 @@ def test_ranges_of_steps(way: str) -> None:
 
 def test_infinite_cotangents_of_dead_units() -> None:
     """Zero times inf is zero where the derivative of ReLU is zero, as in torch."""
-    case = Case.of("relu")
-    case.grad[0, 0] = torch.inf
-    case.weights[2].zero_()
-    found = Run(case, 13, *WAYS["flat"]).backward(None, None, [])
-    assert not found[0].isinf().any()
+    x, w = torch.randn(6, 3, dtype=torch.float64), torch.randn(1, 6, 2, dtype=torch.float64)
+    bias, grad = torch.tensor([-100.0, 100.0], dtype=torch.float64), w[0].clone()
+    grad[:, 0] = torch.inf  # as of sqrt(relu(z))
+    weight, u = torch.randn(2, 3, dtype=torch.float64), torch.randn(1, 6, 3, dtype=torch.float64)
+    case = Case([linear(0, 0, 0), act(1, "relu")], [weight], [bias], x, w, u, grad, w[0, :, 0])
+    for way in ("flat", "z"):
+        for a in Run(case, 6, *WAYS[way]).backward(u, None, []):
+            assert a.isfinite().all()
 
 
 @pytest.mark.parametrize("n", [13, 700])

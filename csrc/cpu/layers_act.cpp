@@ -6,12 +6,59 @@
 #include <type_traits>
 #include <vector>
 
-#include "mlp_net.h"
+#include "gemm.h"
+#include "isa.h"
+#include "program.h"
 #include "row_sqnorm_kernels.h"
 #include "sums.h"
 
 namespace fastjac {
 namespace {
+
+struct Layer {
+  const void* weight;  // [c, d]
+  int64_t c, d;
+  int64_t fn;  // row of the activation table
+  Params<double> params;
+  bool bias;
+
+  Matrix matrix() const { return {weight, c, d}; }
+};
+
+// `plan` is float64 and has a row for each layer: the id of the activation, whether there is a
+// bias, and the parameters.
+struct Net {
+  static constexpr int64_t plan_columns = 2 + max_params;
+
+  Net(const Tensor& like, const Tensors& weights, const Tensor& plan, int64_t n)
+      : dtype(dtype_of(like)), n(n) {
+    STD_TORCH_CHECK(dtype == DType::f32 || dtype == DType::f64,
+                    "fastjac: layers_act: float32 or float64 only");
+    STD_TORCH_CHECK(n > 0, "fastjac: layers_act: x is empty");
+    STD_TORCH_CHECK(!weights.empty() && plan.dim() == 2 &&
+                        plan.size(0) >= int64_t(weights.size()) && plan.size(1) == plan_columns &&
+                        dtype_of(plan) == DType::f64 && plan.is_contiguous(),
+                    "fastjac: layers_act: plan must be float64 [layers, ", plan_columns,
+                    "], one layer or more");
+    const auto* entry = static_cast<const double*>(plan.const_data_ptr());
+    for (const Tensor& w : weights) {
+      STD_TORCH_CHECK(w.dim() == 2 && w.numel() > 0,
+                      "fastjac: layers_act: a weight must be a matrix that holds numbers");
+      check_matrix(w, like, w.size(0), layers.empty() ? w.size(1) : layers.back().c, "a weight");
+      STD_TORCH_CHECK(entry[0] >= 0 && entry[0] < double(std::size(param_counts)),
+                      "fastjac: no activation with id ", entry[0]);
+      Params<double> params{};
+      std::copy(entry + 2, entry + plan_columns, params.at);
+      layers.push_back(
+          {w.const_data_ptr(), w.size(0), w.size(1), int64_t(entry[0]), params, entry[1] != 0});
+      entry += plan_columns;
+    }
+  }
+
+  DType dtype;
+  int64_t n;
+  std::vector<Layer> layers;
+};
 
 RowsKernel rows_kernel() {
   static const RowsKernel best = FASTJAC_BEST_ISA(row_sqnorm_kernel);
@@ -110,7 +157,7 @@ Tensors layers_act(const Tensor& x, const Tensors& weights, const Tensors& biase
                    const std::optional<Tensor>& total, const Tensor& plan, double scale) {
   const Sizes sizes(x, weights);
   check_input(x, weights);
-  const Net net(x, weights, plan, sizes.n, sizes.n);
+  const Net net(x, weights, plan, sizes.n);
   size_t given = 0;
   for (const Layer& layer : net.layers) {
     if (!layer.bias) continue;
@@ -169,7 +216,7 @@ Tensors layers_act_backward(const std::optional<Tensor>& g, const Tensor& v, con
                             bool needs_x, const Tensor& plan, double scale) {
   const Sizes sizes(x, weights);
   check_input(x, weights);
-  const Net net(x, weights, plan, sizes.n, sizes.n);
+  const Net net(x, weights, plan, sizes.n);
   if (g) check_flat(*g, x, net.n * net.layers.back().c, "g");
   check_flat(v, x, 1, "v");
   check_flat(state, x, sizes.state, "the state");

@@ -14,8 +14,8 @@ RowsKernel norms_kernel() {
 // values that linear steps read; else s of the activations and no output of an activation.
 Tensors net_forward(const Tensor& x, const Tensors& weights, const Tensors& biases, int64_t tile,
                     bool slopes, bool flat, const Tensor& plan) {
-  const Program program(x, weights, plan);
   const int64_t n = rows_of(x, "x");
+  const Program program(x, weights, plan);
   check_matrix(x, x, n, program.steps[0].width, "x");
   const Sweep sweep(program, n, 1, tile);
   STD_TORCH_CHECK(int64_t(biases.size()) >= program.biases, "fastjac: net: too few biases");
@@ -84,8 +84,9 @@ Tensors net_forward(const Tensor& x, const Tensors& weights, const Tensors& bias
 // `Saved` if `slopes`, and what `Deltas` takes. w is [K n, m].
 Tensors net_pull(const Tensor& w, const Tensors& weights, const Tensors& tensors, int64_t n,
                  int64_t tile, bool slopes, bool flat, const Tensor& plan) {
+  const int64_t k = parts_of(w, n, "w");
   const Program program(w, weights, plan);
-  const int64_t k = parts_of(w, n, "w"), d = program.steps[0].width;
+  const int64_t d = program.steps[0].width;
   check_matrix(w, w, k * n, program.output().width, "w");
   const Sweep sweep(program, n, k, tile);
   Saved saved(sweep, w, tensors, 1, program.size());

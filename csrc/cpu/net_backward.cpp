@@ -88,8 +88,9 @@ void push_block(const Sweep& sweep, const Rows& rows, char* scratch, const Saved
 Tensors net_push(const Tensor& u, const std::optional<Tensor>& factor, const Tensors& weights,
                  const Tensors& tensors, const Tensors& delta_tensors, int64_t n, int64_t tile,
                  bool wanted, bool flat, const Tensor& plan) {
+  const int64_t k = parts_of(u, n, "u");
   const Program program(u, weights, plan);
-  const int64_t k = parts_of(u, n, "u"), d = program.steps[0].width, m = program.output().width;
+  const int64_t d = program.steps[0].width, m = program.output().width;
   check_matrix(u, u, k * n, d, "u");
   if (factor) check_vector(*factor, u, k * n, "factor");
   const Sweep sweep(program, n, k, tile);
