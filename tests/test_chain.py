@@ -216,20 +216,34 @@ def test_backward_as_often_and_in_any_order(
 
 
 @pytest.mark.usefixtures("double")
-def test_third_derivative_is_refused(sweeps: str) -> None:
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_third_derivative(options: dict[str, Any], sweeps: str) -> None:
     x = torch.randn(3, 4, requires_grad=True)
     model = by_way(mlp(), x, sweeps)
-    for penalty in (spectreg("auto"), spectreg("chain")):
-        output, value = penalty(model, x)
-        for t in (value, output.sum()):
-            if not sweeps.startswith("one call") and t is not value:  # by the graph of torch
-                assert torch.autograd.grad(t, x, create_graph=True)[0].requires_grad
-                continue
-            with pytest.raises(RuntimeError, match='differentiable once.*use engine="autograd"'):
-                torch.autograd.grad(t, x, create_graph=True, retain_graph=True)
-    value = spectreg("autograd")(model, x)[1]
-    (g,) = torch.autograd.grad(value, x, create_graph=True)
-    assert g.requires_grad
+    leaves = [x, *model.parameters()]
+    found = []
+    for engine in ("autograd", "chain"):
+        torch.manual_seed(1)
+        output, value = spectreg(engine, **options)(model, x)
+        drawn = torch.rand(1)
+        for t in (value, output.square().sum(), value + output.sum()):
+            grads = torch.autograd.grad(t, leaves, create_graph=True, materialize_grads=True)
+            total = sum(g.square().sum() for g in grads)
+            again = torch.autograd.grad(total, leaves, materialize_grads=True)
+            found.append([t, *grads, *again, drawn, torch.rand(1)])
+    for ours, theirs in zip(found[3:], found[:3], strict=True):
+        close_gradients(ours, theirs)
+
+
+@pytest.mark.usefixtures("double")
+def test_third_derivative_is_refused_if_the_model_has_kept_a_tensor() -> None:
+    kept = []
+    model = three_layers(lambda m, x: m.c(F.gelu([h := m.a(x), kept.append(h)][0])))
+    x = torch.randn(3, 4, requires_grad=True)
+    output, value = spectreg("chain")(model, x)
+    assert torch.autograd.grad(output.sum(), x, create_graph=True)[0].requires_grad
+    with pytest.raises(RuntimeError, match='differentiable once.*use engine="autograd"'):
+        torch.autograd.grad(value, x, create_graph=True)
 
 
 @pytest.mark.usefixtures("double")

@@ -179,7 +179,7 @@ def check_graph(x: Tensor, output: Tensor) -> None:
             "form penalty(model, x)"
         )
     # Dynamo knows requires_grad of the tensors that it traces, but not grad_fn.
-    if not output.requires_grad or not (output.grad_fn or torch.compiler.is_compiling()):
+    if not output.requires_grad or not (torch.compiler.is_compiling() or output.grad_fn):
         raise RuntimeError(
             "output has no grad_fn: it was detached, computed under torch.no_grad(), or x and "
             "output are swapped"

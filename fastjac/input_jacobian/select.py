@@ -61,10 +61,23 @@ def run(request: Request, model: Callable[..., Any], x: Tensor) -> tuple[Tensor,
         return compiled.run(penalty.per_sample, model, x, targets, named)
     output, pull, reason, advice = _run(request, model, x)
     if isinstance(pull, Chain):
+        pull.definition = lambda pull: _again(request, pull)
         return pull.values(penalty.per_sample(pull, *targets, **named))
     if penalty.engine == "chain":
         raise RuntimeError(f"engine='chain' cannot run this call: {reason}{advice}")
     return output, penalty.per_sample(pull, *targets, **named)
+
+
+def _again(request: Request, pull: Pullback) -> Tensor:
+    """``per_sample`` a second time; the random numbers that it draws do not count."""
+    generator = getattr(request.penalty, "generator", None)
+    state = None if generator is None else generator.get_state()
+    devices = [pull.x.device] if pull.x.is_cuda else []
+    with torch.random.fork_rng(devices):
+        values = request.penalty.per_sample(pull, *request.targets, **request.named)
+    if generator is not None:
+        generator.set_state(state)
+    return values
 
 
 def _hidden(at: str) -> str:

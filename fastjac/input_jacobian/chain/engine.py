@@ -46,6 +46,8 @@ class Chain(Pullback):
         self.output = run.output.detach().requires_grad_()  # a leaf of the graphs of R and w
         self.products: list[JacobianProduct] = []
         self.others: list[Tensor] = []  # leaves that R depends on beside the output and x
+        self.given_to: list[Tensor] = []  # the cotangents and tangents that R asked products with
+        self.definition: Callable[[Pullback], Tensor] | None = None  # R
 
     @functools.cached_property
     def x(self) -> Tensor:  # type: ignore[override]
@@ -55,12 +57,14 @@ class Chain(Pullback):
     # ---- products with the Jacobian
 
     def vjp(self, w: Tensor, chunk_size: int | None = None) -> Tensor:
+        self.given_to.append(w)
         found = []
         for part in self._parts(w, chunk_size):
             found.append(self._leaf("vjp", part, None, self.run.pull(detached(part))))
         return found[0] if len(found) == 1 else torch.cat(found)
 
     def squared_norms(self, w: Tensor, chunk_size: int | None = None) -> Tensor:
+        self.given_to.append(w)
         found = []
         for part in self._parts(w, chunk_size):
             v, norms = self.run.norms(detached(part))
@@ -68,6 +72,7 @@ class Chain(Pullback):
         return found[0] if len(found) == 1 else torch.stack(found).sum(0)
 
     def jvp(self, u: Tensor, chunk_size: int | None = None) -> Tensor:
+        self.given_to.append(u)
         found = []
         for part in self._parts(u, chunk_size):
             found.append(self._leaf("jvp", part, None, self.run.jvp(detached(part))))
@@ -125,6 +130,27 @@ class Chain(Pullback):
                 self.others.append(leaf)
 
     # ---- the backward
+
+    def differentiable(
+        self, grad: Tensor | None, grad_values: Tensor | None
+    ) -> list[Tensor | None]:
+        """What `backward` returns, with a graph: R is computed once more, by autograd."""
+        graph = self.run.as_graph()
+        terms = [] if grad is None else [(graph.output, grad)]
+        if grad_values is not None and self.definition is not None:
+            pull = AutogradPullback(graph.record.x, graph.output)
+            terms.append((self.definition(Repeated(pull, self.given_to)), grad_values))
+        inputs = [self.given, *self.run.parameters, *self.others]
+        found = iter(
+            torch.autograd.grad(
+                [t for t, _ in terms],
+                [t for t in inputs if t.requires_grad],
+                [g for _, g in terms],
+                create_graph=True,
+                allow_unused=True,
+            )
+        )
+        return [next(found) if t.requires_grad else None for t in inputs]
 
     def backward(
         self, grad: Tensor | None, grad_values: Tensor | None, values: Tensor, keep: bool
@@ -194,6 +220,31 @@ class Chain(Pullback):
         return grad
 
 
+class Repeated(Pullback):
+    """A pullback for a second evaluation of R, which has drawn other random numbers by now."""
+
+    def __init__(self, pull: Pullback, given_to: list[Tensor]) -> None:
+        self.pull, self.x, self.output = pull, pull.x, pull.output
+        self._first = iter(given_to)
+
+    def _drawn(self, w: Tensor) -> Tensor:
+        """The cotangents of the first evaluation, if they do not depend on the model."""
+        first = next(self._first, w)
+        return w if w.requires_grad else first
+
+    def vjp(self, w: Tensor, chunk_size: int | None = None) -> Tensor:
+        return self.pull.vjp(self._drawn(w), chunk_size)
+
+    def squared_norms(self, w: Tensor, chunk_size: int | None = None) -> Tensor:
+        return self.pull.squared_norms(self._drawn(w), chunk_size)
+
+    def jvp(self, u: Tensor, chunk_size: int | None = None) -> Tensor:
+        return self.pull.jvp(self._drawn(u), chunk_size)
+
+    def then(self, f: Callable[[Tensor], Tensor]) -> Pullback:
+        return Composed(self, f)
+
+
 def detached(t: Tensor) -> Tensor:
     return t.detach() if t.requires_grad else t
 
@@ -210,14 +261,14 @@ class _Chain(torch.autograd.Function):
     def backward(ctx, *grads):
         chain, values = ctx.chain, ctx.values
         grad, grad_values = grads if chain is None or chain.run.own_output else (None, *grads)
-        if torch.is_grad_enabled():
-            if grad_values is None and chain is not None and chain.run.end is not None:
-                return None, None, *chain.run.through_torch(grad), *[None] * len(chain.others)
-            raise RuntimeError(
-                "the gradient of a penalty was computed with create_graph=True, which needs third "
-                "derivatives of the model: the chain engine is differentiable once; use "
-                'engine="autograd"'
-            )
+        if torch.is_grad_enabled() and chain is not None:
+            if not chain.run.own_output:
+                raise RuntimeError(
+                    "the gradient of a penalty was computed with create_graph=True, which needs "
+                    "third derivatives of the model: the chain engine is differentiable once on "
+                    'this model; use engine="autograd"'
+                )
+            return None, None, *chain.differentiable(grad, grad_values)
         if chain is None:
             raise RuntimeError(
                 "backward ran through the penalty a second time, and its tensors have been freed: "

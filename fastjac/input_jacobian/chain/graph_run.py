@@ -16,7 +16,6 @@ class GraphRun:
 
     one_product = False  # several products with the Jacobian can be computed
     own_output = False  # the output is in the graph of torch
-    end = None  # the edge of the output, if it is not, but there is a graph
 
     def __init__(self, x: Tensor, output: Tensor) -> None:
         self.record = Record(x, output)

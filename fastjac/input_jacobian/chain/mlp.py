@@ -245,7 +245,6 @@ class Mlp:
 
     one_product = True  # `pull` leaves the state of a single product
     own_output = True  # the forward runs in C++ and builds no graph
-    end = None
 
     def __init__(self, model: nn.Module, recipe: Recipe, x: Tensor) -> None:
         self.model, self.given, self.recipe = model, x, recipe

@@ -30,6 +30,13 @@ ROWS = {row.name: number for number, row in enumerate(KERNEL_ROWS)}
 VIEWS = ("View", "UnsafeView", "Squeeze", "Unsqueeze", "Alias", "Clone")
 
 
+SMALL = 1 << 15
+"""Pre-activations up to which φ' and φ'' are kept, so that no sweep evaluates them again.
+
+Of a larger network they would be more memory than the graph of torch has.
+"""
+
+
 class Other(Exception):
     """The run is not one of a network that C++ knows."""
 
@@ -78,7 +85,8 @@ class Network:
             if place < 0 and value not in acts:
                 raise Other("the input of a layer was not saved")
             self.saved.append(place)
-        self.flat = self.n * sum(self._widths[i] for i in acts) <= FLAT
+        numbers = self.n * sum(self._widths[i] for i in acts)
+        self.flat, self.small = numbers <= FLAT, numbers <= SMALL
 
     @classmethod
     def of(cls, record: Record, signature: Signature) -> Network | None:
@@ -232,7 +240,7 @@ class NetworkRun(ProgramRun):
         self.weights = [tensors[place].t() for place in network.weights]
         self.saved = [_NOTHING[x.dtype] if place < 0 else tensors[place] for place in network.saved]
         self.tile = rows_of_a_thread(self.n)
-        self.slopes = False  # whether φ' and φ'' are among `saved`
+        self.slopes = not network.small  # whether φ' and φ'' are among `saved`, or will not be
         self.pushes: list[tuple[Any, ...]] = []
 
     def begin(self) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import GradientEdge
 
 from fastjac import torch_private
 from fastjac.input_jacobian.chain.graph_run import GraphRun, plus
@@ -94,11 +94,6 @@ class ProgramRun:
         self.waiting: tuple[list[Any], bool] | None = None  # a push that `down` takes along
         if not self.own_output and "push" not in programs.traced:
             self.as_graph()  # now, since the user may modify the output in place
-
-    @property
-    def end(self) -> GradientEdge | None:
-        """The edge of the output in the graph of torch."""
-        return None if self.output is None else get_gradient_edge(self.output)
 
     @property
     def starts(self) -> list[GradientEdge]:
@@ -249,7 +244,7 @@ class ProgramRun:
             if name == "push_down":
                 graph.push_given(given, False)
                 given += graph.extras
-            targets: Any = [self.end, *graph.record.targets[: len(given)]]
+            targets: Any = [GradientEdge(*graph.record.end), *graph.record.targets[: len(given)]]
             terms = [p for p in zip(targets, [grad, *given], strict=True) if p[1] is not None]
             found = torch.autograd.grad(
                 [target for target, _ in terms],
@@ -261,14 +256,6 @@ class ProgramRun:
             return [*found] if self.of_x else [None, *found]
 
         return self._sweep(name, (self.of_x,), given, sweep, last=not keep)
-
-    def through_torch(self, grad: Tensor) -> list[Tensor | None]:
-        """As `down`, for the gradient of the output alone; by torch, and differentiable."""
-        end: Any = self.end
-        found = torch.autograd.grad(
-            [end], self.starts, [grad], create_graph=True, allow_unused=True
-        )
-        return [*found] if self.of_x else [None, *found]
 
     def describe(self) -> list[str]:
         return self.as_graph().describe()

@@ -84,7 +84,7 @@ class Record:
         self.steps: list[Step] = []
         self.targets: list[Tensor] = []
         self.captured: list[GradientEdge] = []
-        self._places: dict[int, int] = {}  # of targets, by id
+        self._places: dict[Any, int] = {}  # of targets
         self._last: list[list[Edge]] = []  # by step: the values that no later step takes
         if self.end == self.source:
             raise Unsupported("the output of the model is x")
@@ -127,7 +127,10 @@ class Record:
     def _target(self, t: Any) -> int:
         if not isinstance(t, Tensor) or not t.requires_grad:
             return -1
-        place = self._places.setdefault(id(t), len(self.targets))
+        # Each call of F.linear transposes the weight anew: those of one weight are one target.
+        fn: Any = t.grad_fn
+        key = fn.next_functions[0] if type(fn).__name__ == "TBackward0" else id(t)
+        place = self._places.setdefault(key, len(self.targets))
         if place == len(self.targets):
             self.targets.append(t)
         return place

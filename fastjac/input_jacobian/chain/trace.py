@@ -64,7 +64,7 @@ class _Tracer(TorchDispatchMode):
             self.memory.append(None)
             return number
         memory = _memory(t)
-        self.memory.append((t.untyped_storage().data_ptr(), memory))
+        self.memory.append((_storage(t), memory))
         self.numbers.setdefault(t, number)
         if self._at(memory) is None:
             self.known[memory] = TensorWeakRef(t)
@@ -166,7 +166,14 @@ def _gelu_backward(func: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _memory(t: Tensor) -> Any:
-    return t.data_ptr(), t.shape, t.stride(), t.dtype
+    return _storage(t), t.storage_offset(), t.shape, t.stride(), t.dtype
+
+
+def _storage(t: Tensor) -> int:
+    try:
+        return t.untyped_storage().data_ptr()
+    except RuntimeError:  # one of torch's zeros without memory
+        return -id(t)
 
 
 def trace(
@@ -277,7 +284,7 @@ class _Owners:
             if not (isinstance(term, Value) and isinstance(other, Value)):
                 return None
             storage, memory = self.memory[term.number]
-            alike = memory[1:] == result[1][1:]
+            alike = memory[2:] == result[1][2:]
             if alike and self.last[storage] == i and self.memory[other.number][0] != storage:
                 return torch.Tensor.add_, (term, other)
         return None
