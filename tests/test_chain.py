@@ -229,7 +229,7 @@ def test_third_derivative(options: dict[str, Any], sweeps: str) -> None:
         for t in (value, output.square().sum(), value + output.sum()):
             grads = torch.autograd.grad(t, leaves, create_graph=True, materialize_grads=True)
             total = sum(g.square().sum() for g in grads)
-            again = torch.autograd.grad(total, leaves, materialize_grads=True)
+            again = torch.autograd.grad(total, leaves, retain_graph=True, materialize_grads=True)
             found.append([t, *grads, *again, drawn, torch.rand(1)])
     for ours, theirs in zip(found[3:], found[:3], strict=True):
         close_gradients(ours, theirs)

@@ -209,7 +209,7 @@ def test_penalty_holds_no_more_than_it_says(flat: bool, monkeypatch: pytest.Monk
     assert len(run.saved) == (1 if flat else 3 * 2 + 3)
     (output.sum() + value).backward()
     assert chain.chain is None
-    assert run.saved == run.deltas == run.pushed == []
+    assert run.saved == run.deltas == run.pushes == []
 
 
 def test_a_default_device_that_is_not_the_cpu() -> None:

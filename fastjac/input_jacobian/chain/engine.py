@@ -90,17 +90,15 @@ class Chain(Pullback):
             return composed
         if self.run.own_output:
             self.run = self.run.as_graph()
+            self.products = [product._replace(deltas=None) for product in self.products]
         return AutogradPullback(x, f(self.run.output))
 
     def _parts(self, t: Tensor, chunk_size: int | None) -> tuple[Tensor, ...]:
-        parts = (t,) if chunk_size is None or chunk_size >= len(t) else t.split(chunk_size)
-        if self.run.one_product and len(parts) + len(self.products) > 1:
-            self.run = self.run.as_graph()
-        return parts
+        return (t,) if chunk_size is None or chunk_size >= len(t) else t.split(chunk_size)
 
     def _leaf(self, kind: str, of: Tensor, v: Tensor | None, result: Tensor) -> Tensor:
         leaf = result.requires_grad_()
-        deltas = None if self.run.one_product or kind == "jvp" else self.run.deltas
+        deltas = None if kind == "jvp" else self.run.deltas
         self.products.append(JacobianProduct(kind, of, v, leaf, deltas))
         return leaf
 
@@ -210,7 +208,7 @@ class Chain(Pullback):
             else:
                 if deltas is not None:
                     self.run.deltas = deltas
-                elif not self.run.one_product:  # the product of an MLP, before its `as_graph`
+                else:  # those of another run, before `then`
                     self.run.pull(of.detach())
                 u, factor = (c, None) if v is None else (v, c)
                 into = self.run.push(u, keep, of.requires_grad, factor)

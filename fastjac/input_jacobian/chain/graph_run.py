@@ -14,7 +14,6 @@ from fastjac.ops.row_sqnorm import gradient_of_one, rows_of_one
 class GraphRun:
     """The sweeps over a recorded graph. w, u and their products have a first dimension of K."""
 
-    one_product = False  # several products with the Jacobian can be computed
     own_output = False  # the output is in the graph of torch
 
     def __init__(self, x: Tensor, output: Tensor) -> None:

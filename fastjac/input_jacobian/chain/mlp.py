@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import weakref
 from collections.abc import Iterable, Iterator
@@ -15,6 +16,7 @@ from torch.nn.modules import module as module_hooks
 from fastjac.activations import IDS, get
 from fastjac.input_jacobian.by_autograd import run_model
 from fastjac.input_jacobian.chain.graph_run import GraphRun
+from fastjac.input_jacobian.chain.sweeps import Sweeps, rows_of_a_thread
 from fastjac.nn import Act, activation_of
 from fastjac.ops import net
 from fastjac.ops.dispatch import OPS
@@ -53,10 +55,6 @@ _GLOBAL_HOOKS = tuple(
     if name.startswith("_global_") and "hooks" in name and hasattr(value, "__len__")
 )
 _recipes: weakref.WeakKeyDictionary[nn.Module, Recipe] = weakref.WeakKeyDictionary()
-
-
-def rows_of_a_thread(n: int) -> int:
-    return max(-(-n // torch.get_num_threads()), 16)
 
 
 def _hooked(state: dict[str, Any]) -> bool:
@@ -227,11 +225,12 @@ class Recipe:
                 pushed[self.acts + layer - 1] = nothing
 
     def prepare(self) -> None:
-        """Sets ``parameters`` (that require grad) and their ``places`` among the gradients."""
+        """Sets ``parameters`` (that require grad) and ``places``; see `Sweeps`."""
         trained = [t.requires_grad for t in self.slots]
         if trained != self.trained:
-            self.places = [place for place, wanted in enumerate(trained) if wanted]
-            self.parameters = [self.slots[place] for place in self.places]
+            self.parameters = [t for t, wanted in zip(self.slots, trained, strict=True) if wanted]
+            numbers = itertools.count()
+            self.places = [next(numbers) if wanted else -1 for wanted in trained]
             self.trained = trained
 
 
@@ -240,16 +239,17 @@ def _wanted(flags: tuple[bool, ...]) -> Tensor:
     return torch.tensor(flags, dtype=torch.float64, device="cpu")
 
 
-class Mlp:
-    """One run of an MLP. `of` returns None if the model or x does not fit."""
+class Mlp(Sweeps):
+    """One run of an MLP. `of` returns None if the model or x does not fit.
 
-    one_product = True  # `pull` leaves the state of a single product
-    own_output = True  # the forward runs in C++ and builds no graph
+    The forward runs in C++ too, and builds no graph.
+    """
+
+    own_output = True
 
     def __init__(self, model: nn.Module, recipe: Recipe, x: Tensor) -> None:
         self.model, self.given, self.recipe = model, x, recipe
         n = self.n = len(x)
-        self.shape = x.shape
         self.x = x if x.dim() == 2 and x.is_contiguous() else x.detach().flatten(1).contiguous()
         # Detached, since `p.data = t` before the backward puts another tensor in the place of p's.
         self.weights, self.plan = [w.detach() for w in recipe.weights], recipe.plan
@@ -261,17 +261,14 @@ class Mlp:
         self.large = not recipe.tiled and n * recipe.widest >= LARGE
         self.tile = rows_of_a_thread(n) if recipe.tiled else n
         # φ' and φ'' are kept if the threads have tiles. Otherwise z takes less memory.
-        self.slopes = recipe.tiled
         self.flat = recipe.tiled and n * recipe.numbers <= FLAT
         with below_autograd():
             self.output, *self.saved = raw("net_forward")(
-                *(self.x, self.weights, recipe.biases, self.tile, self.slopes, self.flat),
+                *(self.x, self.weights, recipe.biases, self.tile, recipe.tiled, self.flat),
                 self.plan,
             )
-        self.deltas: list[Tensor] = []
-        self.u: Tensor | None = None
-        self.factor: Tensor | None = None  # if given, 2 factor u is pushed
-        self.pushed: list[Tensor] = []  # the results of net_push, if net_backward does not push
+        self.shape, self.output_shape = x.shape, self.output.shape
+        self.deltas, self.pushes = [], []
 
     @classmethod
     def of(cls, model: Any, x: Tensor) -> Mlp | None:
@@ -303,81 +300,35 @@ class Mlp:
                     "before the backward: call backward() before optimizer.step(), or use the "
                     "out-of-place operation"
                 )
+        self.pushes = []
 
     def as_graph(self) -> GraphRun:
         """The run in the ordinary way. Nothing acts twice: the modules compute and do no more."""
         x, output = run_model(self.model, self.given, None)
         return GraphRun(x, output)
 
-    def pull(self, w: Tensor) -> Tensor:
-        v, _ = self._pull(w)
-        return v.view(len(w), *self.shape)
-
-    def norms(self, w: Tensor) -> tuple[Tensor, Tensor]:
-        v, norms = self._pull(w)
-        v = v.view(len(w), *self.shape)
-        return v, norms if len(w) == 1 else norms.view(len(w), -1).sum(0)
-
-    def _pull(self, w: Tensor) -> tuple[Tensor, Tensor]:
-        with below_autograd():
-            v, norms, *self.deltas = raw("net_pull")(
-                *(w.flatten(0, 1).contiguous(), self.weights, self.saved, self.n, self.tile),
-                *(False, self.flat, self.plan),
-            )
-        return v, norms
-
-    def jvp(self, u: Tensor) -> Tensor:
-        """``J u``."""
-        return self._push(self._rows(u), None, [], True)[0].view(len(u), *self.output.shape)
-
-    def _rows(self, u: Tensor) -> Tensor:
-        return u.detach().reshape(-1, self.x.shape[1]).contiguous()
-
-    def _push(
-        self, u: Tensor, factor: Tensor | None, deltas: list[Tensor], wanted: bool
-    ) -> list[Tensor]:
-        with below_autograd():
-            return raw("net_push")(
-                *(u, factor, self.weights, self.saved, deltas, self.n, self.tile, wanted),
-                *(self.flat, self.plan),
-            )
-
-    def push(
-        self, u: Tensor, keep: bool, wanted: bool, factor: Tensor | None = None
-    ) -> Tensor | None:
-        self.u = self._rows(u)
-        k = len(self.u) // self.n
-        self.factor = None if factor is None else factor.repeat(k) if k > 1 else factor.contiguous()
-        if not (wanted or self.large):
-            return None  # net_backward pushes u
-        out, *self.pushed = self._push(self.u, self.factor, self.deltas, wanted)
-        return out.view(k, *self.output.shape) if wanted else None
-
-    def down(self, grad: Tensor | None, keep: bool) -> list[Tensor | None]:
-        (u, self.u), (factor, self.factor) = (self.u, None), (self.factor, None)
-        pushed, self.pushed = self.pushed, []
-        saved, deltas = list(self.saved), list(self.deltas)
-        if not keep:
+    def gradients_of(self, grad: Tensor | None, push: Any, last: bool) -> list[Any]:
+        u, factor, deltas, pushed = push
+        if not self.large or (u is not None and not pushed):
+            return super().gradients_of(grad, push, last)
+        saved, deltas, pushed = list(self.saved), list(deltas), list(pushed)
+        if last:
             self.saved, self.deltas = [], []
-        grad = None if grad is None else grad.contiguous()
-        large = self.large and (u is None or pushed)
-        ends = [*(self.recipe.starts if large else [1]), len(self.plan)]
-        grads: list[Any] = [None] * len(self.wanted)
+            del push
+        ends = [*self.recipe.starts, len(self.plan)]
+        grads: list[Any] = [None] * len(self.recipe.slots)
         for layer in reversed(range(len(ends) - 1)):
             with below_autograd():
-                found = raw("net_backward")(
+                *found, grad = raw("net_backward")(
                     *(grad, u, factor, self.x, self.weights, saved, deltas, pushed, self.n),
                     *(self.tile, ends[layer], ends[layer + 1], self.wanted, self.plan),
                 )
-            *found, grad = found
-            for place in self.places:
-                if found[place].numel():
-                    total = grads[place]
-                    grads[place] = found[place] if total is None else total + found[place]
-            if large:
-                self.recipe.free(layer, saved, deltas, pushed)
-        of_x = grad.view(self.shape) if self.of_x and grad is not None else None
-        return [of_x, *[grads[place] for place in self.places]]
+            for place, gradient in enumerate(found):
+                if gradient.numel():
+                    before = grads[place]
+                    grads[place] = gradient if before is None else before + gradient
+            self.recipe.free(layer, saved, deltas, pushed)
+        return [*grads, grad]
 
     def describe(self) -> list[str]:
         return ["one C++ call per sweep:", *self.recipe.names]

@@ -15,15 +15,14 @@ from torch import Tensor
 
 from fastjac.activations import KERNEL_ROWS
 from fastjac.input_jacobian.chain.activations import Kernel, suffix_for
-from fastjac.input_jacobian.chain.graph_run import plus
-from fastjac.input_jacobian.chain.mlp import FLAT, TILED, rows_of_a_thread
+from fastjac.input_jacobian.chain.mlp import FLAT, TILED
 from fastjac.input_jacobian.chain.program import ProgramRun, Programs
 from fastjac.input_jacobian.chain.record import Record, Step
 from fastjac.input_jacobian.chain.rules import signed
 from fastjac.input_jacobian.chain.signature import Signature, number_bytes
+from fastjac.input_jacobian.chain.sweeps import Sweeps, rows_of_a_thread
 from fastjac.ops import net
-from fastjac.ops.registration import raw
-from fastjac.torch_private import below_autograd, shape_of_node
+from fastjac.torch_private import shape_of_node
 
 ROWS = {row.name: number for number, row in enumerate(KERNEL_ROWS)}
 
@@ -49,14 +48,14 @@ class Network:
         weights: the places of the saved weights, ``[in, out]``.
         saved: the places of the argument ``saved`` of the sweeps; -1 for an empty one.
         wanted: the argument of `net_backward`, without and with the gradient of x.
-        gradients: for each weight and bias, in the order of its results, the number of the leaf,
-            or -1.
+        places: for each weight and bias, in the order of its results, the number of the leaf, or
+            -1.
         width: the numbers of a sample of x.
     """
 
     def __init__(self, record: Record, signature: Signature) -> None:
         self._signature = signature
-        self._places = {_memory(t): i for i, t in reversed([*enumerate(signature.tensors)])}
+        self._by_memory = {_memory(t): i for i, t in reversed([*enumerate(signature.tensors)])}
         self._leaves = {id(t): i for i, t in enumerate(signature.leaves)}
         x = signature.tensors[0]
         self.n, self.width = x.shape[0], x[0].numel()
@@ -74,8 +73,8 @@ class Network:
         if self._values[record.end] != len(self._steps) - 1 or not self.weights:
             raise Other("the output is not the last value, or there is no layer")
         self.plan = net.rows(self._steps)
-        self.gradients = [*self._of_weights, *self._of_biases]
-        wanted = [leaf >= 0 for leaf in self.gradients]
+        self.places = [*self._of_weights, *self._of_biases]
+        wanted = [leaf >= 0 for leaf in self.places]
         self.wanted = [_numbers([*wanted, of_x]) for of_x in (False, True)]
         acts = {i for i, step in enumerate(self._steps) if step[0] == net.ACT}
         read = sorted({step[1] for step in self._steps if step[0] == net.LINEAR} - {0})
@@ -170,7 +169,7 @@ class Network:
     def _place(self, t: Tensor, shape: tuple[int, ...]) -> int:
         if t.shape != shape or not t.is_contiguous():
             raise Other("a saved tensor is not a contiguous matrix")
-        return self._places[_memory(t)]
+        return self._by_memory[_memory(t)]
 
     def _linear(self, node: Any, biased: bool, values: list[Any]) -> int:
         a, weight = ("mat1", "mat2") if biased else ("self", "mat2")
@@ -188,7 +187,7 @@ class Network:
             self._of_input[value] = self._place(given, (self.n, inner))
         edges = node.next_functions
         of_weight = self._leaf_behind(edges[2 if biased else 1][0], transposed=True)
-        place = self._places[_memory(weight)]
+        place = self._by_memory[_memory(weight)]
         if place not in self.weights:
             self.weights.append(place)
             self._of_weights.append(of_weight)
@@ -226,99 +225,37 @@ def _memory(t: Tensor) -> Any:
     return t.data_ptr(), t.shape, t.stride(), t.dtype
 
 
-class NetworkRun(ProgramRun):
+class NetworkRun(Sweeps, ProgramRun):
     """The sweeps of a run of a `Network`; see `ProgramRun`."""
 
     def __init__(self, x: Tensor, output: Tensor, signature: Signature, programs: Any) -> None:
-        super().__init__(x, output, signature, programs)
-        tensors, network = self.tensors, programs.network
-        self.network: Network = network
-        self.n, self.shape, self.output_shape = network.n, x.shape, output.shape
+        ProgramRun.__init__(self, x, output, signature, programs)
+        network: Network = programs.network
+        tensors = self.tensors
+        self.shape, self.output_shape = x.shape, output.shape
         self.x = x = tensors[0]
         if x.dim() != 2 or not x.is_contiguous():
-            self.x = x.detach().reshape(self.n, -1).contiguous()
+            self.x = x.detach().reshape(network.n, -1).contiguous()
         self.weights = [tensors[place].t() for place in network.weights]
         self.saved = [_NOTHING[x.dtype] if place < 0 else tensors[place] for place in network.saved]
-        self.tile = rows_of_a_thread(self.n)
-        self.slopes = not network.small  # whether φ' and φ'' are among `saved`, or will not be
+        self.plan, self.flat, self.evaluates = network.plan, network.flat, network.small
+        self.tile = rows_of_a_thread(network.n)
+        self.wanted, self.places = network.wanted[self.of_x], network.places
         self.pushes: list[tuple[Any, ...]] = []
 
     def begin(self) -> None:
-        super().begin()
+        ProgramRun.begin(self)
         self.pushes = []
 
-    def pull(self, w: Tensor) -> Tensor:
-        return self.norms(w)[0]
-
-    def norms(self, w: Tensor) -> tuple[Tensor, Tensor]:
-        k, n = w.shape[0], self.n
-        with below_autograd():
-            v, norms, *self.deltas = raw("net_pull")(
-                *(w.reshape(k * n, -1).contiguous(), self.weights, self.saved, n, self.tile),
-                *(not self.slopes, self.network.flat, self.network.plan),
-            )
-        if not self.slopes:
-            self.saved = [*self.saved, self.deltas.pop(0)]
-            self.slopes = True
-        return v.view(k, *self.shape), norms if k == 1 else norms.view(k, n).sum(0)
-
-    def _up(self, u: Tensor, factor: Any, deltas: list[Any], wanted: bool) -> list[Tensor]:
-        with below_autograd():
-            return raw("net_push")(
-                *(u, factor, self.weights, self.saved, deltas, self.n, self.tile, wanted),
-                *(self.network.flat, self.network.plan),
-            )
-
-    def jvp(self, u: Tensor) -> Tensor:
-        k = len(u)
-        out = self._up(u.reshape(k * self.n, -1).contiguous(), None, [], True)[0]
-        return out.view(k, *self.output_shape)
-
-    def push(
-        self, u: Tensor, keep: bool, wanted: bool, factor: Tensor | None = None
-    ) -> Tensor | None:
-        k = u.shape[0]
-        u = u.detach().reshape(k * self.n, -1).contiguous()
-        if factor is not None:
-            factor = factor.repeat(k) if k > 1 else factor.contiguous()
-        out, pushed = None, []
-        if wanted:
-            out, *pushed = self._up(u, factor, self.deltas, True)
-            out = out.view(k, *self.output_shape)
-        self.pushes.append((u, factor, self.deltas, pushed))
-        return out
-
     def down(self, grad: Tensor | None, keep: bool) -> list[Tensor | None]:
-        pushes, self.pushes = self.pushes or [(None, None, [], [])], []
-        if grad is not None:
-            grad = grad.reshape(self.n, -1).contiguous()
-        total: list[Any] = [None] * (1 + len(self.leaves))
-        for u, factor, deltas, pushed in pushes:
-            if grad is None and u is None:
-                continue
-            with below_autograd():
-                *found, of_x = raw("net_backward")(
-                    *(grad, u, factor, self.x, self.weights, self.saved, deltas, pushed, self.n),
-                    *(self.tile, 1, len(self.network.plan), self.wanted, self.network.plan),
-                )
-            grad = None
-            if self.of_x:
-                total[0] = plus(total[0], of_x.view(self.shape))
-            for leaf, gradient in zip(self.network.gradients, found, strict=True):
-                if leaf >= 0:
-                    before = total[1 + leaf]
-                    total[1 + leaf] = gradient if before is None else before + gradient
+        found = Sweeps.down(self, grad, keep)
         if not keep:
             self.free()
-            self.saved, self.tensors = [], []
-        return total
-
-    @property
-    def wanted(self) -> Tensor:
-        return self.network.wanted[self.of_x]
+            self.tensors = []
+        return found
 
     def describe(self) -> list[str]:
-        return ["one C++ call per sweep:", *super().describe()]
+        return ["one C++ call per sweep:", *ProgramRun.describe(self)]
 
 
 # Empty matrices, for what is missing in a list.

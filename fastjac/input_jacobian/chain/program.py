@@ -78,8 +78,6 @@ class ProgramRun:
     `GraphRun`.
     """
 
-    one_product = False  # several products with the Jacobian can be computed
-
     def __init__(self, x: Tensor, output: Tensor, signature: Signature, programs: Programs) -> None:
         self.given, self.programs = x, programs
         self.of_x = x.requires_grad
