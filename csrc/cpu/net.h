@@ -132,24 +132,43 @@ struct Sweep {
     for (int64_t i = 0; i < parts; ++i) f(a.at(i), c.at(i), rows);
   }
 
-  // The kernels of fastjac/csrc/cpu/product_kernels.cpp, or BLAS, whichever is faster. Of a narrow
-  // program, each thread has its rows and all products are those of the kernels: in GFLOP/s of one
-  // core of an AMD EPYC 9R14 or so (AVX-512, float32) they reach, with BLAS in parentheses,
+  // A product by the kernels of product_kernels.cpp or by BLAS, whichever is faster. In GFLOP/s of
+  // one core (AMD EPYC of the 4th generation, AVX-512, float32; BLAS, which is MKL, in
+  // parentheses):
   //   rows   width   A Wᵀ        D W         Dᵀ A
   //     10      16    39 (25)     48 (26)     46 (27)
   //     10      64    69 (59)    103 (59)     89 (65)
-  //     50      64    95 (82)    105 (82)    106 (86)
+  //     50      64    99 (86)    111 (86)    111 (88)
   //    100     128   105 (96)    111 (96)    110 (92)
   //     10     256    73 (66)    113 (67)     89 (74)
-  //   1024     256   110 (100)   112 (101)   110 (98)
-  // in float64 half of it (BLAS: 10 to 49), and with AVX2 about the same. Without AVX2 BLAS is
-  // faster from about 16 x 16 x 16 on. Wide products need all threads and are left to BLAS.
+  //   1024     256   113 (104)   116 (104)   116 (102)
+  //    128     512   112 (102)   117 (102)   116 (100)
+  //    512    1024   112 (101)   110 (102)   105 (101)
+  //    512    2048   112 (95)     92 (94)    103 (100)
+  // In float64 it is half of that (BLAS: 10 to 52). With AVX2 it is the same up to width 256, and
+  // BLAS is faster from 512 on, where the rows of a panel are far apart. Without AVX2 BLAS is
+  // faster from 16 x 16 x 16 on. Wᵀ is packed in each product, which takes 2 % of a step for 100
+  // rows. Unlike torch, the kernels do not round to bfloat16 under
+  // torch.set_float32_matmul_precision.
   void product(Form form, int64_t m, int64_t n, int64_t k, const char* a, const char* b, char* c,
                bool add, char* scratch, const void* bias = nullptr) const {
-    static const bool vectors = best_isa() != Isa::baseline;
+    static const Isa isa = best_isa();
     const int64_t size = m * n * k;
-    if (size <= (vectors ? 1 << 18 : 1 << 12) || (vectors && program.narrow)) {
-      return product_kernel()({program.dtype, form, m, n, k, a, b, c, bias, add, scratch});
+    ProductCall call{program.dtype, form, m, n, k, a, b, c, bias, add, scratch, 0, n};
+    if (size <= (isa == Isa::baseline ? 1 << 12 : 1 << 18) ||
+        (isa != Isa::baseline && program.narrow)) {
+      return product_kernel()(call);
+    }
+    if (isa == Isa::avx512 && std::max(n, k) <= 1024) {  // the threads divide the columns
+      const int64_t parts = (n + product_columns - 1) / product_columns;
+      parallel(parts, 1, [&](int64_t begin, int64_t end) {
+        const Memory memory(product_scratch(m, n, k));
+        ProductCall part = call;
+        part.scratch = memory.data;
+        part.first = begin * product_columns, part.last = std::min(end * product_columns, n);
+        product_kernel()(part);
+      });
+      return;
     }
     if (bias != nullptr) {
       const int64_t bytes = n * item;
