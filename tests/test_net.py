@@ -226,6 +226,37 @@ def test_products_of_all_widths(width: int, dtype: torch.dtype) -> None:
                 assert torch.equal(a.double(), b)
 
 
+@pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("widths", [(270, 300), (1030, 130)], ids=["300", "1030"])
+def test_products_that_the_threads_share(
+    widths: tuple[int, int], dtype: torch.dtype, k: int
+) -> None:
+    """Of large weights: by the kernels and, over 1024 columns, by BLAS. The sums are exact."""
+    torch.manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randint(-1, 2, shape, dtype=torch.float64)
+
+    (d, c), n = widths, 40
+    exact = Case(
+        [linear(0, 0, 0), act(1, "identity"), linear(2, 1), act(3, "relu"), linear(4, 2, 1)],
+        *([random(c, d), random(d, c), random(9, d)], [random(c), random(9)], random(n, d)),
+        *(random(k, n, 9), random(k, n, d), random(n, 9), random(k * n)),
+    )
+    case, truth = exact.to(dtype), exact.truth("given")
+    run = Run(case, n, *WAYS["z"])
+    out, *pushed = run.push(case.u, None, True, run.deltas)
+    found = [run.output, run.v.view_as(case.u), out.view_as(case.w)]
+    expected = [truth["output"], truth["v"], truth["ju"]]
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a.double(), b)
+    for way in ([], pushed):
+        gradients = run.backward(case.u, None, way)
+        for a, b in zip(gradients, truth["grads"], strict=True):
+            assert torch.equal(a.double(), b)
+
+
 def test_raw_calls_that_do_not_fit_raise() -> None:
     """The ops check every operand before they read its memory."""
     case = Case.of("cat").to(torch.float32)

@@ -46,7 +46,7 @@ Tensors net_forward(const Tensor& x, const Tensors& weights, const Tensors& bias
   }
   homes.back() = data_of(output);
 
-  sweep.for_rows(0, 0, [&](const Rows& rows, char* scratch) {
+  sweep.for_rows(0, [&](const Rows& rows, char* scratch) {
     const auto home = [&](int64_t i) {
       const View found = sweep.of(homes[i], rows, program.steps[i].width);
       return found ? found : sweep.slot(rows, scratch, i);
@@ -105,7 +105,7 @@ Tensors net_pull(const Tensor& w, const Tensors& weights, const Tensors& tensors
   const Tensors made = deltas.make(w, flat);
   found.insert(found.end(), made.begin(), made.end());
 
-  sweep.for_rows(0, 0, [&](const Rows& rows, char* scratch) {
+  sweep.for_rows(0, [&](const Rows& rows, char* scratch) {
     const auto home = [&](int64_t i) {
       const Step& step = program.steps[i];
       if (i == 0) return sweep.of(data_of(found[0]), rows, d);

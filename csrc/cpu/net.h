@@ -40,17 +40,24 @@ struct View {
   char* at(int64_t k) const { return data + k * part; }
 };
 
-// Scratch memory, aligned to cache lines. A tensor would take ten times as long to make.
+// Scratch memory, aligned to cache lines. A tensor, so that the profiler of torch counts it, unless
+// it is small: a tensor takes 1 µs to make.
 struct Memory {
-  explicit Memory(int64_t bytes)
-      : data(static_cast<char*>(std::aligned_alloc(64, size_t(bytes + 63) / 64 * 64))) {
-    STD_TORCH_CHECK(data != nullptr || bytes == 0, "fastjac: net: no memory for ", bytes, " bytes");
+  Memory(const Tensor& like, int64_t bytes) {
+    if (bytes > 1 << 16) {
+      tensor = torch::stable::new_empty(like, {bytes / (dtype_of(like) == DType::f64 ? 8 : 4)});
+      data = static_cast<char*>(tensor->mutable_data_ptr());
+    } else if (bytes > 0) {
+      data = own = static_cast<char*>(std::aligned_alloc(64, size_t(bytes + 63) / 64 * 64));
+      STD_TORCH_CHECK(data != nullptr, "fastjac: net: no memory for ", bytes, " bytes");
+    }
   }
   Memory(const Memory&) = delete;
   Memory& operator=(const Memory&) = delete;
-  ~Memory() { std::free(data); }
+  ~Memory() { std::free(own); }
 
-  char* data;
+  std::optional<Tensor> tensor;
+  char *data = nullptr, *own = nullptr;
 };
 
 struct Sweep {
@@ -61,7 +68,13 @@ struct Sweep {
   // few steps.
   static constexpr int64_t block = 1 << 15;
 
-  Sweep(const Program& program, int64_t n, int64_t k, int64_t tile)
+  // The values from `start` to `stop` have slots of `parts` parts (1 or K), and the input has one
+  // of K parts if `scaled`.
+  Sweep(const Program& program, int64_t n, int64_t k, int64_t tile, bool scaled = false)
+      : Sweep(program, n, k, tile, scaled, k, 1, program.size()) {}
+
+  Sweep(const Program& program, int64_t n, int64_t k, int64_t tile, bool scaled, int64_t parts,
+        int64_t start, int64_t stop)
       : program(program), n(n), k(k), tile(std::min(tile, n)), item(program.item) {
     STD_TORCH_CHECK(n > 0 && k > 0 && tile > 0, "fastjac: net: n and tile must be positive");
     STD_TORCH_CHECK(
@@ -71,9 +84,16 @@ struct Sweep {
     if (program.narrow) {
       rows_of_block = std::min(this->tile, std::max<int64_t>(block / (k * program.widest), 16));
     }
-    slot_bytes = padded(k * rows_of_block * program.widest * item);
-    const int64_t longest = std::max(k * rows_of_block, program.widest);
-    slots_at = product_scratch(longest, program.widest, longest);
+    std::vector<int64_t> sizes(program.slots);
+    for (int64_t i = start; i < stop; ++i) {
+      const Step& step = program.steps[i];
+      sizes[step.slot] = std::max(sizes[step.slot], parts * rows_of_block * step.width);
+    }
+    int64_t& input = sizes[program.steps[0].slot];
+    if (scaled) input = std::max(input, k * rows_of_block * program.steps[0].width);
+    const int64_t longest = std::max((k + 1) * rows_of_block, program.widest);
+    slots_at.push_back(program.narrow ? product_scratch(longest, program.widest, longest) : 0);
+    for (const int64_t size : sizes) slots_at.push_back(slots_at.back() + padded(size * item));
   }
 
   static int64_t padded(int64_t bytes) { return (bytes + 63) / 64 * 64; }
@@ -82,11 +102,11 @@ struct Sweep {
 
   // Calls f(rows, scratch memory) for blocks of rows. A tile is on one thread, its blocks in order.
   // If there is only one tile, the functions that f calls can use all threads. The scratch memory
-  // has the slots of the program, `slots` more, and `more` bytes; then that of products.
+  // has that of products, the slots of the values, and `more` bytes.
   template <class F>
-  void for_rows(int64_t slots, int64_t more, F f) const {
-    const int64_t bytes = slots_at + (program.slots + slots) * slot_bytes + padded(more);
-    const Memory memory(tiles() * bytes);
+  void for_rows(int64_t more, F f) const {
+    const int64_t bytes = slots_at.back() + padded(more);
+    const Memory memory(program.like, tiles() * bytes);
     char* scratch = memory.data;
     torch::stable::parallel_for(0, tiles(), 1, [&](int64_t begin, int64_t end) {
       for (int64_t t = begin; t < end; ++t) {
@@ -102,11 +122,12 @@ struct Sweep {
 
   View slot(const Rows& rows, char* scratch, int64_t value) const {
     const Step& step = program.steps[value];
-    return {scratch + slots_at + step.slot * slot_bytes, rows.count * step.width * item};
+    return {scratch + slots_at[step.slot], rows.count * step.width * item};
   }
 
-  View extra_slot(const Rows& rows, char* scratch, int64_t i, int64_t width) const {
-    return {scratch + slots_at + (program.slots + i) * slot_bytes, rows.count * width * item};
+  // Memory behind the slots.
+  View more(const Rows& rows, char* scratch, int64_t offset, int64_t width) const {
+    return {scratch + slots_at.back() + offset, rows.count * width * item};
   }
 
   // The rows of a matrix [n, width] or [K n, width], whose memory starts at `data`.
@@ -132,24 +153,45 @@ struct Sweep {
     for (int64_t i = 0; i < parts; ++i) f(a.at(i), c.at(i), rows);
   }
 
-  // The kernels of fastjac/csrc/cpu/product_kernels.cpp, or BLAS, whichever is faster. Of a narrow
-  // program, each thread has its rows and all products are those of the kernels: in GFLOP/s of one
-  // core of an AMD EPYC 9R14 or so (AVX-512, float32) they reach, with BLAS in parentheses,
+  // A product by the kernels of product_kernels.cpp or by BLAS, whichever is faster. In GFLOP/s of
+  // one core (AMD EPYC of the 4th generation, AVX-512, float32; BLAS, which is MKL, in
+  // parentheses):
   //   rows   width   A Wᵀ        D W         Dᵀ A
   //     10      16    39 (25)     48 (26)     46 (27)
   //     10      64    69 (59)    103 (59)     89 (65)
-  //     50      64    95 (82)    105 (82)    106 (86)
+  //     50      64    99 (86)    111 (86)    111 (88)
   //    100     128   105 (96)    111 (96)    110 (92)
   //     10     256    73 (66)    113 (67)     89 (74)
-  //   1024     256   110 (100)   112 (101)   110 (98)
-  // in float64 half of it (BLAS: 10 to 49), and with AVX2 about the same. Without AVX2 BLAS is
-  // faster from about 16 x 16 x 16 on. Wide products need all threads and are left to BLAS.
+  //   1024     256   113 (104)   116 (104)   116 (102)
+  //    128     512   112 (102)   117 (102)   116 (100)
+  //    512    1024   112 (101)   110 (102)   105 (101)
+  //    512    2048   112 (95)     92 (94)    103 (100)
+  // In float64 it is half of that (BLAS: 10 to 52). With AVX2 it is the same up to width 256, and
+  // BLAS is faster from 512 on, where the rows of a panel are far apart. Without AVX2 BLAS is
+  // faster from 16 x 16 x 16 on. Wᵀ is packed in each product, which takes 2 % of a step for 100
+  // rows. Unlike torch, the kernels do not round to bfloat16 under
+  // torch.set_float32_matmul_precision.
   void product(Form form, int64_t m, int64_t n, int64_t k, const char* a, const char* b, char* c,
                bool add, char* scratch, const void* bias = nullptr) const {
-    static const bool vectors = best_isa() != Isa::baseline;
+    static const Isa isa = best_isa();
     const int64_t size = m * n * k;
-    if (size <= (vectors ? 1 << 18 : 1 << 12) || (vectors && program.narrow)) {
-      return product_kernel()({program.dtype, form, m, n, k, a, b, c, bias, add, scratch});
+    ProductCall call{program.dtype, form, m, n, k, a, b, c, bias, add, scratch, 0, n};
+    if (size <= (isa == Isa::baseline ? 1 << 12 : 1 << 18) ||
+        (isa != Isa::baseline && program.narrow)) {
+      const Memory memory(program.like, program.narrow ? 0 : product_scratch(m, n, k));
+      if (!program.narrow) call.scratch = memory.data;
+      return product_kernel()(call);
+    }
+    if (isa == Isa::avx512 && std::max(n, k) <= 1024) {  // the threads divide the columns
+      const int64_t parts = (n + product_columns - 1) / product_columns;
+      parallel(parts, 1, [&](int64_t begin, int64_t end) {
+        const Memory memory(program.like, product_scratch(m, n, k));
+        ProductCall part = call;
+        part.scratch = memory.data;
+        part.first = begin * product_columns, part.last = std::min(end * product_columns, n);
+        product_kernel()(part);
+      });
+      return;
     }
     if (bias != nullptr) {
       const int64_t bytes = n * item;
@@ -216,8 +258,8 @@ struct Sweep {
 
   const Program& program;
   int64_t n, k, tile, item;
-  int64_t rows_of_block, slot_bytes;
-  int64_t slots_at;  // the first bytes of the scratch memory are those of products
+  int64_t rows_of_block;
+  std::vector<int64_t> slots_at;  // and the end of the slots
 };
 
 }  // namespace fastjac

@@ -93,7 +93,7 @@ Tensors net_push(const Tensor& u, const std::optional<Tensor>& factor, const Ten
   const int64_t d = program.steps[0].width, m = program.output().width;
   check_matrix(u, u, k * n, d, "u");
   if (factor) check_vector(*factor, u, k * n, "factor");
-  const Sweep sweep(program, n, k, tile);
+  const Sweep sweep(program, n, k, tile, bool(factor));
   const Saved saved(sweep, u, tensors, 1, program.size());
   Deltas deltas(sweep, 1, program.size());
   Pushed pushed(sweep, 1, program.size());
@@ -105,7 +105,7 @@ Tensors net_push(const Tensor& u, const std::optional<Tensor>& factor, const Ten
   }
   const Tensor out = empty(u, wanted ? k * n : 0, m);
   found.insert(found.begin(), out);
-  sweep.for_rows(0, 0, [&](const Rows& rows, char* scratch) {
+  sweep.for_rows(0, [&](const Rows& rows, char* scratch) {
     const Tangents tangents{sweep.of(data_of(u), rows, d), sweep.of(data_of(factor), rows, 1),
                             second_order ? &pushed : nullptr};
     push_block(
@@ -131,6 +131,14 @@ void check_range(const Program& program, int64_t start, int64_t stop, bool push)
   }
 }
 
+// Whether the gradient of a large weight is one product [φ' δ; g]ᵀ [t; a], for which g and t are
+// copied, instead of a sum of two. It takes longer to add to a weight of 512 x 512 than to copy 128
+// rows: 4 % of a backward.
+bool joins(const Sweep& sweep, const Step& step) {
+  const int64_t c = step.width, d = sweep.program.steps[step.a].width;
+  return !sweep.program.narrow && step.a != 0 && sweep.n * (c + sweep.k * d) < 2 * c * d;
+}
+
 // The arguments of `net_backward` after all checks.
 struct Backward {
   const Sweep& sweep;
@@ -139,17 +147,18 @@ struct Backward {
   const Terms& terms;
   int64_t start, stop;
   const char *x, *grad, *x_grad;
+  int64_t left_bytes;        // of the left factor of `joined`
   std::vector<char> needed;  // the values whose cotangents are used
 
   // The value that a linear step reads, as its input.
-  View input(const Step& step, const Rows& rows, char* scratch) const {
+  // `memory` is used if it must be computed.
+  View input(const Step& step, const Rows& rows, const View& memory) const {
     const Program& program = sweep.program;
     const Step& a = program.steps[step.a];
     if (step.a == 0) return sweep.of(x, rows, a.width);
     const View given = sweep.of(saved.value(a), rows, a.width);
     if (given) return given;
-    const View memory = sweep.extra_slot(rows, scratch, 0, a.width);
-    Curve curve = saved.curve(a, rows);
+    const Curve curve = saved.curve(a, rows);
     sweep.evaluate({curve, memory.data, nullptr, nullptr}, rows.count * a.width);
     return memory;
   }
@@ -202,17 +211,42 @@ struct Backward {
     }
   }
 
+  // The gradient of a weight as one product, if `joins`.
+  void joined(int64_t i, const View& g, const Rows& rows, char* scratch,
+              const Tangents& tangents) const {
+    const Program& program = sweep.program;
+    const Step& step = program.steps[i];
+    const int64_t width = step.width, inner = program.steps[step.a].width, k = sweep.k;
+    const auto copy = [&](const View& from, const View& to, int64_t columns, int64_t parts) {
+      if (from.data != to.data) {
+        sweep.copy(from, columns, to, columns, columns, rows, parts, 1, false);
+      }
+    };
+    const View left = sweep.more(rows, scratch, 0, width);
+    const View right = sweep.more(rows, scratch, left_bytes, inner);
+    copy(deltas->of_linear(i, saved, rows, left), left, width, k);
+    copy(g, {left.at(k), left.part}, width, 1);
+    copy(tangents.at(sweep, rows, scratch, step.a), right, inner, k);
+    const View last{right.at(k), right.part};
+    copy(input(step, rows, last), last, inner, 1);
+    terms.weight(step, left, right, rows, k + 1, scratch);
+  }
+
   void linear(int64_t i, const View& g, bool has, const Rows& rows, char* scratch,
               const Tangents& tangents) const {
     const Step& step = sweep.program.steps[i];
-    if (terms.gradients.wanted(step.weight)) {
-      if (tangents.pushed != nullptr) {
-        const View memory = sweep.extra_slot(rows, scratch, 0, step.width);
+    const bool later = tangents.pushed != nullptr, wanted = terms.gradients.wanted(step.weight);
+    if (wanted && later && has && joins(sweep, step)) {
+      joined(i, g, rows, scratch, tangents);
+    } else if (wanted) {
+      if (later) {
+        const View memory = sweep.more(rows, scratch, 0, step.width);
         const View hat = deltas->of_linear(i, saved, rows, memory);
         if (step.a == 0) scale_input(sweep, rows, scratch, tangents);
         terms.weight(step, hat, tangents.at(sweep, rows, scratch, step.a), rows, sweep.k, scratch);
       }
-      if (has) terms.weight(step, g, input(step, rows, scratch), rows, 1, scratch);
+      const View memory = sweep.more(rows, scratch, 0, sweep.program.steps[step.a].width);
+      if (has) terms.weight(step, g, input(step, rows, memory), rows, 1, scratch);
     }
     if (has && step.bias >= 0 && terms.gradients.wanted(terms.weights + step.bias)) {
       terms.bias(step, g, rows);
@@ -235,12 +269,12 @@ Tensors net_backward(const std::optional<Tensor>& grad, const std::optional<Tens
   if (factor) check_vector(*factor, x, k * n, "factor");
   check_range(program, start, stop, u && pushed_tensors.empty());
   if (grad) check_matrix(*grad, x, n, program.steps[stop - 1].width, "grad");
-  const Sweep sweep(program, n, k, tile);
+  // If there are no results of net_push, each thread pushes its rows itself.
+  const bool immediate = u && pushed_tensors.empty(), later = u && !immediate;
+  const Sweep sweep(program, n, k, tile, factor && start == 1, immediate ? k : 1, start, stop - 1);
   const Saved saved(sweep, x, tensors, start, stop);
   Deltas deltas(sweep, start, stop);
   if (u) deltas.take(x, delta_tensors, "deltas");
-  // If there are no results of net_push, each thread pushes its rows itself.
-  const bool immediate = u && pushed_tensors.empty(), later = u && !immediate;
   Pushed pushed(sweep, start, stop);
   if (later) pushed.take(x, pushed_tensors, "pushed");
   const int64_t slots = int64_t(weights.size()) + program.biases;
@@ -251,7 +285,7 @@ Tensors net_backward(const std::optional<Tensor>& grad, const std::optional<Tens
   std::vector<char> used(slots), needed(program.size());
   const bool want_x = start > 1 || want[slots] != 0;
   needed[start - 1] = want_x;
-  int64_t extra_bytes = 0;
+  int64_t extra_bytes = 0, left_bytes = 0, right_bytes = 0;  // of the memory behind the slots
   std::vector<int64_t> extras_at(program.acts);
   for (int64_t i = start; i < stop; ++i) {
     const Step& step = program.steps[i];
@@ -261,6 +295,13 @@ Tensors net_backward(const std::optional<Tensor>& grad, const std::optional<Tens
       extra_bytes += Sweep::padded(sweep.rows_of_block * step.width * sweep.item);
     }
     if (step.kind != Kind::linear) continue;
+    const int64_t row_bytes = sweep.rows_of_block * sweep.item;
+    const int64_t inner = program.steps[step.a].width;
+    const int64_t parts = later && joins(sweep, step) ? k + 1 : k;
+    const bool given = step.a == 0 || saved.value(program.steps[step.a]) != nullptr;
+    left_bytes = std::max(left_bytes, Sweep::padded(row_bytes * parts * step.width));
+    if (!given) left_bytes = std::max(left_bytes, Sweep::padded(row_bytes * inner));
+    if (parts > k) right_bytes = std::max(right_bytes, row_bytes * parts * inner);
     used[step.weight] = true;
     if (step.bias >= 0) used[weights.size() + step.bias] = true;
     const bool by_bias = step.bias >= 0 && want[weights.size() + step.bias] != 0;
@@ -272,28 +313,28 @@ Tensors net_backward(const std::optional<Tensor>& grad, const std::optional<Tens
   const Tensor x_grad = empty(x, want_x ? n : 0, program.steps[start - 1].width);
   Gradients gradients(sweep, x, weights, want, used);
   const Terms terms{sweep, saved, gradients, weights.size()};
-  const Backward backward{sweep, saved,      u ? &deltas : nullptr, terms,           start,
-                          stop,  data_of(x), data_of(grad),         data_of(x_grad), needed};
-  sweep.for_rows(1, immediate ? extra_bytes : 0, [&](const Rows& rows, char* scratch) {
-    const Tangents tangents{sweep.of(data_of(u), rows, program.steps[0].width),
-                            sweep.of(data_of(factor), rows, 1), later ? &pushed : nullptr};
-    const auto extra = [&](const Step& act) {
-      if (later) return pushed.extra(act, rows);
-      const View memory = sweep.extra_slot(rows, scratch, 1, act.width);
-      return View{memory.data + extras_at[act.place], memory.part};
-    };
-    if (immediate) {
-      push_block(sweep, rows, scratch, saved, &deltas, tangents, View{}, extra,
-                 [&](int64_t i, const View& t) {
-                   const Step& step = program.steps[i];
-                   if (!gradients.wanted(step.weight)) return;
-                   const View memory = sweep.extra_slot(rows, scratch, 0, step.width);
-                   const View hat = deltas.of_linear(i, saved, rows, memory);
-                   terms.weight(step, hat, t, rows, k, scratch);
-                 });
-    }
-    backward.run(rows, scratch, tangents, extra);
-  });
+  const Backward backward{sweep,      saved,         u ? &deltas : nullptr, terms,      start, stop,
+                          data_of(x), data_of(grad), data_of(x_grad),       left_bytes, needed};
+  sweep.for_rows(
+      left_bytes + (immediate ? extra_bytes : right_bytes), [&](const Rows& rows, char* scratch) {
+        const Tangents tangents{sweep.of(data_of(u), rows, program.steps[0].width),
+                                sweep.of(data_of(factor), rows, 1), later ? &pushed : nullptr};
+        const auto extra = [&](const Step& act) {
+          if (later) return pushed.extra(act, rows);
+          return sweep.more(rows, scratch, left_bytes + extras_at[act.place], act.width);
+        };
+        if (immediate) {
+          push_block(sweep, rows, scratch, saved, &deltas, tangents, View{}, extra,
+                     [&](int64_t i, const View& t) {
+                       const Step& step = program.steps[i];
+                       if (!gradients.wanted(step.weight)) return;
+                       const View memory = sweep.more(rows, scratch, 0, step.width);
+                       const View hat = deltas.of_linear(i, saved, rows, memory);
+                       terms.weight(step, hat, t, rows, k, scratch);
+                     });
+        }
+        backward.run(rows, scratch, tangents, extra);
+      });
   gradients.finish();
   Tensors found = gradients.found;
   found.push_back(x_grad);

@@ -25,7 +25,7 @@ struct Gradients {
       offsets[slot] = total;
       total += Sweep::padded(found[slot].numel() * sweep.item);
     }
-    others.emplace((sweep.tiles() - 1) * total);
+    others.emplace(like, (sweep.tiles() - 1) * total);
   }
 
   bool wanted(size_t slot) const { return offsets[slot] >= 0; }

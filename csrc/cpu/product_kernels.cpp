@@ -21,9 +21,10 @@ constexpr int most_vectors = 2;
 template <class T>
 constexpr int64_t panel = most_vectors * lanes<T>;
 
-// The longest sum in one register. More terms of a gradient, whose sum is over the rows of a batch,
-// are added in parts, as BLAS does, which is also more accurate.
-constexpr int64_t longest_sum = 256;
+// The longest sum in one register. More terms are added in parts, as BLAS does. With 128, the error
+// of the gradients in float32 is 0.7 to 0.85 of that of torch (batch 100 to 2048, width 64 to 512);
+// with 256 a product is 2 % faster and the error is 0.7 to 1.05 of it.
+constexpr int64_t longest_sum = 128;
 
 template <class T>
 struct Block {
@@ -210,6 +211,33 @@ void dot_product(const T* a, int64_t m, const T* b, int64_t n, int64_t k, T* c, 
   }
 }
 
+// Calls f(first column, columns, first term, terms) for the panels of c and the parts of the sums.
+template <class T, class F>
+void for_panels(int64_t first, int64_t last, int64_t k, F f) {
+  for (int64_t j = first; j < last; j += panel<T>) {
+    const int64_t width = last - j < panel<T> ? last - j : panel<T>;
+    for (int64_t p = 0; p < k; p += longest_sum) {
+      f(j, width, p, k - p < longest_sum ? k - p : longest_sum);
+    }
+  }
+}
+
+// c [m, n] = aᵀ b of few columns, a [k, m], b [k, n]: cᵀ, whose rows are long, is computed first.
+template <class T>
+void narrow_t_times(const T* a, const T* b, T* c, int64_t m, int64_t n, int64_t k, bool add,
+                    T* scratch) {
+  for_panels<T>(0, m, k, [&](int64_t j, int64_t width, int64_t p, int64_t terms) {
+    columns<T, false>({b + p * n, 1, n, a + p * m + j, m, scratch + j, m, terms, nullptr, p > 0, 0},
+                      n, width);
+  });
+  for (int64_t i = 0; i < m; ++i) {
+    for (int64_t j = 0; j < n; ++j) {
+      const T found = scratch[j * m + i];
+      c[i * n + j] = add ? c[i * n + j] + found : found;
+    }
+  }
+}
+
 template <class T>
 void product(const ProductCall& call) {
   const int64_t m = call.m, n = call.n, k = call.k;
@@ -217,15 +245,18 @@ void product(const ProductCall& call) {
   const T* bias = static_cast<const T*>(call.bias);
   T *c = static_cast<T*>(call.c), *scratch = static_cast<T*>(call.scratch);
   const bool narrow = n <= lanes<T> / 2;
+  const int64_t first = call.first, last = call.last;
   if (call.form == Form::times_t) {
-    if ((narrow || m <= 2) && k >= lanes<T>) return dot_product(a, m, b, n, k, c, bias, call.add);
-    for (int64_t j = 0; j < n; j += panel<T>) {
-      const int64_t width = n - j < panel<T> ? n - j : panel<T>;
-      pack_transposed(b + j * k, k, width, k, scratch);
-      columns<T, true>(
-          {a, k, 1, scratch, panel<T>, c + j, n, k, bias ? bias + j : nullptr, call.add, 0}, m,
-          width);
+    const bool whole = first == 0 && last == n;
+    if ((narrow || (m <= 2 && whole)) && k >= lanes<T>) {
+      return dot_product(a, m, b, n, k, c, bias, call.add);
     }
+    for_panels<T>(first, last, k, [&](int64_t j, int64_t width, int64_t p, int64_t terms) {
+      pack_transposed(b + j * k + p, k, width, terms, scratch);
+      const T* start = bias != nullptr && p == 0 ? bias + j : nullptr;
+      columns<T, true>(
+          {a + p, k, 1, scratch, panel<T>, c + j, n, terms, start, call.add || p > 0, 0}, m, width);
+    });
   } else if (call.form == Form::times) {
     if (narrow && k >= lanes<T> && m >= 8) {
       for (int64_t p = 0; p < k; ++p) {
@@ -233,37 +264,19 @@ void product(const ProductCall& call) {
       }
       return dot_product(a, m, scratch, n, k, c, bias, call.add);
     }
-    for (int64_t j = 0; j < n; j += panel<T>) {
-      const int64_t width = n - j < panel<T> ? n - j : panel<T>;
-      columns<T, false>({a, k, 1, b + j, n, c + j, n, k, nullptr, call.add, 0}, m, width);
-    }
+    for_panels<T>(first, last, k, [&](int64_t j, int64_t width, int64_t p, int64_t terms) {
+      columns<T, false>(
+          {a + p, k, 1, b + p * n + j, n, c + j, n, terms, nullptr, call.add || p > 0, 0}, m,
+          width);
+    });
+  } else if (narrow && m > n) {
+    narrow_t_times(a, b, c, m, n, k, call.add, scratch);
   } else {
-    for (int64_t p = 0; p < k; p += longest_sum) {
-      const int64_t terms = k - p < longest_sum ? k - p : longest_sum;
-      const bool add = call.add || p > 0;
-      if (narrow && m > n) {  // cᵀ, whose rows are long
-        for (int64_t j = 0; j < m; j += panel<T>) {
-          const int64_t width = m - j < panel<T> ? m - j : panel<T>;
-          columns<T, false>(
-              {b + p * n, 1, n, a + p * m + j, m, scratch + j, m, terms, nullptr, p > 0, 0}, n,
-              width);
-        }
-        continue;
-      }
-      for (int64_t j = 0; j < n; j += panel<T>) {
-        const int64_t width = n - j < panel<T> ? n - j : panel<T>;
-        columns<T, false>({a + p * m, 1, m, b + p * n + j, n, c + j, n, terms, nullptr, add, 0}, m,
-                          width);
-      }
-    }
-    if (narrow && m > n) {
-      for (int64_t i = 0; i < m; ++i) {
-        for (int64_t j = 0; j < n; ++j) {
-          const T found = scratch[j * m + i];
-          c[i * n + j] = call.add ? c[i * n + j] + found : found;
-        }
-      }
-    }
+    for_panels<T>(first, last, k, [&](int64_t j, int64_t width, int64_t p, int64_t terms) {
+      columns<T, false>(
+          {a + p * m, 1, m, b + p * n + j, n, c + j, n, terms, nullptr, call.add || p > 0, 0}, m,
+          width);
+    });
   }
 }
 

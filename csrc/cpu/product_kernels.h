@@ -23,8 +23,11 @@ struct ProductCall {
   void* c;
   const void* bias;  // or null; only with Form::times_t
   bool add;
-  void* scratch;  // product_scratch(m, n, k) bytes, aligned to 64
+  void* scratch;        // product_scratch(m, n, k) bytes, aligned to 64
+  int64_t first, last;  // the columns of c: multiples of `product_columns`, or last = n
 };
+
+constexpr int64_t product_columns = 64;
 
 using ProductKernel = void (*)(const ProductCall& call);
 

@@ -80,7 +80,7 @@ struct Program {
   static constexpr int64_t small_weight = 1 << 16;
 
   Program(const Tensor& like, const Tensors& weights, const Tensor& plan)
-      : dtype(dtype_of(like)), item(dtype == DType::f64 ? 8 : 4) {
+      : like(like), dtype(dtype_of(like)), item(dtype == DType::f64 ? 8 : 4) {
     STD_TORCH_CHECK(dtype == DType::f32 || dtype == DType::f64,
                     "fastjac: net: float32 or float64 only");
     STD_TORCH_CHECK(plan.dim() == 2 && plan.size(0) > 1 && plan.size(1) == columns &&
@@ -116,6 +116,7 @@ struct Program {
     return s.kind == Kind::linear && s.readers == 1 && steps[s.last].kind == Kind::act;
   }
 
+  Tensor like;  // new tensors have its dtype and device
   DType dtype;
   int64_t item;
   std::vector<Step> steps;
