@@ -1,0 +1,276 @@
+"""Programs: what is traced, when it is repeated, and what a signature tells apart."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from chain_cases import close, convnet, run, same, spectreg, three_layers
+from conftest import cpu_only
+from layer_cases import Model
+from torch import Tensor, nn
+
+from fastjac import torch_private
+from fastjac.bench import everyday
+from fastjac.input_jacobian.chain import network, program, signature
+from fastjac.input_jacobian.chain.signature import Signature
+from fastjac.input_jacobian.chain.trace import Untraceable, trace
+
+pytestmark = pytest.mark.usefixtures("double")
+
+
+def engine_of(model: Any, x: Tensor, **named: Any) -> str:
+    """The engine of a call that is made, and its gradients compared with those of autograd."""
+    before = {id(p): len(p.functions) for p in program._programs.values()}
+    penalty = spectreg("auto")
+    output, value = penalty(model, x, **named)
+    chain = "_Chain" in str(value.grad_fn.next_functions) or "_Chain" in str(output.grad_fn)
+    (output.square().sum() + value).backward()
+    traced = {id(p): len(p.functions) for p in program._programs.values()} != before
+    return ("traces" if traced else "repeats") if chain else "autograd"
+
+
+def test_first_second_and_third_call() -> None:
+    model = convnet()
+    x, other = torch.randn(3, 4), torch.randn(5, 4)
+    assert [engine_of(model, x) for _ in range(4)] == ["autograd", "traces", "repeats", "repeats"]
+    assert [engine_of(model, other) for _ in range(3)] == ["autograd", "traces", "repeats"]
+    evaluated = [engine_of(model.eval(), x) for _ in range(3)]
+    assert evaluated == ["autograd", "traces", "repeats"]
+    assert engine_of(model.train(), x) == "repeats"
+
+
+@pytest.mark.parametrize("make", [convnet, lambda: everyday.Residual(4, 4)], ids=["conv", "norms"])
+def test_every_call_has_the_gradients_of_autograd(make: Callable[[], nn.Module]) -> None:
+    torch.manual_seed(0)
+    model = make()
+    for n in (3, 5, 3, 5, 3, 5):
+        x = torch.randn(n, 4)
+        expected = run(model, x, spectreg("autograd"))
+        same(run(model, x, spectreg("auto")), expected)
+
+
+def test_numbers_of_python_are_in_the_signature() -> None:
+    factor = [2.0]
+    model = three_layers(lambda m, x: m.c(F.gelu(m.a(x)) * factor[0]))
+    x = torch.randn(3, 4)
+    for factor[0] in (2.0, 2.0, 2.0, 3.0, 2.0):
+        expected = run(model, x, spectreg("autograd"))
+        same(run(model, x, spectreg("auto")), expected)
+
+
+def test_memory_that_two_tensors_share_is_in_the_signature() -> None:
+    c, d, shared = torch.randn(3, 5), torch.randn(3, 5), [True]
+    model = three_layers(lambda m, x: m.c(F.gelu(m.a(x) * c) * (c if shared[0] else d)))
+    x = torch.randn(3, 4)
+    for shared[0] in (True, True, True, False, False, False, True):
+        expected = run(model, x, spectreg("autograd"))
+        same(run(model, x, spectreg("auto")), expected)
+
+
+GRAPHS: dict[str, Callable[[Any, Tensor], Any]] = {
+    "linear": lambda m, x: m.c(F.gelu(m.a(x))),
+    "constant": lambda m, x: m.c(m.a(x) * 3 + torch.ones(5)),
+    "views": lambda m, x: m.c(m.a(x).view(3, 5, 1).transpose(1, 2).reshape(3, 5)),
+    "several": lambda m, x: m.c(torch.cat(m.a(x).split([2, 3], 1), 1)),
+    "index": lambda m, x: m.c(m.a(x)[:, [1, 0, 2, 3, 4]]),
+    "norm": lambda m, x: m.c(F.layer_norm(m.a(x), (5,))),
+}
+
+
+@pytest.mark.skipif(signature.read is signature.read_in_python, reason="needs the C++ module")
+@pytest.mark.parametrize("name", GRAPHS)
+def test_reader_in_python_is_that_in_cpp(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = three_layers(GRAPHS[name]), torch.randn(3, 4, requires_grad=True)
+    before = torch.ones(1, requires_grad=True) * 2
+    start = torch_private.sequence_number()
+    for given in (x, x * 1):
+        output = model(given)
+        found = []
+        for fast in (True, False):
+            if not fast:
+                monkeypatch.setattr(signature, "read", signature.read_in_python)
+                monkeypatch.setattr(signature, "references", signature.references_in_python)
+            signature._alone.cache_clear()
+            found.append(Signature(given, output, start))
+            monkeypatch.undo()
+        signature._alone.cache_clear()
+        cpp, python = found
+        assert cpp.key == python.key and cpp.source == python.source
+        assert all(a is b for a, b in zip(cpp.leaves, python.leaves, strict=True))
+        assert [t.data_ptr() for t in cpp.tensors] == [t.data_ptr() for t in python.tensors]
+        assert cpp.private
+    del before
+
+
+def kept(m: Any, x: Tensor) -> Tensor:
+    m.hidden = m.a(x)
+    return m.c(F.gelu(m.hidden))
+
+
+def test_who_else_can_see_the_graph() -> None:
+    x = torch.randn(3, 4, requires_grad=True)
+
+    def private(forward: Callable[[Any, Tensor], Any]) -> bool:
+        start = torch_private.sequence_number()
+        model = three_layers(forward)
+        return Signature(x, model(x), start).private
+
+    outside = F.gelu(torch.randn(3, 5, requires_grad=True))
+    assert private(GRAPHS["linear"])
+    assert private(lambda m, x: m.c((h := m.a(x)) * h))  # one tensor, saved twice
+    assert not private(kept)
+    assert not private(lambda m, x: m.c(m.a(x) * outside))
+    model = three_layers(GRAPHS["linear"])
+    handle = model.a.weight.register_hook(lambda g: None)
+    assert not Signature(x, model(x), torch_private.sequence_number() - 99).private
+    handle.remove()
+
+
+def test_gradient_of_a_tensor_that_the_model_has_kept() -> None:
+    model, x = three_layers(kept), torch.randn(3, 4)
+    for _ in range(3):
+        output, value = spectreg("auto")(model, x)
+        (g,) = torch.autograd.grad(output.sum(), model.hidden, retain_graph=True)
+        assert g.abs().sum() > 0
+        (output.sum() + value).backward()
+
+
+def test_a_run_frees_its_tensors() -> None:
+    for model in (convnet(), three_layers(GRAPHS["linear"])):
+        x, penalty = torch.randn(3, 4), spectreg("auto")
+        for _ in range(3):
+            output, value = penalty(model, x)
+            (output.sum() + value).backward()
+        saved: list[Any] = []
+        run = program.ProgramRun.__init__
+
+        def noted(self: Any, *args: Any, run: Any = run, saved: Any = saved) -> None:
+            run(self, *args)
+            saved.extend(weakref.ref(t) for t in self.tensors if not t.is_leaf)
+
+        program.ProgramRun.__init__ = noted  # type: ignore[method-assign]
+        try:
+            output, value = penalty(model, x)
+        finally:
+            program.ProgramRun.__init__ = run  # type: ignore[method-assign]
+        gc.disable()  # without a cycle, nothing waits for it
+        try:
+            (output.sum() + value).backward()
+            assert saved and all(t() is None for t in saved)
+        finally:
+            gc.enable()
+
+
+# ---- traces
+
+
+def test_a_trace_repeats_the_calls() -> None:
+    a, b = torch.randn(3, 4), torch.randn(4, 2)
+
+    def sweep(given: list[Any]) -> list[Any]:
+        (u,) = given
+        product = u @ b
+        return [(product.t().t() + product).relu() * 2.0, None, u]
+
+    first, function = trace("sweep", [b], [a], sweep)
+    u = torch.randn(3, 4)
+    found = function([b], [u])
+    close(found[0], (2 * u @ b).relu() * 2)
+    assert found[1] is None and found[2] is u
+    close(first[0], (2 * a @ b).relu() * 2)
+    assert function.source.count("= f") == 4  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("sweep", "why"),
+    [
+        (lambda given: [given[0] * given[0].sum().item()], "_local_scalar_dense"),
+        (lambda given: [given[0] * torch.tensor([1.0, 2.0])], "unknown origin"),
+        (lambda given: [given[0].add_(1)], "that was saved"),
+        (lambda given: [given[0].as_strided((2,), (0,))], "as_strided"),
+    ],
+)
+def test_what_cannot_be_traced(sweep: Any, why: str) -> None:
+    a = torch.ones(2)
+    with pytest.raises(Untraceable, match=why) as caught:
+        trace("sweep", [], [a.clone()], sweep)
+    close(caught.value.args[1][0], sweep([a.clone()])[0])  # its result is there nevertheless
+
+
+def test_sums_are_written_to_memory_that_nobody_needs() -> None:
+    b = torch.randn(3)
+
+    def sweep(given: list[Any]) -> list[Any]:
+        fresh, view = given[0] * 2, given[1].view(3)
+        return [fresh + b, view + b, (given[0] * 3).view(3) + b, given[0] + given[1]]
+
+    given = [torch.randn(3), torch.randn(3)]
+    expected = sweep([t.clone() for t in given])
+    _, function = trace("sweep", [b], [t.clone() for t in given], sweep)
+    again = [t.clone() for t in given]
+    found = function([b], list(again))
+    for t, e in zip(found, expected, strict=True):
+        close(t, e)
+    for t, e in zip(again, given, strict=True):
+        assert torch.equal(t, e)
+
+
+# ---- networks
+
+
+def skip(m: Any, x: Tensor) -> Tensor:
+    h = torch.tanh(m.a(x))
+    return m.c(F.softplus(m.b(h)) + 0.5 * h)
+
+
+def joined(m: Any, x: Tensor) -> Tensor:
+    return m.d(torch.cat([F.leaky_relu(m.a(x)), x], dim=1)).squeeze(-1)
+
+
+NETWORKS: dict[str, Callable[[Any, Tensor], Any]] = {
+    "two activations": lambda m, x: m.c(F.silu(m.b(torch.sigmoid(m.a(x))))),
+    "skip": skip,
+    "joined": joined,
+    "one weight twice": lambda m, x: m.c(torch.tanh(m.b(torch.tanh(m.b(F.relu(m.a(x))))))),
+    "no bias": lambda m, x: F.linear(F.gelu(F.linear(x, m.a.weight)), m.c.weight),
+    "image": lambda m, x: m.c(F.gelu(m.a(x.view(6, 2, 2).flatten(1)))),
+    "ends in an activation": lambda m, x: torch.tanh(m.a(x)),
+}
+
+
+@cpu_only
+@pytest.mark.parametrize("options", [{}, {"n_proj": 3}, {"n_proj": 3, "chunk_size": 2}], ids=str)
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_network_in_any_module(name: str, frozen: bool, options: dict[str, Any]) -> None:
+    parts = {"a": nn.Linear(4, 5), "b": nn.Linear(5, 5), "c": nn.Linear(5, 3), "d": nn.Linear(9, 1)}
+    model = Model(NETWORKS[name], **parts)
+    model.a.weight.requires_grad_(not frozen)
+    model.c.bias.requires_grad_(not frozen)
+    x = torch.randn(6, 4, requires_grad=True)
+    expected = run(model, x, spectreg("autograd", **options))
+    for _ in range(3):
+        same(run(model, x, spectreg("auto", **options)), expected)
+    assert next(iter(program._programs.values())).network is not None
+
+
+@cpu_only
+def test_what_is_no_network() -> None:
+    for forward in (GRAPHS["norm"], lambda m, x: m.c(m.a(x) @ m.a(x).t() @ m.a(x))):
+        model, x = three_layers(forward), torch.randn(3, 4)
+        for _ in range(2):
+            spectreg("auto")(model, x)
+        assert [p.network for p in program._programs.values()] == [None]
+        program.forget()
+    wide = three_layers(lambda m, x: m.c(F.gelu(m.a(x))))
+    assert network.TILED < 10**5
+    wide.a, wide.c = nn.Linear(4, 60000), nn.Linear(60000, 3)
+    for _ in range(2):
+        spectreg("auto")(wide, torch.randn(2, 4))
+    assert [p.network for p in program._programs.values()] == [None]
