@@ -64,9 +64,9 @@ struct Sweep {
   // The smallest number of elements that is given to a thread. It is small, because the threads are
   // awake between two products.
   static constexpr int64_t grain = 2048;
-  // The number of elements of a value that stay in the L2 cache with those of the other values of a
-  // few steps.
-  static constexpr int64_t block = 1 << 15;
+  // The number of elements of a value in a block of rows, so that those of a few steps stay in the
+  // L2 cache. With twice as many a step takes 2% longer, with half as many 4%.
+  static constexpr int64_t block = 1 << 14;
 
   // The values from `start` to `stop` have slots of `parts` parts (1 or K), and the input has one
   // of K parts if `scaled`.
