@@ -37,9 +37,10 @@ class InputPenalty(Penalty):
     ``engine`` (model form) is one of
 
     * ``"chain"``: computes the double backward operation by operation, from the autograd graph of
-      the run and without ``create_graph``; the value is differentiable once. Its second call with
-      the same operations and shapes traces what it does, and later ones repeat the calls of torch
-      that were traced;
+      the run and without ``create_graph``. Its second call with the same operations and shapes is
+      traced, and later ones repeat the calls of torch that it made. With ``create_graph=True`` the
+      value is computed once more, by autograd, unless the model has kept a hidden tensor: then the
+      value is differentiable once;
     * ``"autograd"``: ``torch.autograd.grad`` with ``create_graph=True``;
     * ``"compiled"``: ``torch.func.vjp`` inside ``torch.compile``;
     * ``"auto"`` (default): autograd in the first call with the same operations and shapes; from the

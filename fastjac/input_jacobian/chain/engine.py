@@ -6,10 +6,11 @@ differentiable function of them. Autograd computes v and the cotangents δ of th
 ``create_graph``. The backward pushes ``∂R/∂v`` up through the recorded operations (a JVP), which
 gives the second-order terms, and goes through w to the output if w depends on it. The second-order
 terms are gradients of the tensors that torch saved for its own backward. Autograd adds them to the
-gradient of the loss and goes down once, for both. A third derivative raises.
+gradient of the loss and goes down once, for both.
 
-A Sequential of Linear and activation modules takes another way (`mlp`): the whole of this in a few
-calls of C++, the forward included.
+These sweeps are those of a `GraphRun`. From the second run with the same operations and shapes on, a
+program repeats them (`program`), and goes down too. Networks of Linear layers and activations on a
+CPU are swept in C++ (`network`), and a Sequential of them runs there as a whole (`mlp`).
 """
 
 from __future__ import annotations
