@@ -8,9 +8,9 @@ gives the second-order terms, and goes through w to the output if w depends on i
 terms are gradients of the tensors that torch saved for its own backward. Autograd adds them to the
 gradient of the loss and goes down once, for both.
 
-These sweeps are those of a `GraphRun`. From the second run with the same operations and shapes on, a
-program repeats them (`program`), and goes down too. Networks of Linear layers and activations on a
-CPU are swept in C++ (`network`), and a Sequential of them runs there as a whole (`mlp`).
+These sweeps are those of a `GraphRun`. From the second run with the same operations and shapes on,
+a program repeats them (`program`), and goes down too. Networks of Linear layers and activations on
+a CPU are swept in C++ (`network`), and a Sequential of them runs there as a whole (`mlp`).
 """
 
 from __future__ import annotations
