@@ -55,7 +55,7 @@ void row_norms(const std::vector<Tensor>& weights, void* out) {
   char* first = static_cast<char*>(out);
   for (const Tensor& w : weights) {
     const int64_t bytes = w.size(0) * size;
-    if (w.numel() == 0) std::memset(first, 0, bytes);  // rows without elements
+    if (w.numel() == 0 && bytes > 0) std::memset(first, 0, bytes);  // rows without elements
     dense.push_back(with_rows_in_memory(w));
     calls.push_back(
         {dtype_of(w), dense.back().const_data_ptr(), true, nullptr, false, first, row_length(w)});
