@@ -134,9 +134,13 @@ class Reader {
     return true;
   }
 
-  // kind: (is a leaf, is of fastjac, raw names, names of tensors, names of options, has shapes)
+  // kind: (is a leaf, is of fastjac, raw names, names of tensors, names of options, has shapes,
+  // does not show the sizes of constants)
   bool inner(PyObject* node, PyObject* kind) {
-    edges(node);
+    const int constants = edges(node);
+    if (constants > 1 && PyTuple_GetItem(kind, 6) == Py_True) {
+      return refuse("torch.cat has several operands that do not require grad");
+    }
     const Owned order = call(node, names().sequence_nr);
     if (PyLong_AsLongLong(order.get()) < start) hidden = false;
     PyObject* raw = PyTuple_GetItem(kind, 2);
@@ -169,13 +173,16 @@ class Reader {
     return true;
   }
 
-  void edges(PyObject* node) {
+  // Returns how many inputs do not require grad.
+  int edges(PyObject* node) {
+    int constants = 0;
     const Owned following = attribute(node, names().next_functions);
     for (Py_ssize_t i = 0; i < PyTuple_Size(following.get()); ++i) {
       PyObject* edge = PyTuple_GetItem(following.get(), i);
       PyObject* next = PyTuple_GetItem(edge, 0);
       const long nr = PyLong_AsLong(PyTuple_GetItem(edge, 1));
       if (next == Py_None) {
+        ++constants;
         append(owned(PyLong_FromLong(-1)));
       } else if (next == source && nr == source_nr) {
         append(owned(PyLong_FromLong(-2)));
@@ -184,6 +191,7 @@ class Reader {
         if (nr != 0) append(owned(Py_BuildValue("(l)", nr)));
       }
     }
+    return constants;
   }
 
   static bool hooked(PyObject* saved) {

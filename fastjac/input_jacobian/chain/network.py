@@ -188,9 +188,11 @@ class Network:
         edges = node.next_functions
         of_weight = self._leaf_behind(edges[2 if biased else 1][0], transposed=True)
         place = self._by_memory[_memory(weight)]
-        if place not in self.weights:
+        used = [*zip(self.weights, self._of_weights, strict=True)]
+        if (place, of_weight) not in used:  # two parameters may share their memory
             self.weights.append(place)
             self._of_weights.append(of_weight)
+            used.append((place, of_weight))
         bias = -1
         if biased and edges[0][0] is not None:
             leaf = self._leaf_behind(edges[0][0], transposed=False)
@@ -201,7 +203,7 @@ class Network:
             )
             if bias == len(self._of_biases):
                 self._of_biases.append(leaf)
-        return self._add((net.LINEAR, value, 0, self.weights.index(place), bias), width)
+        return self._add((net.LINEAR, value, 0, used.index((place, of_weight)), bias), width)
 
     def _leaf_behind(self, node: Any, transposed: bool) -> int:
         """The number of the leaf; -1 if there is none, since it does not require grad."""

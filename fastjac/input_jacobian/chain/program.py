@@ -109,9 +109,9 @@ class ProgramRun:
         if self.own_output:
             return self.leaves
         if self.programs.targets is None:
-            places = {_memory(t): i for i, t in enumerate(self.tensors) if t.requires_grad}
+            places = {_value(t): i for i, t in enumerate(self.tensors) if t.requires_grad}
             targets = self.as_graph().record.targets
-            self.programs.targets = [places[_memory(t)] for t in targets]
+            self.programs.targets = [places[_value(t)] for t in targets]
         return [self.output, *[self.tensors[i] for i in self.programs.targets]]
 
     def as_graph(self) -> GraphRun:
@@ -149,7 +149,8 @@ class ProgramRun:
             last: whether the tensors of the run are freed.
         """
         device = self.given.device.type
-        key = (name, *options, *map(_description, given))
+        autocast = torch.is_autocast_enabled(device)
+        key = (name, autocast, *options, *map(_description, given))
         function = self.programs.functions.get(key)
         with torch.no_grad():
             if function is None:
@@ -158,7 +159,7 @@ class ProgramRun:
                 except Untraceable as error:
                     self.programs.failure, outputs = error.args
                     return outputs
-            elif torch.is_autocast_enabled(device):
+            elif autocast:
                 with torch.autocast(device, enabled=False), torch_private.below_autograd():
                     return function(list(self.tensors), given)
             else:
@@ -259,8 +260,9 @@ class ProgramRun:
         return self.as_graph().describe()
 
 
-def _memory(t: Tensor) -> Any:
-    return t.data_ptr(), t.shape, t.stride(), t.dtype
+def _value(t: Tensor) -> Any:
+    """What tells the value of a run from others: two leaves may share their memory."""
+    return id(t) if t.grad_fn is None else (t.grad_fn, t.output_nr)
 
 
 def _description(t: Tensor | None) -> Any:

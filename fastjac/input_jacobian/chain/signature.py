@@ -33,8 +33,9 @@ class Unreadable(RuntimeError):
 
 
 # How the nodes of one type are read: whether they are leaves, or of fastjac; the names of what they
-# have saved, as it is and as tensors, and of their options; and whether their shapes are read.
-Kind = tuple[bool, bool, tuple[str, ...], tuple[str, ...], tuple[str, ...], bool]
+# have saved, as it is and as tensors, and of their options; whether their shapes are read, and
+# whether more than one constant among the operands, whose sizes they do not show, is refused.
+Kind = tuple[bool, bool, tuple[str, ...], tuple[str, ...], tuple[str, ...], bool, bool]
 
 
 def _kind_of(node: Any) -> Kind:
@@ -44,14 +45,17 @@ def _kind_of(node: Any) -> Kind:
     if not (leaf or own or name[-1:].isdigit()):
         # Torch generates the nodes with a numbered name, and shows all that they save.
         raise Unreadable(f"{name} does not show all that it holds")
+    if name == "BlockDiagBackward0":
+        raise Unreadable("torch.block_diag does not show the shapes of its operands")
     if leaf or own:
-        return leaf, own, (), (), (), False
+        return leaf, own, (), (), (), False, False
     raw = torch_private.saved_names(node)
     tensors = [saved.removeprefix("_raw") for saved in raw]
     options = [saved for saved in dir(node) if saved.startswith("_saved_") and saved not in tensors]
     # Shapes follow from those of the tensors, unless an operation has saved none (a view).
     shapes = not tensors and name != "TBackward0"
-    return leaf, own, tuple(raw), tuple(tensors), tuple(map(sys.intern, options)), shapes
+    names = tuple(raw), tuple(tensors), tuple(map(sys.intern, options))
+    return leaf, own, *names, shapes, name == "CatBackward0"
 
 
 _kinds: dict[type, Kind] = {}
@@ -75,7 +79,10 @@ class Signature:
     def __init__(self, x: Tensor, output: Tensor, start: int) -> None:
         run = x, x.grad_fn, x.output_nr, output.grad_fn, output.output_nr, start
         while True:
-            found = read(*run, _kinds, _PLAIN, _alone())
+            try:
+                found = read(*run, _kinds, _PLAIN, _alone())
+            except RuntimeError as error:  # of torch: a tensor that was freed, or is not dense
+                raise Unreadable(str(error)) from error
             if found[0] is not None:
                 break
             if isinstance(found[1], str):
@@ -109,6 +116,8 @@ class _Reader:
             if kind[0]:
                 self.leaf(node)
                 continue
+            if kind[6] and sum([edge[0] is None for edge in node.next_functions]) > 1:
+                raise Unreadable("torch.cat has several operands that do not require grad")
             for edge in node.next_functions:
                 following = edge[0]
                 if following is None:
@@ -140,7 +149,7 @@ class _Reader:
         self.key += leaf.shape, leaf.dtype, leaf.device
 
     def inner(self, node: Any, kind: Kind) -> None:
-        _, own, raw, tensors, options, shapes = kind
+        _, own, raw, tensors, options, shapes, _ = kind
         key = self.key
         if node._sequence_nr() < self.start:
             self.private = False

@@ -47,32 +47,38 @@ class _Tracer(TorchDispatchMode):
     It keeps no tensor alive, so that a traced sweep needs as much memory as one that is not.
     """
 
-    def __init__(self, inputs: Sequence[Tensor | None]) -> None:
+    def __init__(self, tensors: Sequence[Tensor], given: Sequence[Tensor | None]) -> None:
         super().__init__()
         self.calls: list[Call] = []
         self.failure = ""
         self.numbers: Any = WeakIdKeyDictionary()  # by tensor
         self.memory: list[Any] = []  # by number: the storage, and what `_memory` returns
-        self.known: dict[Any, TensorWeakRef] = {}  # by what `_memory` returns
-        for t in inputs:
-            self._add(t)
-        self.inputs = len(inputs)
+        self.known: dict[Any, TensorWeakRef] = {}  # by root and what `_memory` returns
+        # Two values are views of the same numbers in each run if they have one root. Of the tensors
+        # of the run, those that begin at one address have: the signature says so.
+        self.roots: list[Any] = []
+        for t in tensors:
+            self._add(t, t.data_ptr())
+        for i, one in enumerate(given):
+            self._add(one, -1 - i)
+        self.inputs = len(self.memory)
 
-    def _add(self, t: Any) -> int:
+    def _add(self, t: Any, root: Any) -> int:
         number = len(self.memory)
+        self.roots.append(root)
         if not isinstance(t, Tensor):
             self.memory.append(None)
             return number
         memory = _memory(t)
         self.memory.append((_storage(t), memory))
         self.numbers.setdefault(t, number)
-        if self._at(memory) is None:
-            self.known[memory] = TensorWeakRef(t)
+        if self._at(root, memory) is None:
+            self.known[root, memory] = TensorWeakRef(t)
         return number
 
-    def _at(self, memory: Any) -> Any:
-        """The tensor that is known to have this memory, if it is alive."""
-        known = self.known.get(memory)
+    def _at(self, root: Any, memory: Any) -> Any:
+        """The tensor that is known to have this root and memory, if it is alive."""
+        known = self.known.get((root, memory))
         return None if known is None else known()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -93,9 +99,11 @@ class _Tracer(TorchDispatchMode):
             raise Untraceable(f"it calls {name}")
         args = tuple(self._argument(a) for a in args)
         kwargs = {key: self._argument(a) for key, a in kwargs.items()}
-        if isinstance(found, Tensor) and (func.is_view or name == "aten::lift_fresh"):
+        root = None
+        if func.is_view or name == "aten::lift_fresh":
+            root = self.roots[args[0].number]
             # A view of the same numbers in the same order is that tensor, ``t`` of ``t`` for one.
-            same = self._at(_memory(found))
+            same = self._at(root, _memory(found)) if isinstance(found, Tensor) else None
             if same is not None:
                 self.numbers[found] = self.numbers[same]
                 return
@@ -108,11 +116,13 @@ class _Tracer(TorchDispatchMode):
             if any(isinstance(v, Value) and v.number < self.inputs for v in written):
                 raise Untraceable(f"it calls {name} on a tensor that was saved")
         results = found if isinstance(found, tuple | list) else (found,)
-        self.calls.append(Call(func, args, kwargs, [self._result(t) for t in results]))
+        self.calls.append(Call(func, args, kwargs, [self._result(t, root) for t in results]))
 
-    def _result(self, t: Any) -> int:
+    def _result(self, t: Any, root: Any) -> int:
         known = self.numbers.get(t) if isinstance(t, Tensor) else None
-        return self._add(t) if known is None else known
+        if known is not None:
+            return known
+        return self._add(t, ("result", len(self.memory)) if root is None else root)
 
     def _argument(self, a: Any) -> Any:
         if isinstance(a, Tensor):
@@ -125,7 +135,8 @@ class _Tracer(TorchDispatchMode):
         """The number of a tensor. Autograd may have wrapped the memory of an input anew."""
         number = self.numbers.get(t)
         if number is None:
-            same = self._at(_memory(t))
+            # That memory begins at the address of the tensor of the run.
+            same = None if t.is_sparse else self._at(t.data_ptr(), _memory(t))
             if same is None:
                 raise Untraceable(f"it uses a tensor of shape {tuple(t.shape)} of unknown origin")
             number = self.numbers[same]
@@ -198,7 +209,9 @@ def trace(
         Untraceable: with the outputs as ``error.args[1]``.
     """
     groups = [[t is not None for t in group] for group in (tensors, given)]
-    tracer = _Tracer([*tensors, *given])
+    # As other objects, since one may be a tensor of the run too, in this run alone.
+    given[:] = [None if t is None else t.detach() for t in given]
+    tracer = _Tracer(tensors, given)
     with tracer:
         outputs = sweep(given)
     try:
