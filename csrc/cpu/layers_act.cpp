@@ -90,7 +90,6 @@ struct Sizes {
                     "fastjac: layers_act: x must have at least 2 dimensions");
     for (int64_t d = 0; d + 1 < x.dim(); ++d) n *= x.size(d);
     for (const Tensor& w : weights) {
-      STD_TORCH_CHECK(w.dim() == 2, "fastjac: layers_act: a weight must be a matrix");
       state += 2 * n * w.size(0);
       table += 2 * w.size(0);
     }
@@ -104,9 +103,14 @@ void check_flat(const Tensor& t, const Tensor& like, int64_t size, const char* n
                   " elements, be contiguous, and have the dtype and device of the others");
 }
 
+// Before `Sizes`, whose products could overflow if the operands were not in memory.
 void check_input(const Tensor& x, const Tensors& weights) {
   check_flat(x, x, x.numel(), "x");
-  STD_TORCH_CHECK(!weights.empty() && x.size(x.dim() - 1) == weights[0].size(1),
+  for (const Tensor& w : weights) {
+    STD_TORCH_CHECK(w.dim() == 2 && w.is_contiguous(),
+                    "fastjac: layers_act: a weight must be a contiguous matrix");
+  }
+  STD_TORCH_CHECK(!weights.empty() && x.dim() > 0 && x.size(x.dim() - 1) == weights[0].size(1),
                   "fastjac: layers_act: the last dimension of x must be that of the first weight");
 }
 
@@ -155,8 +159,8 @@ void layers_forward(const Net& net, const Tensor& x, const Tensors& biases,
 // Returns φ(z_L), the state [z_1, a_1, z_2, …], the table [s_1, r_1, s_2, …], and the total.
 Tensors layers_act(const Tensor& x, const Tensors& weights, const Tensors& biases,
                    const std::optional<Tensor>& total, const Tensor& plan, double scale) {
-  const Sizes sizes(x, weights);
   check_input(x, weights);
+  const Sizes sizes(x, weights);
   const Net net(x, weights, plan, sizes.n);
   size_t given = 0;
   for (const Layer& layer : net.layers) {
@@ -214,8 +218,8 @@ void layers_down(const Net& net, const Tensor& x, const std::optional<Tensor>& g
 Tensors layers_act_backward(const std::optional<Tensor>& g, const Tensor& v, const Tensor& x,
                             const Tensors& weights, const Tensor& state, const Tensor& table,
                             bool needs_x, const Tensor& plan, double scale) {
-  const Sizes sizes(x, weights);
   check_input(x, weights);
+  const Sizes sizes(x, weights);
   const Net net(x, weights, plan, sizes.n);
   if (g) check_flat(*g, x, net.n * net.layers.back().c, "g");
   check_flat(v, x, 1, "v");
