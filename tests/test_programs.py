@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import weakref
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from fastjac.bench import everyday
 from fastjac.input_jacobian.chain import network, program, signature
 from fastjac.input_jacobian.chain.signature import Signature
 from fastjac.input_jacobian.chain.trace import Untraceable, trace
+from fastjac.penalties import TangentProp
 
 pytestmark = pytest.mark.usefixtures("double")
 
@@ -141,6 +143,41 @@ def test_gradient_of_a_tensor_that_the_model_has_kept() -> None:
         (output.sum() + value).backward()
 
 
+def kept_before_tanh(m: Any, x: Tensor) -> Tensor:
+    m.hidden = m.a(x)  # saved by no operation, since tanh saves its result
+    return m.c(torch.tanh(m.hidden))
+
+
+def kept_in_a_list(m: Any, x: Tensor) -> Tensor:
+    m.list = [m.a(x)]
+    return m.c(torch.tanh(m.list[0]))
+
+
+@pytest.mark.parametrize("in_python", [False, True])
+def test_hidden_tensors_that_no_operation_saves(
+    in_python: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if in_python:
+        monkeypatch.setattr(signature, "keeps", signature.keeps_in_python)
+    seen: list[Tensor] = []
+    hooked = three_layers(lambda m, x: m.c(torch.tanh(m.a(x))))
+    hooked.a.register_forward_hook(lambda m, x, y: seen.append(y))
+    for model in (three_layers(kept_before_tanh), three_layers(kept_in_a_list), hooked):
+        assert signature.keeps_hidden(model) == (model is hooked)
+        x = torch.randn(3, 4)
+        for _ in range(3):
+            output, value = spectreg("auto")(model, x)
+            assert signature.keeps_hidden(model)
+            hidden = seen.pop() if model is hooked else getattr(model, "hidden", None)
+            hidden = model.list[0] if hidden is None else hidden
+            grads = []
+            hidden.register_hook(lambda g, grads=grads: grads.append(g))
+            (output.sum() + value).backward()
+            assert grads
+    assert not signature.keeps_hidden(three_layers(GRAPHS["linear"]))
+    assert signature.keeps_hidden(lambda x: x)
+
+
 def test_a_run_frees_its_tensors() -> None:
     for model in (convnet(), three_layers(GRAPHS["linear"])):
         x, penalty = torch.randn(3, 4), spectreg("auto")
@@ -165,6 +202,73 @@ def test_a_run_frees_its_tensors() -> None:
             assert saved and all(t() is None for t in saved)
         finally:
             gc.enable()
+
+
+# ---- found by an attack
+
+
+def agrees(model: Any, inputs: Any, penalty: str = "spectreg") -> None:
+    """Every call in turn has the gradients of autograd; ``inputs`` are arguments of the calls."""
+    for x, *more in inputs:
+        found = []
+        for engine in ("autograd", "auto"):
+            same_model = copy.deepcopy(model)
+            made = spectreg(engine) if penalty == "spectreg" else TangentProp(engine=engine)
+            given = {"projection": more[0]} if penalty == "spectreg" and more else {}
+            output, value = made(same_model, x, *(more if penalty != "spectreg" else ()), **given)
+            (output.square().sum() + value.mean()).backward()
+            found.append([value, *[p.grad for p in same_model.parameters()]])
+        for a, b in zip(*found, strict=True):
+            assert (a is None) == (b is None)
+            if a is not None:
+                close(b, a)
+
+
+def test_constants_around_a_tensor_in_cat() -> None:
+    model = three_layers(
+        lambda m, x: m.d(torch.cat([m.k[:, : m.at], m.a(x), m.k[:, m.at :]], 1)), d=nn.Linear(9, 2)
+    )
+    model.k = torch.randn(3, 4)
+    for model.at in (1, 1, 1, 2, 3, 1):
+        torch.manual_seed(1)
+        w = torch.randn(1, 3, 2)
+        agrees(model, [(torch.randn(3, 4), w)])
+
+
+@pytest.mark.parametrize("penalty", ["spectreg", "tangentprop"])
+def test_what_is_given_is_the_input_in_one_call(penalty: str) -> None:
+    model = three_layers(lambda m, x: m.e(F.softmax(m.a(x), 1)))
+    model.e = nn.Linear(5, 4)
+    x = [torch.randn(3, 4) for _ in range(5)]
+    lead = penalty == "spectreg"
+    calls = [(t, t[None] if lead else t) for t in x[:2]]
+    calls += [(t, torch.randn(1, 3, 4) if lead else torch.randn(3, 4)) for t in x[2:]]
+    agrees(model, calls, penalty)
+
+
+def test_two_parameters_of_one_memory() -> None:
+    for forward in (GRAPHS["linear"], kept):
+        model = three_layers(lambda m, x, forward=forward: forward(m, x) + m.c(m.b(m.a(x)).relu()))
+        model.b.weight.data = torch.randn(5, 5)
+        model.c.weight.data = model.b.weight.data[:3]
+        for _ in range(3):
+            x = torch.randn(3, 4)
+            reference = copy.deepcopy(model)
+            expected = run(reference, x, spectreg("autograd"))
+            same(run(model, x, spectreg("auto")), expected)
+
+
+def test_sparse_constant_and_freed_graph() -> None:
+    sparse = torch.eye(3).to_sparse()
+    model = three_layers(lambda m, x: m.c(torch.sparse.mm(sparse, m.a(x)).relu()))
+    for _ in range(3):
+        spectreg("auto", n_proj=1)(model, torch.randn(3, 4))[1].backward()
+    cached = three_layers(lambda m, x: m.c(F.linear(x, m.w).tanh()))
+    cached.w = cached.a.weight.sin()
+    output, value = spectreg("auto")(cached, torch.randn(3, 4))
+    (output.sum() + value).backward()
+    for _ in range(3):
+        assert spectreg("auto")(cached, torch.randn(3, 4))[1].isfinite()
 
 
 # ---- traces

@@ -38,6 +38,8 @@ struct Names {
   PyObject* input_metadata = (*this)("_input_metadata");
   PyObject* saved_tensors = (*this)("saved_tensors");
   PyObject* dict = (*this)("__dict__");
+  PyObject* forward_hooks = (*this)("_forward_hooks");
+  PyObject* modules = (*this)("_modules");
   PyObject* backward_hooks = (*this)("_backward_hooks");
   PyObject* grad_fn = (*this)("grad_fn");
   PyObject* data_ptr = (*this)("data_ptr");
@@ -302,6 +304,60 @@ PyObject* read(PyObject*, PyObject* args) {
   }
 }
 
+// Whether a value, or one in it if it is a list, a tuple or a dictionary, is a computed tensor.
+bool holds_tensor(PyObject* value, PyObject* type, bool inside = false) {
+  if (reinterpret_cast<PyObject*>(Py_TYPE(value)) == type) {
+    return attribute(value, names().grad_fn).get() != Py_None;
+  }
+  if (inside) return false;
+  Owned items;
+  if (PyList_Check(value) || PyTuple_Check(value)) {
+    items = owned(PySequence_Tuple(value));
+  } else if (PyDict_Check(value)) {
+    items = owned(PySequence_Tuple(owned(PyDict_Values(value)).get()));
+  } else {
+    return false;
+  }
+  for (Py_ssize_t i = 0; i < PyTuple_Size(items.get()); ++i) {
+    if (holds_tensor(PyTuple_GetItem(items.get(), i), type, true)) return true;
+  }
+  return false;
+}
+
+// Whether a module or one inside it has an attribute that holds a computed tensor, or has forward
+// hooks, which could have kept one.
+bool module_keeps(PyObject* module, PyObject* type) {
+  const Owned state = attribute(module, names().dict);
+  PyObject *key, *value;
+  Py_ssize_t place = 0;
+  while (PyDict_Next(state.get(), &place, &key, &value)) {
+    if (value == Py_None || value == Py_True || value == Py_False || PyLong_Check(value)) continue;
+    const bool dictionary = PyDict_Check(value);
+    if (dictionary && PyUnicode_Compare(key, names().forward_hooks) == 0) {
+      if (PyDict_Size(value) > 0) return true;
+    } else if (dictionary && PyUnicode_Compare(key, names().modules) == 0) {
+      PyObject *name, *child;
+      Py_ssize_t at = 0;
+      while (PyDict_Next(value, &at, &name, &child)) {
+        if (child != Py_None && module_keeps(child, type)) return true;
+      }
+    } else if (!(dictionary && PyDict_Size(value) == 0) && holds_tensor(value, type)) {
+      return true;
+    }
+  }
+  return false;
+}
+
+PyObject* keeps(PyObject*, PyObject* args) {
+  PyObject *module, *type;
+  if (!PyArg_ParseTuple(args, "OO", &module, &type)) return nullptr;
+  try {
+    return PyBool_FromLong(module_keeps(module, type));
+  } catch (const Raised&) {
+    return nullptr;
+  }
+}
+
 // The references to the attribute of an object while the caller holds one.
 PyObject* references(PyObject*, PyObject* args) {
   PyObject *object, *name;
@@ -312,6 +368,7 @@ PyObject* references(PyObject*, PyObject* args) {
 
 PyMethodDef methods[] = {
     {"read", read, METH_VARARGS, "See fastjac.input_jacobian.chain.signature."},
+    {"keeps", keeps, METH_VARARGS, "See fastjac.input_jacobian.chain.signature."},
     {"references", references, METH_VARARGS, "The references to an attribute, one of them here."},
     {nullptr, nullptr, 0, nullptr}};
 

@@ -24,6 +24,7 @@ from fastjac.input_jacobian.chain import (
     Signature,
     Unreadable,
     Unsupported,
+    keeps_hidden,
     programs_of,
     run_of,
 )
@@ -121,6 +122,8 @@ def _run(
         try:
             programs, signature, untraced = _programs(x, output, start)
             if programs is not None:
+                if signature.private and keeps_hidden(model):
+                    signature.private = False
                 return output, Chain(x, run_of(x, output, signature, programs)), None, ""
             if output.grad_fn is not None:
                 operations = guards.Operations(output)

@@ -7,7 +7,7 @@ from fastjac.input_jacobian.chain.mlp import Mlp
 from fastjac.input_jacobian.chain.network import run_of
 from fastjac.input_jacobian.chain.program import programs_of
 from fastjac.input_jacobian.chain.rules import Unsupported
-from fastjac.input_jacobian.chain.signature import Signature, Unreadable
+from fastjac.input_jacobian.chain.signature import Signature, Unreadable, keeps_hidden
 
 __all__ = [
     "Chain",
@@ -16,6 +16,7 @@ __all__ = [
     "Signature",
     "Unreadable",
     "Unsupported",
+    "keeps_hidden",
     "programs_of",
     "run_of",
 ]

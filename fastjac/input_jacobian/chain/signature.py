@@ -215,10 +215,34 @@ def references_in_python(node: Any, name: str) -> int:
     return getrefcount(found) - 1
 
 
+def keeps_in_python(model: nn.Module, kind: Any) -> bool:
+    """Whether an attribute in the model holds a computed tensor, or a forward hook may do so."""
+    for module in model.modules():
+        if module._forward_hooks:
+            return True
+        for value in vars(module).values():
+            several = isinstance(value, dict | list | tuple)
+            parts: Any = (
+                value.values() if isinstance(value, dict) else value if several else [value]
+            )
+            if any(type(part) is kind and part.grad_fn is not None for part in parts):
+                return True
+    return False
+
+
 try:
-    from fastjac._record import read, references  # type: ignore[import-not-found]
+    from fastjac._record import (  # type: ignore[import-not-found]
+        keeps,
+        read,
+        references,
+    )
 except ImportError:
-    read, references = read_in_python, references_in_python
+    read, keeps, references = read_in_python, keeps_in_python, references_in_python
+
+
+def keeps_hidden(model: Any) -> bool:
+    """Whether a model may have kept a hidden tensor, whose gradient may then be asked for."""
+    return not isinstance(model, nn.Module) or keeps(model, Tensor)
 
 
 @functools.cache
