@@ -175,7 +175,12 @@ def test_hidden_tensors_that_no_operation_saves(
             (output.sum() + value).backward()
             assert grads
     assert not signature.keeps_hidden(three_layers(GRAPHS["linear"]))
-    assert signature.keeps_hidden(lambda x: x)
+    assert not signature.keeps_hidden(lambda x: x)
+    model, found = three_layers(GRAPHS["linear"]), []
+    assert not signature.keeps_hidden(lambda x: [model(x), found][0])
+    found.append(model(torch.randn(3, 4)))
+    assert signature.keeps_hidden(lambda x: [model(x), found][0])
+    assert signature.keeps_hidden(hooked.forward)
 
 
 def test_a_run_frees_its_tensors() -> None:

@@ -241,8 +241,24 @@ except ImportError:
 
 
 def keeps_hidden(model: Any) -> bool:
-    """Whether a model may have kept a hidden tensor, whose gradient may then be asked for."""
-    return not isinstance(model, nn.Module) or keeps(model, Tensor)
+    """Whether a model has kept a hidden tensor, whose gradient may then be asked for.
+
+    Of a function, what it closes over is looked at, and not the global variables.
+    """
+    if isinstance(model, nn.Module):
+        return keeps(model, Tensor)
+    closed = [cell.cell_contents for cell in getattr(model, "__closure__", None) or ()]
+    for value in [*closed, getattr(model, "__self__", None)]:
+        if isinstance(value, nn.Module):
+            if keeps(value, Tensor):
+                return True
+            continue
+        parts: Any = value.values() if isinstance(value, dict) else value
+        if not isinstance(value, dict | list | tuple):
+            parts = [value]
+        if any(type(part) is Tensor and part.grad_fn is not None for part in parts):
+            return True
+    return False
 
 
 @functools.cache
