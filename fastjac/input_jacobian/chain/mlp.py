@@ -312,9 +312,10 @@ class Mlp(Sweeps):
         if not self.large or (u is not None and not pushed):
             return super().gradients_of(grad, push, last)
         saved, deltas, pushed = list(self.saved), list(deltas), list(pushed)
-        if last:
-            self.saved, self.deltas = [], []
-            del push
+        if last:  # `free` below then drops each tensor after its last use
+            self.saved = []
+            for tensors in push[2:]:
+                tensors.clear()
         ends = [*self.recipe.starts, len(self.plan)]
         grads: list[Any] = [None] * len(self.recipe.slots)
         for layer in reversed(range(len(ends) - 1)):
