@@ -115,10 +115,16 @@ def _run(
     x, output = by_autograd.run_model(model, x, at)
     by_autograd.check_graph(x, output)
     # Torch counts all hooks. One on a hidden tensor changes the gradient, and is not seen.
-    if reason is None and hooks != RemovableHandle.next_id:
-        reason = "the model registers hooks when it runs"
+    hooked = hooks != RemovableHandle.next_id
     operations = None
-    if reason is None:
+    if reason is None and hooked:
+        reason = "the model registers hooks when it runs"
+        if steady or request.penalty.engine == "chain":
+            try:
+                GraphRun(x, output)
+            except Unsupported as error:  # a compiled model, which says more
+                reason, advice = str(error), error.advice
+    elif reason is None:
         try:
             programs, signature, untraced = _programs(x, output, start)
             if programs is not None:
