@@ -62,6 +62,16 @@ class Act(nn.Module):
         return ", ".join([self.fn, *options])
 
 
+def hooked(*modules: dict[str, Any]) -> bool:
+    """Whether a call of a module with these attributes runs more than its forward."""
+    for state in modules:
+        if state["_forward_hooks"] or state["_forward_pre_hooks"]:
+            return True
+        if state["_backward_hooks"] or state["_backward_pre_hooks"]:
+            return True
+    return False
+
+
 def activation_of(module: nn.Module) -> Act | None:
     """The `Act` that computes the same as a torch module, or None if the table has no such row.
 

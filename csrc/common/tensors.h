@@ -38,6 +38,21 @@ inline Params<double> checked_params(int64_t fn, const std::vector<double>& give
   return params;
 }
 
+// Calls f with a null pointer to the compute type of a dtype.
+template <class F>
+void with_compute_type(DType dtype, F f) {
+  if (dtype == DType::f64) {
+    f(static_cast<double*>(nullptr));
+  } else {
+    f(static_cast<float*>(nullptr));
+  }
+}
+
+template <class T>
+T* data(const Tensor& t) {
+  return static_cast<T*>(const_cast<void*>(t.const_data_ptr()));
+}
+
 inline bool same_sizes(const Tensor& a, const Tensor& b) {
   if (a.dim() != b.dim()) return false;
   for (int64_t d = 0; d < a.dim(); ++d) {

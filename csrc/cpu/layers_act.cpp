@@ -7,9 +7,8 @@
 #include <vector>
 
 #include "gemm.h"
-#include "isa.h"
+#include "passes.h"
 #include "program.h"
-#include "row_sqnorm_kernels.h"
 #include "sums.h"
 
 namespace fastjac {
@@ -60,11 +59,6 @@ struct Net {
   std::vector<Layer> layers;
 };
 
-RowsKernel rows_kernel() {
-  static const RowsKernel best = FASTJAC_BEST_ISA(row_sqnorm_kernel);
-  return best;
-}
-
 // One pass over z [n, c] and the sums of its columns; see StatsCall.
 template <class T>
 void pass(const Net& net, const Layer& layer, const T* z, const T* g, const T* w, T* out,
@@ -114,20 +108,6 @@ void check_input(const Tensor& x, const Tensors& weights) {
                   "fastjac: layers_act: the last dimension of x must be that of the first weight");
 }
 
-template <class F>
-void with_type(const Net& net, F f) {
-  if (net.dtype == DType::f64) {
-    f(static_cast<double*>(nullptr));
-  } else {
-    f(static_cast<float*>(nullptr));
-  }
-}
-
-template <class T>
-T* data(const Tensor& t) {
-  return static_cast<T*>(const_cast<void*>(t.const_data_ptr()));
-}
-
 template <class T>
 void layers_forward(const Net& net, const Tensor& x, const Tensors& biases,
                     const std::optional<Tensor>& before, double scale, const Tensor& out,
@@ -175,7 +155,7 @@ Tensors layers_act(const Tensor& x, const Tensors& weights, const Tensors& biase
                state = torch::stable::new_empty(x, {sizes.state}),
                table = torch::stable::new_empty(x, {sizes.table}),
                after = torch::stable::new_empty(x, std::vector<int64_t>{});
-  with_type(net, [&](auto* type) {
+  with_compute_type(net.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     layers_forward<T>(net, x, biases, total, scale, out, state, table, after);
   });
@@ -230,7 +210,7 @@ Tensors layers_act_backward(const std::optional<Tensor>& g, const Tensor& v, con
     grads.push_back(torch::stable::empty_like(weights[l]));
     if (net.layers[l].bias) grads.push_back(torch::stable::new_empty(x, {net.layers[l].c}));
   }
-  with_type(net, [&](auto* type) {
+  with_compute_type(net.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     layers_down<T>(net, x, g, *data<T>(v), state, table, scale, grads, needs_x);
   });

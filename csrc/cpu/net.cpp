@@ -1,14 +1,9 @@
 // `net_forward` and `net_pull` for CPU tensors; see fastjac/ops/net.py.
 #include "net_state.h"
-#include "row_sqnorm_kernels.h"
+#include "passes.h"
 
 namespace fastjac {
 namespace {
-
-RowsKernel norms_kernel() {
-  static const RowsKernel best = FASTJAC_BEST_ISA(row_sqnorm_kernel);
-  return best;
-}
 
 // Returns the output and what `Saved` takes: if `slopes`, φ' and φ'' of the activations and all
 // values that linear steps read; else s of the activations and no output of an activation.
@@ -151,7 +146,7 @@ Tensors net_pull(const Tensor& w, const Tensors& weights, const Tensors& tensors
       const RowsCall call{
           program.dtype, v.at(i), true, nullptr, false, norms + i * n * sweep.item, d};
       sweep.parallel(rows.count, Sweep::grain / (d + 1) + 1,
-                     [&](int64_t begin, int64_t end) { norms_kernel()(call, begin, end); });
+                     [&](int64_t begin, int64_t end) { rows_kernel()(call, begin, end); });
     }
   });
   return found;

@@ -1,11 +1,19 @@
-// The passes of `act_stats` and `row_sqnorm`, which `layer_act` calls too.
+// The passes of `act_stats` and `row_sqnorm`, which other ops call too.
 #pragma once
 
 #include <vector>
 
+#include "isa.h"
+#include "row_sqnorm_kernels.h"
 #include "stats.h"
 
 namespace fastjac {
+
+// Do not call this in the files of the kernels; see `run_tasks` in sums.h.
+inline RowsKernel rows_kernel() {
+  static const RowsKernel best = FASTJAC_BEST_ISA(row_sqnorm_kernel);
+  return best;
+}
 
 // Defined in act_stats.cpp. Writes φ(z), or ∂z if `backward`, to operands.out, and the statistic
 // to `value`. The weight per channel is not that of the operands.

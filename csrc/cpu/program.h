@@ -76,7 +76,7 @@ struct Step {
 struct Program {
   static constexpr int64_t columns = 5 + max_params;
   // The largest number of elements of a weight for which a thread takes rows through all steps. It
-  // is TILED in fastjac/input_jacobian/chain/mlp.py.
+  // is TILED in fastjac/input_jacobian/chain/sweeps.py.
   static constexpr int64_t small_weight = 1 << 16;
 
   Program(const Tensor& like, const Tensors& weights, const Tensor& plan)

@@ -4,9 +4,7 @@
 #include <cstring>
 #include <vector>
 
-#include "isa.h"
 #include "passes.h"
-#include "row_sqnorm_kernels.h"
 #include "rows.h"
 
 namespace fastjac {
@@ -16,7 +14,7 @@ constexpr int64_t grain = 32768;  // the smallest number of elements that is giv
 
 // Calls the kernel for every weight. The threads divide the rows of all weights.
 void for_all_rows(const std::vector<Tensor>& weights, std::vector<RowsCall>& calls) {
-  static const RowsKernel kernel = FASTJAC_BEST_ISA(row_sqnorm_kernel);
+  const RowsKernel kernel = rows_kernel();
   int64_t rows = 0, elements = 0;
   for (const Tensor& w : weights) rows += w.size(0), elements += w.numel();
   if (elements == 0) return;

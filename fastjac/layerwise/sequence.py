@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from fastjac import torch_private
 from fastjac.activations import IDS, MAX_PARAMS, get
 from fastjac.layerwise.layers import LayerCall, Nonlinearity, Table
+from fastjac.nn import hooked
 from fastjac.ops.act_stats import composed
 from fastjac.ops.autograd import Function, recorded, transformed
 from fastjac.ops.dispatch import OPS
@@ -36,16 +37,6 @@ SMALL = 1 << 16
 
 In a larger one the kernels take the time, and a backward layer by layer frees memory earlier.
 """
-
-
-def hooked(*modules: dict[str, Any]) -> bool:
-    """Whether a call of a module with these attributes runs more than its forward."""
-    for state in modules:
-        if state["_forward_hooks"] or state["_forward_pre_hooks"]:
-            return True
-        if state["_backward_hooks"] or state["_backward_pre_hooks"]:
-            return True
-    return False
 
 
 def modules_only() -> bool:
@@ -73,7 +64,7 @@ class Run:
             assert phi.fn is not None
             params = get(phi.fn).param_values(phi.params)
             rows.append((IDS[phi.fn], biased, *params, *[0.0] * (MAX_PARAMS - len(params))))
-        self.plan = torch.tensor(rows, dtype=torch.float64, device="cpu")  # see `ops.mlp`
+        self.plan = torch.tensor(rows, dtype=torch.float64, device="cpu")
 
     def parameters(self, x: Tensor) -> tuple[list[Tensor], list[Tensor]] | None:
         """The weights and biases, if one call can take the place of the modules now."""
@@ -250,7 +241,8 @@ def _recorded_backward(g, v, x, run, count, parameters):
 
 
 # Returns a_L, the state [z_1, a_1, z_2, …, z_L, –], the table [s_1, r_1, s_2, …] and v. x is
-# [..., d]; the plan is that of `fastjac.ops.mlp`; all tensors are contiguous.
+# [..., d]. All tensors are contiguous. `plan` is float64 and has a row for each layer: the id of φ,
+# whether there is a bias, and MAX_PARAMS parameters of φ.
 register(
     "layers_act(Tensor x, Tensor[] weights, Tensor[] biases, Tensor? total, Tensor plan,"
     " float scale) -> Tensor[]",

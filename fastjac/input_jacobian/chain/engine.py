@@ -161,7 +161,8 @@ class Chain(Pullback):
             if not keep:
                 self.products = []
         found = self.run.down(grad, keep)
-        found[0] = plus(found[0], direct[0])
+        if direct[0] is not None:
+            found[0] = plus(found[0], direct[0])
         return [*found, *direct[1:]]
 
     def _penalty(

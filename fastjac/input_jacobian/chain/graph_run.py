@@ -82,5 +82,16 @@ class GraphRun:
         return self.record.describe()
 
 
+def check_versions(tensors: list[Tensor], versions: list[int]) -> None:
+    """Raises if a tensor that a run used was modified since its version was noted."""
+    for t, version in zip(tensors, versions, strict=True):
+        if t._version != version:
+            raise RuntimeError(
+                f"a tensor of shape {tuple(t.shape)} that the model used was modified in place "
+                "before the backward: call backward() before optimizer.step(), or use the "
+                "out-of-place operation"
+            )
+
+
 def plus(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     return b if a is None else a if b is None else a + b

@@ -15,9 +15,9 @@ from torch.nn.modules import module as module_hooks
 
 from fastjac.activations import IDS, get
 from fastjac.input_jacobian.by_autograd import run_model
-from fastjac.input_jacobian.chain.graph_run import GraphRun
-from fastjac.input_jacobian.chain.sweeps import Sweeps, rows_of_a_thread
-from fastjac.nn import Act, activation_of
+from fastjac.input_jacobian.chain.graph_run import GraphRun, check_versions
+from fastjac.input_jacobian.chain.sweeps import FLAT, TILED, Sweeps, rows_of_a_thread
+from fastjac.nn import Act, activation_of, hooked
 from fastjac.ops import net
 from fastjac.ops.dispatch import OPS
 from fastjac.ops.registration import raw
@@ -30,42 +30,12 @@ The gradients of the weights take the freed memory. With tiles the weights are s
 backward is one call.
 """
 
-TILED = 1 << 16
-"""Elements of a weight up to which each thread takes a tile of the rows through all layers.
-
-Compared with threads that share each product, a step takes 0.7 to 0.85 of the time (2 threads,
-width 64, batch 100 to 2048), and 0.9 at width 256. From width 512 on there is no gain, and each
-thread needs memory for weight gradients of its own. `Program::small_weight` in csrc/cpu/program.h
-is the same number.
-"""
-
-
-FLAT = 1 << 18
-"""Pre-activations up to which a sweep returns one tensor instead of one for each layer.
-
-With 5 layers, a step then takes 25 µs less. From a few MB on, the memory of one tensor is new in
-each step, and the first access to a page takes longer than all else: 24 ms of 22 for 8 layers of
-2048 rows and 256 columns.
-"""
-
-
 _GLOBAL_HOOKS = tuple(
     value
     for name, value in vars(module_hooks).items()
     if name.startswith("_global_") and "hooks" in name and hasattr(value, "__len__")
 )
 _recipes: weakref.WeakKeyDictionary[nn.Module, Recipe] = weakref.WeakKeyDictionary()
-
-
-def _hooked(state: dict[str, Any]) -> bool:
-    """Whether a call of the module with these attributes runs more than its class's forward."""
-    return bool(
-        "forward" in state
-        or state["_forward_hooks"]
-        or state["_forward_pre_hooks"]
-        or state["_backward_hooks"]
-        or state["_backward_pre_hooks"]
-    )
 
 
 class Part:
@@ -87,7 +57,7 @@ class Part:
 
     def holds(self) -> bool:
         state = self.state
-        if type(self.module()) is not self.kind or _hooked(state):
+        if type(self.module()) is not self.kind or "forward" in state or hooked(state):
             return False
         if self.children and list(state["_modules"].values()) != self.children:
             return False
@@ -257,7 +227,8 @@ class Mlp(Sweeps):
         self.places, self.parameters = recipe.places, recipe.parameters
         self.of_x = x.requires_grad
         self.wanted = _wanted((*recipe.trained, x.requires_grad))
-        self.versions = [(t, t._version) for t in (x, *recipe.slots)]
+        self.used = [x, *recipe.slots]
+        self.versions = [t._version for t in self.used]
         self.large = not recipe.tiled and n * recipe.widest >= LARGE
         self.tile = rows_of_a_thread(n) if recipe.tiled else n
         # φ' and φ'' are kept if the threads have tiles. Otherwise z takes less memory.
@@ -293,13 +264,7 @@ class Mlp(Sweeps):
 
     def begin(self) -> None:
         """Start a backward. Raises if the model or x was modified since the forward."""
-        for t, version in self.versions:
-            if t._version != version:
-                raise RuntimeError(
-                    f"a tensor of shape {tuple(t.shape)} that the model used was modified in place "
-                    "before the backward: call backward() before optimizer.step(), or use the "
-                    "out-of-place operation"
-                )
+        check_versions(self.used, self.versions)
         self.pushes = []
 
     def as_graph(self) -> GraphRun:

@@ -15,12 +15,11 @@ from torch import Tensor
 
 from fastjac.activations import KERNEL_ROWS
 from fastjac.input_jacobian.chain.activations import Kernel, suffix_for
-from fastjac.input_jacobian.chain.mlp import FLAT, TILED
 from fastjac.input_jacobian.chain.program import ProgramRun, Programs
 from fastjac.input_jacobian.chain.record import Record, Step
 from fastjac.input_jacobian.chain.rules import signed
 from fastjac.input_jacobian.chain.signature import Signature, number_bytes
-from fastjac.input_jacobian.chain.sweeps import Sweeps, rows_of_a_thread
+from fastjac.input_jacobian.chain.sweeps import FLAT, TILED, Sweeps, rows_of_a_thread
 from fastjac.ops import net
 from fastjac.torch_private import shape_of_node
 
@@ -45,12 +44,12 @@ class Network:
 
     Attributes:
         plan: see `ops.net`.
+        n: the number of samples.
         weights: the places of the saved weights, ``[in, out]``.
         saved: the places of the argument ``saved`` of the sweeps; -1 for an empty one.
         wanted: the argument of `net_backward`, without and with the gradient of x.
         places: for each weight and bias, in the order of its results, the number of the leaf, or
             -1.
-        width: the numbers of a sample of x.
     """
 
     def __init__(self, record: Record, signature: Signature) -> None:
@@ -58,14 +57,13 @@ class Network:
         self._by_memory = {_memory(t): i for i, t in reversed([*enumerate(signature.tensors)])}
         self._leaves = {id(t): i for i, t in enumerate(signature.leaves)}
         x = signature.tensors[0]
-        self.n, self.width = x.shape[0], x[0].numel()
-        self._steps: list[Any] = [(net.INPUT, self.width)]
-        self._widths = [self.width]
+        self.n, width = x.shape[0], x[0].numel()
+        self._steps: list[Any] = [(net.INPUT, width)]
+        self._widths = [width]
         self._values: dict[Any, int] = {record.source: 0}
         self._of_input: dict[int, int] = {}  # by value: the place of the tensor
         self._arguments: list[int] = []  # of the activations
         self.weights: list[int] = []
-        self._biases: list[Any] = []
         self._of_weights: list[int] = []
         self._of_biases: list[int] = []
         for step in record.steps:
@@ -198,11 +196,9 @@ class Network:
             leaf = self._leaf_behind(edges[0][0], transposed=False)
             if self._signature.leaves[leaf].shape != (width,):
                 raise Other("a bias of another shape")
-            bias = (
-                len(self._of_biases) if leaf not in self._of_biases else self._of_biases.index(leaf)
-            )
-            if bias == len(self._of_biases):
+            if leaf not in self._of_biases:
                 self._of_biases.append(leaf)
+            bias = self._of_biases.index(leaf)
         return self._add((net.LINEAR, value, 0, used.index((place, of_weight)), bias), width)
 
     def _leaf_behind(self, node: Any, transposed: bool) -> int:
@@ -266,7 +262,7 @@ _NOTHING = {t: torch.empty(0, 0, dtype=t, device="cpu") for t in (torch.float32,
 
 def run_of(x: Tensor, output: Tensor, signature: Signature, programs: Programs) -> ProgramRun:
     """The sweeps of a run. Raises `Unsupported` if its graph cannot be recorded."""
-    if programs.network is None and not programs.traced:  # it is new
+    if programs.network is None and not programs.functions:  # it is new
         run = ProgramRun(x, output, signature, programs)
         programs.network = Network.of(run.as_graph().record, signature)
     if programs.network is not None and signature.private:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from fastjac import torch_private
-from fastjac.input_jacobian.chain.graph_run import GraphRun, plus
+from fastjac.input_jacobian.chain.graph_run import GraphRun, check_versions, plus
 from fastjac.input_jacobian.chain.signature import Signature, Unreadable
 from fastjac.input_jacobian.chain.trace import Untraceable, trace
 
@@ -33,10 +33,12 @@ class Programs:
 
     def __init__(self) -> None:
         self.functions: dict[Any, Function] = {}
-        self.traced: set[str] = set()  # their names
         self.failure: str | None = None  # why a sweep could not be traced
         self.network: Any = None  # a `Network`, if the run is that of one
         self.targets: list[int] | None = None  # the tensors with second-order terms
+
+    def has(self, name: str) -> bool:
+        return any([key[0] == name for key in self.functions])
 
 
 _programs: dict[Any, Programs] = {}
@@ -89,8 +91,8 @@ class ProgramRun:
         self.own_output = signature.private
         self.deltas: list[Tensor | None] = []
         self.extras: list[Tensor | None] | None = None
-        self.waiting: tuple[list[Any], bool] | None = None  # a push that `down` takes along
-        if not self.own_output and "push" not in programs.traced:
+        self.waiting: list[Any] | None = None  # what is given to a push that `down` takes along
+        if not self.own_output and not programs.has("push"):
             self.as_graph()  # now, since the user may modify the output in place
 
     @property
@@ -121,13 +123,7 @@ class ProgramRun:
 
     def begin(self) -> None:
         """Start a backward. Raises if a tensor of the run was modified since."""
-        for t, version in zip(self.tensors, self.versions, strict=True):
-            if t._version != version:
-                raise RuntimeError(
-                    f"a tensor of shape {tuple(t.shape)} that the model used was modified in place "
-                    "before the backward: call backward() before optimizer.step(), or use the "
-                    "out-of-place operation"
-                )
+        check_versions(self.tensors, self.versions)
         self.extras = self.waiting = None  # an earlier backward may have raised
 
     # ---- sweeps
@@ -159,17 +155,16 @@ class ProgramRun:
                 except Untraceable as error:
                     self.programs.failure, outputs = error.args
                     return outputs
-            elif autocast:
-                with torch.autocast(device, enabled=False), torch_private.below_autograd():
-                    return function(list(self.tensors), given)
             else:
                 tensors = self.tensors if last else list(self.tensors)
                 if last:
                     self.free()
                 with torch_private.below_autograd():
-                    return function(tensors, given)
+                    if not autocast:
+                        return function(tensors, given)
+                    with torch.autocast(device, enabled=False):
+                        return function(tensors, given)
         self.programs.functions[key] = function
-        self.programs.traced.add(name)
         return outputs
 
     def pull(self, w: Tensor) -> Tensor:
@@ -206,10 +201,10 @@ class ProgramRun:
         if not keep:
             self.deltas.clear()  # and so frees each one after its last use
         if self.waiting is not None:
-            self._push(*self.waiting)
+            self._push(self.waiting, False)
             self.waiting = None
         if self.own_output and not (keep or wanted or self.extras):
-            self.waiting = given, False
+            self.waiting = given
             return None
         return self._push(given, wanted)
 
@@ -230,7 +225,7 @@ class ProgramRun:
         if not self.own_output:
             return [None, grad, *(extras or [None] * (len(self.parameters) - 1))]
         if waiting is not None:
-            given, name = [grad, *waiting[0]], "push_down"
+            given, name = [grad, *waiting], "push_down"
         elif grad is not None or extras is not None:
             given, name = [grad, *(extras or [])], "down"
         else:

@@ -43,7 +43,8 @@ def _kind_of(node: Any) -> Kind:
     leaf = name == "AccumulateGrad"
     own = forward is not None and issubclass(forward, Function)
     if not (leaf or own or name[-1:].isdigit()):
-        # Torch generates the nodes with a numbered name, and shows all that they save.
+        # Torch generates the nodes with a numbered name, and shows what they save, but the sizes of
+        # the operands of cat and block_diag.
         raise Unreadable(f"{name} does not show all that it holds")
     if name == "BlockDiagBackward0":
         raise Unreadable("torch.block_diag does not show the shapes of its operands")
@@ -220,14 +221,17 @@ def keeps_in_python(model: nn.Module, kind: Any) -> bool:
     for module in model.modules():
         if module._forward_hooks:
             return True
-        for value in vars(module).values():
-            several = isinstance(value, dict | list | tuple)
-            parts: Any = (
-                value.values() if isinstance(value, dict) else value if several else [value]
-            )
-            if any(type(part) is kind and part.grad_fn is not None for part in parts):
-                return True
+        if any([_holds(value, kind) for value in vars(module).values()]):
+            return True
     return False
+
+
+def _holds(value: Any, kind: Any) -> bool:
+    """Whether a value, or one in it if it is a list, a tuple or a dictionary, was computed."""
+    parts = value.values() if isinstance(value, dict) else value
+    if not isinstance(value, dict | list | tuple):
+        parts = [value]
+    return any(type(part) is kind and part.grad_fn is not None for part in parts)
 
 
 try:
@@ -249,14 +253,7 @@ def keeps_hidden(model: Any) -> bool:
         return keeps(model, Tensor)
     closed = [cell.cell_contents for cell in getattr(model, "__closure__", None) or ()]
     for value in [*closed, getattr(model, "__self__", None)]:
-        if isinstance(value, nn.Module):
-            if keeps(value, Tensor):
-                return True
-            continue
-        parts: Any = value.values() if isinstance(value, dict) else value
-        if not isinstance(value, dict | list | tuple):
-            parts = [value]
-        if any(type(part) is Tensor and part.grad_fn is not None for part in parts):
+        if (keeps if isinstance(value, nn.Module) else _holds)(value, Tensor):
             return True
     return False
 

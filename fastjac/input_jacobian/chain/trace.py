@@ -13,7 +13,6 @@ C++ through the stable ABI of torch; and that ABI cannot pass a ``Scalar``, whic
 
 from __future__ import annotations
 
-import linecache
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -252,9 +251,7 @@ def _generate(
             lines.append("del " + ", ".join(f"v{n}" for n in ended))
     lines.append(f"return [{', '.join('None' if n is None else f'v{n}' for n in outputs)}]")
     source = f"def {name}(g0, g1):\n" + "".join(f"    {line}\n" for line in lines)
-    filename = f"<fastjac {name} {id(names)}>"
-    linecache.cache[filename] = len(source), None, source.splitlines(True), filename
-    exec(compile(source, filename, "exec"), names)
+    exec(compile(source, f"<fastjac {name}>", "exec"), names)
     function: Any = names[name]
     function.source = source
     return function
