@@ -41,7 +41,7 @@ struct View {
 };
 
 // Scratch memory, aligned to cache lines. A tensor, so that the profiler of torch counts it, unless
-// it is small: a tensor takes 1 µs to make.
+// it is small, when making a tensor would take a good part of the time.
 struct Memory {
   Memory(const Tensor& like, int64_t bytes) {
     if (bytes > 1 << 16) {
@@ -65,7 +65,7 @@ struct Sweep {
   // awake between two products.
   static constexpr int64_t grain = 2048;
   // The number of elements of a value in a block of rows, so that those of a few steps stay in the
-  // L2 cache. With twice as many a step takes 2% longer, with half as many 4%.
+  // L2 cache.
   static constexpr int64_t block = 1 << 14;
 
   // The values from `start` to `stop` have slots of `parts` parts (1 or K), and the input has one
@@ -153,24 +153,10 @@ struct Sweep {
     for (int64_t i = 0; i < parts; ++i) f(a.at(i), c.at(i), rows);
   }
 
-  // A product by the kernels of product_kernels.cpp or by BLAS, whichever is faster. In GFLOP/s of
-  // one core (AMD EPYC of the 4th generation, AVX-512, float32; BLAS, which is MKL, in
-  // parentheses):
-  //   rows   width   A Wᵀ        D W         Dᵀ A
-  //     10      16    39 (25)     48 (26)     46 (27)
-  //     10      64    69 (59)    103 (59)     89 (65)
-  //     50      64    99 (86)    111 (86)    111 (88)
-  //    100     128   105 (96)    111 (96)    110 (92)
-  //     10     256    73 (66)    113 (67)     89 (74)
-  //   1024     256   113 (104)   116 (104)   116 (102)
-  //    128     512   112 (102)   117 (102)   116 (100)
-  //    512    1024   112 (101)   110 (102)   105 (101)
-  //    512    2048   112 (95)     92 (94)    103 (100)
-  // In float64 it is half of that (BLAS: 10 to 52). With AVX2 it is the same up to width 256, and
-  // BLAS is faster from 512 on, where the rows of a panel are far apart. Without AVX2 BLAS is
-  // faster from 16 x 16 x 16 on. Wᵀ is packed in each product, which takes 2 % of a step for 100
-  // rows. Unlike torch, the kernels do not round to bfloat16 under
-  // torch.set_float32_matmul_precision.
+  // A product by the kernels of product_kernels.cpp or by BLAS, whichever is faster: with AVX-512
+  // the kernels up to 1024 columns, and with AVX2 up to 256, since the rows of a panel are far
+  // apart in a wider matrix. Without AVX2 they are faster for tiny products alone. Unlike torch,
+  // the kernels do not round to bfloat16 under torch.set_float32_matmul_precision.
   void product(Form form, int64_t m, int64_t n, int64_t k, const char* a, const char* b, char* c,
                bool add, char* scratch, const void* bias = nullptr) const {
     static const Isa isa = best_isa();

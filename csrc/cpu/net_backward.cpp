@@ -132,8 +132,7 @@ void check_range(const Program& program, int64_t start, int64_t stop, bool push)
 }
 
 // Whether the gradient of a large weight is one product [φ' δ; g]ᵀ [t; a], for which g and t are
-// copied, instead of a sum of two. It takes longer to add to a weight of 512 x 512 than to copy 128
-// rows: 4 % of a backward.
+// copied, instead of a sum of two: adding to a large weight takes longer than copying a few rows.
 bool joins(const Sweep& sweep, const Step& step) {
   const int64_t c = step.width, d = sweep.program.steps[step.a].width;
   return !sweep.program.narrow && step.a != 0 && sweep.n * (c + sweep.k * d) < 2 * c * d;

@@ -12,8 +12,8 @@ inline const char* data_of(const Tensor& t) {
 inline const char* data_of(const std::optional<Tensor>& t) { return t ? data_of(*t) : nullptr; }
 
 // Matrices [rows, width], in memory of their own or in one flat tensor, one after the other. An
-// entry that is not needed has no rows. Making a tensor takes 1 µs and the kernels of a small layer
-// 10, so those of a narrow network are flat. Separate tensors can be freed one at a time.
+// entry that is not needed has no rows. Making a tensor takes a good part of the time of a small
+// layer, so those of a narrow network are flat. Separate tensors can be freed one at a time.
 struct Entries {
   void add(int64_t rows, int64_t width) {
     shapes.push_back({rows, width});
