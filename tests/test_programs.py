@@ -209,6 +209,30 @@ def test_a_run_frees_its_tensors() -> None:
             gc.enable()
 
 
+@pytest.mark.parametrize(
+    "make",
+    [convnet, lambda: three_layers(skip), lambda: everyday.Residual(4, 4)],
+    ids=["conv", "network", "norms"],
+)
+def test_what_is_kept_holds_no_tensor(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors: list[Any] = []
+    read = Signature.__init__
+
+    def noted(self: Any, *run: Any) -> None:
+        read(self, *run)
+        tensors.extend(map(weakref.ref, [*self.tensors, *self.leaves]))
+
+    monkeypatch.setattr(Signature, "__init__", noted)
+    penalty = spectreg("auto")
+    for _ in range(4):  # a model for each of: noted, traced, repeated and repeated
+        output, value = penalty(make(), torch.randn(3, 4))
+        (output.sum() + value).backward()
+    del output, value
+    gc.collect()
+    assert tensors and program._programs
+    assert all(t() is None for t in tensors)
+
+
 # ---- found by an attack
 
 

@@ -40,7 +40,7 @@ class Other(Exception):
 
 
 class Network:
-    """The program, and where its tensors are among those of a `Signature`.
+    """The program, and where its tensors are among those of a `Signature`; it holds no tensor.
 
     Attributes:
         plan: see `ops.net`.
@@ -50,39 +50,23 @@ class Network:
         wanted: the argument of `net_backward`, without and with the gradient of x.
         places: for each weight and bias, in the order of its results, the number of the leaf, or
             -1.
+        flat, small: see `sweeps.FLAT` and `SMALL`.
     """
 
-    def __init__(self, record: Record, signature: Signature) -> None:
-        self._signature = signature
-        self._by_memory = {_memory(t): i for i, t in reversed([*enumerate(signature.tensors)])}
-        self._leaves = {id(t): i for i, t in enumerate(signature.leaves)}
-        x = signature.tensors[0]
-        self.n, width = x.shape[0], x[0].numel()
-        self._steps: list[Any] = [(net.INPUT, width)]
-        self._widths = [width]
-        self._values: dict[Any, int] = {record.source: 0}
-        self._of_input: dict[int, int] = {}  # by value: the place of the tensor
-        self._arguments: list[int] = []  # of the activations
-        self.weights: list[int] = []
-        self._of_weights: list[int] = []
-        self._of_biases: list[int] = []
-        for step in record.steps:
-            self._values[step.node, 0] = self._step(step)
-        if self._values[record.end] != len(self._steps) - 1 or not self.weights:
-            raise Other("the output is not the last value, or there is no layer")
-        self.plan = net.rows(self._steps)
-        self.places = [*self._of_weights, *self._of_biases]
+    def __init__(self, matched: _Match) -> None:
+        self.plan, self.n, self.weights = net.rows(matched.steps), matched.n, matched.weights
+        self.places = [*matched.of_weights, *matched.of_biases]
         wanted = [leaf >= 0 for leaf in self.places]
         self.wanted = [_numbers([*wanted, of_x]) for of_x in (False, True)]
-        acts = {i for i, step in enumerate(self._steps) if step[0] == net.ACT}
-        read = sorted({step[1] for step in self._steps if step[0] == net.LINEAR} - {0})
-        self.saved = [p for place in self._arguments for p in (place, -1, -1)]
+        acts = {i for i, step in enumerate(matched.steps) if step[0] == net.ACT}
+        read = sorted({step[1] for step in matched.steps if step[0] == net.LINEAR} - {0})
+        self.saved = [p for place in matched.arguments for p in (place, -1, -1)]
         for value in read:
-            place = self._of_input.get(value, -1)
+            place = matched.of_input.get(value, -1)
             if place < 0 and value not in acts:
                 raise Other("the input of a layer was not saved")
             self.saved.append(place)
-        numbers = self.n * sum(self._widths[i] for i in acts)
+        numbers = self.n * sum(matched.widths[i] for i in acts)
         self.flat, self.small = numbers <= FLAT, numbers <= SMALL
 
     @classmethod
@@ -92,11 +76,39 @@ class Network:
         if not (wide and x.is_cpu and suffix_for("cpu", x.dtype) == "" and x.dim() > 0):
             return None
         try:
-            return cls(record, signature)
+            return cls(_Match(record, signature))
         except Other:
             return None
 
-    # ---- steps
+
+class _Match:
+    """The operations of a record, matched to the steps of `ops.net`.
+
+    Attributes:
+        steps, widths: of each value, its step and its width.
+        of_input: by value, the place of its tensor if a layer saved it.
+        arguments: the places of the arguments of the activations.
+        of_weights, of_biases: the numbers of their leaves.
+    """
+
+    def __init__(self, record: Record, signature: Signature) -> None:
+        self._signature = signature
+        self._by_memory = {_memory(t): i for i, t in reversed([*enumerate(signature.tensors)])}
+        self._leaves = {id(t): i for i, t in enumerate(signature.leaves)}
+        x = signature.tensors[0]
+        self.n, width = x.shape[0], x[0].numel()
+        self.steps: list[Any] = [(net.INPUT, width)]
+        self.widths = [width]
+        self._values: dict[Any, int] = {record.source: 0}
+        self.of_input: dict[int, int] = {}
+        self.arguments: list[int] = []
+        self.weights: list[int] = []
+        self.of_weights: list[int] = []
+        self.of_biases: list[int] = []
+        for step in record.steps:
+            self._values[step.node, 0] = self._step(step)
+        if self._values[record.end] != len(self.steps) - 1 or not self.weights:
+            raise Other("the output is not the last value, or there is no layer")
 
     def _step(self, step: Step) -> int:
         """The number of the value of an operation."""
@@ -116,13 +128,13 @@ class Network:
         if name == "Add" and overload == "0" and node._saved_alpha == 1 and len(inside) == 2:
             if any(list(shape_of_node(*s)) != list(shape) for s in sources if s is not None):
                 raise Other("a sum with broadcasting")
-            return self._add((net.ADD, *inside), self._widths[inside[0]])
+            return self._add((net.ADD, *inside), self.widths[inside[0]])
         if name == "Cat" and len(inside) == len(values) and len(shape) == 2:
             if signed(node._saved_dim) not in (1, -1):
                 raise Other("a concatenation of samples")
             value = inside[0]
             for other in inside[1:]:
-                width = self._widths[value] + self._widths[other]
+                width = self.widths[value] + self.widths[other]
                 value = self._add((net.CAT, value, other), width)
             return value
         if name == "Mul" and len(inside) == 1:
@@ -130,15 +142,15 @@ class Network:
             constant = overload == "0" and factor.dim() == 0 and not factor.requires_grad
             if constant and factor.dtype == torch.float64:  # a number of Python
                 (number,) = struct.unpack("d", number_bytes(factor))
-                return self._add((net.SCALE, inside[0], 0, 0, 0, number), self._widths[inside[0]])
+                return self._add((net.SCALE, inside[0], 0, 0, 0, number), self.widths[inside[0]])
         if name in VIEWS and shape and shape[0] == self.n:
             return inside[0]  # the numbers of a sample stay in order
         raise Other(name)
 
     def _add(self, row: tuple[float, ...], width: int) -> int:
-        self._steps.append(row)
-        self._widths.append(width)
-        return len(self._steps) - 1
+        self.steps.append(row)
+        self.widths.append(width)
+        return len(self.steps) - 1
 
     def _activation(self, step: Step, value: int) -> int:
         s, order, fn, params, suffix = step.rule.call(step.node)  # type: ignore[attr-defined]
@@ -161,8 +173,8 @@ class Network:
         return self._act(row, numbers, node._saved_self, value)
 
     def _act(self, row: str, params: tuple[float, ...], s: Tensor, value: int) -> int:
-        self._arguments.append(self._place(s, (self.n, self._widths[value])))
-        return self._add((net.ACT, value, 0, ROWS[row], 0, *params), self._widths[value])
+        self.arguments.append(self._place(s, (self.n, self.widths[value])))
+        return self._add((net.ACT, value, 0, ROWS[row], 0, *params), self.widths[value])
 
     def _place(self, t: Tensor, shape: tuple[int, ...]) -> int:
         if t.shape != shape or not t.is_contiguous():
@@ -178,27 +190,27 @@ class Network:
         if biased and not (node._saved_alpha == node._saved_beta == 1):
             raise Other("a scaled layer")
         inner, width = weight.shape
-        if not weight.t().is_contiguous() or weight.numel() > TILED or inner != self._widths[value]:
+        if not weight.t().is_contiguous() or weight.numel() > TILED or inner != self.widths[value]:
             raise Other("a weight that is wide, or not contiguous")
         given = getattr(node, f"_saved_{a}")
         if given is not None and value > 0:
-            self._of_input[value] = self._place(given, (self.n, inner))
+            self.of_input[value] = self._place(given, (self.n, inner))
         edges = node.next_functions
         of_weight = self._leaf_behind(edges[2 if biased else 1][0], transposed=True)
         place = self._by_memory[_memory(weight)]
-        used = [*zip(self.weights, self._of_weights, strict=True)]
+        used = [*zip(self.weights, self.of_weights, strict=True)]
         if (place, of_weight) not in used:  # two parameters may share their memory
             self.weights.append(place)
-            self._of_weights.append(of_weight)
+            self.of_weights.append(of_weight)
             used.append((place, of_weight))
         bias = -1
         if biased and edges[0][0] is not None:
             leaf = self._leaf_behind(edges[0][0], transposed=False)
             if self._signature.leaves[leaf].shape != (width,):
                 raise Other("a bias of another shape")
-            if leaf not in self._of_biases:
-                self._of_biases.append(leaf)
-            bias = self._of_biases.index(leaf)
+            if leaf not in self.of_biases:
+                self.of_biases.append(leaf)
+            bias = self.of_biases.index(leaf)
         return self._add((net.LINEAR, value, 0, used.index((place, of_weight)), bias), width)
 
     def _leaf_behind(self, node: Any, transposed: bool) -> int:
