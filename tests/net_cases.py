@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastjac.activations import IDS, KERNEL_ROWS, get
-from fastjac.ops.net import ACT, ADD, CAT, INPUT, LINEAR, SCALE, rows
+from fastjac.ops.net import ACT, ADD, CAT, INPUT, LINEAR, NORM, SCALE, rows
 
 Step = tuple[float, ...]
 
@@ -35,11 +35,15 @@ def scale(value: int, number: float) -> Step:
     return SCALE, value, 0, 0, 0, number
 
 
+def norm(value: int, weight: int = -1, bias: int = -1) -> Step:
+    return NORM, value, 0, weight, bias, 1e-3
+
+
 D, C, M = 3, 5, 2  # widths of the input, the hidden layers and the output
 
 # The steps after the input, the widths of weights and of biases.
 # fmt: off
-PROGRAMS: dict[str, tuple[list[Step], list[tuple[int, int]], list[int]]] = {
+PROGRAMS: dict[str, tuple[list[Step], list[tuple[int, ...]], list[int]]] = {
     "chain": (
         [linear(0, 0, 0), act(1, "gelu"), linear(2, 1), linear(3, 2, 1), act(4, "tanh"),
          linear(5, 3, 2)],
@@ -75,8 +79,20 @@ PROGRAMS: dict[str, tuple[list[Step], list[tuple[int, int]], list[int]]] = {
          linear(11, 2), act(12, "softsign")],
         [(C, D), (C, C), (M, C)], [C, C],
     ),
+    "norms": (  # of a value that is read twice, of a linear step, and of the input
+        [norm(0), linear(1, 0, 0), norm(2, 1, 1), act(3, "gelu"), linear(4, 2, 2), add(2, 5),
+         norm(6, 3), linear(7, 4), act(8, "tanh"), norm(9, 3, 1), add(9, 10), linear(11, 5)],
+        [(C, D), (C,), (C, C), (C,), (C, C), (M, C)], [C, C, C],
+    ),
 }
 # fmt: on
+
+
+def layer_norm(a: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """By its formula, since the second derivative of torch's own function is wrong in places."""
+    hat = (a - a.mean(1, keepdim=True)) * (a.var(1, keepdim=True, correction=0) + eps).rsqrt()
+    out = hat if weight is None else hat * weight
+    return out if bias is None else out + bias
 
 
 @dataclass
@@ -127,6 +143,10 @@ class Case:
                 row = KERNEL_ROWS[int(rest[1])]
                 named = dict(zip(row.params, rest[3:], strict=True))
                 values.append(get(row.name).torch_function(**named)(a))
+            elif kind == NORM:
+                weight = weights[int(rest[1])] if rest[1] >= 0 else None
+                bias = biases[int(rest[2])] if rest[2] >= 0 else None
+                values.append(layer_norm(a, weight, bias, rest[3]))
             elif kind == SCALE:
                 values.append(a * rest[3])
             else:
@@ -160,10 +180,15 @@ class Case:
         values = self.values(self.x, self.weights, self.biases)
         nothing = self.x.new_empty(0, 0)
         saved: list[Tensor] = []
+        norms: list[Tensor] = []
         read = set()
         for i, (kind, first, *rest) in enumerate(self.steps, 1):
             if kind == LINEAR and first:
                 read.add(int(first))
+            if kind == NORM:
+                a = values[int(first)]
+                variance = a.var(1, keepdim=True, correction=0)
+                norms += [a, a.mean(1, keepdim=True), (variance + rest[3]).rsqrt()]
             if kind != ACT:
                 continue
             name = KERNEL_ROWS[int(rest[1])].name
@@ -172,4 +197,4 @@ class Case:
                 s = values[i]
                 self.plan[i, 3] = IDS["relu" if name == "relu" else f"{name}_of_output"]
             saved += [s, nothing, nothing]
-        return saved + [values[i] for i in sorted(read)]
+        return [*saved, *[values[i] for i in sorted(read)], *norms]

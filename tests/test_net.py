@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from net_cases import PROGRAMS, Case, act, add, linear
+from net_cases import PROGRAMS, Case, act, add, linear, norm
 from torch import Tensor
 
 from fastjac.ops.dispatch import why_not
@@ -312,7 +312,9 @@ def _wrong(right: Any) -> list[Any]:
 
 
 WRONG_STEPS: dict[str, list[tuple[float, ...]]] = {
-    "an unknown kind": [(6, 0)],
+    "an unknown kind": [(7, 0)],
+    "an unknown weight of a norm": [linear(0, 0), norm(1, 1)],
+    "a matrix as the weight of a norm": [linear(0, 0), norm(1, 0)],
     "two inputs": [(0, 3), linear(0, 0)],
     "a value of a later step": [act(2, "tanh"), linear(1, 0)],
     "a value that is not an integer": [(1, 0.5, 0, 0, -1)],

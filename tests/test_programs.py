@@ -366,6 +366,10 @@ def joined(m: Any, x: Tensor) -> Tensor:
     return m.d(torch.cat([F.leaky_relu(m.a(x)), x], dim=1)).squeeze(-1)
 
 
+def normed(m: Any, h: Tensor) -> Tensor:
+    return h + m.n(F.gelu(h))
+
+
 NETWORKS: dict[str, Callable[[Any, Tensor], Any]] = {
     "two activations": lambda m, x: m.c(F.silu(m.b(torch.sigmoid(m.a(x))))),
     "skip": skip,
@@ -374,6 +378,8 @@ NETWORKS: dict[str, Callable[[Any, Tensor], Any]] = {
     "no bias": lambda m, x: F.linear(F.gelu(F.linear(x, m.a.weight)), m.c.weight),
     "image": lambda m, x: m.c(F.gelu(m.a(x.view(6, 2, 2).flatten(1)))),
     "ends in an activation": lambda m, x: torch.tanh(m.a(x)),
+    "norms": lambda m, x: m.c(normed(m, torch.tanh(m.b(normed(m, m.a(x)))))),
+    "norm of the input": lambda m, x: m.c(F.layer_norm(m.a(F.layer_norm(x, (4,))), (5,), m.a.bias)),
 }
 
 
@@ -383,7 +389,9 @@ NETWORKS: dict[str, Callable[[Any, Tensor], Any]] = {
 @pytest.mark.parametrize("name", NETWORKS)
 def test_network_in_any_module(name: str, frozen: bool, options: dict[str, Any]) -> None:
     parts = {"a": nn.Linear(4, 5), "b": nn.Linear(5, 5), "c": nn.Linear(5, 3), "d": nn.Linear(9, 1)}
-    model = Model(NETWORKS[name], **parts)
+    model = Model(NETWORKS[name], **parts, n=nn.LayerNorm(5))
+    nn.init.normal_(model.n.weight)
+    model.n.weight.requires_grad_(not frozen)
     model.a.weight.requires_grad_(not frozen)
     model.c.bias.requires_grad_(not frozen)
     x = torch.randn(6, 4, requires_grad=True)
@@ -395,7 +403,7 @@ def test_network_in_any_module(name: str, frozen: bool, options: dict[str, Any])
 
 @cpu_only
 def test_what_is_no_network() -> None:
-    for forward in (GRAPHS["norm"], lambda m, x: m.c(m.a(x) @ m.a(x).t() @ m.a(x))):
+    for forward in (lambda m, x: m.c(m.a(x).cos()), lambda m, x: m.c(m.a(x) @ m.a(x).t() @ m.a(x))):
         model, x = three_layers(forward), torch.randn(3, 4)
         for _ in range(2):
             spectreg("auto")(model, x)

@@ -25,9 +25,9 @@ Tensors net_forward(const Tensor& x, const Tensors& weights, const Tensors& bias
   if (slopes) {
     made = saved.missing();
   } else {
-    saved.for_entries([&](int64_t entry, const Step& step) {
+    saved.for_entries([&](int64_t entry, const Step& step, int64_t width) {
       const bool act = step.kind == Kind::act;
-      made.add((act && entry < 3 * program.acts ? entry % 3 == 0 : !act) ? n : 0, step.width);
+      made.add((act && entry < 3 * program.acts ? entry % 3 == 0 : !act) ? n : 0, width);
     });
   }
   Tensors found = made.make(x, flat);
@@ -37,7 +37,9 @@ Tensors net_forward(const Tensor& x, const Tensors& weights, const Tensors& bias
   for (int64_t i = 1; i < program.size(); ++i) {
     const Step& step = program.steps[i];
     if (step.kept >= 0) homes[i] = saved.value(step);
-    if (step.kind == Kind::act && homes[step.a] == nullptr) homes[step.a] = saved.of(step, 0);
+    if (homes[step.a] != nullptr) continue;
+    if (step.kind == Kind::act) homes[step.a] = saved.of(step, 0);
+    if (step.kind == Kind::norm) homes[step.a] = saved.of_norm(step, 0);
   }
   homes.back() = data_of(output);
 
@@ -59,6 +61,19 @@ Tensors net_forward(const Tensor& x, const Tensors& weights, const Tensors& bias
         if (s && s.data != a.data) sweep.copy(a, width, s, width, width, rows, 1, 1, false);
         const Curve curve{step.fn, step.params, program.dtype, a.data, nullptr, nullptr};
         sweep.evaluate({curve, out.data, memory(1).data, memory(2).data}, rows.count * width);
+      } else if (step.kind == Kind::norm) {
+        const Norm norm = saved.norm(step, rows);
+        View argument = sweep.of(saved.of_norm(step, 0), rows, width);
+        if (argument.data != a.data) {
+          sweep.copy(a, width, argument, width, width, rows, 1, 1, false);
+        }
+        const NormCall call{norm,
+                            step.bias < 0 ? nullptr : biases[step.bias].const_data_ptr(),
+                            step.number,
+                            const_cast<void*>(norm.mean),
+                            const_cast<void*>(norm.iota),
+                            out.data};
+        sweep.norm(norm_kernels().forward, call, rows);
       } else {
         const double factor = step.kind == Kind::scale ? step.number : 1;
         sweep.copy(a, a_width, out, width, a_width, rows, 1, factor, false);
@@ -104,7 +119,8 @@ Tensors net_pull(const Tensor& w, const Tensors& weights, const Tensors& tensors
     const auto home = [&](int64_t i) {
       const Step& step = program.steps[i];
       if (i == 0) return sweep.of(data_of(found[0]), rows, d);
-      const bool kept = step.kind == Kind::act || step.kind == Kind::linear;
+      const bool kept =
+          step.kind == Kind::act || step.kind == Kind::linear || step.kind == Kind::norm;
       const View memory = kept ? deltas.at(step, rows) : View{};
       return memory ? memory : sweep.slot(rows, scratch, i);
     };
@@ -132,6 +148,9 @@ Tensors net_pull(const Tensor& w, const Tensors& weights, const Tensors& tensors
           sweep.evaluate({curve, nullptr, slope, bend}, rows.count * step.width);
         }
         sweep.slope(curve, step, delta, home(step.a), rows, k, written[step.a]);
+        written[step.a] = true;
+      } else if (step.kind == Kind::norm) {
+        sweep.norm_pull(saved.norm(step, rows), delta, home(step.a), rows, k, written[step.a]);
         written[step.a] = true;
       } else {
         give(step.a, 0, step.kind == Kind::scale ? step.number : 1);

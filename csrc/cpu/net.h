@@ -8,6 +8,7 @@
 #include "gemm.h"
 #include "isa.h"
 #include "net_kernels.h"
+#include "norm_kernels.h"
 #include "product_kernels.h"
 #include "program.h"
 
@@ -17,6 +18,11 @@ namespace fastjac {
 // with AVX-512 for all callers.
 inline const NetKernels& net_kernels() {
   static const NetKernels& best = FASTJAC_BEST_ISA(net_kernels);
+  return best;
+}
+
+inline const NormKernels& norm_kernels() {
+  static const NormKernels& best = FASTJAC_BEST_ISA(norm_kernels);
   return best;
 }
 
@@ -78,7 +84,7 @@ struct Sweep {
       : program(program), n(n), k(k), tile(std::min(tile, n)), item(program.item) {
     STD_TORCH_CHECK(n > 0 && k > 0 && tile > 0, "fastjac: net: n and tile must be positive");
     STD_TORCH_CHECK(
-        n < (int64_t(1) << 54) / k / program.widest / (program.slots + program.acts + 4),
+        n < (int64_t(1) << 54) / k / program.widest / (program.slots + program.acts + program.norms + 4),
         "fastjac: net: too many numbers");
     rows_of_block = this->tile;
     if (program.narrow) {
@@ -234,6 +240,24 @@ struct Sweep {
       const SlopeCall call{curve, g.at(i), extra.data, out.at(i), add};
       parallel(rows.count * step.width, grain,
                [&](int64_t begin, int64_t end) { net_kernels().slope(call, begin, end); });
+    }
+  }
+
+  // Calls `pass`, of the norm kernels, for a norm step and a block of rows.
+  template <class Call>
+  void norm(void (*pass)(const Call&, int64_t, int64_t), const Call& call, const Rows& rows) const {
+    parallel(rows.count, grain / call.norm.width + 1,
+             [&](int64_t begin, int64_t end) { pass(call, begin, end); });
+  }
+
+  // out = P γ g, or out += P γ g, of a norm step; extra (of one part) is added if it is given, and
+  // product is g x̂, of one part.
+  void norm_pull(const Norm& of, const View& g, const View& out, const Rows& rows, int64_t parts,
+                 bool add, const View& extra = {}, const View& product = {}) const {
+    for (int64_t i = 0; i < parts; ++i) {
+      const NormPullCall call{of,           g.at(i), extra.data, out ? out.at(i) : nullptr,
+                              product.data, add};
+      norm(norm_kernels().pull, call, rows);
     }
   }
 

@@ -25,21 +25,22 @@ void scale_input(const Sweep& sweep, const Rows& rows, char* scratch, const Tang
              tangents.factor);
 }
 
-// Pushes u through the steps. `extra(step)` is the memory of Σ φ'' δ t of an activation; if there
-// are no deltas, it is not computed. Calls on_linear(i, tangent) before the linear step i. Writes
-// J u to `out` if it is not null.
-template <class Extra, class F>
+// Pushes u through the steps. `terms` has the memory of the second-order terms: extra(step) of the
+// argument of an activation or norm, product(step) of the weight of a norm. If there are no deltas,
+// they are not computed. Calls terms.linear(i, tangent) before the linear step i, and
+// terms.norm(step, product) after a norm. Writes J u to `out` if it is not null.
+template <class Terms>
 void push_block(const Sweep& sweep, const Rows& rows, char* scratch, const Saved& saved,
-                const Deltas* deltas, const Tangents& tangents, const View& out, Extra extra,
-                F on_linear) {
+                const Deltas* deltas, const Tangents& tangents, const View& out,
+                const Terms& terms) {
   const Program& program = sweep.program;
   const int64_t size = program.size();
   std::vector<char> needed(size);  // the tangents that are used
   needed[size - 1] = bool(out);
   for (int64_t i = size - 1; i > 0; --i) {
     const Step& step = program.steps[i];
-    const bool term =
-        deltas != nullptr && (step.kind == Kind::linear || (step.kind == Kind::act && step.curved));
+    const bool term = deltas != nullptr && (step.kind == Kind::linear || step.kind == Kind::norm ||
+                                            (step.kind == Kind::act && step.curved));
     if (!term && !needed[i]) continue;
     needed[step.a] = true;
     if (step.binary()) needed[step.b] = true;
@@ -54,11 +55,11 @@ void push_block(const Sweep& sweep, const Rows& rows, char* scratch, const Saved
     if (!needed[step.a] && !needed[i]) continue;
     const View t = at(step.a), to = needed[i] ? at(i) : View{};
     if (step.kind == Kind::linear) {
-      on_linear(i, t);
+      terms.linear(i, t);
       if (to) sweep.apply(step, t, to, rows, sweep.k, nullptr, scratch);
     } else if (step.kind == Kind::act) {
       const bool curved = deltas != nullptr && step.curved;
-      const View sum = curved ? extra(step) : View{};
+      const View sum = curved ? terms.extra(step) : View{};
       const Curve curve = saved.curve(step, rows);
       for (int64_t p = 0; p < sweep.k; ++p) {
         const PushCall call{curve,
@@ -70,6 +71,21 @@ void push_block(const Sweep& sweep, const Rows& rows, char* scratch, const Saved
         sweep.parallel(rows.count * width, Sweep::grain,
                        [&](int64_t begin, int64_t end) { net_kernels().push(call, begin, end); });
       }
+    } else if (step.kind == Kind::norm) {
+      const bool both = deltas != nullptr;
+      const View sum = both ? terms.extra(step) : View{};
+      const View product = both && step.weight >= 0 ? terms.product(step) : View{};
+      for (int64_t p = 0; p < sweep.k; ++p) {
+        const NormPushCall call{saved.norm(step, rows),
+                                both ? deltas->at(step, rows).at(p) : nullptr,
+                                t.at(p),
+                                to ? to.at(p) : nullptr,
+                                sum.data,
+                                product.data,
+                                p > 0};
+        sweep.norm(norm_kernels().push, call, rows);
+      }
+      if (product) terms.norm(step, product);
     } else if (to) {
       const double factor = step.kind == Kind::scale ? step.number : 1;
       sweep.copy(t, a_width, to, width, a_width, rows, sweep.k, factor, false);
@@ -82,6 +98,17 @@ void push_block(const Sweep& sweep, const Rows& rows, char* scratch, const Saved
     }
   }
 }
+
+// The terms of `net_push`, which keeps them.
+struct Kept {
+  const Pushed& pushed;
+  const Rows& rows;
+
+  View extra(const Step& step) const { return pushed.extra(step, rows); }
+  View product(const Step& norm) const { return pushed.product(norm, rows); }
+  void linear(int64_t, const View&) const {}
+  void norm(const Step&, const View&) const {}
+};
 
 // Returns J u [K n, m] if `wanted`, else an empty tensor; then, if there are deltas, what `Pushed`
 // takes.
@@ -108,10 +135,8 @@ Tensors net_push(const Tensor& u, const std::optional<Tensor>& factor, const Ten
   sweep.for_rows(0, [&](const Rows& rows, char* scratch) {
     const Tangents tangents{sweep.of(data_of(u), rows, d), sweep.of(data_of(factor), rows, 1),
                             second_order ? &pushed : nullptr};
-    push_block(
-        sweep, rows, scratch, saved, second_order ? &deltas : nullptr, tangents,
-        sweep.of(data_of(out), rows, m), [&](const Step& act) { return pushed.extra(act, rows); },
-        [](int64_t, const View&) {});
+    push_block(sweep, rows, scratch, saved, second_order ? &deltas : nullptr, tangents,
+               sweep.of(data_of(out), rows, m), Kept{pushed, rows});
   });
   return found;
 }
@@ -198,6 +223,10 @@ struct Backward {
         } else {
           give(step.a, more, step.width, 1);
         }
+      } else if (step.kind == Kind::norm) {
+        norm(step, g, has, deltas != nullptr ? extra(step) : View{}, home(step.a), written[step.a],
+             rows, scratch, tangents);
+        written[step.a] = written[step.a] || (needed[step.a] && (has || deltas != nullptr));
       } else if (has) {
         give(step.a, g, step.width, step.kind == Kind::scale ? step.number : 1);
         const int64_t first = step.kind == Kind::cat ? program.steps[step.a].width : 0;
@@ -207,6 +236,25 @@ struct Backward {
     const View end = home(start - 1);
     if (x_grad != nullptr && !written[start - 1]) {
       std::memset(end.data, 0, rows.count * program.steps[start - 1].width * sweep.item);
+    }
+  }
+
+  void norm(const Step& step, const View& g, bool has, const View& extra, const View& out, bool add,
+            const Rows& rows, char* scratch, const Tangents& tangents) const {
+    const bool of_weight = step.weight >= 0 && terms.gradients.wanted(step.weight);
+    if (of_weight && tangents.pushed != nullptr) {
+      terms.columns(step.weight, step, tangents.pushed->product(step, rows), rows);
+    }
+    const View to = needed[step.a] ? out : View{};
+    if (has) {
+      const View product = of_weight ? sweep.more(rows, scratch, 0, step.width) : View{};
+      sweep.norm_pull(saved.norm(step, rows), g, to, rows, 1, add, extra, product);
+      if (of_weight) terms.columns(step.weight, step, product, rows);
+      if (step.bias >= 0 && terms.gradients.wanted(terms.weights + step.bias)) {
+        terms.bias(step, g, rows);
+      }
+    } else if (extra && to) {
+      sweep.copy(extra, step.width, to, step.width, step.width, rows, 1, 1, add);
     }
   }
 
@@ -253,6 +301,35 @@ struct Backward {
   }
 };
 
+// The terms of a push inside `net_backward`: the products of the weights are added to their
+// gradients at once, the others stay in the memory behind the slots.
+struct Immediate {
+  const Backward& backward;
+  const Rows& rows;
+  char* scratch;
+  const std::vector<int64_t>& extras_at;  // by step
+
+  View extra(const Step& step) const {
+    const int64_t i = &step - backward.sweep.program.steps.data();
+    return backward.sweep.more(rows, scratch, extras_at[i], step.width);
+  }
+  View product(const Step& norm) const {
+    if (!wanted(norm)) return {};
+    return backward.sweep.more(rows, scratch, 0, norm.width);
+  }
+  void norm(const Step& step, const View& product) const {
+    backward.terms.columns(step.weight, step, product, rows);
+  }
+  void linear(int64_t i, const View& t) const {
+    const Step& step = backward.sweep.program.steps[i];
+    if (!wanted(step)) return;
+    const View memory = backward.sweep.more(rows, scratch, 0, step.width);
+    const View hat = backward.deltas->of_linear(i, backward.saved, rows, memory);
+    backward.terms.weight(step, hat, t, rows, backward.sweep.k, scratch);
+  }
+  bool wanted(const Step& step) const { return backward.terms.gradients.wanted(step.weight); }
+};
+
 // Returns the gradients of the weights and of the biases, and the cotangent of the value that the
 // steps from `start` to `stop` start from (x, if start is 1), if they are `wanted`. grad is the
 // cotangent of the value of step stop - 1.
@@ -285,30 +362,33 @@ Tensors net_backward(const std::optional<Tensor>& grad, const std::optional<Tens
   const bool want_x = start > 1 || want[slots] != 0;
   needed[start - 1] = want_x;
   int64_t extra_bytes = 0, left_bytes = 0, right_bytes = 0;  // of the memory behind the slots
-  std::vector<int64_t> extras_at(program.acts);
+  std::vector<int64_t> extras_at(program.size());
   for (int64_t i = start; i < stop; ++i) {
     const Step& step = program.steps[i];
     needed[i] = needed[step.a] || (step.binary() && needed[step.b]);
-    if (step.kind == Kind::act && step.curved) {
-      extras_at[step.place] = extra_bytes;
-      extra_bytes += Sweep::padded(sweep.rows_of_block * step.width * sweep.item);
-    }
-    if (step.kind != Kind::linear) continue;
     const int64_t row_bytes = sweep.rows_of_block * sweep.item;
+    if ((step.kind == Kind::act && step.curved) || step.kind == Kind::norm) {
+      extras_at[i] = extra_bytes;
+      extra_bytes += Sweep::padded(row_bytes * step.width);
+    }
+    const bool by_bias = step.bias >= 0 && want[weights.size() + step.bias] != 0;
+    if (step.weight >= 0) used[step.weight] = true;
+    if (step.bias >= 0) used[weights.size() + step.bias] = true;
+    needed[i] = needed[i] || (step.weight >= 0 && want[step.weight] != 0) || by_bias;
+    if (step.kind == Kind::norm)
+      left_bytes = std::max(left_bytes, Sweep::padded(row_bytes * step.width));
+    if (step.kind != Kind::linear) continue;
     const int64_t inner = program.steps[step.a].width;
     const int64_t parts = later && joins(sweep, step) ? k + 1 : k;
     const bool given = step.a == 0 || saved.value(program.steps[step.a]) != nullptr;
     left_bytes = std::max(left_bytes, Sweep::padded(row_bytes * parts * step.width));
     if (!given) left_bytes = std::max(left_bytes, Sweep::padded(row_bytes * inner));
     if (parts > k) right_bytes = std::max(right_bytes, row_bytes * parts * inner);
-    used[step.weight] = true;
-    if (step.bias >= 0) used[weights.size() + step.bias] = true;
-    const bool by_bias = step.bias >= 0 && want[weights.size() + step.bias] != 0;
-    needed[i] = needed[i] || want[step.weight] != 0 || by_bias;
     STD_TORCH_CHECK(step.a == 0 || want[step.weight] == 0 || saved.has_value(program.steps[step.a]),
                     "fastjac: net: the value that step ", i, " reads is not given");
   }
 
+  for (int64_t& at : extras_at) at += left_bytes;
   const Tensor x_grad = empty(x, want_x ? n : 0, program.steps[start - 1].width);
   Gradients gradients(sweep, x, weights, want, used);
   const Terms terms{sweep, saved, gradients, weights.size()};
@@ -318,21 +398,13 @@ Tensors net_backward(const std::optional<Tensor>& grad, const std::optional<Tens
       left_bytes + (immediate ? extra_bytes : right_bytes), [&](const Rows& rows, char* scratch) {
         const Tangents tangents{sweep.of(data_of(u), rows, program.steps[0].width),
                                 sweep.of(data_of(factor), rows, 1), later ? &pushed : nullptr};
-        const auto extra = [&](const Step& act) {
-          if (later) return pushed.extra(act, rows);
-          return sweep.more(rows, scratch, left_bytes + extras_at[act.place], act.width);
-        };
+        const Immediate now{backward, rows, scratch, extras_at};
         if (immediate) {
-          push_block(sweep, rows, scratch, saved, &deltas, tangents, View{}, extra,
-                     [&](int64_t i, const View& t) {
-                       const Step& step = program.steps[i];
-                       if (!gradients.wanted(step.weight)) return;
-                       const View memory = sweep.more(rows, scratch, 0, step.width);
-                       const View hat = deltas.of_linear(i, saved, rows, memory);
-                       terms.weight(step, hat, t, rows, k, scratch);
-                     });
+          push_block(sweep, rows, scratch, saved, &deltas, tangents, View{}, now);
         }
-        backward.run(rows, scratch, tangents, extra);
+        backward.run(rows, scratch, tangents, [&](const Step& step) {
+          return later ? pushed.extra(step, rows) : now.extra(step);
+        });
       });
   gradients.finish();
   Tensors found = gradients.found;

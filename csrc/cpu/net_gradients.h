@@ -18,9 +18,11 @@ struct Gradients {
       first.push_back(nullptr);
       if (!used[slot] || wanted[slot] == 0) continue;
       const bool is_weight = slot < n_weights;
-      const int64_t width = is_weight ? 0 : program.bias_widths[slot - n_weights];
-      found[slot] = is_weight ? empty(like, weights[slot].size(0), weights[slot].size(1))
-                              : torch::stable::new_empty(like, {width});
+      const bool matrix = is_weight && weights[slot].dim() == 2;
+      const int64_t width =
+          is_weight ? weights[slot].size(0) : program.bias_widths[slot - n_weights];
+      found[slot] = matrix ? empty(like, width, weights[slot].size(1))
+                           : torch::stable::new_empty(like, {width});
       first[slot] = static_cast<char*>(found[slot].mutable_data_ptr());
       offsets[slot] = total;
       total += Sweep::padded(found[slot].numel() * sweep.item);
@@ -96,7 +98,11 @@ struct Terms {
   }
 
   void bias(const Step& step, const View& g, const Rows& rows) const {
-    const size_t slot = weights + step.bias;
+    columns(weights + step.bias, step, g, rows);
+  }
+
+  // A bias or the weight of a norm: += the sum of the rows.
+  void columns(size_t slot, const Step& step, const View& g, const Rows& rows) const {
     const ColumnsCall call{sweep.program.dtype,
                            g.data,
                            rows.count,

@@ -73,11 +73,12 @@ struct Entries {
   std::vector<char*> data;
 };
 
-// What is known of the activations and of the values that linear steps read: s, φ' and φ'' of each
-// activation, then the values. Null if neither given nor needed.
+// What is known of the activations, of the values that linear steps read, and of the norms: s, φ'
+// and φ'' of each activation, then the values, then a, μ and ι of each norm. Null if neither given
+// nor needed.
 struct Saved {
   explicit Saved(const Sweep& sweep)
-      : sweep(sweep), data(3 * sweep.program.acts + sweep.program.kept) {}
+      : sweep(sweep), data(3 * sweep.program.acts + sweep.program.kept + 3 * sweep.program.norms) {}
 
   // Takes what the caller of an op gives: a tensor for each of them, some of which may be empty,
   // and a flat tensor of those that are in `missing`; or only the latter. Raises if something is
@@ -90,9 +91,9 @@ struct Saved {
     STD_TORCH_CHECK(count == data.size() || (flat && count == 0), "fastjac: net: saved must have ",
                     data.size(), " tensors, and a flat one or not, or only that");
     if (count > 0) {
-      for_entries([&](int64_t entry, const Step& step) {
+      for_entries([&](int64_t entry, const Step&, int64_t width) {
         if (tensors[entry].numel() == 0) return;
-        check_matrix(tensors[entry], like, sweep.n, step.width, "a saved tensor");
+        check_matrix(tensors[entry], like, sweep.n, width, "a saved tensor");
         data[entry] = const_cast<char*>(data_of(tensors[entry]));
       });
     }
@@ -105,17 +106,20 @@ struct Saved {
       const Step& step = program.steps[i];
       STD_TORCH_CHECK(step.kind != Kind::act || of(step, 0) != nullptr || has_slopes(step),
                       "fastjac: net: step ", i, " has neither s nor its derivatives");
+      for (int64_t j = 0; j < 3 && step.kind == Kind::norm; ++j) {
+        STD_TORCH_CHECK(of_norm(step, j) != nullptr, "fastjac: net: step ", i,
+                        " lacks its argument, the means or ι");
+      }
     }
   }
 
   // φ' and φ'' that are not given, and the values that are neither given nor φ(s) of an s that is.
   Entries missing() const {
     Entries found;
-    for_entries([&](int64_t entry, const Step& step) {
-      const bool value = entry >= 3 * sweep.program.acts;
-      const bool needed =
-          value ? !has_value(step) : entry % 3 == 1 || (entry % 3 == 2 && step.curved);
-      found.add(needed && data[entry] == nullptr ? sweep.n : 0, step.width);
+    for_entries([&](int64_t entry, const Step& step, int64_t width) {
+      bool needed = entry % 3 == 1 || (entry % 3 == 2 && step.curved);
+      if (entry >= 3 * sweep.program.acts) needed = is_norm(entry) || !has_value(step);
+      found.add(needed && data[entry] == nullptr ? sweep.n : 0, width);
     });
     return found;
   }
@@ -131,6 +135,13 @@ struct Saved {
   char*& value(const Step& step) { return data[3 * sweep.program.acts + step.kept]; }
   char* value(const Step& step) const { return data[3 * sweep.program.acts + step.kept]; }
 
+  // a, μ and ι of a norm.
+  char* of_norm(const Step& norm, int64_t j) const {
+    return data[3 * sweep.program.acts + sweep.program.kept + 3 * norm.place + j];
+  }
+
+  bool is_norm(int64_t entry) const { return entry >= 3 * sweep.program.acts + sweep.program.kept; }
+
   bool has_slopes(const Step& act) const {
     return of(act, 1) != nullptr && (!act.curved || of(act, 2) != nullptr);
   }
@@ -145,16 +156,29 @@ struct Saved {
     return {act.fn, act.params, sweep.program.dtype, at(0), at(1), at(2)};
   }
 
-  // Calls f(entry, step) for all entries.
+  Norm norm(const Step& step, const Rows& rows) const {
+    const auto at = [&](int64_t j) {
+      return sweep.of(of_norm(step, j), rows, j == 0 ? step.width : 1).data;
+    };
+    const void* gamma = step.weight < 0 ? nullptr : sweep.program.weights_at[step.weight];
+    return {sweep.program.dtype, step.width, at(0), at(1), at(2), gamma};
+  }
+
+  // Calls f(entry, step, width) for all entries.
   template <class F>
   void for_entries(F f) const {
     const Program& program = sweep.program;
     for (const Step& step : program.steps) {
       if (step.kind != Kind::act) continue;
-      for (int64_t j = 0; j < 3; ++j) f(3 * step.place + j, step);
+      for (int64_t j = 0; j < 3; ++j) f(3 * step.place + j, step, step.width);
     }
     for (const Step& step : program.steps) {
-      if (step.kept >= 0) f(3 * program.acts + step.kept, step);
+      if (step.kept >= 0) f(3 * program.acts + step.kept, step, step.width);
+    }
+    for (const Step& step : program.steps) {
+      if (step.kind != Kind::norm) continue;
+      const int64_t first = 3 * program.acts + program.kept + 3 * step.place;
+      for (int64_t j = 0; j < 3; ++j) f(first + j, step, j == 0 ? step.width : 1);
     }
   }
 
@@ -162,12 +186,13 @@ struct Saved {
   std::vector<char*> data;
 };
 
-// The cotangents of the activations and of the linear steps that are not fused, [K n, width].
+// The cotangents of the activations, of the linear steps that are not fused, and of the norms,
+// [K n, width].
 struct Deltas : Entries {
   // Those of the steps from `start` to `stop`.
   Deltas(const Sweep& sweep, int64_t start, int64_t stop) : sweep(sweep) {
     const Program& program = sweep.program;
-    for (const Kind kind : {Kind::act, Kind::linear}) {
+    for (const Kind kind : {Kind::act, Kind::linear, Kind::norm}) {
       for (int64_t i = 1; i < program.size(); ++i) {
         const Step& step = program.steps[i];
         const bool needed = i >= start && i < stop && !program.fused(i);
@@ -177,8 +202,11 @@ struct Deltas : Entries {
   }
 
   View at(const Step& step, const Rows& rows) const {
-    const bool act = step.kind == Kind::act;
-    return sweep.of(data[act ? step.place : sweep.program.acts + step.place], rows, step.width);
+    const Program& program = sweep.program;
+    int64_t place = step.place;
+    if (step.kind != Kind::act) place += program.acts;
+    if (step.kind == Kind::norm) place += program.linears;
+    return sweep.of(data[place], rows, step.width);
   }
 
   // The cotangents of the output of a linear step. `memory` is used if they must be computed.
@@ -193,8 +221,9 @@ struct Deltas : Entries {
   const Sweep& sweep;
 };
 
-// What a push keeps: Σ φ'' δ t of the activations, [n, width], and the tangents of the values that
-// linear steps read, [K n, width].
+// What a push keeps: Σ φ'' δ t of the activations, [n, width]; the tangents of the values that
+// linear steps read, [K n, width]; and the gradients of the norms' ⟨δ, γ P t⟩ with respect to their
+// arguments and, before the sum over the rows, γ, [n, width].
 struct Pushed : Entries {
   // What the steps from `start` to `stop` need.
   Pushed(const Sweep& sweep, int64_t start, int64_t stop) : sweep(sweep) {
@@ -213,10 +242,25 @@ struct Pushed : Entries {
       const Step& step = program.steps[i];
       if (step.kept >= 0) add(needed ? sweep.k * sweep.n : 0, step.width);
     }
+    for (int64_t i = 1; i < program.size(); ++i) {
+      const Step& step = program.steps[i];
+      const int64_t count = i >= start && i < stop ? sweep.n : 0;
+      if (step.kind != Kind::norm) continue;
+      add(count, step.width);
+      add(step.weight < 0 ? 0 : count, step.width);
+    }
   }
 
-  View extra(const Step& act, const Rows& rows) const {
-    return sweep.of(data[act.place], rows, act.width);
+  View extra(const Step& step, const Rows& rows) const {
+    return sweep.of(data[step.kind == Kind::act ? step.place : of_norm(step)], rows, step.width);
+  }
+
+  View product(const Step& norm, const Rows& rows) const {
+    return sweep.of(data[of_norm(norm) + 1], rows, norm.width);
+  }
+
+  int64_t of_norm(const Step& norm) const {
+    return sweep.program.acts + sweep.program.kept + 2 * norm.place;
   }
 
   View tangent(const Step& step, const Rows& rows) const {

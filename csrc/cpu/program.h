@@ -51,20 +51,20 @@ inline Tensor empty(const Tensor& like, int64_t rows, int64_t columns) {
 
 inline bool is_given(const Tensor& t) { return t.numel() > 0; }
 
-enum class Kind { input, linear, act, add, cat, scale };
+enum class Kind { input, linear, act, add, cat, scale, norm };
 
 // An instruction and the value that it computes, whose number is that of the instruction.
 struct Step {
   Kind kind;
   int64_t a = 0, b = 0;  // the values that it reads
   int64_t width = 0;
-  int64_t weight = 0, bias = -1;
+  int64_t weight = -1, bias = -1;
   int64_t fn = 0;  // row of the activation table
   Params<double> params{};
   bool curved = false;  // whether φ'' is not zero everywhere
-  double number = 0;
+  double number = 0;    // the factor of a scale, ε of a norm
 
-  int64_t place = 0;    // among the activations or among the linear steps
+  int64_t place = 0;    // among the steps of its kind: acts, linear steps or norms
   int64_t kept = -1;    // place among the values that a linear step reads, without the input
   int64_t readers = 0;  // how many steps read the value
   int64_t last = 0;     // the last of them
@@ -87,8 +87,8 @@ struct Program {
                         dtype_of(plan) == DType::f64 && plan.is_contiguous(),
                     "fastjac: net: plan must be float64 [steps, ", columns, "], two steps or more");
     for (const Tensor& w : weights) {
-      STD_TORCH_CHECK(w.dim() == 2 && w.numel() > 0 && w.is_contiguous(),
-                      "fastjac: net: a weight must be a contiguous matrix that holds numbers");
+      STD_TORCH_CHECK((w.dim() == 2 || w.dim() == 1) && w.numel() > 0 && w.is_contiguous(),
+                      "fastjac: net: a weight must be contiguous, and not be empty");
       weights_at.push_back(w.const_data_ptr());
       narrow = narrow && w.numel() <= small_weight;
     }
@@ -122,7 +122,7 @@ struct Program {
   std::vector<Step> steps;
   std::vector<const void*> weights_at;
   std::vector<int64_t> bias_widths;
-  int64_t acts = 0, linears = 0, kept = 0, biases = 0, slots = 0, widest = 0;
+  int64_t acts = 0, linears = 0, norms = 0, kept = 0, biases = 0, slots = 0, widest = 0;
   bool narrow = true;  // whether all weights are small
 
  private:
@@ -139,9 +139,19 @@ struct Program {
     return value;
   }
 
+  void read_bias(Step& s, double entry) {
+    s.bias = index(entry, -1, int64_t(bias_widths.size()), "the number of a bias");
+    if (s.bias < 0) return;
+    int64_t& width = bias_widths[s.bias];
+    STD_TORCH_CHECK(width == 0 || width == s.width,
+                    "fastjac: net: steps of different widths have bias ", s.bias);
+    width = s.width;
+    biases = std::max(biases, s.bias + 1);
+  }
+
   Step step(int64_t i, const double* entry, const Tensor& like, const Tensors& weights) {
     Step s{};
-    s.kind = Kind(index(entry[0], 0, 6, "a kind of step"));
+    s.kind = Kind(index(entry[0], 0, 7, "a kind of step"));
     STD_TORCH_CHECK((s.kind == Kind::input) == (i == 0),
                     "fastjac: net: the first step, and no other one, must be the input");
     if (s.kind == Kind::input) {
@@ -158,14 +168,13 @@ struct Program {
       const Tensor& w = weights[s.weight];
       check_matrix(w, like, w.size(0), s.width, "a weight");
       s.width = w.size(0);
-      s.bias = index(entry[4], -1, int64_t(bias_widths.size()), "the number of a bias");
-      if (s.bias >= 0) {
-        int64_t& width = bias_widths[s.bias];
-        STD_TORCH_CHECK(width == 0 || width == s.width,
-                        "fastjac: net: steps of different widths have bias ", s.bias);
-        width = s.width;
-        biases = std::max(biases, s.bias + 1);
-      }
+      read_bias(s, entry[4]);
+    } else if (s.kind == Kind::norm) {
+      s.place = norms++;
+      s.weight = index(entry[3], -1, int64_t(weights.size()), "the number of a weight");
+      if (s.weight >= 0) check_vector(weights[s.weight], like, s.width, "the weight of a norm");
+      read_bias(s, entry[4]);
+      s.number = entry[5];
     } else if (s.kind == Kind::act) {
       s.place = acts++;
       s.fn = index(entry[3], 0, int64_t(std::size(param_counts)), "an activation");

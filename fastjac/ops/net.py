@@ -24,16 +24,18 @@ and parameters:
     ADD      value    value
     CAT      value    value                                             along the features
     SCALE    value    –        –            –            the factor
+    NORM     value    –        weight or -1 bias or -1   ε of a LayerNorm
 
-Every value but the last one must be read by a later step. Weights are ``[out, in]``, contiguous,
-and several steps may use the same one. A function is a row of
+Every value but the last one must be read by a later step. Weights are ``[out, in]``, and ``[C]`` of
+a NORM step; they are contiguous, and several steps may use the same one. A function is a row of
 `fastjac.activations.KERNEL_ROWS` with derivatives of the right kind: an activation, whose argument
 is s = z, or the ``_of_output`` of one, whose argument is s = φ(z). (The row "relu" takes either.)
 
 ``saved`` has 3 tensors ``[N, C]`` for each ACT step, in the order of the steps: s, φ'(s), φ''(s);
-then one for each value except x that a LINEAR step reads, in the order of the values. A tensor may
-be empty: s or (φ', φ'') of an ACT step, φ'' if it is zero everywhere, and a value that is φ(s) of
-an s that is given. A caller whose forward torch computed passes the tensors that torch saved.
+then one for each value except x that a LINEAR step reads, in the order of the values; then 3 for
+each NORM step: its argument, its mean and 1/√(σ² + ε), ``[N, 1]``. A tensor may be empty: s or
+(φ', φ'') of an ACT step, φ'' if it is zero everywhere, and a value that is φ(s) of an s that is
+given. A caller whose forward torch computed passes the tensors that torch saved.
 
 A list of results is either flat, one tensor ``[numbers]`` for all, or has separate tensors, some
 of which may be empty. A flat tensor is faster to make, separate ones can be freed one by one. Where
@@ -45,12 +47,15 @@ with s and the values that are no φ(s), and not flat.
 
 `net_pull` returns v and the norms; if ``slopes``, the flat tensor of what is missing in ``saved``,
 so that later sweeps need not evaluate activations; then ``deltas``: the cotangents of the ACT
-steps and of the LINEAR steps, empty if an ACT step is the only one that reads the value.
+steps, of the LINEAR steps, empty if an ACT step is the only one that reads the value, and of the
+NORM steps.
 
 `net_push` returns J u, which is empty unless ``wanted``, and ``pushed``: Σ_k φ'' δ_k t_k of the ACT
-steps, and the tangents of the values that LINEAR steps read. ``pushed`` is empty if ``deltas`` is.
-If ``factor`` (one number per row) is given, `net_push` and `net_backward` push ``2 factor u``, the
-gradient of ``factor`` times the squared norms.
+steps; the tangents of the values that LINEAR steps read; and the gradients of ``⟨δ, γ P t⟩`` of the
+NORM steps, where P is the Jacobian of x̂, with respect to their arguments and, before the sum over
+the samples, γ. ``pushed`` is empty if ``deltas`` is. If ``factor`` (one number per row) is given,
+`net_push` and `net_backward` push ``2 factor u``, the gradient of ``factor`` times the squared
+norms.
 
 `net_backward` pushes u itself if ``pushed`` is empty. u is None if there is no penalty; grad is
 None if it is zero. ``wanted`` is float64 with a number for each weight, each bias and x; the op
@@ -72,7 +77,7 @@ from torch import Tensor
 from fastjac.activations import MAX_PARAMS
 from fastjac.ops.registration import register
 
-INPUT, LINEAR, ACT, ADD, CAT, SCALE = range(6)
+INPUT, LINEAR, ACT, ADD, CAT, SCALE, NORM = range(7)
 
 
 def rows(steps: Sequence[Sequence[float]]) -> Tensor:

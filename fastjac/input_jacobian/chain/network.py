@@ -1,7 +1,7 @@
 """A recorded run as a network that C++ sweeps through, one call each (`ops.net`).
 
 `Network.of` finds the program of `ops.net` in the record of a run, however the model is written:
-Linear layers, activations of the table, sums, concatenations and factors. The forward was that of
+Linear layers, LayerNorm, activations of the table, sums, concatenations and factors. The forward was that of
 torch, and the sweeps take the tensors that torch saved.
 """
 
@@ -45,7 +45,7 @@ class Network:
     Attributes:
         plan: see `ops.net`.
         n: the number of samples.
-        weights: the places of the saved weights, ``[in, out]``.
+        weights: the places of the saved weights, ``[in, out]``, or ``[C]`` of a LayerNorm.
         saved: the places of the argument ``saved`` of the sweeps; -1 for an empty one.
         wanted: the argument of `net_backward`, without and with the gradient of x.
         places: for each weight and bias, in the order of its results, the number of the leaf, or
@@ -59,13 +59,16 @@ class Network:
         wanted = [leaf >= 0 for leaf in self.places]
         self.wanted = [_numbers([*wanted, of_x]) for of_x in (False, True)]
         acts = {i for i, step in enumerate(matched.steps) if step[0] == net.ACT}
-        read = sorted({step[1] for step in matched.steps if step[0] == net.LINEAR} - {0})
+        linear = [step for step in matched.steps if step[0] == net.LINEAR]
+        read = sorted({step[1] for step in linear} - {0})
+        needed = {step[1] for step in linear if matched.of_weights[step[3]] >= 0}
         self.saved = [p for place in matched.arguments for p in (place, -1, -1)]
         for value in read:
             place = matched.of_input.get(value, -1)
-            if place < 0 and value not in acts:
+            if place < 0 and value in needed - acts:
                 raise Other("the input of a layer was not saved")
             self.saved.append(place)
+        self.saved += matched.of_norms
         numbers = self.n * sum(matched.widths[i] for i in acts)
         self.flat, self.small = numbers <= FLAT, numbers <= SMALL
 
@@ -88,6 +91,7 @@ class _Match:
         steps, widths: of each value, its step and its width.
         of_input: by value, the place of its tensor if a layer saved it.
         arguments: the places of the arguments of the activations.
+        of_norms: the places of the argument, μ and ι of each norm.
         of_weights, of_biases: the numbers of their leaves.
     """
 
@@ -102,6 +106,7 @@ class _Match:
         self._values: dict[Any, int] = {record.source: 0}
         self.of_input: dict[int, int] = {}
         self.arguments: list[int] = []
+        self.of_norms: list[int] = []
         self.weights: list[int] = []
         self.of_weights: list[int] = []
         self.of_biases: list[int] = []
@@ -124,6 +129,8 @@ class _Match:
             return self._piecewise(node, name, inside[0])
         if name in ("Addmm", "Mm") and overload == "0":
             return self._linear(node, name == "Addmm", values)
+        if name == "NativeLayerNorm" and overload == "0" and values[1:] == [None, None]:
+            return self._norm(node, values[0])
         shape = shape_of_node(node)
         if name == "Add" and overload == "0" and node._saved_alpha == 1 and len(inside) == 2:
             if any(list(shape_of_node(*s)) != list(shape) for s in sources if s is not None):
@@ -196,22 +203,44 @@ class _Match:
         if given is not None and value > 0:
             self.of_input[value] = self._place(given, (self.n, inner))
         edges = node.next_functions
-        of_weight = self._leaf_behind(edges[2 if biased else 1][0], transposed=True)
+        number = self._weight(weight, self._leaf_behind(edges[2 if biased else 1][0], True))
+        bias = self._bias(edges[0][0], width) if biased else -1
+        return self._add((net.LINEAR, value, 0, number, bias), width)
+
+    def _norm(self, node: Any, value: int) -> int:
+        width = self.widths[value]
+        if node._saved_normalized_shape != (width,):
+            raise Other("a norm over more than the features, or less")
+        self.of_norms.append(self._place(node._saved_input, (self.n, width)))
+        for t in (node._saved_result1, node._saved_result2):
+            self.of_norms.append(self._place(t, (self.n, 1)))
+        number, (_, of_weight, of_bias) = -1, node.next_functions
+        if node._saved_weight is not None:
+            if not node._saved_weight.is_contiguous():
+                raise Other("a weight that is not contiguous")
+            number = self._weight(node._saved_weight, self._leaf_behind(of_weight[0], False))
+        return self._add((net.NORM, value, 0, number, self._bias(of_bias[0], width)), width)
+
+    def _weight(self, weight: Tensor, leaf: int) -> int:
+        """The number of a weight, which several steps may use."""
         place = self._by_memory[_memory(weight)]
         used = [*zip(self.weights, self.of_weights, strict=True)]
-        if (place, of_weight) not in used:  # two parameters may share their memory
+        if (place, leaf) not in used:  # two parameters may share their memory
             self.weights.append(place)
-            self.of_weights.append(of_weight)
-            used.append((place, of_weight))
-        bias = -1
-        if biased and edges[0][0] is not None:
-            leaf = self._leaf_behind(edges[0][0], transposed=False)
-            if self._signature.leaves[leaf].shape != (width,):
-                raise Other("a bias of another shape")
-            if leaf not in self.of_biases:
-                self.of_biases.append(leaf)
-            bias = self.of_biases.index(leaf)
-        return self._add((net.LINEAR, value, 0, used.index((place, of_weight)), bias), width)
+            self.of_weights.append(leaf)
+            used.append((place, leaf))
+        return used.index((place, leaf))
+
+    def _bias(self, node: Any, width: int) -> int:
+        """The number of a bias; -1 if there is none, or none that requires grad."""
+        if node is None:
+            return -1
+        leaf = self._leaf_behind(node, False)
+        if self._signature.leaves[leaf].shape != (width,):
+            raise Other("a bias of another shape")
+        if leaf not in self.of_biases:
+            self.of_biases.append(leaf)
+        return self.of_biases.index(leaf)
 
     def _leaf_behind(self, node: Any, transposed: bool) -> int:
         """The number of the leaf; -1 if there is none, since it does not require grad."""
