@@ -1,8 +1,8 @@
 """A recorded run as a network that C++ sweeps through, one call each (`ops.net`).
 
 `Network.of` finds the program of `ops.net` in the record of a run, however the model is written:
-Linear layers, LayerNorm, activations of the table, sums, concatenations and factors. The forward was that of
-torch, and the sweeps take the tensors that torch saved.
+Linear layers, LayerNorm, activations of the table, sums, concatenations and factors. The forward
+was that of torch, and the sweeps take the tensors that torch saved.
 """
 
 from __future__ import annotations
