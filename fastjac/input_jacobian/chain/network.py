@@ -130,7 +130,7 @@ class _Match:
         if name in ("Addmm", "Mm") and overload == "0":
             return self._linear(node, name == "Addmm", values)
         if name == "NativeLayerNorm" and overload == "0" and values[1:] == [None, None]:
-            return self._norm(node, values[0])
+            return self._norm(node, inside[0])
         shape = shape_of_node(node)
         if name == "Add" and overload == "0" and node._saved_alpha == 1 and len(inside) == 2:
             if any(list(shape_of_node(*s)) != list(shape) for s in sources if s is not None):
