@@ -85,7 +85,7 @@ from pathlib import Path
 from triton.backends.nvidia.compiler import get_ptxas
 from benchmarks.gpu.triton_launches import replace
 from fastjac.activations import TABLE
-from fastjac.kernels import act, act_stats, softmax_residual
+from fastjac.kernels import act, act_stats, norm, softmax_residual
 from fastjac.ops.act_stats import BIAS, CHANNEL, NONE, SAMPLE
 
 arch, folder = int(sys.argv[1]), Path(sys.argv[2])
@@ -103,7 +103,7 @@ def see(kernel, args, options):
     (folder / f"{name}.ptx").write_text(
         ptx.replace(f".entry {out.metadata.name}(", f".entry {name}("))
 
-for module in (act, act_stats, softmax_residual):
+for module in (act, act_stats, norm, softmax_residual):
     replace(module, arch, see)
 
 def compile(name, call, wide=("load", "store")):
@@ -164,6 +164,10 @@ for label, dtype in dtypes.items():
                 lambda: softmax_residual.softmax_residual(z, target), wide)
         compile(f"backward_{m}_{label}",
                 lambda: softmax_residual.softmax_residual_backward(z, z), wide)
+        stats = torch.empty(4, dtype=torch.float64 if label == "fp64" else torch.float32)
+        for weight in (None, z[0]):
+            compile(f"norm_{weight is None}_{m}_{label}",
+                    lambda: norm.norm_push(z, z, z, stats, stats, weight, m, True), wide)
 """
 
 

@@ -59,13 +59,14 @@ def test_launches_are_on_the_device_of_their_tensors(monkeypatch):
     for name in TRITON_OPS:
         for args in calls[name.removesuffix("_triton")]:
             getattr(torch.ops.fastjac, name)(*args)
-    assert launched == kernels and len(kernels) == 4
+    assert launched == kernels and len(kernels) == 5
 
 
 def test_ops_with_triton_kernels_say_so():
     """A raw op of Triton exists for exactly those ops that list the implementation."""
     named = {name for name, op in OPS.items() if "triton" in op.implementations}
-    assert {name.removesuffix("_triton").removesuffix("_backward") for name in TRITON_OPS} == named
+    stems = {name.removesuffix("_triton").removesuffix("_backward") for name in TRITON_OPS}
+    assert stems == {*named, "norm_push"}  # which no user calls
     assert named == {"act", "act_stats", "softmax_residual"}
 
 
@@ -81,7 +82,7 @@ VARIANTS = """
 import collections, math, torch
 from benchmarks.gpu.triton_launches import replace
 from fastjac.activations import IDS, TABLE
-from fastjac.kernels import act, act_stats, softmax_residual
+from fastjac.kernels import act, act_stats, norm, softmax_residual
 from fastjac.ops.act_stats import BIAS, CHANNEL, NONE, SAMPLE
 
 BATCHES = (1, 2, 3, 7, 8, 16, 31, 32, 33, 64, 100, 127, 128, 1000, 1024, 4096, 65_536)
@@ -92,7 +93,7 @@ LAYOUTS = {"[N, 64]": ((64,), 1), "[N, 10]": ((10,), 1), "[N, 784]": ((784,), 1)
            "[N, 4097]": ((4097,), 1), "[N, 12, 64]": ((12, 64), 2), "[N, 16, 49]": ((16, 49), 1),
            "[N, 3, 300]": ((3, 300), 1), "[N, 64, 256]": ((64, 256), 1)}
 keys = collections.defaultdict(set)
-for module in (act, act_stats, softmax_residual):
+for module in (act, act_stats, norm, softmax_residual):
     replace(module, 90, lambda kernel, args, options: keys[label].add(kernel.key(args, options)))
 
 for dtype in (torch.float32, torch.bfloat16, torch.float64):
@@ -128,6 +129,11 @@ for dtype in (torch.float32, torch.bfloat16, torch.float64):
             softmax_residual.softmax_residual(z, torch.empty(n, dtype=torch.int64))
             label = f"softmax_backward {m} {dtype}"
             softmax_residual.softmax_residual_backward(z, z)
+            label = f"norm {m} {dtype}"
+            stats, weight = torch.empty(n, dtype=wide), torch.empty(m, dtype=dtype)
+            for k in (1, 2, 16):
+                t = torch.empty(k, n, m, dtype=dtype)
+                norm.norm_push(t, t, z, stats, stats, weight, m, True)
 
 # Layers of other widths, too, share their kernels if the tile is as wide.
 for c in (128, 256, 512, 784, 1024, 4096):
@@ -158,5 +164,7 @@ def test_few_variants():
     # Of act: one for sizes that are multiples of 16, one for others. Of act_stats: one for strips
     # that are split, one for smaller batches.
     assert {label: n for label, n in found.items() if n > 2} == {}
-    assert {n for label, n in found.items() if label.startswith(("softmax", "widths"))} == {1}
+    assert {n for label, n in found.items() if label.startswith(("softmax", "norm", "widths"))} == {
+        1
+    }
     assert len(found) > 200

@@ -35,10 +35,10 @@ struct StatsOperands {
       : z(z_in), out(z_in) {
     STD_TORCH_CHECK(z_in.dim() >= 2, "fastjac: z must have at least 2 dimensions");
     STD_TORCH_CHECK(dim >= 1 && dim < z_in.dim(), "fastjac: dim must be 1 to ", z_in.dim() - 1);
-    out = torch::stable::empty_like(z_in);
+    out = uninitialized_like(z_in);
     auto found = layout_of(out, dim);
     if (!found) {
-      out = torch::stable::new_empty(z_in, z_in.sizes());
+      out = uninitialized(z_in, z_in.sizes());
       found = layout_of(out, dim);
       // A contiguous [N, A, C, B] has neither layout.
       STD_TORCH_CHECK(found, "fastjac: dim must be 1 or the last dimension");

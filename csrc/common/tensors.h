@@ -1,6 +1,7 @@
 // Checks and copies of operands that every op makes before it reads their memory.
 #pragma once
 
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
@@ -53,6 +54,30 @@ T* data(const Tensor& t) {
   return static_cast<T*>(const_cast<void*>(t.const_data_ptr()));
 }
 
+using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;
+
+// A contiguous tensor whose numbers are not set, of the dtype and device of another one, unless a
+// dtype is given. torch::stable::new_empty looks its op up by name, and takes 3 times as long.
+inline Tensor uninitialized(const Tensor& like, Sizes sizes, int32_t dtype = -1) {
+  constexpr size_t most = 64;  // dimensions of a tensor of torch
+  int64_t strides[most], stride = 1;
+  STD_TORCH_CHECK(sizes.size() <= most, "fastjac: a tensor has too many dimensions");
+  for (size_t d = sizes.size(); d-- > 0; stride *= sizes[d]) strides[d] = stride;
+  if (dtype < 0) STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  int32_t device = 0, index = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &index));
+  AtenTensorHandle made = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(),
+                                                         strides, dtype, device, index, &made));
+  return Tensor(made);
+}
+
+// With the strides of the other tensor, if it is dense.
+inline Tensor uninitialized_like(const Tensor& t) {
+  return t.is_contiguous() ? uninitialized(t, t.sizes()) : torch::stable::empty_like(t);
+}
+
 inline bool same_sizes(const Tensor& a, const Tensor& b) {
   if (a.dim() != b.dim()) return false;
   for (int64_t d = 0; d < a.dim(); ++d) {
@@ -75,6 +100,12 @@ inline torch::headeronly::ScalarType statistic_type(const Tensor& t) {
   return t.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
+// An uninitialized tensor of the compute type of another one.
+inline Tensor statistics(const Tensor& like, Sizes sizes) {
+  const bool wide = dtype_of(like) == DType::f64;
+  return uninitialized(like, sizes, wide ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32());
+}
+
 inline void check_operand(const Tensor& t, const Tensor& z, const char* name) {
   STD_TORCH_CHECK(same_sizes(t, z), "fastjac: ", name, " must have the shape of z");
   STD_TORCH_CHECK(t.scalar_type() == z.scalar_type(), "fastjac: ", name, " must have z's dtype");
@@ -85,7 +116,7 @@ inline void check_operand(const Tensor& t, const Tensor& z, const char* name) {
 // for every memory format. Copies only if the strides differ in a dimension longer than 1.
 inline Tensor with_strides_of(const Tensor& t, const Tensor& like) {
   if (same_strides(like, t)) return t;
-  Tensor copy = torch::stable::empty_like(like);
+  Tensor copy = uninitialized_like(like);
   torch::stable::copy_(copy, t);
   return copy;
 }

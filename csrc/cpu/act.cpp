@@ -28,7 +28,7 @@ const ActKernels& kernels() {
 Tensor act(const Tensor& z, const std::optional<Tensor>& g, int64_t order, int64_t fn,
            const std::vector<double>& params) {
   if (g) check_operand(*g, z, "g");
-  Tensor out = torch::stable::empty_like(z);
+  Tensor out = uninitialized_like(z);
   const Tensor z_dense = with_strides_of(z, out);
   const Tensor g_dense = g ? with_strides_of(*g, out) : z_dense;
   run({fn,
@@ -46,8 +46,8 @@ std::tuple<Tensor, Tensor> act_backward(const Tensor& z, const Tensor& g, const 
                                         const std::vector<double>& params) {
   check_operand(g, z, "g");
   check_operand(v, z, "v");
-  Tensor grad_z = torch::stable::empty_like(z);
-  Tensor grad_g = torch::stable::empty_like(z);
+  Tensor grad_z = uninitialized_like(z);
+  Tensor grad_g = uninitialized_like(z);
   const Tensor z_dense = with_strides_of(z, grad_z);
   const Tensor g_dense = with_strides_of(g, grad_z);
   const Tensor v_dense = with_strides_of(v, grad_z);
@@ -69,9 +69,9 @@ std::tuple<Tensor, Tensor, Tensor> act_double_backward(const Tensor& z, const Te
   check_operand(v, z, "v");
   check_operand(p, z, "p");
   check_operand(q, z, "q");
-  Tensor grad_z = torch::stable::empty_like(z);
-  Tensor grad_g = torch::stable::empty_like(z);
-  Tensor grad_v = torch::stable::empty_like(z);
+  Tensor grad_z = uninitialized_like(z);
+  Tensor grad_g = uninitialized_like(z);
+  Tensor grad_v = uninitialized_like(z);
   const Tensor z_dense = with_strides_of(z, grad_z);
   const Tensor g_dense = with_strides_of(g, grad_z);
   const Tensor v_dense = with_strides_of(v, grad_z);

@@ -53,7 +53,7 @@ std::tuple<Tensor, Tensor> run(const Tensor& z, const std::optional<Tensor>& g,
                                const std::vector<double>& params) {
   const StatsOperands operands(z, g, w_sample, w_channel, dim);
   operands.sum(statistic);  // raises if there is no such statistic
-  Tensor value = torch::stable::new_empty(z, {operands.size(statistic)}, statistic_type(z));
+  Tensor value = statistics(z, {operands.size(statistic)});
   stats_pass(operands, StatsOperands::pointer(operands.w_channel), statistic, scale, backward, fn,
              params, value.mutable_data_ptr());
   return {operands.out, value};

@@ -119,8 +119,8 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_act_backward(
                     per_channel(q, z, c, "q"),
                     optional(gamma, "gamma"),
                     optional(beta, "beta")};
-  Tensor grad_gamma = torch::stable::new_empty(z, {c}, statistic_type(z));
-  Tensor grad_beta = torch::stable::new_empty(z, {c}, statistic_type(z));
+  Tensor grad_gamma = statistics(z, {c});
+  Tensor grad_beta = statistics(z, {c});
   if (z.numel() == 0) {
     torch::stable::zero_(grad_gamma);
     torch::stable::zero_(grad_beta);

@@ -1,7 +1,6 @@
 // `layer_act`, `layer_act_backward` and `linear_act_backward` for CPU tensors; see
 // fastjac/layerwise/layer_act.py. A small layer is computed faster than an op is called, so each of
 // these takes the place of three or four ops.
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
 
 #include <tuple>
@@ -13,19 +12,6 @@
 
 namespace fastjac {
 namespace {
-
-// An uninitialized tensor of z's compute type. new_empty goes through the dispatcher.
-Tensor numbers(const Tensor& z, const std::vector<int64_t>& sizes) {
-  std::vector<int64_t> strides(sizes.size(), 1);
-  for (size_t d = sizes.size(); d > 1; --d) strides[d - 2] = strides[d - 1] * sizes[d - 1];
-  const bool wide = dtype_of(z) == DType::f64;
-  AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(),
-                               wide ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32(),
-                               aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
-}
 
 void check_numbers(const Tensor& t, const Tensor& z, const std::vector<int64_t>& sizes,
                    const char* name) {
@@ -52,7 +38,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_act(const Tensor& z, const Tensor& weig
                   "fastjac: the weight must have a row for each channel of z, on its device, and "
                   "be float64 if z is");
   if (total) check_numbers(*total, z, {}, "total");
-  const Tensor table = numbers(z, {2 * channels}), after = numbers(z, {});
+  const Tensor table = statistics(z, {2 * channels}), after = statistics(z, {});
   with_compute_type(dtype_of(z), [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     T *s = data<T>(table), *r = s + channels;
@@ -77,7 +63,7 @@ Gradients through_activation(const Tensor& z, const std::optional<Tensor>& g, co
   const int64_t channels = operands.layout.c;
   check_numbers(v, z, {}, "v");
   check_numbers(table, z, {2 * channels}, "the table of s and r");
-  const Tensor c = numbers(z, {channels}), grad_b = numbers(z, {bias ? channels : 0});
+  const Tensor c = statistics(z, {channels}), grad_b = statistics(z, {bias ? channels : 0});
   with_compute_type(dtype_of(z), [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     const T *s = data<T>(table), *r = s + channels, by = *data<T>(v);
@@ -120,8 +106,8 @@ std::tuple<Tensor, Tensor, Tensor> linear_act_backward(
   STD_TORCH_CHECK(fits, "fastjac: linear_act_backward: the sizes of x, weight and z do not fit");
   const int64_t ins = weight.size(1), rows = outs == 0 ? 0 : z.numel() / outs;
   const Gradients grads = through_activation(z, g, v, table, last, bias, scale, fn, params);
-  const Tensor grad_w = torch::stable::empty_like(weight);
-  Tensor grad_x = needs_x ? torch::stable::empty_like(x) : numbers(z, {0});
+  const Tensor grad_w = uninitialized_like(weight);
+  Tensor grad_x = needs_x ? uninitialized_like(x) : statistics(z, {0});
   scaled_rows({grad_w}, {weight}, grads.c, false);
   if (rows == 0 || ins == 0) {
     if (needs_x) torch::stable::zero_(grad_x);

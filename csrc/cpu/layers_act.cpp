@@ -151,10 +151,9 @@ Tensors layers_act(const Tensor& x, const Tensors& weights, const Tensors& biase
   if (total) check_flat(*total, x, 1, "total");
   std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
   shape.back() = net.layers.back().c;
-  const Tensor out = torch::stable::new_empty(x, shape),
-               state = torch::stable::new_empty(x, {sizes.state}),
-               table = torch::stable::new_empty(x, {sizes.table}),
-               after = torch::stable::new_empty(x, std::vector<int64_t>{});
+  const Tensor out = uninitialized(x, shape), state = uninitialized(x, {sizes.state}),
+               table = uninitialized(x, {sizes.table}),
+               after = uninitialized(x, std::vector<int64_t>{});
   with_compute_type(net.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     layers_forward<T>(net, x, biases, total, scale, out, state, table, after);
@@ -205,10 +204,10 @@ Tensors layers_act_backward(const std::optional<Tensor>& g, const Tensor& v, con
   check_flat(v, x, 1, "v");
   check_flat(state, x, sizes.state, "the state");
   check_flat(table, x, sizes.table, "the table");
-  Tensors grads{needs_x ? torch::stable::empty_like(x) : torch::stable::new_empty(x, {0})};
+  Tensors grads{needs_x ? uninitialized_like(x) : uninitialized(x, {0})};
   for (size_t l = 0; l < weights.size(); ++l) {
-    grads.push_back(torch::stable::empty_like(weights[l]));
-    if (net.layers[l].bias) grads.push_back(torch::stable::new_empty(x, {net.layers[l].c}));
+    grads.push_back(uninitialized_like(weights[l]));
+    if (net.layers[l].bias) grads.push_back(uninitialized(x, {net.layers[l].c}));
   }
   with_compute_type(net.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;

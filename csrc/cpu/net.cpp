@@ -101,7 +101,7 @@ Tensors net_pull(const Tensor& w, const Tensors& weights, const Tensors& tensors
   const Sweep sweep(program, n, k, tile);
   Saved saved(sweep, w, tensors, 1, program.size());
 
-  Tensors found{empty(w, k * n, d), torch::stable::new_empty(w, {k * n})};
+  Tensors found{empty(w, k * n, d), uninitialized(w, {k * n})};
   std::vector<char> evaluated(program.acts);
   if (slopes) {
     for (const Step& step : program.steps) {

@@ -51,7 +51,7 @@ struct View {
 struct Memory {
   Memory(const Tensor& like, int64_t bytes) {
     if (bytes > 1 << 16) {
-      tensor = torch::stable::new_empty(like, {bytes / (dtype_of(like) == DType::f64 ? 8 : 4)});
+      tensor = uninitialized(like, {bytes / (dtype_of(like) == DType::f64 ? 8 : 4)});
       data = static_cast<char*>(tensor->mutable_data_ptr());
     } else if (bytes > 0) {
       data = own = static_cast<char*>(std::aligned_alloc(64, size_t(bytes + 63) / 64 * 64));
@@ -83,9 +83,9 @@ struct Sweep {
         int64_t start, int64_t stop)
       : program(program), n(n), k(k), tile(std::min(tile, n)), item(program.item) {
     STD_TORCH_CHECK(n > 0 && k > 0 && tile > 0, "fastjac: net: n and tile must be positive");
-    STD_TORCH_CHECK(
-        n < (int64_t(1) << 54) / k / program.widest / (program.slots + program.acts + program.norms + 4),
-        "fastjac: net: too many numbers");
+    STD_TORCH_CHECK(n < (int64_t(1) << 54) / k / program.widest /
+                            (program.slots + program.acts + program.norms + 4),
+                    "fastjac: net: too many numbers");
     rows_of_block = this->tile;
     if (program.narrow) {
       rows_of_block = std::min(this->tile, std::max<int64_t>(block / (k * program.widest), 16));

@@ -21,8 +21,8 @@ struct Gradients {
       const bool matrix = is_weight && weights[slot].dim() == 2;
       const int64_t width =
           is_weight ? weights[slot].size(0) : program.bias_widths[slot - n_weights];
-      found[slot] = matrix ? empty(like, width, weights[slot].size(1))
-                           : torch::stable::new_empty(like, {width});
+      found[slot] =
+          matrix ? empty(like, width, weights[slot].size(1)) : uninitialized(like, {width});
       first[slot] = static_cast<char*>(found[slot].mutable_data_ptr());
       offsets[slot] = total;
       total += Sweep::padded(found[slot].numel() * sweep.item);

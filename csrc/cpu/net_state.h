@@ -24,7 +24,7 @@ struct Entries {
   Tensors make(const Tensor& like, bool flat) {
     Tensors made;
     if (flat) {
-      made.push_back(torch::stable::new_empty(like, {size()}));
+      made.push_back(uninitialized(like, {size()}));
       take_flat(made[0]);
       return made;
     }

@@ -46,7 +46,7 @@ inline int64_t parts_of(const Tensor& t, int64_t n, const char* name) {
 }
 
 inline Tensor empty(const Tensor& like, int64_t rows, int64_t columns) {
-  return torch::stable::new_empty(like, {rows, columns});
+  return uninitialized(like, {rows, columns});
 }
 
 inline bool is_given(const Tensor& t) { return t.numel() > 0; }

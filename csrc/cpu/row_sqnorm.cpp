@@ -39,7 +39,7 @@ void* part(void* flat, const Tensor& t, int64_t row) {
 
 Tensor row_sqnorm(const std::vector<Tensor>& weights) {
   const int64_t rows = total_rows(weights);
-  Tensor out = torch::stable::new_empty(weights[0], {rows}, statistic_type(weights[0]));
+  Tensor out = statistics(weights[0], {rows});
   row_norms(weights, out.mutable_data_ptr());
   return out;
 }

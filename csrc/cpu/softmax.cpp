@@ -19,7 +19,7 @@ Tensor run(const Tensor& logits, const std::optional<Tensor>& target,
   check_logits(logits);
   const Tensor z = torch::stable::contiguous(logits);
   const int64_t n = z.size(0), m = z.size(1);
-  Tensor out = torch::stable::new_empty(z, {n, m});
+  Tensor out = uninitialized(z, {n, m});
   const SoftmaxCall call{dtype_of(z),
                          z.const_data_ptr(),
                          target ? static_cast<const int64_t*>(target->const_data_ptr()) : nullptr,

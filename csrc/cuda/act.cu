@@ -15,7 +15,7 @@ Tensor act(const Tensor& z, const std::optional<Tensor>& g, int64_t order, int64
   STD_TORCH_CHECK(order >= 0 && order < 4, "fastjac: order must be 0 to 3, got ", order);
   const Params<double> p = checked_params(fn, params);
   if (g) check_operand(*g, z, "g");
-  Tensor out = torch::stable::empty_like(z);
+  Tensor out = uninitialized_like(z);
   if (z.numel() == 0) return out;
   const Tensor z_dense = with_strides_of(z, out);
   const Tensor g_dense = g ? with_strides_of(*g, out) : z_dense;
@@ -39,8 +39,8 @@ std::tuple<Tensor, Tensor> act_backward(const Tensor& z, const Tensor& g, const 
   const Params<double> p = checked_params(fn, params);
   check_operand(g, z, "g");
   check_operand(v, z, "v");
-  Tensor grad_z = torch::stable::empty_like(z);
-  Tensor grad_g = torch::stable::empty_like(z);
+  Tensor grad_z = uninitialized_like(z);
+  Tensor grad_g = uninitialized_like(z);
   if (z.numel() == 0) return {grad_z, grad_g};
   const Tensor z_dense = with_strides_of(z, grad_z);
   const Tensor g_dense = with_strides_of(g, grad_z);

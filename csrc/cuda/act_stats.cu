@@ -21,7 +21,7 @@ std::tuple<Tensor, Tensor> run_pass(const Tensor& z, const std::optional<Tensor>
   const Params<double> p = checked_params(fn, params);
   operands.sum(statistic);  // raises if there is no such statistic
   Tensor result = operands.out;
-  Tensor value = torch::stable::new_empty(z, {operands.size(statistic)}, statistic_type(z));
+  Tensor value = statistics(z, {operands.size(statistic)});
   if (z.numel() == 0) {
     torch::stable::zero_(value);
     return {result, value};
@@ -49,8 +49,7 @@ std::tuple<Tensor, Tensor> run_pass(const Tensor& z, const std::optional<Tensor>
     std::optional<Counters> counters;
     if (statistic != Statistic::none && tiling.chunks > 1) {
       const int64_t outputs = tiling.down_columns ? int64_t(tiling.x) * Pack<S>::size : tiling.o;
-      workspace =
-          torch::stable::new_empty(z, {int64_t(tiling.blocks()) * outputs}, statistic_type(z));
+      workspace = statistics(z, {int64_t(tiling.blocks()) * outputs});
       counters.emplace(z, stream, Tiling::most_counters);
       call.partial = workspace->mutable_data_ptr();
       call.counters = counters->data();

@@ -192,7 +192,7 @@ void for_all_rows(const std::vector<Tensor>& weights, const std::vector<Tensor>*
 
 Tensor row_sqnorm(const std::vector<Tensor>& weights) {
   const int64_t rows = total_rows(weights);
-  Tensor out = torch::stable::new_empty(weights[0], {rows}, statistic_type(weights[0]));
+  Tensor out = statistics(weights[0], {rows});
   std::vector<Tensor> dense;
   for (const Tensor& w : weights) dense.push_back(with_rows_in_memory(w));
   for_all_rows(dense, nullptr, out.mutable_data_ptr(), false);

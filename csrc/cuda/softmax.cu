@@ -152,7 +152,7 @@ Tensor run(const Tensor& logits, const std::optional<Tensor>& target,
            const std::optional<Tensor>& v) {
   const Tensor z = torch::stable::contiguous(logits);
   const int64_t n = z.size(0), m = z.size(1);
-  Tensor out = torch::stable::new_empty(z, {n, m});
+  Tensor out = uninitialized(z, {n, m});
   if (n == 0) return out;
   const Stream stream(z);
   visit_dtype(dtype_of(z), [&](auto tag) {
