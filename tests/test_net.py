@@ -30,7 +30,10 @@ class Run:
         self.case, self.tile, self.flat = case, tile, flat
         self.n = len(case.x)
         self.saved: list[Tensor]
+        self.weights = case.weights
         if given:
+            self.weights = [w.t() for w in case.weights]  # as torch saves them
+            case.plan[0, 3] = 1
             self.output, self.saved = None, case.given()
         else:
             found = OPS.net_forward(
@@ -38,7 +41,7 @@ class Run:
             )
             self.output, *self.saved = found
         found = OPS.net_pull(
-            *(case.w.flatten(0, 1), case.weights, self.saved, self.n, tile, given and slopes),
+            *(case.w.flatten(0, 1), self.weights, self.saved, self.n, tile, given and slopes),
             *(flat, case.plan),
         )
         self.v, self.norms, *found = found
@@ -49,16 +52,16 @@ class Run:
     def push(self, u: Tensor, factor: Tensor | None, wanted: bool, deltas: Any) -> Any:
         case = self.case
         return OPS.net_push(
-            *(u.flatten(0, 1), factor, case.weights, self.saved, deltas, self.n, self.tile),
+            *(u.flatten(0, 1), factor, self.weights, self.saved, deltas, self.n, self.tile),
             *(wanted, self.flat, case.plan),
         )
 
     def backward(self, u: Any, factor: Any, pushed: Any, wanted: list[int] | None = None) -> Any:
         case = self.case
-        slots = len(case.weights) + len(case.biases) + 1
+        slots = len(self.weights) + len(case.biases) + 1
         flags = torch.tensor(wanted or [1] * slots, dtype=torch.float64)
         return OPS.net_backward(
-            *(case.grad, None if u is None else u.flatten(0, 1), factor, case.x, case.weights),
+            *(case.grad, None if u is None else u.flatten(0, 1), factor, case.x, self.weights),
             *(self.saved, self.deltas, pushed, self.n, self.tile, 1, len(case.plan), flags),
             case.plan,
         )
@@ -181,6 +184,23 @@ def test_ranges_of_steps(way: str) -> None:
             *(other.x.new_empty(13, 5), None, None, other.x, other.weights, run.saved, [], []),
             *(13, 13, 1, 5, wanted, other.plan),
         )
+
+
+@pytest.mark.parametrize("width", [1, 4])
+def test_transposed_weights(width: int) -> None:
+    """The plan says so, since a matrix with one row or column does not show it."""
+    weights = [torch.randn(width, 3), torch.randn(4, width)]
+    steps = [linear(0, 0), linear(1, 1)]
+    x, w = torch.randn(2, 3), torch.randn(2, 4)
+    plan = rows([(INPUT, 3, 0, 1), *steps])
+    transposed = [weight.t() for weight in weights]
+    a = OPS.net_pull(w, weights, [x.new_empty(0, 0)], 2, 2, False, True, rows([(INPUT, 3), *steps]))
+    b = OPS.net_pull(w, transposed, [x.new_empty(0, 0)], 2, 2, False, True, plan)
+    assert torch.equal(a[0], b[0])
+    for wrong in (weights, [weight.t().contiguous() for weight in weights]):
+        if width > 1:
+            with pytest.raises(RuntimeError, match="a weight must"):
+                OPS.net_pull(w, wrong, [x.new_empty(0, 0)], 2, 2, False, True, plan)
 
 
 def test_infinite_cotangents_of_dead_units() -> None:

@@ -19,10 +19,11 @@ struct Gradients {
       if (!used[slot] || wanted[slot] == 0) continue;
       const bool is_weight = slot < n_weights;
       const bool matrix = is_weight && weights[slot].dim() == 2;
+      const int64_t out = matrix && program.transposed ? 1 : 0;  // the dimension of the outputs
       const int64_t width =
-          is_weight ? weights[slot].size(0) : program.bias_widths[slot - n_weights];
+          is_weight ? weights[slot].size(out) : program.bias_widths[slot - n_weights];
       found[slot] =
-          matrix ? empty(like, width, weights[slot].size(1)) : uninitialized(like, {width});
+          matrix ? empty(like, width, weights[slot].size(1 - out)) : uninitialized(like, {width});
       first[slot] = static_cast<char*>(found[slot].mutable_data_ptr());
       offsets[slot] = total;
       total += Sweep::padded(found[slot].numel() * sweep.item);

@@ -86,14 +86,15 @@ struct Program {
     STD_TORCH_CHECK(plan.dim() == 2 && plan.size(0) > 1 && plan.size(1) == columns &&
                         dtype_of(plan) == DType::f64 && plan.is_contiguous(),
                     "fastjac: net: plan must be float64 [steps, ", columns, "], two steps or more");
+    const auto* entry = static_cast<const double*>(plan.const_data_ptr());
+    transposed = entry[3] != 0;
     for (const Tensor& w : weights) {
-      STD_TORCH_CHECK((w.dim() == 2 || w.dim() == 1) && w.numel() > 0 && w.is_contiguous(),
+      STD_TORCH_CHECK((w.dim() == 2 || w.dim() == 1) && w.numel() > 0 && dense(w),
                       "fastjac: net: a weight must be contiguous, and not be empty");
       weights_at.push_back(w.const_data_ptr());
       narrow = narrow && w.numel() <= small_weight;
     }
     bias_widths.resize(plan.size(0));
-    const auto* entry = static_cast<const double*>(plan.const_data_ptr());
     for (int64_t i = 0; i < plan.size(0); ++i, entry += columns) {
       steps.push_back(step(i, entry, like, weights));
       widest = std::max(widest, steps[i].width);
@@ -123,9 +124,15 @@ struct Program {
   std::vector<const void*> weights_at;
   std::vector<int64_t> bias_widths;
   int64_t acts = 0, linears = 0, norms = 0, kept = 0, biases = 0, slots = 0, widest = 0;
-  bool narrow = true;  // whether all weights are small
+  bool narrow = true;       // whether all weights are small
+  bool transposed = false;  // whether weights are given as [in, out], views of the dense ones
 
  private:
+  bool dense(const Tensor& w) const {
+    if (w.dim() == 1 || !transposed) return w.is_contiguous();
+    return (w.size(0) == 1 || w.stride(0) == 1) && (w.size(1) == 1 || w.stride(1) == w.size(0));
+  }
+
   static int64_t index(double entry, int64_t first, int64_t end, const char* name) {
     STD_TORCH_CHECK(entry >= double(first) && entry < double(end) && entry == std::floor(entry),
                     "fastjac: net: the plan has ", entry, " as ", name);
@@ -166,8 +173,11 @@ struct Program {
       if (s.a > 0) steps[s.a].kept = 0;  // the constructor numbers these values
       s.weight = index(entry[3], 0, int64_t(weights.size()), "the number of a weight");
       const Tensor& w = weights[s.weight];
-      check_matrix(w, like, w.size(0), s.width, "a weight");
-      s.width = w.size(0);
+      STD_TORCH_CHECK(w.dim() == 2 && w.size(transposed ? 0 : 1) == s.width &&
+                          w.scalar_type() == like.scalar_type() && w.device() == like.device(),
+                      "fastjac: net: a weight must have ", s.width,
+                      " columns, and the dtype and device of the others");
+      s.width = w.size(transposed ? 1 : 0);
       read_bias(s, entry[4]);
     } else if (s.kind == Kind::norm) {
       s.place = norms++;

@@ -18,7 +18,7 @@ a network with large weights.
 columns are the kind of the step, the values that it reads (two columns), a number, another number,
 and parameters:
 
-    INPUT    width of x
+    INPUT    width of x –      transposed
     LINEAR   value    –        weight       bias or -1
     ACT      value    –        function     –            its parameters
     ADD      value    value
@@ -27,7 +27,8 @@ and parameters:
     NORM     value    –        weight or -1 bias or -1   ε of a LayerNorm
 
 Every value but the last one must be read by a later step. Weights are ``[out, in]``, and ``[C]`` of
-a NORM step; they are contiguous, and several steps may use the same one. A function is a row of
+a NORM step; they are contiguous, and several steps may use the same one. If ``transposed`` is 1,
+the matrices are given as ``[in, out]``, views of the contiguous ones; gradients are ``[out, in]``. A function is a row of
 `fastjac.activations.KERNEL_ROWS` with derivatives of the right kind: an activation, whose argument
 is s = z, or the ``_of_output`` of one, whose argument is s = φ(z). (The row "relu" takes either.)
 

@@ -101,7 +101,7 @@ class _Match:
         self._leaves = {id(t): i for i, t in enumerate(signature.leaves)}
         x = signature.tensors[0]
         self.n, width = x.shape[0], x[0].numel()
-        self.steps: list[Any] = [(net.INPUT, width)]
+        self.steps: list[Any] = [(net.INPUT, width, 0, 1)]  # torch has saved transposed weights
         self.widths = [width]
         self._values: dict[Any, int] = {record.source: 0}
         self.of_input: dict[int, int] = {}
@@ -275,7 +275,7 @@ class NetworkRun(Sweeps, ProgramRun):
         self.x = x = tensors[0]
         if x.dim() != 2 or not x.is_contiguous():
             self.x = x.detach().reshape(network.n, -1).contiguous()
-        self.weights = [tensors[place].t() for place in network.weights]
+        self.weights = [tensors[place] for place in network.weights]
         self.saved = [_NOTHING[x.dtype] if place < 0 else tensors[place] for place in network.saved]
         self.plan, self.flat, self.evaluates = network.plan, network.flat, network.small
         self.tile = rows_of_a_thread(network.n)
