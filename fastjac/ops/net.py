@@ -28,9 +28,10 @@ and parameters:
 
 Every value but the last one must be read by a later step. Weights are ``[out, in]``, and ``[C]`` of
 a NORM step; they are contiguous, and several steps may use the same one. If ``transposed`` is 1,
-the matrices are given as ``[in, out]``, views of the contiguous ones; gradients are ``[out, in]``. A function is a row of
-`fastjac.activations.KERNEL_ROWS` with derivatives of the right kind: an activation, whose argument
-is s = z, or the ``_of_output`` of one, whose argument is s = φ(z). (The row "relu" takes either.)
+the matrices are given as ``[in, out]``, views of the contiguous ones; gradients are ``[out, in]``.
+A function is a row of `fastjac.activations.KERNEL_ROWS` with derivatives of the right kind: an
+activation, whose argument is s = z, or the ``_of_output`` of one, whose argument is s = φ(z). (The
+row "relu" takes either.)
 
 ``saved`` has 3 tensors ``[N, C]`` for each ACT step, in the order of the steps: s, φ'(s), φ''(s);
 then one for each value except x that a LINEAR step reads, in the order of the values; then 3 for
