@@ -36,8 +36,8 @@ class Counts(NamedTuple):
 LIMITS = {
     "host-sequential": Counts(14, 130),
     "host-own-module": Counts(20, 148),
-    "host-residual": Counts(197, 219),
-    "host-transformer": Counts(221, 228),
+    "host-residual": Counts(30, 194),
+    "host-transformer": Counts(173, 228),
     "host-dreg-3-layers": Counts(21, 141),
     "host-dreg-6-layers": Counts(30, 159),
 }
