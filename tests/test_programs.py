@@ -403,8 +403,12 @@ def test_network_in_any_module(name: str, frozen: bool, options: dict[str, Any])
 
 @cpu_only
 def test_what_is_no_network() -> None:
-    for forward in (lambda m, x: m.c(m.a(x).cos()), lambda m, x: m.c(m.a(x) @ m.a(x).t() @ m.a(x))):
-        model, x = three_layers(forward), torch.randn(3, 4)
+    for forward in (
+        lambda m, x: F.gelu(m.n(x)),  # without a Linear layer
+        lambda m, x: m.c(m.a(x).cos()),
+        lambda m, x: m.c(m.a(x) @ m.a(x).t() @ m.a(x)),
+    ):
+        model, x = three_layers(forward, n=nn.LayerNorm(4)), torch.randn(3, 4)
         for _ in range(2):
             spectreg("auto")(model, x)
         assert [p.network for p in program._programs.values()] == [None]

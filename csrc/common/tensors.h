@@ -62,7 +62,9 @@ inline Tensor uninitialized(const Tensor& like, Sizes sizes, int32_t dtype = -1)
   constexpr size_t most = 64;  // dimensions of a tensor of torch
   int64_t strides[most], stride = 1;
   STD_TORCH_CHECK(sizes.size() <= most, "fastjac: a tensor has too many dimensions");
-  for (size_t d = sizes.size(); d-- > 0; stride *= sizes[d]) strides[d] = stride;
+  for (size_t d = sizes.size(); d-- > 0; stride *= std::max<int64_t>(sizes[d], 1)) {
+    strides[d] = stride;
+  }
   if (dtype < 0) STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
   int32_t device = 0, index = 0;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));

@@ -6,13 +6,22 @@
 namespace fastjac::FASTJAC_ISA {
 namespace {
 
-constexpr int64_t lanes = 32;  // independent sums
+constexpr int64_t lanes = 16;  // independent sums
 constexpr int64_t run = 512;   // elements that are summed in the compute type
 
 // The means over a row of the results of f(element, sums): `Sums` numbers, which f adds to.
 template <int Sums, class T, class F>
 void means(int64_t width, T* found, F f) {
   double total[Sums] = {};
+  if (width < lanes) {
+    for (int64_t c = 0; c < width; ++c) {
+      T term[Sums];
+      f(c, term);
+      for (int s = 0; s < Sums; ++s) total[s] += double(term[s]);
+    }
+    for (int s = 0; s < Sums; ++s) found[s] = T(total[s] / double(width));
+    return;
+  }
   for (int64_t first = 0; first < width; first += run) {
     const int64_t last = width - first < run ? width : first + run;
     T part[Sums][lanes] = {};

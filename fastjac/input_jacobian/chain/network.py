@@ -112,8 +112,10 @@ class _Match:
         self.of_biases: list[int] = []
         for step in record.steps:
             self._values[step.node, 0] = self._step(step)
-        if self._values[record.end] != len(self.steps) - 1 or not self.weights:
-            raise Other("the output is not the last value, or there is no layer")
+        if self._values[record.end] != len(self.steps) - 1:
+            raise Other("the output is not the last value")
+        if not any(step[0] == net.LINEAR for step in self.steps):
+            raise Other("there is no Linear layer")
 
     def _step(self, step: Step) -> int:
         """The number of the value of an operation."""
