@@ -1,5 +1,5 @@
-// What the sweeps of net.cpp and net_backward.cpp share: the rows of a batch that a thread takes
-// through all steps, where their values are, and the operations on them.
+// What the sweeps of net.cpp, net_push.cpp and net_backward.cpp share: the rows of a batch that a
+// thread takes through all steps, where their values are, and the operations on them.
 #pragma once
 
 #include <cstdlib>

@@ -1,4 +1,4 @@
-// A network as a program over values, which the sweeps of net.cpp run; see fastjac/ops/net.py for
+// A network as a program over values, which the sweeps (net.h) run; see fastjac/ops/net.py for
 // the plan that encodes it. Everything is checked here once, so that raw memory is used after that.
 #pragma once
 
