@@ -248,7 +248,7 @@ def _run_layers() -> None:
     a, stats = randn(2, 3, 5), randn(6)
     for k, weight in ((1, None), (2, randn(5))):
         t = randn(k, 2, 3, 5)
-        raw("norm_push")(t, t, a, stats, stats, weight, 5, weight is None)
+        raw("norm_push")(t, t, a, stats, stats, weight, 5, weight is None, k == 2)
     plan = torch.zeros(2, 2 + MAX_PARAMS, dtype=torch.float64)
     plan[:, 0] = torch.tensor([IDS["tanh"], IDS["silu"]])
     plan[0, 1] = 1  # the first layer has a bias

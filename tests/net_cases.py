@@ -90,7 +90,7 @@ PROGRAMS: dict[str, tuple[list[Step], list[tuple[int, ...]], list[int]]] = {
 
 def layer_norm(a: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     """By its formula, since the second derivative of torch's own function is wrong in places."""
-    hat = (a - a.mean(1, keepdim=True)) * (a.var(1, keepdim=True, correction=0) + eps).rsqrt()
+    hat = (a - a.mean(-1, keepdim=True)) * (a.var(-1, keepdim=True, correction=0) + eps).rsqrt()
     out = hat if weight is None else hat * weight
     return out if bias is None else out + bias
 

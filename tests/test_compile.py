@@ -167,7 +167,8 @@ for label, dtype in dtypes.items():
         stats = torch.empty(4, dtype=torch.float64 if label == "fp64" else torch.float32)
         for weight in (None, z[0]):
             compile(f"norm_{weight is None}_{m}_{label}",
-                    lambda: norm.norm_push(z, z, z, stats, stats, weight, m, True), wide)
+                    lambda: norm.norm_push(z, z, z, stats, stats, weight, m, True,
+                                           weight is not None), wide)
 """
 
 

@@ -133,7 +133,7 @@ for dtype in (torch.float32, torch.bfloat16, torch.float64):
             stats, weight = torch.empty(n, dtype=wide), torch.empty(m, dtype=dtype)
             for k in (1, 2, 16):
                 t = torch.empty(k, n, m, dtype=dtype)
-                norm.norm_push(t, t, z, stats, stats, weight, m, True)
+                norm.norm_push(t, t, z, stats, stats, weight, m, True, True)
 
 # Layers of other widths, too, share their kernels if the tile is as wide.
 for c in (128, 256, 512, 784, 1024, 4096):

@@ -102,16 +102,17 @@ def test_sweeps_are_exact(name: str, way: str, tile: int, k: int) -> None:
                 close(a, torch.zeros_like(a) if b is None else b)
 
 
+@pytest.mark.parametrize("tile", [450, 900], ids=["tiles", "one tile"])
 @pytest.mark.parametrize("name", PROGRAMS)
-def test_float32(name: str) -> None:
-    """For a batch of which a sum has several parts.
+def test_float32(name: str, tile: int) -> None:
+    """For a batch of which a sum has several parts, and whose rows threads divide.
 
     The error of torch in float32 is up to 1.2e-6 here, that of the kernels 0.8e-6, and 1.6e-6 for
     machines without fused multiplication and addition.
     """
     torch.manual_seed(0)
     exact = Case.of(name, n=900)
-    found = Run(exact.to(torch.float32), 450, *WAYS["flat"]).backward(exact.u.float(), None, [])
+    found = Run(exact.to(torch.float32), tile, *WAYS["flat"]).backward(exact.u.float(), None, [])
     for a, b in zip(found, exact.truth("given")["grads"], strict=True):
         if b is not None:
             assert (a - b).norm() <= 4e-6 * b.norm()
@@ -151,17 +152,24 @@ def test_no_gradient_of_the_output(name: str, k: int) -> None:
             assert not gradient.any()
 
 
+RANGES = {
+    "chain": ((6, 7), (4, 6), (3, 4), (1, 3)),
+    "norms": ((10, 13), (8, 10), (7, 8), (3, 7), (2, 3), (1, 2)),
+}
+
+
 @pytest.mark.parametrize("way", ["slopes", "z"])
-def test_ranges_of_steps(way: str) -> None:
+@pytest.mark.parametrize("name", RANGES)
+def test_ranges_of_steps(name: str, way: str) -> None:
     """Layer by layer, from the last one, with the deltas of other layers gone."""
-    case = Case.of("chain", k=2)
+    case = Case.of(name, k=2)
     run = Run(case, 13, *WAYS[way])
     expected = run.backward(case.u, None, [])
     pushed = run.push(case.u, None, False, run.deltas)[1:]
     acts = [i for i, step in enumerate(case.steps, 1) if step[0] == ACT]
     wanted = torch.ones(len(expected), dtype=torch.float64)
     grad, total = case.grad, [torch.zeros_like(t) for t in expected]
-    for start, stop in ((6, 7), (4, 6), (3, 4), (1, 3)):
+    for start, stop in RANGES[name]:
         deltas = list(run.deltas)
         for place, step in enumerate(acts):
             if not start <= step < stop:
@@ -176,13 +184,20 @@ def test_ranges_of_steps(way: str) -> None:
     total[-1] = grad
     for a, b in zip(total, expected, strict=True):
         close(a, b)
-    with pytest.raises(RuntimeError, match="reads a value of earlier steps"):
-        other = Case.of("skip")
-        run = Run(other, 13, *WAYS[way])
-        pushed = run.push(other.u, None, False, run.deltas)[1:]
+
+
+@pytest.mark.parametrize(
+    ("name", "stop", "error"),
+    [("skip", 5, "reads a value of earlier steps"), ("chain", 5, "the activation of step 5")],
+)
+def test_ranges_that_do_not_fit(name: str, stop: int, error: str) -> None:
+    case = Case.of(name)
+    run = Run(case, 13, *WAYS["slopes"])
+    wanted = torch.ones(len(case.weights) + len(case.biases) + 1, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match=error):
         OPS.net_backward(
-            *(other.x.new_empty(13, 5), None, None, other.x, other.weights, run.saved, [], []),
-            *(13, 13, 1, 5, wanted, other.plan),
+            *(case.x.new_empty(13, 5), None, None, case.x, case.weights, run.saved, [], []),
+            *(13, 13, 1, stop, wanted, case.plan),
         )
 
 
@@ -201,6 +216,28 @@ def test_transposed_weights(width: int) -> None:
         if width > 1:
             with pytest.raises(RuntimeError, match="a weight must"):
                 OPS.net_pull(w, wrong, [x.new_empty(0, 0)], 2, 2, False, True, plan)
+
+
+@pytest.mark.parametrize("slopes", [True, False])
+def test_values_that_are_not_given(slopes: bool) -> None:
+    """The gradient of a weight needs the value that the step reads, and φ(s) alone is computed."""
+    case = Case.of("norms")
+    case.plan[0, 3] = 1
+    saved = case.given()
+    acts = sum(step[0] == ACT for step in case.steps)
+    saved[3 * acts] = case.x.new_empty(0, 0)  # the output of the first norm
+    weights = [w.t() for w in case.weights]
+    found = OPS.net_pull(case.w[0], weights, saved, 13, 13, slopes, True, case.plan)
+    if slopes:
+        saved.append(found.pop(2))
+    for wanted in (0, 1):
+        flags = torch.full((10,), float(wanted), dtype=torch.float64)
+        arguments = (case.grad, case.u[0], None, case.x, weights, saved, found[2:], [], 13, 13, 1)
+        if wanted:
+            with pytest.raises(RuntimeError, match="the value that step 2 reads is not given"):
+                OPS.net_backward(*arguments, len(case.plan), flags, case.plan)
+        else:
+            OPS.net_backward(*arguments, len(case.plan), flags, case.plan)
 
 
 def test_infinite_cotangents_of_dead_units() -> None:

@@ -13,7 +13,7 @@ from conftest import cpu_only
 from layer_cases import Model
 from torch import Tensor, nn
 
-from fastjac.input_jacobian.chain import network, program
+from fastjac.input_jacobian.chain import network, program, sweeps
 
 pytestmark = pytest.mark.usefixtures("double")
 
@@ -60,6 +60,32 @@ def test_network_in_any_module(name: str, frozen: bool, options: dict[str, Any])
     for _ in range(3):
         same(run(model, x, spectreg("auto", **options)), expected)
     assert next(iter(program._programs.values())).network is not None
+
+
+@cpu_only
+def test_threads_and_flat_lists(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gradients of further threads are limited; tensors of norms count, too."""
+    assert sweeps.most_threads(100, 10) > 1000
+    assert sweeps.most_threads(3 << 20, 10) == 1
+    assert sweeps.most_threads(3 << 20, 7 << 20) == 3
+    assert sweeps.rows_of_a_thread(100, 1) == 100
+    model, x = three_layers(lambda m, x: m.c(m.n(m.a(x))), n=nn.LayerNorm(5)), torch.randn(6, 4)
+    for limit, flat in ((30, True), (29, False)):
+        monkeypatch.setattr(network, "FLAT", limit)
+        program.forget()
+        for _ in range(2):
+            spectreg("auto")(model, x)
+        (found,) = [p.network for p in program._programs.values()]
+        assert found.flat is flat
+
+
+def test_norms_over_all_dimensions() -> None:
+    """γ has the shape of the input, whose gradient is not summed over any dimension."""
+    x, weight = torch.randn(3, 4), nn.Parameter(torch.randn(3, 5))
+    model = three_layers(lambda m, x: m.c(F.layer_norm(m.a(x).tanh() * m.w, (3, 5), m.w)))
+    model.w = weight
+    for engine in ("chain", "auto", "auto", "auto"):
+        same(run(model, x, spectreg(engine)), run(model, x, spectreg("autograd")))
 
 
 @cpu_only

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from kernel_cases import Kernels, only_triton
+from net_cases import layer_norm
 from torch import Tensor
 
 from fastjac.input_jacobian.chain import norms
@@ -37,38 +38,35 @@ class Case:
         a = self.a.clone().requires_grad_()
         weight = None if self.weight is None else self.weight.clone().requires_grad_()
 
-        def layer_norm(a: Tensor) -> Tensor:
-            centred = a - a.mean(-1, keepdim=True)
-            hat = centred * (centred.square().mean(-1, keepdim=True) + EPS).rsqrt()
-            return hat if weight is None else hat * weight
+        def norm(a: Tensor) -> Tensor:
+            return layer_norm(a, weight, None, EPS)
 
-        pushed = [torch.func.jvp(layer_norm, (a,), (t,))[1] for t in self.t]
+        pushed = [torch.func.jvp(norm, (a,), (t,))[1] for t in self.t]
         total = sum((p * d).sum() for p, d in zip(pushed, self.delta, strict=True))
         leaves = [a] if weight is None else [a, weight]
         grads = torch.autograd.grad(total, leaves, allow_unused=True)
         return [torch.stack(pushed).detach(), *grads, *[None] * (2 - len(grads))]
 
-    def run(self, op: Any, dtype: torch.dtype, wanted: bool = True) -> list[Tensor | None]:
+    def operands(self, dtype: torch.dtype, wanted: bool, trained: bool) -> list[Any]:
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         t, delta, a = (s.to(dtype) for s in (self.t, self.delta, self.a))
         weight = None if self.weight is None else self.weight.to(dtype)
         mean, iota = (s.to(wide) for s in self.statistics())
-        width = self.a.shape[-1]
-        out, extra, product = op(t, delta, a, mean, iota, weight, width, wanted)
-        assert extra.shape == a.shape and extra.dtype == wide
-        return [out, extra, product.view(-1, width).sum(0) if product.numel() else None]
+        return [t, delta, a, mean, iota, weight, self.a.shape[-1], wanted, trained]
 
 
 def check(op: Any, case: Case, dtype: torch.dtype, limit: float) -> None:
     truth = case.truth()
-    for wanted in (True, False):
-        found = case.run(op, dtype, wanted)
-        if not wanted:
-            assert found[0] is not None and found[0].numel() == 0
-            found[0] = None
-        for a, b in zip(found, truth, strict=True):
-            assert b is not None or a is None
-            if a is not None and b is not None:
+    for wanted, trained in ((True, case.weight is not None), (False, False)):
+        expected = [truth[0] if wanted else None, truth[1], truth[2] if trained else None]
+        out, extra, product = op(*case.operands(dtype, wanted, trained))
+        assert extra.shape == case.a.shape
+        assert extra.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        found = [out, extra, product.view(-1, case.a.shape[-1]).sum(0) if trained else product]
+        for a, b in zip(found, expected, strict=True):
+            if b is None:
+                assert a.numel() == 0
+            else:
                 assert a.shape == b.shape and (a.double() - b).norm() <= limit * b.norm()
 
 
@@ -76,10 +74,11 @@ SHAPES = [(5, 7), (2, 3, 33), (3, 512), (2, 1000)]
 
 
 @needs_library
+@pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float64, 1e-13), (torch.float32, 2e-6)])
 @pytest.mark.parametrize("weighted", [True, False], ids=["weight", "plain"])
 @pytest.mark.parametrize("k", [1, 3])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES, (1200, 7)], ids=str)  # the last one on two threads
 def test_cpu(shape, k, weighted, dtype, limit):
     check(torch.ops.fastjac.norm_push, Case(shape, k, weighted), dtype, limit)
 
@@ -98,41 +97,64 @@ def test_triton(kernels: Kernels, shape, k, weighted, dtype, limit):
 @needs_library
 def test_memory_formats():
     """Operands in another memory format give the same numbers."""
-    case = Case((4, 6), 2, True)
-    truth = case.truth()
+    case, op = Case((4, 6), 2, True), torch.ops.fastjac.norm_push
+    expected = op(*case.operands(torch.float64, True, True))
     case.t, case.delta = (t.mT.contiguous().mT for t in (case.t, case.delta))
     case.a = torch.stack([case.a, case.a], -1).flatten(-2)[..., ::2]
-    for a, b in zip(case.run(torch.ops.fastjac.norm_push, torch.float64), truth, strict=True):
+    for a, b in zip(op(*case.operands(torch.float64, True, True)), expected, strict=True):
         torch.testing.assert_close(a, b)
+
+
+NAMES = ("t", "delta", "a", "mean", "iota", "weight")
+
+
+def refuses(op: Any, device: str) -> None:
+    good = Case((4, 6), 1, True, device).operands(torch.float64, True, True)
+    op(*good)
+    for place, name in enumerate(NAMES):
+        right = good[place]
+        for wrong in (right[:0], right.float(), right[..., :-1] if place else right[:, :1]):
+            if name == "weight" and wrong.numel() == right.numel():
+                continue  # the Triton kernel takes a weight of another dtype
+            argument = name if name != "a" else "(a|t|delta)"  # to which the others do not fit
+            if name == "t" and wrong.numel() == 0:
+                argument = "t"
+            with pytest.raises(RuntimeError, match=f"norm_push: {argument} must"):
+                op(*good[:place], wrong, *good[place + 1 :])
+    for wrong in (0, -1, 5):
+        with pytest.raises(RuntimeError, match=f"a must have one row of {wrong} elements or more"):
+            op(*good[:6], wrong, *good[7:])
+    with pytest.raises(RuntimeError, match="weight is None and trained is true"):
+        op(*good[:5], None, *good[6:])
 
 
 @needs_library
 def test_refusals():
-    case = Case((4, 6), 1, True)
-    mean, iota = case.statistics()
-    good = [case.t, case.delta, case.a, mean, iota, case.weight, 6, True]
-    op = torch.ops.fastjac.norm_push
-    op(*good)
-    for place in range(7):
-        right = good[place]
-        wrongs = (
-            [0, -1, 5] if isinstance(right, int) else [right[:0], right.float(), right[..., 1:]]
-        )
-        for wrong in wrongs:
-            if place in (3, 4) and wrong.numel() == right.numel():
-                continue
-            with pytest.raises(RuntimeError):
-                op(*good[:place], wrong, *good[place + 1 :])
+    refuses(torch.ops.fastjac.norm_push, "cpu")
     with pytest.raises(RuntimeError, match="float32 or float64"):
-        op(*(t.bfloat16() if isinstance(t, Tensor) else t for t in good))
+        torch.ops.fastjac.norm_push(*Case((4, 6), 1, True).operands(torch.bfloat16, True, True))
 
 
+@only_triton
+def test_refusals_of_triton(kernels: Kernels):
+    refuses(kernels.norm_push, kernels.device)
+
+
+@needs_library
 def test_where_there_is_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(norms, "why_not", lambda impl, device, dtype: None)
-    monkeypatch.setattr(norms, "triton_interpreted", lambda: False)
+    def on_a_gpu(impl: str, device: str, dtype: torch.dtype) -> str | None:
+        return None if (impl, device) in (("triton", "cuda"), ("cpu", "cpu")) else "no"
+
     norms.kernel_suffix.cache_clear()
+    monkeypatch.setattr(norms, "why_not", on_a_gpu)
+    monkeypatch.setattr(norms, "triton_interpreted", lambda: False)
     try:
         assert norms.kernel_suffix("cpu", torch.float32) == ""
+        assert norms.kernel_suffix("cpu", torch.bfloat16) is None
+        assert norms.kernel_suffix("cuda", torch.float32) == "_triton"
         assert norms.kernel_suffix("cuda", torch.bfloat16) == "_triton"
+        monkeypatch.setattr(norms, "triton_interpreted", lambda: True)
+        norms.kernel_suffix.cache_clear()
+        assert norms.kernel_suffix("cuda", torch.float32) is None
     finally:
         norms.kernel_suffix.cache_clear()

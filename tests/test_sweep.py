@@ -140,7 +140,7 @@ def no_guards(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def no_curvature(monkeypatch: pytest.MonkeyPatch) -> None:
-    for rule in (norms.Norm, rules.Softmax, rules.Pointwise):
+    for rule in (norms.Norm, norms.LayerNorm, rules.Softmax, rules.Pointwise):
         monkeypatch.setattr(rule, "push", no_terms)
 
 

@@ -56,28 +56,35 @@ T* data(const Tensor& t) {
 
 using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;
 
-// A contiguous tensor whose numbers are not set, of the dtype and device of another one, unless a
-// dtype is given. torch::stable::new_empty looks its op up by name, and takes 3 times as long.
-inline Tensor uninitialized(const Tensor& like, Sizes sizes, int32_t dtype = -1) {
-  constexpr size_t most = 64;  // dimensions of a tensor of torch
-  int64_t strides[most], stride = 1;
-  STD_TORCH_CHECK(sizes.size() <= most, "fastjac: a tensor has too many dimensions");
-  for (size_t d = sizes.size(); d-- > 0; stride *= std::max<int64_t>(sizes[d], 1)) {
-    strides[d] = stride;
-  }
+// A tensor whose numbers are not set, of the device of another one and, unless a dtype is given, of
+// its dtype. torch::stable::new_empty looks its op up by name in each call (benchmarks/NOTES.md).
+inline Tensor uninitialized(const Tensor& like, Sizes sizes, Sizes strides, int32_t dtype = -1) {
   if (dtype < 0) STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
   int32_t device = 0, index = 0;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &index));
   AtenTensorHandle made = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(),
-                                                         strides, dtype, device, index, &made));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      int64_t(sizes.size()), sizes.data(), strides.data(), dtype, device, index, &made));
   return Tensor(made);
+}
+
+// The same, contiguous.
+inline Tensor uninitialized(const Tensor& like, Sizes sizes, int32_t dtype = -1) {
+  constexpr size_t few = 8;  // dimensions
+  int64_t here[few];
+  std::vector<int64_t> many(sizes.size() > few ? sizes.size() : 0);
+  int64_t *strides = many.empty() ? here : many.data(), stride = 1;
+  for (size_t d = sizes.size(); d-- > 0; stride *= std::max<int64_t>(sizes[d], 1)) {
+    strides[d] = stride;
+  }
+  return uninitialized(like, sizes, Sizes(strides, sizes.size()), dtype);
 }
 
 // With the strides of the other tensor, if it is dense.
 inline Tensor uninitialized_like(const Tensor& t) {
-  return t.is_contiguous() ? uninitialized(t, t.sizes()) : torch::stable::empty_like(t);
+  return t.is_contiguous() ? uninitialized(t, t.sizes(), t.strides())
+                           : torch::stable::empty_like(t);
 }
 
 inline bool same_sizes(const Tensor& a, const Tensor& b) {

@@ -23,7 +23,7 @@ Tensors net_forward(const Tensor& x, const Tensors& weights, const Tensors& bias
   Saved saved(sweep);
   Entries made;
   if (slopes) {
-    made = saved.missing();
+    made = saved.missing(true);
   } else {
     saved.for_entries([&](int64_t entry, const Step& step, int64_t width) {
       const bool act = step.kind == Kind::act;
@@ -63,7 +63,7 @@ Tensors net_forward(const Tensor& x, const Tensors& weights, const Tensors& bias
         sweep.evaluate({curve, out.data, memory(1).data, memory(2).data}, rows.count * width);
       } else if (step.kind == Kind::norm) {
         const Norm norm = saved.norm(step, rows);
-        View argument = sweep.of(saved.of_norm(step, 0), rows, width);
+        const View argument = sweep.of(saved.of_norm(step, 0), rows, width);
         if (argument.data != a.data) {
           sweep.copy(a, width, argument, width, width, rows, 1, 1, false);
         }
@@ -107,7 +107,7 @@ Tensors net_pull(const Tensor& w, const Tensors& weights, const Tensors& tensors
     for (const Step& step : program.steps) {
       if (step.kind == Kind::act) evaluated[step.place] = !saved.has_slopes(step);
     }
-    Entries missing = saved.missing();
+    Entries missing = saved.missing(false);
     found.push_back(missing.make(w, true)[0]);
     saved.take(missing);
   }

@@ -246,16 +246,16 @@ struct Sweep {
   // Calls `pass`, of the norm kernels, for a norm step and a block of rows.
   template <class Call>
   void norm(void (*pass)(const Call&, int64_t, int64_t), const Call& call, const Rows& rows) const {
-    parallel(rows.count, grain / call.norm.width + 1,
+    parallel(rows.count, norm_grain / call.norm.width + 1,
              [&](int64_t begin, int64_t end) { pass(call, begin, end); });
   }
 
   // out = P γ g, or out += P γ g, of a norm step; extra (of one part) is added if it is given, and
   // product is g x̂, of one part.
-  void norm_pull(const Norm& of, const View& g, const View& out, const Rows& rows, int64_t parts,
+  void norm_pull(const Norm& layer, const View& g, const View& out, const Rows& rows, int64_t parts,
                  bool add, const View& extra = {}, const View& product = {}) const {
     for (int64_t i = 0; i < parts; ++i) {
-      const NormPullCall call{of,           g.at(i), extra.data, out ? out.at(i) : nullptr,
+      const NormPullCall call{layer,        g.at(i), extra.data, out ? out.at(i) : nullptr,
                               product.data, add};
       norm(norm_kernels().pull, call, rows);
     }

@@ -17,6 +17,9 @@ void check_range(const Program& program, int64_t start, int64_t stop, bool push)
     const int64_t lowest = step.binary() ? std::min(step.a, step.b) : step.a;
     STD_TORCH_CHECK(lowest >= (i < stop ? start : stop) - 1, "fastjac: net: step ", i,
                     " reads a value of earlier steps than those from ", start, " to ", stop);
+    STD_TORCH_CHECK(i >= stop || !program.fused(i) || step.last < stop, "fastjac: net: step ", i,
+                    " needs the cotangent of the activation of step ", step.last,
+                    ", which must be among the steps from ", start, " to ", stop);
   }
 }
 
@@ -38,8 +41,7 @@ struct Backward {
   int64_t left_bytes;        // of the left factor of `joined`
   std::vector<char> needed;  // the values whose cotangents are used
 
-  // The value that a linear step reads, as its input.
-  // `memory` is used if it must be computed.
+  // The value that a linear step reads. `memory` is used if it must be computed.
   View input(const Step& step, const Rows& rows, const View& memory) const {
     const Program& program = sweep.program;
     const Step& a = program.steps[step.a];
@@ -112,7 +114,9 @@ struct Backward {
     const View to = needed[step.a] ? out : View{};
     if (has) {
       const View product = of_weight ? sweep.more(rows, scratch, 0, step.width) : View{};
-      sweep.norm_pull(saved.norm(step, rows), g, to, rows, 1, add, extra, product);
+      if (to || product) {
+        sweep.norm_pull(saved.norm(step, rows), g, to, rows, 1, add, extra, product);
+      }
       if (of_weight) terms.columns(step.weight, step, product, rows);
       if (step.bias >= 0 && terms.gradients.wanted(terms.weights + step.bias)) {
         terms.bias(step, g, rows);

@@ -98,7 +98,7 @@ struct Saved {
       });
     }
     if (flat) {
-      Entries rest = missing();
+      Entries rest = missing(count == 0);
       rest.take_flat(tensors.back(), &like, "the flat tensor of saved");
       take(rest);
     }
@@ -113,12 +113,13 @@ struct Saved {
     }
   }
 
-  // φ' and φ'' that are not given, and the values that are neither given nor φ(s) of an s that is.
-  Entries missing() const {
+  // φ' and φ'' that are not given; if `all`, what only a forward can compute too: the values that
+  // are neither given nor φ(s) of an s that is, and what is known of the norms.
+  Entries missing(bool all) const {
     Entries found;
     for_entries([&](int64_t entry, const Step& step, int64_t width) {
       bool needed = entry % 3 == 1 || (entry % 3 == 2 && step.curved);
-      if (entry >= 3 * sweep.program.acts) needed = is_norm(entry) || !has_value(step);
+      if (entry >= 3 * sweep.program.acts) needed = all && (is_norm(entry) || !has_value(step));
       found.add(needed && data[entry] == nullptr ? sweep.n : 0, width);
     });
     return found;
@@ -252,14 +253,14 @@ struct Pushed : Entries {
   }
 
   View extra(const Step& step, const Rows& rows) const {
-    return sweep.of(data[step.kind == Kind::act ? step.place : of_norm(step)], rows, step.width);
+    return sweep.of(data[step.kind == Kind::act ? step.place : first_of(step)], rows, step.width);
   }
 
   View product(const Step& norm, const Rows& rows) const {
-    return sweep.of(data[of_norm(norm) + 1], rows, norm.width);
+    return sweep.of(data[first_of(norm) + 1], rows, norm.width);
   }
 
-  int64_t of_norm(const Step& norm) const {
+  int64_t first_of(const Step& norm) const {
     return sweep.program.acts + sweep.program.kept + 2 * norm.place;
   }
 

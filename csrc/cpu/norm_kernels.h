@@ -7,6 +7,8 @@
 
 namespace fastjac {
 
+constexpr int64_t norm_grain = 2048;  // the smallest number of elements that is given to a thread
+
 // γ x̂ + β with x̂ = (a − μ) ι, over rows of `width` elements, float or double; γ may be null. The
 // Jacobian of x̂, P: u → ι (u − mean u − x̂ mean(x̂ u)), is symmetric.
 struct Norm {
@@ -33,12 +35,9 @@ struct NormPullCall {
 };
 
 // For a tangent t and a cotangent δ: out = γ P t; extra and product are the gradients of ⟨δ, γ P t⟩
-// with respect to a and, before the sum over the rows, γ, + the old ones if `add`. With d = γ δ,
-// p = mean(x̂ t), q = mean(x̂ d) and B = mean(d t) − mean d mean t − q p they are
-//
-//     extra = −ι² (p (d − mean d) + q (t − mean t) + (B − 2 p q) x̂),  product = δ P t
-//
-// Null results are not computed; δ is not read if both are null.
+// with respect to a and, before the sum over the rows, γ: product = δ P t, + the old ones if `add`.
+// The formula of extra is that of `Norm` in fastjac/input_jacobian/chain/norms.py. Null results are
+// not computed; δ is not read if both are null.
 struct NormPushCall {
   Norm norm;
   const void *delta, *t;

@@ -185,6 +185,7 @@ struct Program {
       if (s.weight >= 0) check_vector(weights[s.weight], like, s.width, "the weight of a norm");
       read_bias(s, entry[4]);
       s.number = entry[5];
+      STD_TORCH_CHECK(s.number >= 0, "fastjac: net: ε of a norm must not be negative");
     } else if (s.kind == Kind::act) {
       s.place = acts++;
       s.fn = index(entry[3], 0, int64_t(std::size(param_counts)), "an activation");

@@ -16,7 +16,7 @@ MOST_COLUMNS = 2048  # the largest number of columns that are read at once
 @triton.jit(do_not_specialize=["width", "rows", "parts"])
 def norm_push_kernel(
     t_ptr, delta_ptr, a_ptr, mean_ptr, iota_ptr, weight_ptr, out_ptr, extra_ptr, product_ptr,
-    width, rows, parts, WANTED: tl.constexpr, WEIGHTED: tl.constexpr,
+    width, rows, parts, WANTED: tl.constexpr, WEIGHTED: tl.constexpr, TRAINED: tl.constexpr,
     ALIGNED: tl.constexpr, COMPUTE: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     width = aligned(width, ALIGNED)
@@ -26,7 +26,7 @@ def norm_push_kernel(
     iota = tl.load(iota_ptr + row).to(COMPUTE)
     at = row * width
     for part in range(0, parts):
-        of_part = (part * rows + row) * width
+        of_part = (tl.full([], part, tl.int64) * rows + row) * width
         t_sum = tl.zeros([COLS], COMPUTE)
         d_sum = tl.zeros([COLS], COMPUTE)
         hat_t = tl.zeros([COLS], COMPUTE)
@@ -63,6 +63,7 @@ def norm_push_kernel(
                 weight = tl.load(weight_ptr + start + place, inside, other=0.0).to(COMPUTE)
                 d = delta * weight
                 out = pushed * weight
+            if TRAINED:
                 product = delta * pushed
                 if part > 0:
                     product += tl.load(product_ptr + at + start + place, inside, other=0.0)
@@ -74,6 +75,9 @@ def norm_push_kernel(
             if WANTED:
                 out = out.to(out_ptr.dtype.element_ty)
                 tl.store(out_ptr + of_part + start + place, out, inside)
+        # The next part adds to what this one has stored, and with 16-bit operands other threads
+        # load an element than those that have stored it.
+        tl.debug_barrier()
 
 
 def _check(t: Tensor, a: Tensor, numel: int, dtype: torch.dtype, name: str) -> None:
@@ -92,9 +96,10 @@ def norm_push(
     weight: Tensor | None,
     width: int,
     wanted: bool,
+    trained: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     if width < 1 or a.numel() == 0 or a.numel() % width:
-        raise RuntimeError(f"fastjac: norm_push: a must have rows of {width} elements")
+        raise RuntimeError(f"fastjac: norm_push: a must have one row of {width} elements or more")
     rows, parts = a.numel() // width, t.numel() // a.numel()
     if parts == 0:
         raise RuntimeError("fastjac: norm_push: t must have at least the elements of a")
@@ -108,15 +113,17 @@ def norm_push(
         _check(operand, a, numel, dtype, name)
     if weight is not None:
         _check(weight, a, width, weight.dtype, "weight")
+    elif trained:
+        raise RuntimeError("fastjac: norm_push: weight is None and trained is true")
     t, delta, a = t.contiguous(), delta.contiguous(), a.contiguous()
     out = torch.empty_like(t) if wanted else t.new_empty(0)
     extra = torch.empty_like(a, dtype=wide)
-    product = torch.empty_like(extra) if weight is not None else extra.new_empty(0)
+    product = torch.empty_like(extra) if trained else extra.new_empty(0)
     cols = min(triton.next_power_of_2(width), MOST_COLUMNS)
     norm_push_kernel[(rows,)](
         t, delta, a, mean.contiguous(), iota.contiguous(),
         a if weight is None else weight.contiguous(), out, extra, product, width, rows, parts,
-        WANTED=wanted, WEIGHTED=weight is not None, ALIGNED=width % 16 == 0,
+        WANTED=wanted, WEIGHTED=weight is not None, TRAINED=trained, ALIGNED=width % 16 == 0,
         COMPUTE=compute_dtype(a.dtype), COLS=cols, num_warps=1 if cols <= 256 else cols // 256,
     )  # fmt: skip
     return out, extra, product

@@ -24,7 +24,7 @@ and parameters:
     ADD      value    value
     CAT      value    value                                             along the features
     SCALE    value    –        –            –            the factor
-    NORM     value    –        weight or -1 bias or -1   ε of a LayerNorm
+    NORM     value    –        weight or -1 bias or -1   ε, which `net_forward` alone reads
 
 Every value but the last one must be read by a later step. Weights are ``[out, in]``, and ``[C]`` of
 a NORM step; they are contiguous, and several steps may use the same one. If ``transposed`` is 1,
@@ -42,15 +42,15 @@ given. A caller whose forward torch computed passes the tensors that torch saved
 A list of results is either flat, one tensor ``[numbers]`` for all, or has separate tensors, some
 of which may be empty. A flat tensor is faster to make, separate ones can be freed one by one. Where
 a list is an argument, both are accepted. ``saved`` may also be the tensors above with a flat one
-behind them, which has the φ', φ'' and values that are missing in the former.
+behind them, which has the φ' and φ'' that are missing in the former.
 
 `net_forward` returns the output and ``saved``: if ``slopes``, with the φ', φ'' and values; if not,
 with s and the values that are no φ(s), and not flat.
 
-`net_pull` returns v and the norms; if ``slopes``, the flat tensor of what is missing in ``saved``,
-so that later sweeps need not evaluate activations; then ``deltas``: the cotangents of the ACT
-steps, of the LINEAR steps, empty if an ACT step is the only one that reads the value, and of the
-NORM steps.
+`net_pull` returns v and the norms; if ``slopes``, the flat tensor of the φ' and φ'' that are
+missing in ``saved``, so that later sweeps need not evaluate activations; then ``deltas``: the
+cotangents of the ACT steps, of the LINEAR steps, empty if an ACT step is the only one that reads
+the value, and of the NORM steps.
 
 `net_push` returns J u, which is empty unless ``wanted``, and ``pushed``: Σ_k φ'' δ_k t_k of the ACT
 steps; the tangents of the values that LINEAR steps read; and the gradients of ``⟨δ, γ P t⟩`` of the

@@ -8,6 +8,7 @@ was that of torch, and the sweeps take the tensors that torch saved.
 from __future__ import annotations
 
 import struct
+from collections import Counter
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from fastjac.input_jacobian.chain.program import ProgramRun, Programs
 from fastjac.input_jacobian.chain.record import Record, Step
 from fastjac.input_jacobian.chain.rules import signed
 from fastjac.input_jacobian.chain.signature import Signature, number_bytes
-from fastjac.input_jacobian.chain.sweeps import FLAT, TILED, Sweeps, rows_of_a_thread
+from fastjac.input_jacobian.chain.sweeps import FLAT, TILED, Sweeps, most_threads, rows_of_a_thread
 from fastjac.ops import net
 from fastjac.torch_private import shape_of_node
 
@@ -50,7 +51,7 @@ class Network:
         wanted: the argument of `net_backward`, without and with the gradient of x.
         places: for each weight and bias, in the order of its results, the number of the leaf, or
             -1.
-        flat, small: see `sweeps.FLAT` and `SMALL`.
+        flat, small, threads: see `sweeps.FLAT`, `SMALL` and `sweeps.most_threads`.
     """
 
     def __init__(self, matched: _Match) -> None:
@@ -69,8 +70,12 @@ class Network:
                 raise Other("the input of a layer was not saved")
             self.saved.append(place)
         self.saved += matched.of_norms
-        numbers = self.n * sum(matched.widths[i] for i in acts)
-        self.flat, self.small = numbers <= FLAT, numbers <= SMALL
+        sizes: Counter[float] = Counter()  # the elements of the values of each kind
+        for step, width in zip(matched.steps, matched.widths, strict=True):
+            sizes[step[0]] += self.n * width
+        self.small = sizes[net.ACT] <= SMALL
+        self.flat = sizes[net.ACT] + sizes[net.NORM] <= FLAT
+        self.threads = most_threads(matched.size, sizes[net.LINEAR])
 
     @classmethod
     def of(cls, record: Record, signature: Signature) -> Network | None:
@@ -93,6 +98,7 @@ class _Match:
         arguments: the places of the arguments of the activations.
         of_norms: the places of the argument, μ and ι of each norm.
         of_weights, of_biases: the numbers of their leaves.
+        size: the number of elements of the weights.
     """
 
     def __init__(self, record: Record, signature: Signature) -> None:
@@ -108,6 +114,8 @@ class _Match:
         self.arguments: list[int] = []
         self.of_norms: list[int] = []
         self.weights: list[int] = []
+        self.size = 0
+        self._numbers: dict[tuple[int, int], int] = {}  # of the weights, by place and leaf
         self.of_weights: list[int] = []
         self.of_biases: list[int] = []
         for step in record.steps:
@@ -221,17 +229,18 @@ class _Match:
             if not node._saved_weight.is_contiguous():
                 raise Other("a weight that is not contiguous")
             number = self._weight(node._saved_weight, self._leaf_behind(of_weight[0], False))
+        # ε is in ι, which torch has saved.
         return self._add((net.NORM, value, 0, number, self._bias(of_bias[0], width)), width)
 
     def _weight(self, weight: Tensor, leaf: int) -> int:
         """The number of a weight, which several steps may use."""
         place = self._by_memory[_memory(weight)]
-        used = [*zip(self.weights, self.of_weights, strict=True)]
-        if (place, leaf) not in used:  # two parameters may share their memory
+        number = self._numbers.setdefault((place, leaf), len(self.weights))
+        if number == len(self.weights):  # two parameters may share their memory
             self.weights.append(place)
             self.of_weights.append(leaf)
-            used.append((place, leaf))
-        return used.index((place, leaf))
+            self.size += weight.numel()
+        return number
 
     def _bias(self, node: Any, width: int) -> int:
         """The number of a bias; -1 if there is none, or none that requires grad."""
@@ -280,7 +289,7 @@ class NetworkRun(Sweeps, ProgramRun):
         self.weights = [tensors[place] for place in network.weights]
         self.saved = [_NOTHING[x.dtype] if place < 0 else tensors[place] for place in network.saved]
         self.plan, self.flat, self.evaluates = network.plan, network.flat, network.small
-        self.tile = rows_of_a_thread(network.n)
+        self.tile = rows_of_a_thread(network.n, network.threads)
         self.wanted, self.places = network.wanted[self.of_x], network.places
         self.pushes: list[tuple[Any, ...]] = []
 

@@ -103,7 +103,7 @@ def kernel_suffix(device: str, dtype: torch.dtype) -> str | None:
 class LayerNorm(Norm):
     """Means over the last dimensions, for each sample and position.
 
-    The push is one launch where there is a kernel, in place of about 22.
+    Where there is a kernel, the push is one launch in place of 22; if γ is trained, two of 26.
     """
 
     def push(self, node, lead, us, delta, wanted):
@@ -112,14 +112,13 @@ class LayerNorm(Norm):
         if suffix is None:
             return super().push(node, lead, us, delta, wanted)
         shape = node._saved_normalized_shape
+        trained = weight is not None and weight.requires_grad
         with below_autograd():
             out, extra, product = raw("norm_push" + suffix)(
                 *(u, delta, a, node._saved_result1, node._saved_result2, weight),
-                *(math.prod(shape), wanted),
+                *(math.prod(shape), wanted, trained),
             )
-        of_weight = None
-        if weight is not None and weight.requires_grad:
-            of_weight = product.sum(tuple(range(a.dim() - len(shape))))
+        of_weight = product.sum_to_size(weight.shape) if trained else None
         return out if wanted else None, (extra, of_weight)
 
     def statistics(self, node, a):

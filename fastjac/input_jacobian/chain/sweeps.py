@@ -27,8 +27,21 @@ tensor is new in each step, and the first access to its pages takes longer than 
 """
 
 
-def rows_of_a_thread(n: int) -> int:
-    return max(-(-n // torch.get_num_threads()), 16)
+GRADIENTS = 1 << 20
+"""Elements of the gradients of all threads but the first, up to which a thread takes a tile.
+
+Each thread adds up gradients of its own. Without a limit, those of 64 threads would take 70 MB for
+a network of 270,000 parameters. They may always take as much as the pre-activations.
+"""
+
+
+def most_threads(parameters: int, numbers: int) -> int:
+    """The largest number of threads for a network with so many pre-activations in a batch."""
+    return 1 + max(GRADIENTS, numbers) // parameters
+
+
+def rows_of_a_thread(n: int, threads: int) -> int:
+    return max(-(-n // min(threads, torch.get_num_threads())), 16)
 
 
 class Sweeps:
