@@ -57,7 +57,7 @@ PENALTIES: dict[str, tuple[Any, tuple[int, ...]]] = {
 @pytest.mark.parametrize("rows", [1, 5, 13])
 def test_tiles_are_exact(name: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles of 5, 5 and 3 of 13 samples; one weight is frozen, x requires grad; twice."""
-    monkeypatch.setattr(mlp_module, "rows_of_a_thread", lambda n, threads: rows)
+    monkeypatch.setattr(mlp_module, "rows_of_a_thread", lambda n, *sizes: rows)
     make, shape = PENALTIES[name]
     model = net().double()
     model[3].weight.requires_grad_(False)

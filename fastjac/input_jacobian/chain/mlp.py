@@ -16,7 +16,7 @@ from torch.nn.modules import module as module_hooks
 from fastjac.activations import IDS, get
 from fastjac.input_jacobian.by_autograd import run_model
 from fastjac.input_jacobian.chain.graph_run import GraphRun, check_versions
-from fastjac.input_jacobian.chain.sweeps import FLAT, TILED, Sweeps, most_threads, rows_of_a_thread
+from fastjac.input_jacobian.chain.sweeps import FLAT, TILED, Sweeps, rows_of_a_thread
 from fastjac.nn import Act, activation_of, hooked
 from fastjac.ops import net
 from fastjac.ops.dispatch import OPS
@@ -231,8 +231,9 @@ class Mlp(Sweeps):
         self.used = [x, *recipe.slots]
         self.versions = [t._version for t in self.used]
         self.large = not recipe.tiled and n * recipe.widest >= LARGE
-        threads = most_threads(recipe.size, n * recipe.numbers)
-        self.tile = rows_of_a_thread(n, threads) if recipe.tiled else n
+        self.tile = n
+        if recipe.tiled:
+            self.tile = rows_of_a_thread(n, recipe.size, n * recipe.numbers)
         # φ' and φ'' are kept if the threads have tiles. Otherwise z takes less memory.
         self.flat = recipe.tiled and n * recipe.numbers <= FLAT
         with below_autograd():

@@ -20,7 +20,7 @@ from fastjac.input_jacobian.chain.program import ProgramRun, Programs
 from fastjac.input_jacobian.chain.record import Record, Step
 from fastjac.input_jacobian.chain.rules import signed
 from fastjac.input_jacobian.chain.signature import Signature, number_bytes
-from fastjac.input_jacobian.chain.sweeps import FLAT, TILED, Sweeps, most_threads, rows_of_a_thread
+from fastjac.input_jacobian.chain.sweeps import FLAT, TILED, Sweeps, rows_of_a_thread
 from fastjac.ops import net
 from fastjac.torch_private import shape_of_node
 
@@ -51,7 +51,7 @@ class Network:
         wanted: the argument of `net_backward`, without and with the gradient of x.
         places: for each weight and bias, in the order of its results, the number of the leaf, or
             -1.
-        flat, small, threads: see `sweeps.FLAT`, `SMALL` and `sweeps.most_threads`.
+        flat, small, sizes: see `sweeps.FLAT`, `SMALL` and `sweeps.rows_of_a_thread`.
     """
 
     def __init__(self, matched: _Match) -> None:
@@ -70,12 +70,12 @@ class Network:
                 raise Other("the input of a layer was not saved")
             self.saved.append(place)
         self.saved += matched.of_norms
-        sizes: Counter[float] = Counter()  # the elements of the values of each kind
+        sizes: Counter[int] = Counter()  # the elements of the values of each kind
         for step, width in zip(matched.steps, matched.widths, strict=True):
             sizes[step[0]] += self.n * width
         self.small = sizes[net.ACT] <= SMALL
         self.flat = sizes[net.ACT] + sizes[net.NORM] <= FLAT
-        self.threads = most_threads(matched.size, sizes[net.LINEAR])
+        self.sizes = matched.size, sizes[net.LINEAR]
 
     @classmethod
     def of(cls, record: Record, signature: Signature) -> Network | None:
@@ -289,7 +289,7 @@ class NetworkRun(Sweeps, ProgramRun):
         self.weights = [tensors[place] for place in network.weights]
         self.saved = [_NOTHING[x.dtype] if place < 0 else tensors[place] for place in network.saved]
         self.plan, self.flat, self.evaluates = network.plan, network.flat, network.small
-        self.tile = rows_of_a_thread(network.n, network.threads)
+        self.tile = rows_of_a_thread(network.n, *network.sizes)
         self.wanted, self.places = network.wanted[self.of_x], network.places
         self.pushes: list[tuple[Any, ...]] = []
 

@@ -35,13 +35,10 @@ a network of 270,000 parameters. They may always take as much as the pre-activat
 """
 
 
-def most_threads(parameters: int, numbers: int) -> int:
-    """The largest number of threads for a network with so many pre-activations in a batch."""
-    return 1 + max(GRADIENTS, numbers) // parameters
-
-
-def rows_of_a_thread(n: int, threads: int) -> int:
-    return max(-(-n // min(threads, torch.get_num_threads())), 16)
+def rows_of_a_thread(n: int, parameters: int, numbers: int) -> int:
+    """The rows of a tile, for the elements of the parameters and of the pre-activations."""
+    most = 1 + max(GRADIENTS, numbers) // parameters
+    return max(-(-n // min(most, torch.get_num_threads())), 16)
 
 
 class Sweeps:
