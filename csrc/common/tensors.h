@@ -81,7 +81,7 @@ inline Tensor uninitialized(const Tensor& like, Sizes sizes, int32_t dtype = -1)
   return uninitialized(like, sizes, Sizes(strides, sizes.size()), dtype);
 }
 
-// With the strides of the other tensor, if it is dense.
+// Of the strides of the other tensor if it is dense, else of those that torch chooses.
 inline Tensor uninitialized_like(const Tensor& t) {
   return t.is_contiguous() ? uninitialized(t, t.sizes(), t.strides())
                            : torch::stable::empty_like(t);

@@ -49,7 +49,7 @@ class Options:
         min_rounds, max_rounds: The limits of the number of rounds that the budget allows.
         sample_s: The shortest sample; a shorter step is repeated within it. A training repeats one
             step, but the first call in a sample finds the code of the other contestants in the
-            caches: samples of 2 ms, three or four calls, make a step of 0.5 ms 15% slower.
+            caches (benchmarks/NOTES.md).
         keep_going: A contestant with wrong gradients does not end the run.
     """
 
