@@ -29,7 +29,8 @@ class Record:
         contestant: Its registered name.
         status: ``"ok"``, ``"wrong"`` (it missed the gate and was not timed) or ``"failed"``.
         device, dtype, threads: Where and in what it ran.
-        n_rounds: The number of samples; each has at least 10 ms of repeated calls (2 ms before commit 795d4d6).
+        n_rounds: The number of samples; each has at least 10 ms of repeated
+            calls (2 ms before commit 795d4d6).
         median_ms, p20_ms, p80_ms: The time of one call.
         overhead: Its median over the median of the plain step in the same run.
         ratio, ratio_se: The median over the rounds of its time over plain's in the same round, and
