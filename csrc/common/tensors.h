@@ -56,21 +56,29 @@ T* data(const Tensor& t) {
 
 using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;
 
-// A tensor whose numbers are not set, of the device of another one and, unless a dtype is given, of
-// its dtype. torch::stable::new_empty looks its op up by name in each call (benchmarks/NOTES.md).
-inline Tensor uninitialized(const Tensor& like, Sizes sizes, Sizes strides, int32_t dtype = -1) {
-  if (dtype < 0) STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+// A tensor whose numbers are not set, of the dtype and device of another one. Empty if there is no
+// memory.
+inline std::optional<Tensor> allocated(const Tensor& like, Sizes sizes, Sizes strides,
+                                       int32_t dtype) {
   int32_t device = 0, index = 0;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &index));
   AtenTensorHandle made = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      int64_t(sizes.size()), sizes.data(), strides.data(), dtype, device, index, &made));
+  const AOTITorchError failed = aoti_torch_empty_strided(
+      int64_t(sizes.size()), sizes.data(), strides.data(), dtype, device, index, &made);
+  if (failed) return std::nullopt;
   return Tensor(made);
 }
 
-// The same, contiguous.
-inline Tensor uninitialized(const Tensor& like, Sizes sizes, int32_t dtype = -1) {
+inline int32_t number_of_dtype(const Tensor& t) {
+  int32_t dtype = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &dtype));
+  return dtype;
+}
+
+// What torch::stable::new_empty returns, which looks its op up by name in each call
+// (benchmarks/NOTES.md); without memory, it raises with torch's own message.
+inline Tensor uninitialized(const Tensor& like, Sizes sizes) {
   constexpr size_t few = 8;  // dimensions
   int64_t here[few];
   std::vector<int64_t> many(sizes.size() > few ? sizes.size() : 0);
@@ -78,13 +86,15 @@ inline Tensor uninitialized(const Tensor& like, Sizes sizes, int32_t dtype = -1)
   for (size_t d = sizes.size(); d-- > 0; stride *= std::max<int64_t>(sizes[d], 1)) {
     strides[d] = stride;
   }
-  return uninitialized(like, sizes, Sizes(strides, sizes.size()), dtype);
+  const auto made = allocated(like, sizes, Sizes(strides, sizes.size()), number_of_dtype(like));
+  return made ? *made : torch::stable::new_empty(like, sizes);
 }
 
 // Of the strides of the other tensor if it is dense, else of those that torch chooses.
 inline Tensor uninitialized_like(const Tensor& t) {
-  return t.is_contiguous() ? uninitialized(t, t.sizes(), t.strides())
-                           : torch::stable::empty_like(t);
+  if (!t.is_contiguous()) return torch::stable::empty_like(t);
+  const auto made = allocated(t, t.sizes(), t.strides(), number_of_dtype(t));
+  return made ? *made : torch::stable::empty_like(t);
 }
 
 inline bool same_sizes(const Tensor& a, const Tensor& b) {
@@ -111,8 +121,13 @@ inline torch::headeronly::ScalarType statistic_type(const Tensor& t) {
 
 // An uninitialized tensor of the compute type of another one.
 inline Tensor statistics(const Tensor& like, Sizes sizes) {
+  constexpr size_t few = 2;  // dimensions of all statistics
+  STD_TORCH_CHECK(sizes.size() <= few, "fastjac: a statistic has at most two dimensions");
+  const int64_t strides[few] = {sizes.size() == few ? std::max<int64_t>(sizes[1], 1) : 1, 1};
   const bool wide = dtype_of(like) == DType::f64;
-  return uninitialized(like, sizes, wide ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32());
+  const auto made = allocated(like, sizes, Sizes(strides, sizes.size()),
+                              wide ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32());
+  return made ? *made : torch::stable::new_empty(like, sizes, statistic_type(like));
 }
 
 inline void check_operand(const Tensor& t, const Tensor& z, const char* name) {
