@@ -76,9 +76,16 @@ inline int32_t number_of_dtype(const Tensor& t) {
   return dtype;
 }
 
+// The compute type, which is also that of sums and weights.
+inline torch::headeronly::ScalarType statistic_type(const Tensor& t) {
+  using torch::headeronly::ScalarType;
+  return t.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
 // What torch::stable::new_empty returns, which looks its op up by name in each call
-// (benchmarks/NOTES.md); without memory, it raises with torch's own message.
-inline Tensor uninitialized(const Tensor& like, Sizes sizes) {
+// (benchmarks/NOTES.md); without memory, it raises with torch's own message. If `statistic`, the
+// dtype is the compute type.
+inline Tensor uninitialized(const Tensor& like, Sizes sizes, bool statistic = false) {
   constexpr size_t few = 8;  // dimensions
   int64_t here[few];
   std::vector<int64_t> many(sizes.size() > few ? sizes.size() : 0);
@@ -86,8 +93,17 @@ inline Tensor uninitialized(const Tensor& like, Sizes sizes) {
   for (size_t d = sizes.size(); d-- > 0; stride *= std::max<int64_t>(sizes[d], 1)) {
     strides[d] = stride;
   }
-  const auto made = allocated(like, sizes, Sizes(strides, sizes.size()), number_of_dtype(like));
-  return made ? *made : torch::stable::new_empty(like, sizes);
+  int32_t dtype = number_of_dtype(like);
+  if (statistic && dtype_of(like) != DType::f64) dtype = aoti_torch_dtype_float32();
+  const auto made = allocated(like, sizes, Sizes(strides, sizes.size()), dtype);
+  if (made) return *made;
+  return torch::stable::new_empty(like, sizes,
+                                  statistic ? statistic_type(like) : like.scalar_type());
+}
+
+// An uninitialized tensor of the compute type of another one.
+inline Tensor statistics(const Tensor& like, Sizes sizes) {
+  return uninitialized(like, sizes, true);
 }
 
 // Of the strides of the other tensor if it is dense, else of those that torch chooses.
@@ -111,23 +127,6 @@ inline bool same_strides(const Tensor& a, const Tensor& b) {
     if (a.size(d) > 1 && a.stride(d) != b.stride(d)) return false;
   }
   return true;
-}
-
-// The compute type, which is also that of sums and weights.
-inline torch::headeronly::ScalarType statistic_type(const Tensor& t) {
-  using torch::headeronly::ScalarType;
-  return t.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
-// An uninitialized tensor of the compute type of another one.
-inline Tensor statistics(const Tensor& like, Sizes sizes) {
-  constexpr size_t few = 2;  // dimensions of all statistics
-  STD_TORCH_CHECK(sizes.size() <= few, "fastjac: a statistic has at most two dimensions");
-  const int64_t strides[few] = {sizes.size() == few ? std::max<int64_t>(sizes[1], 1) : 1, 1};
-  const bool wide = dtype_of(like) == DType::f64;
-  const auto made = allocated(like, sizes, Sizes(strides, sizes.size()),
-                              wide ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32());
-  return made ? *made : torch::stable::new_empty(like, sizes, statistic_type(like));
 }
 
 inline void check_operand(const Tensor& t, const Tensor& z, const char* name) {

@@ -1,6 +1,5 @@
 // `net_forward` and `net_pull` for CPU tensors; see fastjac/ops/net.py.
 #include "net_state.h"
-#include "passes.h"
 
 namespace fastjac {
 namespace {

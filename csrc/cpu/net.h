@@ -8,7 +8,7 @@
 #include "gemm.h"
 #include "isa.h"
 #include "net_kernels.h"
-#include "norm_kernels.h"
+#include "passes.h"
 #include "product_kernels.h"
 #include "program.h"
 
@@ -18,11 +18,6 @@ namespace fastjac {
 // with AVX-512 for all callers.
 inline const NetKernels& net_kernels() {
   static const NetKernels& best = FASTJAC_BEST_ISA(net_kernels);
-  return best;
-}
-
-inline const NormKernels& norm_kernels() {
-  static const NormKernels& best = FASTJAC_BEST_ISA(norm_kernels);
   return best;
 }
 

@@ -3,8 +3,7 @@
 
 #include <tuple>
 
-#include "isa.h"
-#include "norm_kernels.h"
+#include "passes.h"
 #include "tensors.h"
 
 namespace fastjac {
@@ -21,7 +20,6 @@ std::tuple<Tensor, Tensor, Tensor> norm_push(const Tensor& t, const Tensor& delt
                                              const Tensor& mean, const Tensor& iota,
                                              const std::optional<Tensor>& weight, int64_t width,
                                              bool wanted, bool trained) {
-  static const NormKernels& kernels = FASTJAC_BEST_ISA(norm_kernels);
   const DType dtype = dtype_of(a);
   STD_TORCH_CHECK(dtype == DType::f32 || dtype == DType::f64,
                   "fastjac: norm_push: float32 or float64 only");
@@ -58,7 +56,7 @@ std::tuple<Tensor, Tensor, Tensor> norm_push(const Tensor& t, const Tensor& delt
                               part(t_in, i),  wanted ? part(out, i) : nullptr,
                               part(extra, 0), trained ? part(product, 0) : nullptr,
                               i > 0};
-      kernels.push(call, begin, end);
+      norm_kernels().push(call, begin, end);
     }
   });
   return {out, extra, product};

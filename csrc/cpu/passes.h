@@ -1,15 +1,21 @@
-// The passes of `act_stats` and `row_sqnorm`, which other ops call too.
+// The passes of `act_stats`, `row_sqnorm` and norms, which other ops call too.
 #pragma once
 
 #include <vector>
 
 #include "isa.h"
+#include "norm_kernels.h"
 #include "row_sqnorm_kernels.h"
 #include "stats.h"
 
 namespace fastjac {
 
-// Do not call this in the files of the kernels; see `run_tasks` in sums.h.
+// Do not call these in the files of the kernels; see `run_tasks` in sums.h.
+inline const NormKernels& norm_kernels() {
+  static const NormKernels& best = FASTJAC_BEST_ISA(norm_kernels);
+  return best;
+}
+
 inline RowsKernel rows_kernel() {
   static const RowsKernel best = FASTJAC_BEST_ISA(row_sqnorm_kernel);
   return best;
