@@ -237,6 +237,11 @@ FUNCTIONS: dict[tuple[int, ...], str] = {
     (3, 4): """
         F.scaled_dot_product_attention(a, a.sin(), a)
         F.scaled_dot_product_attention(a[:, None], a[:, None], a[:, None], is_causal=True)
+        F.scaled_dot_product_attention(a[:, None], a.sin()[:, None], a[:, None], numbers(3, 3) > 0)
+        F.scaled_dot_product_attention(a[:, None], a[:, None], a.sin()[:, None], numbers(3, 3))
+        F.scaled_dot_product_attention(a[:, None], numbers(3, 1, 5, 4), numbers(3, 1, 5, 4))
+        F.scaled_dot_product_attention(a[:, None], a[:, None], a[:, None], dropout_p=0.3)
+        F.scaled_dot_product_attention(a[:, None].expand(-1, 2, -1, -1), *[a[:, None]] * 2, enable_gqa=True)
         torch.bmm(a, a.mT)
         a @ a.mT @ a
         torch.matmul(a, numbers(4, 2))

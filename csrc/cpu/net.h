@@ -21,11 +21,6 @@ inline const NetKernels& net_kernels() {
   return best;
 }
 
-inline ProductKernel product_kernel() {
-  static const ProductKernel best = FASTJAC_BEST_ISA(product_kernel);
-  return best;
-}
-
 // Rows of the batch. `tile` is the number of the tile that they belong to.
 struct Rows {
   int64_t first, count, tile;

@@ -1,10 +1,11 @@
-// The passes of `act_stats`, `row_sqnorm` and norms, which other ops call too.
+// The passes of `act_stats`, `row_sqnorm`, norms and products, which other ops call too.
 #pragma once
 
 #include <vector>
 
 #include "isa.h"
 #include "norm_kernels.h"
+#include "product_kernels.h"
 #include "row_sqnorm_kernels.h"
 #include "stats.h"
 
@@ -13,6 +14,11 @@ namespace fastjac {
 // Do not call these in the files of the kernels; see `run_tasks` in sums.h.
 inline const NormKernels& norm_kernels() {
   static const NormKernels& best = FASTJAC_BEST_ISA(norm_kernels);
+  return best;
+}
+
+inline ProductKernel product_kernel() {
+  static const ProductKernel best = FASTJAC_BEST_ISA(product_kernel);
   return best;
 }
 

@@ -32,7 +32,11 @@ WRONG_AGAIN = {
 WRONG_BATCHED = {"NativeGroupNormBackward0"}
 """Whose second derivative is wrong for several cotangents at once."""
 
-_ATTENTION = "run the model under torch.nn.attention.sdpa_kernel(SDPBackend.MATH)"
+_ATTENTION = (
+    "use the model form, penalty(model, x, ...), with engine='auto', or run the model under "
+    "torch.nn.attention.sdpa_kernel(SDPBackend.MATH), and the backward too if it computes a "
+    "checkpoint again"
+)
 
 MISSING = {
     "HardsigmoidBackward0": "use the model form, penalty(model, x, ...), with engine='auto'",
@@ -107,8 +111,8 @@ class Operations:
                 self.wrong_again = WRONG_AGAIN[type(node).__name__]
 
 
-BY_CHAIN = {"HardsigmoidBackward0"}
-"""Those of `MISSING` that the chain engine has a rule for."""
+ATTENTION = {node for node, advice in MISSING.items() if advice is _ATTENTION}
+"""Attention without a matrix of scores. That with one, ``SDPBackend.MATH``, has all derivatives."""
 
 _kinds: dict[type, str] = {}
 

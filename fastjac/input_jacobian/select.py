@@ -10,14 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.hooks import RemovableHandle
 
 from fastjac import distributed, torch_private
 from fastjac.input_jacobian import by_autograd, guards
 from fastjac.input_jacobian.chain import (
+    CHECKPOINT,
     Chain,
     GraphRun,
     Mlp,
@@ -110,6 +113,42 @@ def _run(
         mlp = Mlp.of(model, x)
         if mlp is not None:
             return mlp.output, Chain(x, mlp), None, ""
+    key = _key_of(model)
+    known = _differentiable.get(key) if key is not None else False
+    if reason is not None or known:
+        with sdpa_kernel(SDPBackend.MATH):
+            return _observed(request, model, x, steady, reason)
+    before = _State(model, x) if known is None else None
+    output, pull, reason, advice = _observed(request, model, x, steady, reason)
+    attention = reason is not None and pull.operations.missing in guards.ATTENTION
+    # A checkpoint computes the model again in the backward, where the context has ended.
+    again = attention and reason != CHECKPOINT
+    if key is not None and known is None:
+        _differentiable[key] = again
+    if again and before is not None:
+        before.restore()
+        return _run(request, model, x, steady)
+    return output, pull, reason, advice
+
+
+_differentiable: Any = WeakKeyDictionary()
+"""By model, or by the code of a function: whether its attention must be differentiable twice.
+
+The kernels that torch chooses are not. The chain engine has the derivatives that they lack. If a
+model turns out in its first call to be one for autograd, it runs a second time, with the attention
+that has a matrix of scores, and later calls run with it at once.
+"""
+
+
+def _key_of(model: Any) -> Any:
+    return model if isinstance(model, nn.Module) else getattr(model, "__code__", None)
+
+
+def _observed(
+    request: Request, model: Any, x: Any, steady: bool, reason: str | None
+) -> tuple[Tensor, Any, str | None, str]:
+    """`_run` of a model in torch; ``reason`` is why the chain engine cannot run it, if known."""
+    at, advice = request.penalty.at, ". Use engine='autograd'"
     hooks = RemovableHandle.next_id + (at is not None)  # `run_model` registers one itself
     start = torch_private.sequence_number()
     x, output = by_autograd.run_model(model, x, at)
@@ -133,9 +172,10 @@ def _run(
                 return output, Chain(x, run_of(x, output, signature, programs)), None, ""
             if output.grad_fn is not None:
                 operations = guards.Operations(output)
-            if steady or _asks_for_chain(request, operations):
+            needed = _asks_for_chain(request, operations)
+            if steady or needed:
                 graph = GraphRun(x, output)
-                if untraced is None or request.penalty.engine == "chain":
+                if untraced is None or needed:
                     return output, Chain(x, graph), None, ""
             reason = untraced or FIRST
         except Unsupported as error:
@@ -144,6 +184,7 @@ def _run(
     why = f"it does not run this call, because {reason}"
     if reason == FIRST:
         why = "set uses_jvp = True in the class of the penalty, or engine='chain'"
+    operations = operations or guards.Operations(output)
     pull = by_autograd.AutogradPullback(x, output, operations, why)
     return output, pull, reason, advice
 
@@ -178,7 +219,7 @@ def _asks_for_chain(request: Request, operations: guards.Operations | None) -> b
     penalty = request.penalty
     if penalty.engine == "chain" or penalty.uses_jvp:
         return True
-    return operations is not None and operations.missing in guards.BY_CHAIN
+    return operations is not None and bool(operations.missing)
 
 
 def _why_not(request: Request, x: Any) -> str | None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastjac.activations import IDS
 from fastjac.input_jacobian.chain.activations import Activation, OwnActivation
+from fastjac.input_jacobian.chain.attention import Attention
 from fastjac.input_jacobian.chain.norms import BatchNorm, GroupNorm, LayerNorm
 from fastjac.input_jacobian.chain.rules import (
     RULES,
@@ -312,9 +313,12 @@ add("Tanh", Activation(of_output("tanh_slope"), "result"))
 add("Sigmoid", Activation(of_output("sigmoid_slope"), "result"))
 RULES[_Act] = OwnActivation()
 
-# ---- softmax and norms
+# ---- softmax, attention and norms
 
 add("Softmax SafeSoftmax", Softmax())
+add("ScaledDotProductFlashAttentionForCpu", Attention("attn_mask"))
+add("ScaledDotProductFlashAttention", Attention())
+add("ScaledDotProductEfficientAttention ScaledDotProductCudnnAttention", Attention("attn_bias"))
 add("LogSoftmax", LogSoftmax())
 add("NativeLayerNorm", LayerNorm())
 add("NativeBatchNorm CudnnBatchNorm", BatchNorm())

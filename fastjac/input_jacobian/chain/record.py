@@ -51,9 +51,6 @@ class Kind:
             self.why_not = "the model is compiled", ". Pass it before compiling"
         elif own is not None and not issubclass(own, Function):
             self.why_not = (f"the model calls {own.__name__}, a torch.autograd.Function",)
-        elif self.rule is None and self.name in MISSING:
-            name, advice = self.name.removesuffix("Backward0"), MISSING[self.name]
-            self.why_not = f"torch does not have the second derivative of {name}", f": {advice}"
         elif own is None and self.rule is None and not self.name[-1:].isdigit():
             # Torch generates the nodes with a numbered name, and shows all that they save.
             self.why_not = (
@@ -111,12 +108,17 @@ class Record:
             if others or (kind.asks and not rule.takes(node, inside)):
                 rule = None
         if rule is None:
+            if kind.name in MISSING:
+                name, advice = kind.name.removesuffix("Backward0"), MISSING[kind.name]
+                raise Unsupported(
+                    f"torch does not have the second derivative of {name}", f": {advice}"
+                )
             if len(set(used)) > 1:
                 raise Unsupported(f"{kind.name} has several outputs and no rule")
             rule = ByAutograd(used[0])
             rule.check(node)
         if kind.saved and saved_under_hooks(node, kind.saved):
-            raise Unsupported("tensors are saved under hooks (a checkpoint)")
+            raise Unsupported(CHECKPOINT)
         if kind.bends:
             targets = tuple([self._target(t) for t in rule.targets(node, inside)])
             if targets and max(targets) >= 0:
@@ -244,6 +246,7 @@ def _explained(error: RuntimeError, node: Any, rule: Rule) -> RuntimeError:
 
 
 _FIRST = [0]
+CHECKPOINT = "tensors are saved under hooks (a checkpoint)"
 
 HIDDEN = {
     "CopySlices": "an operation writes to a part of a tensor in place",
