@@ -22,6 +22,10 @@ def points(a: Tensor) -> Tensor:
     return (numbers(a.shape[0], 3, 4, 2) * 7).sin() * 1.2
 
 
+def grouped_attention(q: Tensor, k: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, k.sin(), enable_gqa=True)
+
+
 FUNCTIONS: dict[tuple[int, ...], str] = {
     (6,): """
         F.normalize(a, dim=1)
@@ -239,9 +243,9 @@ FUNCTIONS: dict[tuple[int, ...], str] = {
         F.scaled_dot_product_attention(a[:, None], a[:, None], a[:, None], is_causal=True)
         F.scaled_dot_product_attention(a[:, None], a.sin()[:, None], a[:, None], numbers(3, 3) > 0)
         F.scaled_dot_product_attention(a[:, None], a[:, None], a.sin()[:, None], numbers(3, 3))
-        F.scaled_dot_product_attention(a[:, None], numbers(3, 1, 5, 4), numbers(3, 1, 5, 4))
+        F.scaled_dot_product_attention(a[:, None], *[numbers(1, 5, 4).expand(len(a), 1, 5, 4)] * 2)
         F.scaled_dot_product_attention(a[:, None], a[:, None], a[:, None], dropout_p=0.3)
-        F.scaled_dot_product_attention(a[:, None].expand(-1, 2, -1, -1), *[a[:, None]] * 2, enable_gqa=True)
+        grouped_attention(a.view(-1, 2, 3, 2), a[:, None, :, :2])
         torch.bmm(a, a.mT)
         a @ a.mT @ a
         torch.matmul(a, numbers(4, 2))
@@ -333,7 +337,13 @@ FUNCTIONS: dict[tuple[int, ...], str] = {
 }
 
 
-NAMES = {"F": F, "torch": torch, "numbers": numbers, "points": points}
+NAMES = {
+    "F": F,
+    "torch": torch,
+    "numbers": numbers,
+    "points": points,
+    "grouped_attention": grouped_attention,
+}
 
 
 def function(text: str) -> Callable[[Tensor], Tensor]:

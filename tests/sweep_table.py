@@ -45,15 +45,18 @@ def jvp_of_norm(*names: str) -> list[Raises]:
     return [Raises(names, f"{form} TangentProp*", message, why) for form in ("autograd", "graph")]
 
 
+# A dropout above zero, or three dimensions, makes torch take another attention.
 FLASH = (
     "MultiheadAttention", "TransformerEncoderLayer", "TransformerEncoderLayer, eval",
     "TransformerDecoderLayer", "TransformerDecoderLayer, eval",
     "TransformerEncoderLayer of gelu, norm_first, eval",  # in training it has dropout
-    "F.scaled_dot_product_attention(a[:, None], a[:, None], a[:, None], is_causal=True)",
+    "F.scaled_dot_product_attention(a[[]:, None], a*", "grouped_attention*",
+    "F.scaled_dot_product_attention(a[[]:, None], [*]*",
 )  # fmt: skip
 
 # The first row that holds counts.
 RAISES: list[Raises] = [
+    Raises(("*dropout_p*",), "*", "", ""),
     Raises(
         FLASH, "graph *", "the second derivative of ScaledDotProductFlashAttentionForCpu",
         "torch has none, the model form is exact",

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastjac import SpectReg
+from fastjac.bench.measure import peak_bytes
 from fastjac.input_jacobian import select
+from fastjac.input_jacobian.chain import attention as rule
 from fastjac.ops import attention
 from fastjac.ops.dispatch import accumulate_dtype, why_not
 
@@ -238,6 +240,14 @@ def test_model_without_a_context_manager(name: str) -> None:
 
 @cpu_only
 @pytest.mark.usefixtures("double")
+@pytest.mark.parametrize("name", MODELS)
+def test_model_without_the_kernel(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rule, "has_kernel", lambda *args: False)
+    test_model_without_a_context_manager(name)
+
+
+@cpu_only
+@pytest.mark.usefixtures("double")
 def test_model_for_autograd_runs_once_more() -> None:
     """The first call of a model that the chain engine cannot run leaves no other trace."""
 
@@ -258,7 +268,6 @@ def test_model_for_autograd_runs_once_more() -> None:
     for runs in (2, 3, 4):
         torch.manual_seed(5)
         x_in = x.clone().requires_grad_()
-        norm = {name: t.clone() for name, t in model.norm.named_buffers()}
         model.norm.load_state_dict(nn.BatchNorm1d(3).state_dict())
         output, value = spectreg("auto")(model, x_in)
         torch.testing.assert_close(output, expected.output)
@@ -266,7 +275,6 @@ def test_model_for_autograd_runs_once_more() -> None:
         assert torch.rand(()) == expected.random and model.runs == runs
         for name, t in model.norm.named_buffers():
             torch.testing.assert_close(t, dict(expected.model.norm.named_buffers())[name])
-        del norm
     assert select._differentiable[model]
 
 
@@ -281,8 +289,6 @@ def test_graph_form_says_what_to_do() -> None:
 @cpu_only
 def test_memory_does_not_grow_with_the_scores() -> None:
     """1024 tokens: the scores of one head take 4 MB, and there are 8 of them."""
-    from fastjac.bench.measure import peak_bytes
-
     model, x = (
         nn.TransformerEncoderLayer(32, 8, 32, 0.0, batch_first=True),
         torch.randn(1, 1024, 32),

@@ -35,8 +35,8 @@ class Attention(Rule):
         self.mask = None if mask is None else f"_saved_{mask}"
 
     def takes(self, node, inside):
-        # A dropout in the kernel has drawn numbers that nobody can see; one that is a multiplication
-        # of its own is another node. A mask that is trained goes to another kernel on a CPU.
+        # A dropout inside the kernel draws numbers that nobody can see (on a CPU it is an operation
+        # of its own). The gradient of a mask that is trained is not computed here.
         mask = None if self.mask is None else getattr(node, self.mask)
         return node._saved_dropout_p == 0 and (mask is None or not mask.requires_grad)
 
