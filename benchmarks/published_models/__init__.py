@@ -1,0 +1,1 @@
+"""Forty published models with random weights: what fastjac finds, whether it is right, its cost."""
