@@ -85,12 +85,16 @@ def _timm(name: str, size: int = 64, *, sized: bool = False, **options: Any) -> 
 
 
 def _transformers(
-    name: str, shape: tuple[int, ...], argument: str = "inputs_embeds", **config: Any
+    name: str,
+    shape: tuple[int, ...],
+    argument: str = "inputs_embeds",
+    options: dict[str, Any] | None = None,
+    **config: Any,
 ) -> Published:
     def build(library: Any) -> nn.Module:
         kind = name.removesuffix("Model").removesuffix("Encoder")
         made = getattr(library, f"{kind}Config")(**config)
-        return OfEmbeddings(getattr(library, name)(made), argument)
+        return OfEmbeddings(getattr(library, name)(made, **(options or {})), argument)
 
     return Published(name, "transformers", build, shape)
 
@@ -142,7 +146,7 @@ MODELS: tuple[Published, ...] = (
     _timm("gmlp_ti16_224", sized=True),
     _timm("eva02_tiny_patch14_224", 70, sized=True),
     _timm("levit_128s", 128, sized=True),
-    _transformers("BertModel", (64, 256), **BERT),
+    _transformers("BertModel", (64, 256), options={"add_pooling_layer": False}, **BERT),
     _transformers("DistilBertModel", (64, 256), dim=256, hidden_dim=1024, n_layers=4, n_heads=4),
     _transformers("GPT2Model", (64, 256), n_embd=256, n_layer=4, n_head=4, use_cache=False),
     _transformers("OPTModel", (64, 256), **BERT, ffn_dim=1024, word_embed_proj_dim=256),
