@@ -134,6 +134,12 @@ def dtype_of_node(node: Any, output: int = 0) -> torch.dtype:
     return node._input_metadata[output].dtype
 
 
+def zeros_of_node(node: Any, output: int, lead: tuple[int, ...]) -> Tensor:
+    """Zeros ``[*lead, *shape]`` like such an output."""
+    like = node._input_metadata[output]
+    return torch.zeros((*lead, *like.shape), dtype=like.dtype, device=like.device)
+
+
 def saved_names(node: Any) -> list[str]:
     """The names of the tensors that nodes of this type save, for `saved_under_hooks`."""
     return [name for name in dir(node) if name.startswith("_raw_saved_")]

@@ -275,7 +275,7 @@ def test_model_for_autograd_runs_once_more() -> None:
         assert torch.rand(()) == expected.random and model.runs == runs
         for name, t in model.norm.named_buffers():
             torch.testing.assert_close(t, dict(expected.model.norm.named_buffers())[name])
-    assert select._differentiable[model]
+    assert select._models[id(model)][1]
 
 
 @cpu_only

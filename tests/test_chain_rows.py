@@ -182,6 +182,12 @@ ROWS: dict[str, list[Call]] = {
     "Celu": [lambda m, h: F.celu(h, 0.5)],
     "Hardswish": [lambda m, h: F.hardswish(4 * h)],
     "Sin": [lambda m, h: h.sin()],
+    "AsStrided.1": [
+        lambda m, h: F.adaptive_avg_pool2d(h.contiguous(memory_format=torch.channels_last), 1)
+    ],
+    "ScaledDotProductFlashAttentionForCpu": [  # see test_attention.py
+        lambda m, h: F.scaled_dot_product_attention(h, h.sin(), h)
+    ],
     "Softmax": [lambda m, h: h.softmax(1), lambda m, h: F.softmin(h, -1)],
     "SafeSoftmax": [lambda m, h: torch._safe_softmax(h, -1)],
     "LogSoftmax": [lambda m, h: h.log_softmax(2)],
@@ -194,7 +200,10 @@ ROWS: dict[str, list[Call]] = {
 }
 ACTIVATIONS: list[Call] = [lambda m, h, fn=fn: fastjac.act(h, fn=fn) for fn in TABLE]
 # Nodes of other devices, which those of a CPU stand for, and one that torch cannot compare with.
-ELSEWHERE = {"CudnnBatchNorm", "CopyBackwards", "Hardsigmoid"}
+ELSEWHERE = {"CudnnBatchNorm", "CopyBackwards", "Hardsigmoid"} | {
+    f"ScaledDotProduct{kind}Attention"
+    for kind in ("Flash", "Efficient", "Cudnn")  # of a GPU
+}
 
 
 def rows(t: Tensor) -> Tensor:

@@ -65,7 +65,7 @@ def score(m: Any, x: Tensor) -> Tensor:
 
 def write_to_a_part(m: Any, x: Tensor) -> Tensor:
     h = m.a(x).clone()
-    h[:, :2] = m.a(x).sin()[:, :2]
+    h[:, :2] *= m.b(m.a(x)).sin()[:, :2]
     return m.c(h)
 
 
@@ -88,7 +88,7 @@ REFUSED: dict[str, tuple[Callable[[Any, Tensor], Any], str]] = {
     ),
     "hook on a hidden tensor": (hooked, "registers hooks"),
     "checkpoint": (checkpointed, "saved under hooks"),
-    "part written to": (write_to_a_part, "writes to a part of a tensor"),
+    "part written to": (write_to_a_part, "not linear writes to a part of a tensor"),
     "input from another input": (
         lambda m, x: m.c([h := m.a(x), torch.logaddexp(h, m.b(h))][1]),
         "computed from another",

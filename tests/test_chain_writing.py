@@ -17,6 +17,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parametrizations
 
 from fastjac.bench.networks import TransformerClassifier
+from fastjac.input_jacobian import select
+from fastjac.input_jacobian.chain import GraphRun
 from fastjac.penalties import SpectReg
 
 pytestmark = pytest.mark.usefixtures("double")
@@ -115,6 +117,48 @@ def test_output_that_is_the_input_leaves_the_projection_alone() -> None:
 def test_input_of_one_number_per_sample() -> None:
     model = three_layers(lambda m, x: m.c(F.gelu(m.a(x.unsqueeze(1).expand(6, 4)))))
     agrees(model, torch.randn(6))
+
+
+def dropped_in_place(m: Any, x: Tensor) -> Tensor:
+    return m.c(F.dropout(m.a(x).view(-1, 5, 1).flatten(1), 0.3, True, True))
+
+
+def added_in_place(m: Any, x: Tensor) -> Tensor:
+    h = m.b(m.a(x))[:, 1:]
+    h += x
+    h[:, :2].mul_(3)
+    h[:, 3] = 0.5
+    return h.sin()
+
+
+@pytest.mark.parametrize("write", [dropped_in_place, added_in_place])
+def test_writes_to_a_part_that_are_linear(write: Any) -> None:
+    """Their node shows nothing of what it holds, but that its VJP depends on the cotangent alone.
+
+    So there is no program, and without one the chain engine pays if x is large.
+    """
+    agrees(three_layers(write), torch.randn(3, 4))
+    penalty = SpectReg()
+    for rows, engine in ((3, "autograd"), (select.LARGE // 4, "chain")):
+        text = penalty.explain_engine(three_layers(write), torch.randn(rows, 4))
+        assert text.startswith(f"engine: {engine}") and ("CopySlices" in text)
+
+
+@cpu_only
+def test_recurrent_layer_with_several_outputs() -> None:
+    """In float32 an LSTM is one operation, whose outputs all take part."""
+
+    def outputs(m: Any, x: Tensor) -> Tensor:
+        y, (h, c) = m.m(x)
+        return torch.cat([y[:, -1] * c[0], h[0].sin()], 1)
+
+    model = Model(outputs, m=nn.LSTM(4, 3, batch_first=True)).float()
+    x = torch.randn(2, 3, 4, dtype=torch.float32)
+    assert "MkldnnRnnLayer" in "".join(GraphRun(x.requires_grad_(), model(x)).describe())
+    with torch.backends.mkldnn.flags(enabled=False):  # as many operations
+        expected = run(model, x, spectreg("autograd"))
+    found = run(model, x, spectreg("chain"))
+    torch.testing.assert_close(found.gradients, expected.gradients, rtol=1e-4, atol=1e-5)
 
 
 def attention() -> nn.Module:

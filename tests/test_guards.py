@@ -9,9 +9,7 @@ import torch
 import torch.nn.functional as F
 from chain_cases import Straight, close, run, same, spectreg, three_layers
 from conftest import cpu_only
-from layer_cases import Model
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastjac import InputPenalty
 from fastjac.input_jacobian.chain import rules
@@ -138,18 +136,11 @@ def test_error_inside_a_rule_is_explained(monkeypatch: pytest.MonkeyPatch) -> No
         value.backward()
 
 
-@cpu_only  # whose scaled_dot_product_attention has no second derivative
 def test_advice_is_followed_by_success() -> None:
     """What an error of ``engine="chain"`` recommends has been tried here."""
-    x, head = torch.randn(2, 3, 4), nn.Linear(4, 3)
-    attend = Model(lambda m, x: m.h(F.scaled_dot_product_attention(x, x, x)), h=head)
-    four = x.unsqueeze(1)
-    with pytest.raises(RuntimeError, match="engine='chain' cannot.*second deriv.*SDPBackend.MATH"):
-        spectreg("chain")(attend, four)
-    with sdpa_kernel(SDPBackend.MATH):
-        spectreg("chain")(attend, four)[1].backward()
+    x = torch.randn(3, 4)
     with pytest.raises(RuntimeError, match="calls Straight.*Use engine='autograd'"):
-        spectreg("chain")(three_layers(lambda m, x: m.c(Straight.apply(m.a(x)))), x[0])
+        spectreg("chain")(three_layers(lambda m, x: m.c(Straight.apply(m.a(x)))), x)
 
 
 class OwnJvp(InputPenalty):

@@ -242,7 +242,9 @@ def _times(row: Row, model: nn.Module, x: Tensor, options: Options) -> None:
     steps: dict[str, Callable[[], None]] = {}
     kept: list[Any] = []
 
-    def add(name: str, forward: Callable[[nn.Module], tuple[Tensor, Any]], attach: Any = None) -> None:
+    def add(
+        name: str, forward: Callable[[nn.Module], tuple[Tensor, Any]], attach: Any = None
+    ) -> None:
         mine = copy.deepcopy(model)
         penalty = None if attach is None else attach(mine)
         kept.append(penalty)

@@ -170,8 +170,7 @@ def check_output(output: Tensor, n: int) -> None:
 
 
 def check_graph(x: Tensor, output: Tensor) -> None:
-    """Raises if ``x`` and ``output`` are not in one graph or do not have the same batch size."""
-    arguments.floating("x", x)
+    """Raises if x, a floating-point tensor, and ``output`` are not in one graph or batch."""
     check_output(output, x.shape[0])
     if not x.requires_grad:
         raise RuntimeError(

@@ -94,7 +94,7 @@ class InputPenalty(Penalty):
                 f"engine={self.engine!r} is for the model form, (model, x, ...): in the graph form "
                 "the graph exists already"
             )
-        by_autograd.check_graph(x, output)
+        by_autograd.check_graph(arguments.floating("x", x), output)
         distributed.check_graph(x, output)
         return self.per_sample(by_autograd.AutogradPullback(x, output), *targets, **named)
 

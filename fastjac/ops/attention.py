@@ -93,7 +93,8 @@ def composed(
         if causal:
             row = torch.arange(first, first + s.shape[-2], device=s.device).unsqueeze(1)
             s = s.masked_fill(torch.arange(keys, device=s.device) > row, -math.inf)
-        p = torch.ops.aten._safe_softmax(s, -1)  # zero for a query that attends to no key
+        p = s.softmax(-1)
+        p = torch.where(s.amax(-1, keepdim=True) == -math.inf, 0, p)  # that attend to no key
         s_t = torch.zeros_like(p) if of_q is None else scale * (of_q[block] @ keys_in.mT)
         if of_k is not None:
             s_t = s_t + scale * (q_here @ of_k.mT)

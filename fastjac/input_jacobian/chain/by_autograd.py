@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from fastjac.input_jacobian.chain.rules import Rule, Unsupported
-from fastjac.ops.autograd import nodes_from
-from fastjac.torch_private import shape_of_node
+from fastjac.ops.autograd import graph_nodes, nodes_from
+from fastjac.torch_private import zeros_of_node
 
 _saved_names: dict[type, list[str]] = {}
 
@@ -38,14 +38,15 @@ class ByAutograd(Rule):
     and the saved tensors are the JVP and the second-order terms.
     """
 
-    def __init__(self, output: int) -> None:
-        self.output = output  # the one that is used
+    def __init__(self, outputs: list[int]) -> None:
+        self.outputs = sorted(set(outputs))  # those that are used
+        self.output, self.several = self.outputs[0], len(self.outputs) > 1
 
     def check(self, node: Any) -> None:
-        """Raises if one of the inputs is computed from another.
+        """Raises if one of the inputs is computed from another, or a second-order term is hidden.
 
-        Autograd cannot separate the two: the gradient of the first would include the way through
-        the other.
+        Autograd cannot separate two such inputs: the gradient of the first would include the way
+        through the other.
         """
         name = type(node).__name__
         inputs = [edge for edge in node.next_functions if edge[0] is not None]
@@ -55,6 +56,32 @@ class ByAutograd(Rule):
                 raise Unsupported(
                     f"{name} has no rule, and one of its inputs is computed from another one"
                 )
+        if name == "CopySlices" and not self._linear(node):
+            raise Unsupported(
+                "CopySlices: an operation that is not linear writes to a part of a tensor in place"
+            )
+
+    def _linear(self, node: Any) -> bool:
+        """Whether ``f_aᵀ δ`` depends on δ alone, so that there is no second-order term."""
+        deltas = self._zeros(node, ())
+        everything = [node.next_functions[i] for i in range(len(node.next_functions))]
+        edges = [GradientEdge(f, i) for f, i in everything if f is not None]
+        with torch.enable_grad():
+            pulled = torch.autograd.grad(
+                [GradientEdge(node, i) for i in self.outputs],
+                edges,
+                deltas,
+                create_graph=True,
+                allow_unused=True,
+            )
+        leaves = [
+            leaf
+            for p in pulled
+            if p is not None
+            for n in graph_nodes(p)
+            if (leaf := getattr(n, "variable", None)) is not None
+        ]
+        return all(any(leaf is delta for delta in deltas) for leaf in leaves)
 
     def targets(self, node, inside):
         inputs: list[Tensor] = []
@@ -73,7 +100,11 @@ class ByAutograd(Rule):
                 raise Unsupported(f"{type(node).__name__} has no rule")
         return tuple(inputs)
 
-    def _pull(self, node: Any, us: Any, delta: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    def _zeros(self, node: Any, lead: tuple[int, ...]) -> list[Tensor]:
+        """A cotangent of each output that is used, as a leaf."""
+        return [zeros_of_node(node, i, lead).requires_grad_() for i in self.outputs]
+
+    def _pull(self, node: Any, us: Any, deltas: list[Tensor], lead: Any) -> Any:
         """``f_aᵀ δ`` for the inputs with a tangent, and the tangents."""
         edges = [
             (GradientEdge(f, i), u)
@@ -82,33 +113,45 @@ class ByAutograd(Rule):
         ]
         with torch.enable_grad():
             pulled = torch.autograd.grad(
-                [GradientEdge(node, self.output)],
+                [GradientEdge(node, i) for i in self.outputs],
                 [edge for edge, _ in edges],
-                [delta],
+                deltas,
                 create_graph=True,
                 allow_unused=True,
-                is_grads_batched=delta.dim() > len(shape_of_node(node, self.output)),
+                is_grads_batched=bool(lead),
             )
         pairs = [(p, u) for p, (_, u) in zip(pulled, edges, strict=True) if p is not None]
         pairs = [(p, u) for p, u in pairs if p.requires_grad]
         return [p for p, _ in pairs], [u for _, u in pairs]
 
     def jvp(self, node, lead, us):
-        shape = shape_of_node(node, self.output)
-        like = next(u for u in us if u is not None)
-        delta = like.new_zeros((*lead, *shape)).requires_grad_()
-        return self._apply(node, us, delta, ())[0]
+        return self._apply(node, lead, us, self._zeros(node, lead), ())[0]
 
     def push(self, node, lead, us, delta, wanted):
-        delta = delta.detach().requires_grad_()
-        out, *extras = self._apply(node, us, delta, self.targets(node, ()))
-        return out, tuple(extras)
+        given = delta if self.several else (delta,)
+        deltas = self._zeros(node, lead)
+        deltas = [
+            zero if d is None else d.detach().requires_grad_()
+            for d, zero in zip(given, deltas, strict=True)
+        ]
+        out, extras = self._apply(node, lead, us, deltas, self.targets(node, ()))
+        return out, extras
 
-    def _apply(self, node: Any, us: Any, delta: Tensor, targets: tuple[Tensor, ...]) -> Any:
-        pulled, tangents = self._pull(node, us, delta)
-        if not pulled:
-            return torch.zeros_like(delta), *[None] * len(targets)
-        out, *extras = torch.autograd.grad(
-            pulled, [delta, *targets], tangents, retain_graph=True, allow_unused=True
-        )
-        return torch.zeros_like(delta) if out is None else out.detach(), *extras
+    def _apply(self, node: Any, lead: Any, us: Any, deltas: list[Tensor], targets: Any) -> Any:
+        pulled, tangents = self._pull(node, us, deltas, lead)
+        found: Any = [None] * (len(deltas) + len(targets))
+        if pulled:
+            found = torch.autograd.grad(
+                pulled, [*deltas, *targets], tangents, retain_graph=True, allow_unused=True
+            )
+        outs = [
+            torch.zeros_like(d) if out is None else out.detach()
+            for d, out in zip(deltas, found, strict=False)
+        ]
+        extras = tuple(found[len(deltas) :])
+        if not self.several:
+            return outs[0], extras
+        all_outputs: list[Any] = [None] * (self.outputs[-1] + 1)
+        for i, out in zip(self.outputs, outs, strict=True):
+            all_outputs[i] = out
+        return all_outputs, extras

@@ -37,6 +37,22 @@ from fastjac.torch_private import dtype_of_node, shape_of_node
 aten = torch.ops.aten
 
 
+class Relabelled(Linear):
+    """``as_strided`` that changes the strides of dimensions of size 1 alone.
+
+    ``F.adaptive_avg_pool2d`` to one place ends with it if its input is in channels_last: the mean
+    ``[N, C, 1, 1]`` gets strides of that memory format.
+    """
+
+    def takes(self, node, inside):
+        source, i = node.next_functions[0]
+        shape = [*map(signed, node._saved_size)]
+        strides = [s for s, n in zip(node._saved_stride, shape, strict=True) if n > 1]
+        dense = torch.empty(shape, device="meta").stride()
+        mean = type(source).__name__ == "MeanBackward1" and shape_of_node(source, i) == shape
+        return mean and strides == [s for s, n in zip(dense, shape, strict=True) if n > 1]
+
+
 def linear(names: str, apply: Callable[[Any, Tensor], Any]) -> None:
     add(names, Linear(apply))
 
@@ -95,6 +111,7 @@ def average(pool: Any) -> Callable[[Any, Tensor], Tensor]:
 leading("View UnsafeView ReshapeAlias Squeeze Squeeze.1 Squeeze.2 Unsqueeze",
         lambda n, u, k: u.reshape(*u.shape[:k], *shape_of_node(n)))
 leading("Alias Clone Add.1 Sub.1", lambda n, u, k: u)
+add("AsStrided.1", Relabelled(lambda n, u, k: u, leads=True))
 leading("Neg", lambda n, u, k: -u)
 leading("Mul.1", lambda n, u, k: u * n._saved_other)
 leading("Div.1", lambda n, u, k: u / n._saved_other)

@@ -31,7 +31,7 @@ class Step(NamedTuple):
     rule: Rule
     sources: tuple[Edge | None, ...]  # of each input, or None if it does not depend on x
     targets: tuple[int, ...]  # places in `Record.targets`, or -1
-    delta: int  # the place of its cotangent among the captured ones, or -1
+    deltas: tuple[int, ...]  # the places of its cotangents among the captured ones
 
 
 class Kind:
@@ -51,6 +51,8 @@ class Kind:
             self.why_not = "the model is compiled", ". Pass it before compiling"
         elif own is not None and not issubclass(own, Function):
             self.why_not = (f"the model calls {own.__name__}, a torch.autograd.Function",)
+        elif self.name == "CopySlices":
+            pass  # `ByAutograd.check` looks into it
         elif own is None and self.rule is None and not self.name[-1:].isdigit():
             # Torch generates the nodes with a numbered name, and shows all that they save.
             self.why_not = (
@@ -101,7 +103,7 @@ class Record:
             raise Unsupported(f"{kind.name} computes with complex numbers")
         rule: Any = kind.rule
         targets: tuple[int, ...] = ()
-        delta = -1
+        deltas: tuple[int, ...] = ()
         inside = tuple(map(bool, sources))
         if rule is not None:
             others = used != _FIRST and not rule.several and set(used) != {rule.output}
@@ -113,18 +115,18 @@ class Record:
                 raise Unsupported(
                     f"torch does not have the second derivative of {name}", f": {advice}"
                 )
-            if len(set(used)) > 1:
-                raise Unsupported(f"{kind.name} has several outputs and no rule")
-            rule = ByAutograd(used[0])
+            rule = ByAutograd(used)
             rule.check(node)
         if kind.saved and saved_under_hooks(node, kind.saved):
             raise Unsupported(CHECKPOINT)
         if kind.bends:
             targets = tuple([self._target(t) for t in rule.targets(node, inside)])
             if targets and max(targets) >= 0:
-                delta = len(self.captured)
-                self.captured.append(GradientEdge(node, used[0]))
-        self.steps.append(Step(node, rule, sources, targets, delta))
+                outputs = rule.outputs if isinstance(rule, ByAutograd) else used[:1]
+                first = len(self.captured)
+                deltas = tuple(range(first, first + len(outputs)))
+                self.captured += [GradientEdge(node, i) for i in outputs]
+        self.steps.append(Step(node, rule, sources, targets, deltas))
 
     def _target(self, t: Any) -> int:
         if not isinstance(t, Tensor) or not t.requires_grad:
@@ -177,7 +179,7 @@ class Record:
         """
         tangents: dict[Edge, Tensor] = {self.source: u}
         last = self.steps[-1].node
-        for (node, rule, sources, targets, delta), ended in zip(
+        for (node, rule, sources, targets, places), ended in zip(
             self.steps, self._last or self._last_uses(), strict=True
         ):
             us = tuple([None if s is None else tangents.get(s) for s in sources])
@@ -185,9 +187,15 @@ class Record:
                 tangents.pop(edge, None)
             if all([t is None for t in us]):
                 continue
-            d = None
-            if deltas is not None and delta >= 0:
-                d, deltas[delta] = deltas[delta], None
+            d: Any = None
+            if deltas is not None and places:
+                d = tuple([deltas[place] for place in places])
+                for place in places:
+                    deltas[place] = None
+                if len(d) == 1:
+                    d = d[0]
+                elif all([one is None for one in d]):
+                    d = None
             if d is None and node is last and not wanted:
                 break
             try:
@@ -248,10 +256,7 @@ def _explained(error: RuntimeError, node: Any, rule: Rule) -> RuntimeError:
 _FIRST = [0]
 CHECKPOINT = "tensors are saved under hooks (a checkpoint)"
 
-HIDDEN = {
-    "CopySlices": "an operation writes to a part of a tensor in place",
-    "CppFunction": "TorchScript or an extension has its own derivatives",
-}
+HIDDEN = {"CppFunction": "TorchScript or an extension has its own derivatives"}
 
 
 def _walk(end: Edge, source: Edge) -> list[tuple[Any, tuple[Edge | None, ...], list[int]]]:
