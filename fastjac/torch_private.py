@@ -85,6 +85,12 @@ _COTANGENTS = (
 remove_batch_dim = _private("torch._remove_batch_dim", *_COTANGENTS)
 add_batch_dim = _private("torch._add_batch_dim", *_COTANGENTS)
 
+set_vmap_warnings = _private(
+    "torch._C._functorch._set_vmap_fallback_warning_enabled",
+    "to map an operation that vmap has no rule for without a warning, as autograd.grad does",
+    "a model with such an operation warns in each step",
+)
+
 # ---- autograd
 
 below_autograd = _private(

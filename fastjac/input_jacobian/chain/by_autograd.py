@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge
 
 from fastjac.input_jacobian.chain.rules import Rule, Unsupported
 from fastjac.ops.autograd import graph_nodes, nodes_from
-from fastjac.torch_private import zeros_of_node
+from fastjac.torch_private import (
+    current_backward,
+    dtype_of_node,
+    set_vmap_warnings,
+    shape_of_node,
+    zeros_of_node,
+)
 
 _saved_names: dict[type, list[str]] = {}
 
@@ -31,6 +37,44 @@ def saved_tensors(node: Any) -> list[Tensor]:
     return found
 
 
+class _InOwnBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, leaf, call, results):
+        ctx.call, ctx.results = call, results
+        return leaf.view_as(leaf)
+
+    @staticmethod
+    def backward(ctx, grad):
+        with torch.enable_grad():
+            ctx.results.append(ctx.call())
+        return None, None, None
+
+
+def mapped(call: Callable[..., Any], arguments: list[Tensor]) -> Any:
+    """``torch.vmap(call)(*arguments)``, without a warning if an operation has no rule."""
+    set_vmap_warnings(False)
+    try:
+        return torch.vmap(call)(*arguments)
+    finally:
+        set_vmap_warnings(True)
+
+
+def in_own_backward(call: Callable[[], Any]) -> Any:
+    """``call()`` with autograd on, in a backward of its own if one is running.
+
+    A node that is called computes only the gradients that the backward that is running has asked
+    for, and returns None for the others.
+    """
+    if current_backward() == -1:
+        with torch.enable_grad():
+            return call()
+    results: list[Any] = []
+    with torch.enable_grad():
+        leaf = torch.zeros((), device="cpu", requires_grad=True)
+        _InOwnBackward.apply(leaf, call, results).backward()
+    return results[0]
+
+
 class ByAutograd(Rule):
     """Any operation that torch can differentiate twice, by its own double backward.
 
@@ -43,20 +87,16 @@ class ByAutograd(Rule):
         self.output, self.several = self.outputs[0], len(self.outputs) > 1
 
     def check(self, node: Any) -> None:
-        """Raises if one of the inputs is computed from another, or a second-order term is hidden.
-
-        Autograd cannot separate two such inputs: the gradient of the first would include the way
-        through the other.
-        """
-        name = type(node).__name__
-        inputs = [edge for edge in node.next_functions if edge[0] is not None]
-        for i, (f, _) in enumerate(inputs):
-            others = {other for j, (other, _) in enumerate(inputs) if j != i}
-            if others and any(n in others for n in nodes_from(f)):
+        """Raises if autograd cannot tell the second-order terms apart, or hides them."""
+        targets = self.targets(node, ())
+        for t in targets:
+            others = {other.grad_fn for other in targets if other is not t} - {t.grad_fn, None}
+            if others and any(n in others for n in nodes_from(t.grad_fn)):
                 raise Unsupported(
-                    f"{name} has no rule, and one of its inputs is computed from another one"
+                    f"{type(node).__name__} has no rule, and one of its inputs is computed from "
+                    "another one"
                 )
-        if name == "CopySlices" and not self._linear(node):
+        if type(node).__name__ == "CopySlices" and not self._linear(node):
             raise Unsupported(
                 "CopySlices: an operation that is not linear writes to a part of a tensor in place"
             )
@@ -64,24 +104,9 @@ class ByAutograd(Rule):
     def _linear(self, node: Any) -> bool:
         """Whether ``f_aᵀ δ`` depends on δ alone, so that there is no second-order term."""
         deltas = self._zeros(node, ())
-        everything = [node.next_functions[i] for i in range(len(node.next_functions))]
-        edges = [GradientEdge(f, i) for f, i in everything if f is not None]
-        with torch.enable_grad():
-            pulled = torch.autograd.grad(
-                [GradientEdge(node, i) for i in self.outputs],
-                edges,
-                deltas,
-                create_graph=True,
-                allow_unused=True,
-            )
-        leaves = [
-            leaf
-            for p in pulled
-            if p is not None
-            for n in graph_nodes(p)
-            if (leaf := getattr(n, "variable", None)) is not None
-        ]
-        return all(any(leaf is delta for delta in deltas) for leaf in leaves)
+        pulled = self._pull(node, [True] * len(node.next_functions), deltas, ())[0]
+        leaves = [getattr(n, "variable", None) for p in pulled for n in graph_nodes(p)]
+        return all(leaf is None or any(leaf is d for d in deltas) for leaf in leaves)
 
     def targets(self, node, inside):
         inputs: list[Tensor] = []
@@ -105,23 +130,30 @@ class ByAutograd(Rule):
         return [zeros_of_node(node, i, lead).requires_grad_() for i in self.outputs]
 
     def _pull(self, node: Any, us: Any, deltas: list[Tensor], lead: Any) -> Any:
-        """``f_aᵀ δ`` for the inputs with a tangent, and the tangents."""
-        edges = [
-            (GradientEdge(f, i), u)
-            for (f, i), u in zip(node.next_functions, us, strict=True)
-            if u is not None
-        ]
-        with torch.enable_grad():
-            pulled = torch.autograd.grad(
-                [GradientEdge(node, i) for i in self.outputs],
-                [edge for edge, _ in edges],
-                deltas,
-                create_graph=True,
-                allow_unused=True,
-                is_grads_batched=bool(lead),
+        """``f_aᵀ δ`` for the inputs with a tangent, and the tangents.
+
+        The node is called alone: the engine of autograd would go on to the operations before it,
+        and add what comes through them if one input is computed from another.
+        """
+        places = [i for i, u in enumerate(us) if u is not None]
+        given: list[Any] = [None] * len(node._input_metadata)
+
+        def call(*deltas: Tensor) -> tuple[Tensor, ...]:
+            nonlocal places
+            for i, d in zip(self.outputs, deltas, strict=True):
+                given[i] = d
+            found = node(*given)
+            found = found if isinstance(found, tuple) else (found,)
+            places = [i for i in places if found[i] is not None]
+            # What the engine does with the result of a node: operands may have been broadcast.
+            edges = [node.next_functions[i] for i in places]
+            return tuple(
+                found[i].sum_to_size(shape_of_node(*edge)).to(dtype_of_node(*edge))
+                for i, edge in zip(places, edges, strict=True)
             )
-        pairs = [(p, u) for p, (_, u) in zip(pulled, edges, strict=True) if p is not None]
-        pairs = [(p, u) for p, u in pairs if p.requires_grad]
+
+        pulled = in_own_backward(lambda: mapped(call, deltas) if lead else call(*deltas))
+        pairs = [(p, us[i]) for p, i in zip(pulled, places, strict=True) if p.requires_grad]
         return [p for p, _ in pairs], [u for _, u in pairs]
 
     def jvp(self, node, lead, us):
