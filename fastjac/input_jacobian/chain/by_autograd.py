@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 
 from fastjac.input_jacobian.chain.rules import Rule, Unsupported
 from fastjac.ops.autograd import graph_nodes, nodes_from
@@ -88,14 +89,12 @@ class ByAutograd(Rule):
 
     def check(self, node: Any) -> None:
         """Raises if autograd cannot tell the second-order terms apart, or hides them."""
-        targets = self.targets(node, ())
-        for t in targets:
-            others = {other.grad_fn for other in targets if other is not t} - {t.grad_fn, None}
-            if others and any(n in others for n in nodes_from(t.grad_fn)):
-                raise Unsupported(
-                    f"{type(node).__name__} has no rule, and one of its inputs is computed from "
-                    "another one"
-                )
+        ends = {get_gradient_edge(t).node for t in self.targets(node, ())}
+        if len(ends) > 1 and any(n in ends - {end} for end in ends for n in nodes_from(end)):
+            raise Unsupported(
+                f"{type(node).__name__} has no rule, and one of its inputs is computed from another "
+                "one"
+            )
         if type(node).__name__ == "CopySlices" and not self._linear(node):
             raise Unsupported(
                 "CopySlices: an operation that is not linear writes to a part of a tensor in place"
@@ -111,8 +110,10 @@ class ByAutograd(Rule):
     def targets(self, node, inside):
         inputs: list[Tensor] = []
         results: list[Tensor] = []
+        seen = set()
         for t in saved_tensors(node):
-            if t.requires_grad:
+            if t.requires_grad and (edge := get_gradient_edge(t)) not in seen:
+                seen.add(edge)
                 (results if t.grad_fn is node else inputs).append(t)
         if not inputs or not results:
             return tuple(inputs or results)
