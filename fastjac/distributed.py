@@ -4,7 +4,7 @@ Both wrappers act before and after the forward pass of the model, and expect one
 through its output. The gradient with respect to ``x`` that a penalty computes looks like that pass
 to them: after it FSDP2 frees the weights, and DDP with ``static_graph`` reduces the gradients, too
 early. Therefore `run` puts the computation inside the wrapper: for one call it takes the place of
-the wrapped module, and the wrapper sees a forward pass that returns two tensors, output and value.
+the wrapped module, and the wrapper sees a forward pass that returns the output and the value.
 
 If a loss does not use the output or a parameter (a loss that is a penalty alone), neither wrapper
 reduces the gradients, and neither raises an error (seen on torch 2.13). Therefore every value is
@@ -99,15 +99,15 @@ def through_sink(value: Tensor, ddp: Any) -> Tensor:
 
 
 def run(
-    body: Callable[[Any, Any], tuple[Tensor, Tensor]],
+    body: Callable[[Any, Any], tuple[Any, Tensor]],
     model: Any,
     x: Any,
     *,
     weights_afterwards: bool = True,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Any, Tensor]:
     """``body(model, x)``, run where the wrapper of a distributed model runs its module.
 
-    ``body`` runs the model once and returns two tensors: the output, and a value computed from it.
+    ``body`` runs the model once and returns what that returned, and a value computed from it.
     ``weights_afterwards`` says whether it needs the weights after the forward pass of the model.
     """
     owner = getattr(model, "__self__", model) if active() else None  # model may be a method
@@ -166,7 +166,7 @@ class _Inside:
     def __init__(self, body: Callable[[Any, Any], Any], module: Any) -> None:
         self.body, self.module = body, module
 
-    def __call__(self, x: Any) -> tuple[Tensor, Tensor]:
+    def __call__(self, x: Any) -> tuple[Any, Tensor]:
         return self.body(self.module, x)
 
     forward = __call__
@@ -175,7 +175,7 @@ class _Inside:
         return getattr(self.module, name)  # DDP reads the buffers
 
 
-def _inside_ddp(body: Callable[[Any, Any], Any], model: Any, x: Any) -> tuple[Tensor, Tensor]:
+def _inside_ddp(body: Callable[[Any, Any], Any], model: Any, x: Any) -> tuple[Any, Tensor]:
     module = model.module
     model._modules["module"] = _Inside(body, module)
     try:
@@ -201,9 +201,7 @@ class _Bare(nn.Module):
         return model.forward(x)
 
 
-def _inside_fully_shard(
-    body: Callable[[Any, Any], Any], model: Any, x: Any
-) -> tuple[Tensor, Tensor]:
+def _inside_fully_shard(body: Callable[[Any, Any], Any], model: Any, x: Any) -> tuple[Any, Tensor]:
     # Kept in the model. A weak dictionary would keep the model alive, since its value refers to it.
     bare = vars(model).get("_fastjac_bare") or _Bare(model)
     vars(model)["_fastjac_bare"] = bare
@@ -215,12 +213,12 @@ def _inside_fully_shard(
         if before is not None:
             vars(model)["forward"] = before
 
-    def forward(x: Any) -> tuple[Tensor, Tensor]:
+    def forward(x: Any) -> tuple[Any, Tensor]:
         restore()
         with gathered(model):
-            output, value = body(bare, x)
+            whole, value = body(bare, x)
         # FSDP warns about outputs that are views: an in-place operation would remove its hooks.
-        return _own(output), _own(value)
+        return torch_private.tree_map(_own, whole), _own(value)
 
     vars(model)["forward"] = forward
     try:
@@ -229,8 +227,8 @@ def _inside_fully_shard(
         restore()
 
 
-def _own(t: Tensor) -> Tensor:
-    return t.clone() if t._is_view() else t
+def _own(t: Any) -> Any:
+    return t.clone() if isinstance(t, Tensor) and t._is_view() else t
 
 
 @contextmanager

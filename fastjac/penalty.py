@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fastjac import arguments, distributed, torch_private
+from fastjac.model_output import Part, call_model, check_part, part_of
 from fastjac.ops.autograd import refuse_inference
 from fastjac.per_sample import attached_zeros
 
@@ -63,21 +64,11 @@ def check_not_repeated() -> None:
         )
 
 
-def call_model(model: Callable[..., Any], x: Tensor) -> Tensor:
-    """``model(x)``; raises if it is not a tensor."""
-    output = model(x)
-    if not isinstance(output, Tensor):
-        raise TypeError(
-            f"the output of the model is {type(output).__name__}: it must be a torch.Tensor; wrap "
-            "the model in a function that returns the tensor to penalise"
-        )
-    return output
-
-
 class PenaltyOptions(TypedDict, total=False):
     weight: float | Tensor
     reduction: str
     every: int
+    output: Part
 
 
 def parameters_of(method: Callable[..., Any]) -> list[inspect.Parameter]:
@@ -131,6 +122,10 @@ class Penalty(nn.Module):
       nothing is multiplied. A training step under ``torch.compile`` is compiled k times
       (``recompile_limit`` is 8). In the capture of a CUDA graph, which cannot count calls, k > 1
       raises.
+    * ``output``: names the tensor to penalise, if the model returns several: a key or attribute
+      (``"logits"``), an index, or a function that is given what the model returns and returns a
+      tensor. The penalty then takes what the model returns: ``penalty(model, x)`` returns it
+      unchanged, with the value, and the graph form is ``penalty(x, model(x))``.
 
     The value has the dtype of the gradient that it measures; half precision is promoted to float32.
     A penalty has no parameters. Its ``state_dict`` holds the number of calls (``calls``, 0-dim
@@ -139,6 +134,7 @@ class Penalty(nn.Module):
     copies and pickles hold a copy of it.
     """
 
+    output: Part
     needs_grad = True
     # Whether the penalty needs the weights of the model after its forward pass, when FSDP2 frees
     # them: to differentiate the output, for instance.
@@ -149,12 +145,19 @@ class Penalty(nn.Module):
     _captured = False
 
     def __init__(
-        self, *, weight: float | Tensor = 1.0, reduction: str = "mean", every: int = 1
+        self,
+        *,
+        weight: float | Tensor = 1.0,
+        reduction: str = "mean",
+        every: int = 1,
+        output: Part = None,
     ) -> None:
         super().__init__()
         self._weight = arguments.weight("weight", weight)
         self.reduction = arguments.choice("reduction", reduction, REDUCTIONS)
         self.every = arguments.count("every", every)
+        # By vars(), so that a module that is used as a function is no submodule.
+        vars(self)["output"] = check_part("output", output)
         # Modulo `every`: torch.compile treats the number as a constant and compiles k graphs.
         self._calls = 0
 
@@ -194,7 +197,7 @@ class Penalty(nn.Module):
 
     def forward(
         self, model_or_x: Any, x_or_output: Tensor, *targets: Any, **named: Any
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    ) -> Tensor | tuple[Any, Tensor]:
         """``(x, output, *targets) -> value`` or ``(model, x, *targets) -> (output, value)``."""
         if torch.compiler.is_compiling():  # which cannot leave a block with try in its middle
             return self._called(model_or_x, x_or_output, *targets, **named)
@@ -209,7 +212,7 @@ class Penalty(nn.Module):
 
     def _called(
         self, model_or_x: Any, x_or_output: Tensor, *targets: Any, **named: Any
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    ) -> Tensor | tuple[Any, Tensor]:
         graph = isinstance(model_or_x, Tensor)
         if not graph and not callable(model_or_x):
             raise TypeError(
@@ -222,23 +225,24 @@ class Penalty(nn.Module):
         if due and self.needs_grad:
             check_modes()
         if not due:
-            output = x_or_output if graph else call_model(model_or_x, x_or_output)
-            value = self._reduce(attached_zeros(arguments.tensor("output", output)))
+            whole = x_or_output if graph else model_or_x(x_or_output)
+            value = self._reduce(attached_zeros(part_of(whole, self.output)))
         elif graph:
-            output = x_or_output
+            whole = x_or_output
+            output = part_of(whole, self.output)
             value = self._reduce(self.graph_form(model_or_x, output, *targets, **named))
         else:
 
-            def body(model: Any, x: Any) -> tuple[Tensor, Tensor]:
-                output, values = self.model_form(model, x, *targets, **named)
-                return output, self._reduce(values)
+            def body(model: Any, x: Any) -> tuple[Any, Tensor]:
+                whole, values = self.model_form(model, x, *targets, **named)
+                return whole, self._reduce(values)
 
-            output, value = distributed.run(
+            whole, value = distributed.run(
                 body, model_or_x, x_or_output, weights_afterwards=self.needs_weights_afterwards
             )
         self.count_call()
-        value = distributed.attached(value, output)
-        return value if graph else (output, value)
+        value = distributed.attached(value, whole)
+        return value if graph else (whole, value)
 
     def due(self) -> bool:
         """Whether this call computes the value (see ``every``)."""
@@ -280,10 +284,10 @@ class Penalty(nn.Module):
 
     def model_form(
         self, model: Callable[..., Any], x: Tensor, *targets: Any, **named: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Runs the model; returns its output and ``R_n``, ``[N]``."""
-        output = call_model(model, arguments.tensor("x", x))
-        return output, self.graph_form(x, output, *targets, **named)
+    ) -> tuple[Any, Tensor]:
+        """Runs the model; returns what it returned and ``R_n``, ``[N]``."""
+        whole, output = call_model(model, arguments.tensor("x", x), self.output)
+        return whole, self.graph_form(x, output, *targets, **named)
 
     @classmethod
     def call_parameters(cls) -> list[inspect.Parameter]:
@@ -336,7 +340,7 @@ class ModelPenalty(Penalty):
 
     def model_form(
         self, model: Callable[..., Any], x: Tensor, *targets: Any, **named: Any
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Any, Tensor]:
         raise TypeError(f"{type(self).__name__} does not define model_form")
 
     @classmethod
@@ -347,6 +351,8 @@ class ModelPenalty(Penalty):
 def functional_of(cls: type[Penalty], name: str) -> Callable[..., Any]:
     """The function ``name(x, output, *targets, **options)`` of a penalty class."""
     first, second, *rest = cls.call_parameters()
+    if second.name == "output":  # which is the name of an option too
+        first, second = first.replace(name="model_or_x"), second.replace(name="x_or_output")
     arguments = [p.replace(kind=inspect.Parameter.POSITIONAL_ONLY) for p in (first, second)] + rest
     options = [
         p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in options_of(cls) if p.name != "every"
@@ -364,7 +370,7 @@ def functional_of(cls: type[Penalty], name: str) -> Callable[..., Any]:
     function.__name__ = function.__qualname__ = name
     function.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
         sorted([*arguments, *options], key=lambda p: p.kind),
-        return_annotation="Tensor | tuple[Tensor, Tensor]",
+        return_annotation="Tensor | tuple[Any, Tensor]",
     )
     function.__doc__ = (
         f"The function of :class:`{cls.__name__}`: ``{cls.__name__}(**options)(...)``.\n"

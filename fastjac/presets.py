@@ -5,9 +5,9 @@ those of the original for the same inputs and random vectors. ``JacobianReg``, `
 ``Contractive`` follow their originals and need no preset.
 
 Dtypes, gradient orders and errors of a preset are those of the penalty that it returns or uses.
-``reduction``, ``every``, ``at`` and ``engine`` are the options of that penalty. ``gamma`` of `r1`
-and `r2` and the weight of `double_backprop` are halved and must be Python numbers. If a CUDA graph
-needs a tensor, assign it to ``penalty.weight``.
+``reduction``, ``every``, ``output``, ``at`` and ``engine`` are the options of that penalty.
+``gamma`` of `r1` and `r2` and the weight of `double_backprop` are halved and must be Python
+numbers. If a CUDA graph needs a tensor, assign it to ``penalty.weight``.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from fastjac import arguments
+from fastjac.model_output import Part
 from fastjac.ops.dispatch import accumulate_dtype
 from fastjac.penalties import Eikonal, GradientPenalty, IGPen, SpectReg
 from fastjac.per_sample import rows, uniform
@@ -30,6 +31,7 @@ __all__ = ["WGANGP", "deq", "double_backprop", "igr", "r1", "r2", "rnode", "wgan
 class PresetOptions(TypedDict, total=False):
     reduction: str
     every: int
+    output: Part
     at: str | None
     engine: str
 
@@ -71,8 +73,9 @@ def double_backprop(weight: float = 1.0, **options: Unpack[PresetOptions]) -> IG
 def r1(gamma: float = 10.0, **options: Unpack[PresetOptions]) -> GradientPenalty:
     """R1 of a discriminator: ``γ/2 ‖∇D(x_n)‖²`` at real samples.
 
-    Called with ``(x, output)`` or ``(D, x)``; ``output`` is ``[N]`` or ``[N, 1]``. ``every=16`` is
-    the lazy regularisation of StyleGAN2: the penalty of every 16th call, times 16.
+    Called with ``(x, output)`` or ``(D, x)``; ``output`` is ``[N]``, ``[N, 1]`` or a map
+    ``[N, 1, ...]``, whose sum is ``D(x_n)``. ``every=16`` is the lazy regularisation of StyleGAN2:
+    the penalty of every 16th call, times 16.
 
     Source: Mescheder, Geiger, Nowozin 2018, arXiv 1801.04406; Karras et al. 2020, arXiv 1912.04958.
 
@@ -104,12 +107,13 @@ class WGANGP(GradientPenalty):
     the parameters of the critic.
 
     Arguments:
-        critic: returns ``[N]`` or ``[N, 1]``. real, fake: ``[N, ...]``, of the same shape and
-        dtype. epsilon: ``[N]``, used instead of random numbers.
+        critic: returns ``[N]``, ``[N, 1]`` or a map ``[N, 1, ...]``, whose sum is ``D``.
+        real, fake: ``[N, ...]``, of the same shape and dtype. epsilon: ``[N]``, used instead of
+        random numbers.
 
     Options:
-        generator: on the device of ``real``, for ``torch.rand(N)``. weight, reduction, every, at,
-        engine: see ``help(fastjac.InputPenalty)``.
+        generator: on the device of ``real``, for ``torch.rand(N)``. weight, reduction, every,
+        output, at, engine: see ``help(fastjac.InputPenalty)``.
 
     Source: Gulrajani et al. 2017, arXiv 1704.00028, algorithm 1.
 
@@ -130,13 +134,22 @@ class WGANGP(GradientPenalty):
         weight: float | Tensor = 1.0,
         reduction: str = "mean",
         every: int = 1,
+        output: Part = None,
     ) -> None:
-        super().__init__(1.0, at=at, engine=engine, weight=weight, reduction=reduction, every=every)
+        super().__init__(
+            1.0,
+            at=at,
+            engine=engine,
+            weight=weight,
+            reduction=reduction,
+            every=every,
+            output=output,
+        )
         self.generator = arguments.generator(generator)
 
     def forward(
         self, critic: Any, real: Tensor, fake: Tensor, *, epsilon: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Any, Tensor]:
         """``(output, value)`` of the critic at the points between ``real`` and ``fake``."""
         if isinstance(critic, Tensor):
             raise TypeError(

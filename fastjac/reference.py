@@ -199,8 +199,11 @@ def jacobian_reg(
 def gradient_penalty(
     x: Tensor, output: Tensor, *, center: float = 1.0, one_sided: bool = False
 ) -> Tensor:
-    """``R_n = (‖∇_x f_n‖ − c)²`` for scalar outputs; one-sided ``max(0, ‖∇_x f_n‖ − c)²``."""
-    gradient = jacobian(x, output)[:, 0]
+    """``R_n = (‖∇_x f_n‖ − c)²`` one-sided ``max(0, ‖∇_x f_n‖ − c)²``.
+
+    ``f_n`` is the sum of the outputs of sample n.
+    """
+    gradient = jacobian(x, output).sum(1)
     if center == 0:
         return measure(gradient, "l2_squared")
     excess = measure(gradient, "l2") - center

@@ -128,6 +128,11 @@ tree_leaves = _private(
     "to find the tensors in nested arguments and outputs",
     "models with nested outputs cannot be penalised",
 )
+tree_map = _private(
+    "torch.utils._pytree.tree_map",
+    "to change the tensors in nested outputs",
+    "models with nested outputs cannot be penalised",
+)
 
 
 def shape_of_node(node: Any, output: int = 0) -> list[int]:

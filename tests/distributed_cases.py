@@ -28,6 +28,18 @@ def net(dtype: torch.dtype = torch.float32, width: int = 6) -> nn.Sequential:
     return nn.Sequential(*hidden, nn.Linear(width, 3)).to(dtype)
 
 
+class InDict(nn.Module):
+    """Returns the output of a model as a part of a dict."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        y = self.model(x)
+        return {"twice": 2 * y, "logits": y}
+
+
 def in_blocks(model: nn.Module) -> nn.Sequential:
     """The same layers, each with its activation in a block."""
     layers = list(model.children())
@@ -182,6 +194,28 @@ FORMS: dict[str, Any] = {
     "autograd": partial(spectreg, "autograd"),
     "dreg called": lambda model, x, w: called(model, x),
     "dreg attached": lambda model, x, w: attached(model, x),
+}
+
+
+def of_part(call: Callable[..., tuple[Any, Tensor]], model: nn.Module, *given: Tensor) -> Any:
+    """A form with a model whose output is the part "logits" of what it returns."""
+    whole, value = call(model, *given)
+    return whole["logits"], value
+
+
+def in_dict(penalty: type, **options: Any) -> Callable[..., Any]:
+    def call(model: nn.Module, x: Tensor, w: Tensor) -> Any:
+        named = {"projection": w} if penalty is fastjac.SpectReg else {}
+        return penalty(output="logits", **options)(model, x, **named)
+
+    return partial(of_part, call)
+
+
+PARTS: dict[str, Any] = {
+    "chain": in_dict(fastjac.SpectReg, engine="chain"),
+    "autograd": in_dict(fastjac.SpectReg, engine="autograd"),
+    "dreg called": in_dict(fastjac.DREG),
+    "dreg attached": partial(of_part, lambda model, x, w: attached(model, x, output="logits")),
 }
 
 

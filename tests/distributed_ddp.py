@@ -48,6 +48,10 @@ def forms(here: Here) -> None:
     cases.check(ddp, ALL, here)
 
 
+def parts(here: Here) -> None:
+    cases.check(lambda model: ddp(cases.InDict(model)), cases.PARTS, here)
+
+
 def find_unused(here: Here) -> None:
     wrap = partial(ddp, find_unused_parameters=True)
     cases.check(wrap, without("function", "part of a model"), here)

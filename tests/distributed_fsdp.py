@@ -64,6 +64,11 @@ WRAPS: dict[str, Any] = {
 }
 
 
+def parts(here: Here) -> None:
+    cases.check(lambda model: root(cases.InDict(model)), cases.PARTS, here)
+    cases.check(lambda model: root(cases.InDict(nested(model))), cases.PARTS, here)
+
+
 def forms(here: Here) -> None:
     for name, wrap in WRAPS.items():
         if here.world == 2 or name in ("root", "nested"):

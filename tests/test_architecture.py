@@ -17,7 +17,7 @@ ROOMS = [
     ("layerwise", "input_jacobian", "schedules"),
     ("penalty",),
     ("distributed",),
-    ("per_sample", "arguments", "nn"),
+    ("per_sample", "arguments", "model_output", "nn"),
     ("functional",),
     ("observers",),
     ("kernels",),  # `ops` runs them by name

@@ -98,7 +98,9 @@ def test_penalty_that_depends_on_more_than_the_output() -> None:
 def test_model_that_returns_several_tensors() -> None:
     model, x = three_layers(lambda m, x: (m.c(m.a(x)), m.a(x))), torch.randn(3, 4)
     for engine in ("chain", "auto"):
-        with pytest.raises(TypeError, match="output of the model is tuple: it must be a torch"):
+        with pytest.raises(
+            TypeError, match="output is tuple: what the model returns must be a torch"
+        ):
             spectreg(engine)(model, x)
 
 

@@ -200,7 +200,7 @@ NO_GRAD = "output does not depend on x"
 PLAIN_ERRORS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "of the model": (compiled(SpectReg, three_layers(fails)), KeyError, "mine"),
     "labels": (compiled(DataGrad, NET, LABELS[:5]), ValueError, "target has batch size 5"),
-    "tuple": (compiled(SpectReg, lambda t: (t, t)), TypeError, "output of the model is tuple"),
+    "tuple": (compiled(SpectReg, lambda t: (t, t)), TypeError, "output is tuple"),
     "detached": (compiled(SpectReg, lambda t: NET(t.detach())), RuntimeError, NO_GRAD),
     "detached loss": (
         compiled(IGPen, NET, loss_fn=lambda out: out.detach().sum(1)),

@@ -93,10 +93,25 @@ def _transformers(
 ) -> Published:
     def build(library: Any) -> nn.Module:
         kind = name.removesuffix("Model").removesuffix("Encoder")
-        made = getattr(library, f"{kind}Config")(**config)
-        return OfEmbeddings(getattr(library, name)(made, **(options or {})), argument)
+        made = getattr(library, name)(
+            getattr(library, f"{kind}Config")(**config), **(options or {})
+        )
+        if name == "Wav2Vec2Model":  # else it requires a gradient of its input itself
+            made.freeze_feature_encoder()
+        return OfEmbeddings(made, argument)
 
     return Published(name, "transformers", build, shape)
+
+
+def _resnext(library: Any) -> nn.Module:
+    block = library.models.resnet.Bottleneck
+    return library.models.ResNet(block, [2] * 4, 10, groups=32, width_per_group=4)
+
+
+def _convnext(library: Any) -> nn.Module:
+    stage = library.models.convnext.CNBlockConfig
+    stages = [stage(48, 96, 2), stage(96, 192, 2), stage(192, 384, 4), stage(384, None, 2)]
+    return library.models.ConvNeXt(stages, num_classes=10)
 
 
 def _vit(library: Any) -> nn.Module:
@@ -118,20 +133,20 @@ LLAMA = {**BERT, "num_key_value_heads": 2, "use_cache": False}
 
 MODELS: tuple[Published, ...] = (
     _torchvision("resnet18"),
-    _torchvision("resnext50_32x4d"),
+    Published("resnext26_32x4d", "torchvision", _resnext, (3, 64, 64)),
     _torchvision("densenet121"),
     _torchvision("mobilenet_v2"),
     _torchvision("mobilenet_v3_small"),
     _torchvision("efficientnet_b0"),
     _torchvision("regnet_y_400mf"),
-    _torchvision("convnext_tiny"),
-    _torchvision("vgg11_bn"),
     _torchvision("shufflenet_v2_x0_5"),
     _torchvision("squeezenet1_1"),
     _torchvision("googlenet", aux_logits=False, init_weights=False),
     _torchvision("mnasnet0_5"),
+    Published("ConvNeXt", "torchvision", _convnext, (3, 64, 64)),
     Published("VisionTransformer", "torchvision", _vit, (3, 64, 64)),
     Published("SwinTransformer", "torchvision", _swin, (3, 64, 64)),
+    _timm("edgenext_xx_small"),
     _timm("resnet26d"),
     _timm("resnetv2_18d"),
     _timm("nf_regnet_b0"),

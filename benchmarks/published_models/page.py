@@ -16,17 +16,17 @@ What fastjac does with {n} published models, with random weights. This page is w
 
 {summary}
 
-How to read it. *fuse*: the activations of a run that `fastjac.fuse` replaces, of all activations
-in the autograd graph; ReLU and other functions that torch computes as fast are not replaced. *DREG*:
-the layers that DREG finds, of the pairs of layer and activation that the autograd graph has; the
-cost is the time of an attached training step divided by that of a plain one. *SpectReg*: the
-engine that `engine="auto"` takes from the third call on; the error of the gradient of the value in
-float64, against central differences of the value along random directions in the parameters and in
-x ({tolerance:g} is the limit of ✓); the time of a step divided by that of a plain step; and the same of
-the eager idiom, `torch.autograd.grad(..., create_graph=True)`, divided by it, so that more than 1
-is faster than eager. Models are in training mode, with their dropout. *MATH* marks models whose
-attention torch differentiates twice only under `SDPBackend.MATH`, which the eager step then uses.
-A number in brackets is a reason, listed below the table.
+How to read it. *fuse*: the activations of a run that `fastjac.fuse` replaces, of all activations in
+the autograd graph; ReLU and other functions that torch computes as fast are not replaced. *DREG*:
+the layers that DREG finds, of the pairs of layer and activation that the autograd graph has, and
+the time of an attached training step divided by that of a plain one. *SpectReg*: the engine that
+`engine="auto"` takes from the third call on; whether the gradient of the value is right, with its
+error in float64 against central differences of the value along random directions in the parameters
+and in x (✓ is at most {tolerance:g}); the time of a step divided by that of a plain one; and how
+many times as long the eager idiom takes, `torch.autograd.grad(..., create_graph=True)`. Models are
+in training mode, with their dropout. *MATH* marks models with attention that torch differentiates
+twice under `SDPBackend.MATH` only, which the eager step then uses. A number in brackets is a
+reason, listed below the table.
 
 {machine}
 """

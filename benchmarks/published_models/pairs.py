@@ -12,14 +12,50 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-ACTIVATIONS = (
-    "Relu Gelu Silu Hardswish Hardsigmoid Hardtanh Tanh Sigmoid Sin Erf LeakyRelu Elu Mish Softplus "
-    "LogSigmoid PreluKernel Threshold Softshrink Hardshrink"
-).split()
-VIEWS = (
-    "View UnsafeView ReshapeAlias Transpose T Permute Unsqueeze Squeeze Clone Slice Split "
-    "SplitWithSizes Select AsStrided Unbind Movedim Alias ToCopy Contiguous Expand Flatten"
-).split()
+ACTIVATIONS = [
+    "Relu",
+    "Gelu",
+    "Silu",
+    "Hardswish",
+    "Hardsigmoid",
+    "Hardtanh",
+    "Tanh",
+    "Sigmoid",
+    "Sin",
+    "Erf",
+    "LeakyRelu",
+    "Elu",
+    "Mish",
+    "Softplus",
+    "LogSigmoid",
+    "PreluKernel",
+    "Threshold",
+    "Softshrink",
+    "Hardshrink",
+]
+VIEWS = [
+    "View",
+    "UnsafeView",
+    "ReshapeAlias",
+    "Transpose",
+    "T",
+    "Permute",
+    "Unsqueeze",
+    "Squeeze",
+    "Clone",
+    "Slice",
+    "Split",
+    "SplitWithSizes",
+    "Select",
+    "AsStrided",
+    "Unbind",
+    "Movedim",
+    "Alias",
+    "ToCopy",
+    "Contiguous",
+    "Expand",
+    "Flatten",
+]
 NORMS = ("NativeBatchNorm", "CudnnBatchNorm", "NativeLayerNorm", "NativeGroupNorm")
 SCALED = ("Mul", "Div", "Add", "Sub", "Rsub", "Neg", "Pow")
 WEIGHT = {"Convolution": 1, "Addmm": 2, "Mm": 1, "Linear": 1, "Bmm": 1, "Baddbmm": 2}
@@ -54,7 +90,7 @@ def count(model: nn.Module, x: Tensor) -> Count:
             layer = _layer(node.next_functions[0][0], 1)
             name = None if layer is None else _parameter(layer, x, names)
             if name is not None:
-                layers.append(name.rpartition(".")[0])
+                layers.append(name.partition(".parametrizations.")[0].rpartition(".")[0])
     return Count(activations, layers)
 
 
@@ -83,6 +119,8 @@ def _layer(node: Any, norms: int) -> Any:
 def _by_numbers(node: Any) -> bool:
     """Whether what the node multiplies by and does not differentiate is a number."""
     if len([1 for following, _ in node.next_functions if following is not None]) > 1:
+        return True
+    if kind(node) == "Pow":  # of a tensor, to the power of a number
         return True
     others = [getattr(node, f"_saved_{name}", None) for name in ("self", "other")]
     return all(not isinstance(other, Tensor) or other.numel() == 1 for other in others)

@@ -12,7 +12,7 @@ from fastjac import arguments
 from fastjac.input_jacobian import guards
 from fastjac.input_jacobian.guards import Operations
 from fastjac.input_jacobian.pullback import Pullback
-from fastjac.penalty import call_model
+from fastjac.model_output import Part, call_model
 from fastjac.per_sample import measure
 from fastjac.torch_private import comptime
 
@@ -185,8 +185,12 @@ def check_graph(x: Tensor, output: Tensor) -> None:
         )
 
 
-def run_model(model: Callable[..., Any], x: Tensor, at: str | None) -> tuple[Tensor, Tensor]:
+def run_model(
+    model: Callable[..., Any], x: Tensor, at: str | None, part: Part = None
+) -> tuple[Tensor, Any, Tensor]:
     """Runs the model; returns the tensor to differentiate with respect to, and the output.
+
+    The output is given twice: what the model returned, and the tensor in it that ``part`` names.
 
     For ``at=None`` that tensor is the input (a detached copy, if it does not require grad).
     Otherwise it is the output of the submodule called ``at``. The model continues with a copy of
@@ -198,14 +202,14 @@ def run_model(model: Callable[..., Any], x: Tensor, at: str | None) -> tuple[Ten
             x = x.detach().requires_grad_()
         compiling = torch.compiler.is_compiling()
         version = 0 if compiling else x._version
-        output = call_model(model, x)
+        whole, output = call_model(model, x, part)
         if not compiling and x._version != version:
             raise RuntimeError(
                 "the model modified x in place (an activation with inplace=True, for instance), so "
                 "the gradient with respect to x would be that of the modified one: pass x.clone() "
                 "inside the model, or use the out-of-place operation"
             )
-        return x, output
+        return x, whole, output
 
     arguments.tensor("x", x)
     caught: list[Tensor] = []
@@ -222,7 +226,7 @@ def run_model(model: Callable[..., Any], x: Tensor, at: str | None) -> tuple[Ten
         )
     handle = submodule(model, at).register_forward_hook(catch)
     try:
-        output = call_model(model, x)
+        whole, output = call_model(model, x, part)
     finally:
         handle.remove()
     if len(caught) != 1:
@@ -230,7 +234,7 @@ def run_model(model: Callable[..., Any], x: Tensor, at: str | None) -> tuple[Ten
             f"the submodule at={at!r} ran {len(caught)} times in one call of the model: it must "
             "run exactly once"
         )
-    return caught[0], output
+    return caught[0], whole, output
 
 
 def submodule(model: Callable[..., Any], at: str) -> nn.Module:

@@ -100,7 +100,7 @@ class InputPenalty(Penalty):
 
     def model_form(
         self, model: Callable[..., Any], x: Tensor, *targets: Any, **named: Any
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Any, Tensor]:
         if distributed.tensor_parallel(model):
             raise RuntimeError(distributed.TENSOR_PARALLEL)
         return select.run(self._request(*targets, **named), model, x)

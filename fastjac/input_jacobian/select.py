@@ -35,6 +35,7 @@ from fastjac.input_jacobian.chain import (
 from fastjac.input_jacobian.compiled import engine as compiled
 from fastjac.input_jacobian.compiled.buffers import places_of
 from fastjac.input_jacobian.pullback import Pullback
+from fastjac.model_output import Part, tensors_of, with_tensors
 
 ENGINES = ("auto", "chain", "autograd", "compiled")
 
@@ -44,6 +45,7 @@ class Asks(Protocol):
 
     engine: str
     at: str | None
+    output: Part
     uses_jvp: bool
 
     def per_sample(self, pull: Pullback, *targets: Any, **named: Any) -> Tensor: ...
@@ -57,20 +59,35 @@ class Request(NamedTuple):
     named: dict[str, Any] = {}  # noqa: RUF012 (never modified)
 
 
-def run(request: Request, model: Callable[..., Any], x: Tensor) -> tuple[Tensor, Tensor]:
-    """Runs the model; returns its output and what ``per_sample`` returns for its pullback."""
+def run(request: Request, model: Callable[..., Any], x: Tensor) -> tuple[Any, Tensor]:
+    """Runs the model; returns what it returned and what ``per_sample`` returns for its pullback."""
     penalty, targets, named = request
     if penalty.engine == "compiled":
         if penalty.at is not None:
             raise RuntimeError(f"engine='compiled' cannot run this call: {_hidden(penalty.at)}")
-        return compiled.run(penalty.per_sample, model, x, targets, named)
-    output, pull, reason, advice = _run(request, model, x)
+        return compiled.run(penalty.per_sample, model, x, targets, named, penalty.output)
+    whole, pull, reason, advice = _run(request, model, x)
     if isinstance(pull, Chain):
         pull.definition = lambda pull: _again(request, pull)
-        return pull.values(penalty.per_sample(pull, *targets, **named))
+        picked = pull.run.output
+        output, values = pull.values(penalty.per_sample(pull, *targets, **named))
+        if penalty.output is None:
+            return output, values
+        if output is not picked:  # the graph of this one has been freed
+            tensors = [output if t is picked else t for t in tensors_of(whole) or ()]
+            whole = with_tensors(whole, tensors)
+        return whole, values
     if penalty.engine == "chain":
         raise RuntimeError(f"engine='chain' cannot run this call: {reason}{advice}")
-    return output, penalty.per_sample(pull, *targets, **named)
+    return whole, penalty.per_sample(pull, *targets, **named)
+
+
+def _alone(whole: Any, output: Tensor) -> bool:
+    """Whether no other tensor in what the model returned has a graph, which may be a hidden one."""
+    tensors = tensors_of(whole)
+    if tensors is None or not any(t is output for t in tensors):
+        return False
+    return all(t is output or t.grad_fn is None for t in tensors)
 
 
 def _again(request: Request, pull: Pullback) -> Tensor:
@@ -91,24 +108,26 @@ def _hidden(at: str) -> str:
 
 def _run(
     request: Request, model: Any, x: Any, steady: bool = False
-) -> tuple[Tensor, Pullback, str | None, str]:
-    """Runs the model; returns the output and the pullback.
+) -> tuple[Any, Pullback, str | None, str]:
+    """Runs the model; returns what it returned and the pullback.
 
     If that is not the chain engine's, also why, and what to do about it. If ``steady``, the engine
     is the one of later calls, with the same operations and shapes.
     """
-    at, advice = request.penalty.at, ". Use engine='autograd'"
+    at, part = request.penalty.at, request.penalty.output
+    advice = ". Use engine='autograd'"
     if torch.compiler.is_compiling():
-        x, output = by_autograd.run_model(model, x, at)
+        x, whole, output = by_autograd.run_model(model, x, at, part)
         by_autograd.check_graph(x, output)
         distributed.check_graph(x, output)
         pull = by_autograd.AutogradPullback(x, output)
-        return output, pull, "torch.compile traces the call", advice
+        return whole, pull, "torch.compile traces the call", advice
     reason = _why_not(request, x)
     if (
         type(model) is nn.Sequential
         and reason is None
         and at is None
+        and part is None
         and not torch.is_autocast_enabled(x.device.type)
     ):
         mlp = Mlp.of(model, x)
@@ -134,13 +153,13 @@ attention that has a matrix of scores, and later calls run with it at once.
 
 def _first_or_by_matrix(
     request: Request, model: Any, x: Any, steady: bool, reason: str | None, held: Any, known: Any
-) -> tuple[Tensor, Any, str | None, str]:
+) -> tuple[Any, Any, str | None, str]:
     """`_observed` of a model that is called for the first time, or that is one for autograd."""
     if reason is not None or known or held is None:
         with sdpa_kernel(SDPBackend.MATH):
             return _observed(request, model, x, steady, reason)
     before = _State(model, x)
-    output, pull, reason, advice = _observed(request, model, x, steady, reason)
+    whole, pull, reason, advice = _observed(request, model, x, steady, reason)
     attention = reason is not None and pull.operations.missing in guards.ATTENTION
     # A checkpoint computes the model again in the backward, where the context has ended.
     again = attention and reason != CHECKPOINT
@@ -149,17 +168,18 @@ def _first_or_by_matrix(
     if again:
         before.restore()
         return _run(request, model, x, steady)
-    return output, pull, reason, advice
+    return whole, pull, reason, advice
 
 
 def _observed(
     request: Request, model: Any, x: Any, steady: bool, reason: str | None
-) -> tuple[Tensor, Any, str | None, str]:
+) -> tuple[Any, Any, str | None, str]:
     """`_run` of a model in torch; ``reason`` is why the chain engine cannot run it, if known."""
-    at, advice = request.penalty.at, ". Use engine='autograd'"
+    at, part = request.penalty.at, request.penalty.output
+    advice = ". Use engine='autograd'"
     hooks = RemovableHandle.next_id + (at is not None)  # `run_model` registers one itself
     start = torch_private.sequence_number()
-    x, output = by_autograd.run_model(model, x, at)
+    x, whole, output = by_autograd.run_model(model, x, at, part)
     by_autograd.check_graph(x, output)
     # Torch counts all hooks. One on a hidden tensor changes the gradient, and is not seen.
     hooked = hooks != RemovableHandle.next_id
@@ -175,16 +195,17 @@ def _observed(
         try:
             programs, signature, untraced = _programs(x, output, start)
             if programs is not None:
-                if signature.private and keeps_hidden(model):
+                alone = whole is output or _alone(whole, output)
+                if signature.private and (not alone or keeps_hidden(model)):
                     signature.private = False
-                return output, Chain(x, run_of(x, output, signature, programs)), None, ""
+                return whole, Chain(x, run_of(x, output, signature, programs)), None, ""
             if output.grad_fn is not None:
                 operations = guards.Operations(output)
             now = x.numel() >= LARGE or _asks_for_chain(request, operations)
             if steady or now:
                 graph = GraphRun(x, output)
                 if untraced is None or now:
-                    return output, Chain(x, graph), None, ""
+                    return whole, Chain(x, graph), None, ""
             reason = untraced or FIRST
         except Unsupported as error:
             reason, advice = str(error), error.advice
@@ -194,7 +215,7 @@ def _observed(
         why = "set uses_jvp = True in the class of the penalty, or engine='chain'"
     operations = operations or guards.Operations(output)
     pull = by_autograd.AutogradPullback(x, output, operations, why)
-    return output, pull, reason, advice
+    return whole, pull, reason, advice
 
 
 LARGE = 1 << 15

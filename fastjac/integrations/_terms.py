@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -13,6 +13,7 @@ from fastjac import arguments
 from fastjac.input_jacobian.penalty import InputPenalty
 from fastjac.integrations._timing import StepTimer
 from fastjac.layerwise.penalty import LayerPenalty
+from fastjac.model_output import Picked, part_of
 from fastjac.penalties import Penalty
 from fastjac.penalty import ModelPenalty
 from fastjac.presets import WGANGP
@@ -28,13 +29,12 @@ class PenaltyTerm:
     ``module`` must run exactly once per step with gradients on.
 
     Arguments:
-        penalty: a penalty with ``reduction="mean"`` or ``"sum"``.
+        penalty: a penalty with ``reduction="mean"`` or ``"sum"``. If ``module`` returns several
+            tensors, its option ``output`` names the one to penalise: ``SpectReg(output="logits")``.
         module: the name of the submodule that is penalised, or ``""`` for the whole model. Its only
             floating-point argument is ``x``.
         at: the name of a submodule of the model whose output is used as ``x``, such as the
             embedding of token inputs.
-        output: a function that returns the tensor to penalise, given the output of ``module``. By
-            default it is the output itself, or its ``logits``.
         targets: a function of the batch that returns the arguments of the penalty after
             ``x, output``: a tensor or a tuple.
         schedule: a function of the optimiser's step, such as `fastjac.Warmup`, that returns a
@@ -48,7 +48,6 @@ class PenaltyTerm:
         *,
         module: str = "",
         at: str | None = None,
-        output: Callable[[Any], Tensor] | None = None,
         targets: Callable[[Any], Any] | None = None,
         schedule: Callable[[int], float] | None = None,
         name: str | None = None,
@@ -62,10 +61,10 @@ class PenaltyTerm:
         if isinstance(penalty, LayerPenalty):
             if not penalty.attached:
                 raise ValueError(f"penalty is not attached to a model: pass {kind}(model)")
-            if module or at is not None or output is not None or targets is not None:
+            if module or at is not None or targets is not None:
                 raise ValueError(
-                    f"penalty is {kind}, which is attached to its model: module, at, output and "
-                    "targets are for penalties on the input Jacobian"
+                    f"penalty is {kind}, which is attached to its model: module, at and targets "
+                    "are for penalties on the input Jacobian"
                 )
         elif isinstance(penalty, ModelPenalty | WGANGP):
             raise TypeError(
@@ -75,7 +74,7 @@ class PenaltyTerm:
         elif isinstance(penalty, InputPenalty) and penalty.at is not None:
             raise ValueError(f"penalty has at={penalty.at!r}: pass at to PenaltyTerm instead")
         self.penalty, self.module, self.at = penalty, module, at
-        self.output, self.targets = output, targets
+        self.targets = targets
         self.schedule = None if schedule is None else WeightSchedule(penalty, schedule)
         self.name = kind if name is None else name
         self._inputs: list[Tensor] = []
@@ -145,24 +144,8 @@ class PenaltyTerm:
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         if torch.is_grad_enabled():
-            picked = self._pick(output)
+            picked = part_of(output, self.penalty.output)
             self._outputs.append((picked, picked._version))
-
-    def _pick(self, output: Any) -> Tensor:
-        """The tensor to penalise, given the output of the module."""
-        picked = output
-        if self.output is not None:
-            picked = self.output(output)
-        elif isinstance(output, Mapping):
-            picked = output.get("logits")
-        elif not isinstance(output, Tensor):
-            picked = getattr(output, "logits", None)
-        if not isinstance(picked, Tensor):
-            raise TypeError(
-                f"module={self.module!r} returned {type(output).__name__}: pass output=, a "
-                "function that returns the tensor to penalise"
-            )
-        return picked
 
     def value(self, batch: Any) -> Tensor:
         """The penalty of the recorded run."""
@@ -186,7 +169,7 @@ class PenaltyTerm:
             )
         targets = () if self.targets is None else self.targets(batch)
         targets = targets if isinstance(targets, tuple) else (targets,)
-        return self.penalty(inputs[0], output, *targets)
+        return self.penalty(inputs[0], Picked(output), *targets)
 
 
 def _submodule(model: nn.Module, argument: str, name: str) -> nn.Module:

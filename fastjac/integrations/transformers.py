@@ -121,7 +121,7 @@ class PenaltyTrainerMixin:
         class MyTrainer(PenaltyTrainerMixin, Trainer): ...
 
         term = PenaltyTerm(
-            fastjac.SpectReg(weight=0.03),
+            fastjac.SpectReg(weight=0.03, output="logits"),
             at="bert.embeddings.word_embeddings",
             schedule=fastjac.Warmup(steps=500),
         )

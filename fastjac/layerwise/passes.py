@@ -16,6 +16,7 @@ from fastjac.layerwise.norms import batch_normed
 from fastjac.layerwise.products import Product, refuse_written, version_of
 from fastjac.layerwise.sequence import Run
 from fastjac.layerwise.sharded import sharding
+from fastjac.model_output import Part, part_of
 from fastjac.ops.autograd import transformed
 from fastjac.torch_private import saved_tensor_hooks, transforms_active, tree_leaves
 
@@ -37,6 +38,7 @@ class LayerStatistic:
     """The part of a layer-wise penalty that a pass calls."""
 
     include_output: bool
+    output: Part  # the part of what the model returns that `include_output` is about
     compute: Callable[[Any, Tensor], Tensor | None] | None = None
     """``compute(module, x)``, if the penalty computes the outputs of plain Linear and convolution
     modules itself. It returns None for a call that the module should compute."""
@@ -246,6 +248,8 @@ class Pass:
             self.terms.append(term)
             if self.include_output:
                 self.activated.append(a)
+        if statistic.output is not None:
+            output = part_of(output, statistic.output)
         outputs = [output] if isinstance(output, Tensor) else tree_leaves(output)
         left_out, ran = self.left_out, self.ran
         for call in self.calls:

@@ -16,7 +16,8 @@ from fastjac import arguments, distributed
 from fastjac.layerwise.layers import Table
 from fastjac.layerwise.passes import LayerStatistic, Pass, Term
 from fastjac.layerwise.watch import Watch
-from fastjac.penalty import ModelPenalty, PenaltyOptions, call_model
+from fastjac.model_output import Picked, call_model
+from fastjac.penalty import ModelPenalty, PenaltyOptions
 from fastjac.per_sample import attached_zeros
 
 
@@ -102,7 +103,7 @@ class LayerPenalty(LayerStatistic, ModelPenalty):
         with watch.suspended():
             return super().forward(*args, **named)
 
-    def model_form(self, model: Any, x: Tensor) -> tuple[Tensor, Any]:
+    def model_form(self, model: Any, x: Tensor) -> tuple[Any, Any]:
         arguments.tensor("x", x)
         if torch.compiler.is_compiling():
             raise RuntimeError(
@@ -119,13 +120,13 @@ class LayerPenalty(LayerStatistic, ModelPenalty):
         watch.install(attach=False)
         try:
             with watch.one_pass() as seen:
-                output = call_model(model, x)
+                whole, output = call_model(model, x, self.output)
         finally:
             watch.remove()
         self._shares = []
         seen.batch = x.shape[0]
-        seen.complete(self, output)
-        return output, self._finish(seen)
+        seen.complete(self, output if self.output is None else Picked(output))
+        return whole, self._finish(seen)
 
     def _finish(self, seen: Pass) -> Tensor | Sum:
         # By vars(), since nn.Module's __setattr__ takes 2 µs.

@@ -19,7 +19,11 @@ from fastjac.ops.act import act
 from fastjac.ops.dispatch import accumulate_dtype
 from fastjac.penalties.registry import PenaltySpec, pushed_example
 from fastjac.per_sample import measure, normal
-from fastjac.torch_private import saved_tensor_hooks
+from fastjac.torch_private import saved_tensor_hooks, tree_map
+
+
+def primal(t: Any) -> Any:
+    return forward_ad.unpack_dual(t).primal if isinstance(t, Tensor) else t
 
 
 @dataclass(slots=True)
@@ -51,7 +55,7 @@ class AccumulatedDREG(LayerPenalty):
     Options:
         include_output: adds ``‖J_g u‖²`` of the output layer.
         generator: a generator on the device of ``x``. It draws ``torch.randn(x.shape)``.
-        weight, reduction, every: see ``help(fastjac.Penalty)``.
+        weight, reduction, every, output: see ``help(fastjac.Penalty)``.
 
     Squares of half precision are summed in float32. The value is differentiable in reverse mode as
     often as the network, and not inside another forward-mode computation.
@@ -76,7 +80,7 @@ class AccumulatedDREG(LayerPenalty):
 
     def model_form(
         self, model: Any, x: Tensor, *, tangent: Tensor | None = None
-    ) -> tuple[Tensor, Any]:
+    ) -> tuple[Any, Any]:
         if distributed.tensor_parallel(model):
             raise RuntimeError(
                 "the model computes with DTensors (tensor parallel), which have no forward-mode "
@@ -102,7 +106,7 @@ class AccumulatedDREG(LayerPenalty):
                 ) from error
             finally:  # the hooks keep the frame of the checkpoint alive
                 vars(self)["_hooks"] = None
-            return forward_ad.unpack_dual(dual).primal, values
+            return tree_map(primal, dual), values
 
     # FSDP's hooks do not support tangents, so this runs in the place where they do not act.
     needs_weights_afterwards = True

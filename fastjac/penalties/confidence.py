@@ -24,7 +24,7 @@ class ConfidencePenalty(Penalty):
         ``m >= 2``; ``-inf`` for a class that is absent.
 
     Options:
-        weight, reduction, every: see ``help(fastjac.Penalty)``.
+        weight, reduction, every, output: see ``help(fastjac.Penalty)``.
 
     Half precision is computed in float32. The value is differentiable to any order.
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from fastjac import reference
 from fastjac.layerwise.terms import Statistic
+from fastjac.model_output import Part
 from fastjac.penalties.dreg import DREG
 from fastjac.penalties.registry import PenaltySpec, layered_example
 
@@ -22,7 +23,7 @@ class Contractive(DREG):
         model: an nn.Module. x: ``[N, ...]`` of any dtype. There is no graph form.
 
     Options:
-        weight, reduction, every: see ``help(fastjac.Penalty)``.
+        weight, reduction, every, output: see ``help(fastjac.Penalty)``.
 
     Source: Rifai, Vincent, Muller, Glorot, Bengio 2011.
 
@@ -45,8 +46,9 @@ class Contractive(DREG):
         weight: float | Tensor = 1.0,
         reduction: str = "mean",
         every: int = 1,
+        output: Part = None,
     ) -> None:
-        super().__init__(model, weight=weight, reduction=reduction, every=every)
+        super().__init__(model, weight=weight, reduction=reduction, every=every, output=output)
 
     def select(self, terms: list[Statistic]) -> list[Statistic]:
         return terms[:1]
@@ -63,7 +65,7 @@ class GuRigazio(DREG):
 
     Options:
         layer_weights: the ``λ_l``; the default is 1 for each layer.
-        weight, reduction, every: see ``help(fastjac.Penalty)``.
+        weight, reduction, every, output: see ``help(fastjac.Penalty)``.
 
     Source: Gu & Rigazio 2014, arXiv 1412.5068, eq. 6.
 
@@ -86,6 +88,7 @@ class GuRigazio(DREG):
         weight: float | Tensor = 1.0,
         reduction: str = "mean",
         every: int = 1,
+        output: Part = None,
     ) -> None:
         super().__init__(
             model,
@@ -95,6 +98,7 @@ class GuRigazio(DREG):
             weight=weight,
             reduction=reduction,
             every=every,
+            output=output,
         )
 
 

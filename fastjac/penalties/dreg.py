@@ -72,7 +72,7 @@ class DREG(SumOverLayers):
         squared: False for the square root of each layer's term per sample, after the divisions; its
             gradient at 0 is defined as 0.
         layer_weights: a factor for each layer, in the order of ``layers_found``.
-        weight, reduction, every: see ``help(fastjac.Penalty)``.
+        weight, reduction, every, output: see ``help(fastjac.Penalty)``.
 
     Half precision is computed in float32 from ``φ'(z)`` on. The gradient is computed by fused
     kernels. The second one needs ``create_graph=True``; one that needs a derivative of φ past the

@@ -12,9 +12,10 @@ from typing_extensions import Unpack
 
 from fastjac import arguments, distributed, reference
 from fastjac.input_jacobian import by_autograd
+from fastjac.model_output import call_model
 from fastjac.ops.dispatch import accumulate_dtype
 from fastjac.penalties.registry import Example, PenaltySpec, classifier_example, model_arguments
-from fastjac.penalty import ModelPenalty, PenaltyOptions, call_model
+from fastjac.penalty import ModelPenalty, PenaltyOptions
 from fastjac.per_sample import attached_zeros, measure, rows
 
 
@@ -33,7 +34,7 @@ class FiniteDifferenceDataGrad(ModelPenalty):
     Options:
         eps: ``ε > 0``, which must be well above the resolution of the dtype, since the value is a
             difference of two losses.
-        weight, reduction, every: see ``help(fastjac.Penalty)``.
+        weight, reduction, every, output: see ``help(fastjac.Penalty)``.
 
     Losses of half precision are computed in float32. The value is differentiable as often as the
     network.
@@ -55,15 +56,13 @@ class FiniteDifferenceDataGrad(ModelPenalty):
         if self.eps <= 0:
             raise ValueError(f"eps is {eps}: it must be greater than 0")
 
-    def model_form(
-        self, model: Callable[..., Any], x: Tensor, target: Any
-    ) -> tuple[Tensor, Tensor]:
-        start, output = by_autograd.run_model(model, x, None)
+    def model_form(self, model: Callable[..., Any], x: Tensor, target: Any) -> tuple[Any, Tensor]:
+        start, whole, output = by_autograd.run_model(model, x, None, self.output)
         by_autograd.check_graph(start, output)
         distributed.check_graph(start, output, twice=False)
         loss = cross_entropy(output, target)
         if x.shape[0] == 0:
-            return output, attached_zeros(output)
+            return whole, attached_zeros(output)
         (v,) = torch.autograd.grad(loss.sum(), start, retain_graph=True, allow_unused=True)
         if v is None:
             raise RuntimeError(
@@ -73,8 +72,9 @@ class FiniteDifferenceDataGrad(ModelPenalty):
         moved = length > 0
         step = self.eps / torch.where(moved, length, 1)
         shift = v * step.to(v.dtype).view(-1, *[1] * (x.dim() - 1))
-        slope = (cross_entropy(call_model(model, x + shift), target) - loss) / self.eps
-        return output, torch.where(moved, slope.square(), 0)
+        _, moved_output = call_model(model, x + shift, self.output)
+        slope = (cross_entropy(moved_output, target) - loss) / self.eps
+        return whole, torch.where(moved, slope.square(), 0)
 
 
 def cross_entropy(output: Tensor, target: Any) -> Tensor:

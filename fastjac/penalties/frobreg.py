@@ -21,7 +21,7 @@ class FrobReg(ExactPenalty):
     Options:
         norm: ``"l2_squared"``, or ``"l2"`` / ``"l1"`` for the sum of the norms of the rows.
         chunk_size: the number of rows per batched pass; 1 does not use vmap.
-        weight, reduction, every, at, engine: see ``help(fastjac.InputPenalty)``.
+        weight, reduction, every, output, at, engine: see ``help(fastjac.InputPenalty)``.
 
     Squares of half precision are summed in float32. The value can be differentiated once; for
     gradients of gradients use ``engine="autograd"``.

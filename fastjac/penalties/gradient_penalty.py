@@ -9,24 +9,30 @@ from typing_extensions import Unpack
 from fastjac import arguments, reference
 from fastjac.input_jacobian.penalty import InputOptions, InputPenalty
 from fastjac.input_jacobian.pullback import Pullback
+from fastjac.model_output import Part
 from fastjac.penalties.registry import PenaltySpec, critic_example
 from fastjac.per_sample import attached_zeros, measure
 
 
 class GradientPenalty(InputPenalty):
-    """``R_n = (‖∇_x f_n‖ − c)²``, or one-sided ``max(0, ‖∇_x f_n‖ − c)²``, for scalar outputs.
+    """``R_n = (‖∇_x f_n‖ − c)²``, or one-sided ``max(0, ‖∇_x f_n‖ − c)²``, of a critic ``f``.
+
+    ``f_n`` is the output of a sample. Of a map ``[N, 1, ...]`` (one output for each patch, as a
+    PatchGAN has) it is the sum, as with ``grad_outputs=torch.ones_like(output)`` in training
+    programs.
 
     ``c = 1`` is the penalty of WGAN-GP, whose ``x`` are points between real and generated samples
     (`fastjac.presets.wgan_gp` makes them). ``c = 0`` is the zero-centred penalty R1, computed
     without a square root. The derivative of the norm at a zero gradient is defined as 0.
 
     Arguments:
-        x: ``[N, ...]`` floating point, requires grad. output: ``[N]`` or ``[N, 1]``.
+        x: ``[N, ...]`` floating point, requires grad. output: ``[N]``, ``[N, 1]`` or a map
+        ``[N, 1, ...]``.
 
     Options:
         center: ``c >= 0``.
         one_sided: penalises only gradients longer than ``c``.
-        weight, reduction, every, at, engine: see ``help(fastjac.InputPenalty)``.
+        weight, reduction, every, output, at, engine: see ``help(fastjac.InputPenalty)``.
 
     Squares of half precision are summed in float32. The value can be differentiated once; for
     gradients of gradients use ``engine="autograd"``.
@@ -42,6 +48,8 @@ class GradientPenalty(InputPenalty):
         True
     """
 
+    max_dim: int | None = None
+
     def __init__(
         self, center: float = 1.0, *, one_sided: bool = False, **options: Unpack[InputOptions]
     ) -> None:
@@ -53,10 +61,11 @@ class GradientPenalty(InputPenalty):
 
     def per_sample(self, pull: Pullback) -> Tensor:
         output = pull.output
-        if output.numel() != output.shape[0]:
+        if output.dim() > (self.max_dim or output.dim()) or output.shape[1:2] not in ((), (1,)):
+            shapes = "[N] or [N, 1]" if self.max_dim else "[N], [N, 1] or a map [N, 1, ...]"
             raise ValueError(
-                f"output has shape {tuple(output.shape)}: {type(self).__name__} needs a scalar "
-                "function, [N] or [N, 1]; for more columns use FrobReg or SpectReg"
+                f"output has shape {tuple(output.shape)}: {type(self).__name__} needs one output "
+                f"for a sample, {shapes}; for more columns use FrobReg or SpectReg"
             )
         if output.shape[0] == 0:
             return attached_zeros(output)
@@ -70,13 +79,13 @@ class GradientPenalty(InputPenalty):
 class Eikonal(GradientPenalty):
     """``R_n = (‖∇_x f_n‖ − 1)²``: the eikonal term of a signed distance function.
 
-    This is `GradientPenalty` with ``center=1``, and its notes apply.
+    This is `GradientPenalty` with ``center=1``, and its notes apply, but for maps.
 
     Arguments:
         x: ``[N, ...]`` floating point, requires grad. output: ``[N]`` or ``[N, 1]``.
 
     Options:
-        weight, reduction, every, at, engine: see ``help(fastjac.InputPenalty)``.
+        weight, reduction, every, output, at, engine: see ``help(fastjac.InputPenalty)``.
 
     Source: Gropp et al. 2020, arXiv 2002.10099.
 
@@ -88,6 +97,8 @@ class Eikonal(GradientPenalty):
         True
     """
 
+    max_dim = 2  # a map would be the distances of several points
+
     def __init__(
         self,
         *,
@@ -96,8 +107,17 @@ class Eikonal(GradientPenalty):
         weight: float | Tensor = 1.0,
         reduction: str = "mean",
         every: int = 1,
+        output: Part = None,
     ) -> None:
-        super().__init__(1.0, at=at, engine=engine, weight=weight, reduction=reduction, every=every)
+        super().__init__(
+            1.0,
+            at=at,
+            engine=engine,
+            weight=weight,
+            reduction=reduction,
+            every=every,
+            output=output,
+        )
 
 
 GRADIENT_PENALTY = PenaltySpec.of(

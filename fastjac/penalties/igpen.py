@@ -29,7 +29,7 @@ class IGPen(ProjectionPenalty):
     Options:
         loss_fn: the loss; the default is the cross-entropy per sample, as in DataGrad.
         norm: ``"l2_squared"``, ``"l2"`` or ``"l1"``.
-        weight, reduction, every, at, engine: see ``help(fastjac.InputPenalty)``.
+        weight, reduction, every, output, at, engine: see ``help(fastjac.InputPenalty)``.
 
     Squares of half precision are summed in float32. The value can be differentiated once; for
     gradients of gradients use ``engine="autograd"``.

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fastjac import reference
 from fastjac.input_jacobian.projections import RandomPenalty
+from fastjac.model_output import Part
 from fastjac.penalties.registry import PenaltySpec, logits_example
 from fastjac.per_sample import normal
 
@@ -28,7 +29,7 @@ class JacobianReg(RandomPenalty):
         generator: a generator on the device of ``output``. It draws ``r = torch.randn(K, N, m)``
             for ``v = r/‖r‖``.
         chunk_size: the number of cotangents per batched pass; 1 does not use vmap.
-        weight, reduction, every, at, engine: see ``help(fastjac.InputPenalty)``.
+        weight, reduction, every, output, at, engine: see ``help(fastjac.InputPenalty)``.
 
     Squares of half precision are summed in float32. The value can be differentiated once; for
     gradients of gradients use ``engine="autograd"``.
@@ -55,6 +56,7 @@ class JacobianReg(RandomPenalty):
         weight: float | Tensor = 1.0,
         reduction: str = "mean",
         every: int = 1,
+        output: Part = None,
     ) -> None:
         super().__init__(
             n_proj,
@@ -65,6 +67,7 @@ class JacobianReg(RandomPenalty):
             weight=weight,
             reduction=reduction,
             every=every,
+            output=output,
         )
 
     def draw(self, k: int, logits: Tensor, dtype: torch.dtype) -> Tensor:

@@ -23,7 +23,7 @@ class OneHot(ProjectionPenalty):
 
     Options:
         norm: ``"l2_squared"``, ``"l2"`` or ``"l1"``.
-        weight, reduction, every, at, engine: see ``help(fastjac.InputPenalty)``.
+        weight, reduction, every, output, at, engine: see ``help(fastjac.InputPenalty)``.
 
     Squares of half precision are summed in float32. The value can be differentiated once; for
     gradients of gradients use ``engine="autograd"``.
@@ -58,7 +58,7 @@ class RandomOneHot(RandomPenalty):
         norm: ``"l2_squared"``, ``"l2"`` or ``"l1"``.
         generator: a generator on the device of ``output``. It draws ``torch.randint(m, (K, N))``.
         chunk_size: the number of cotangents per batched pass; 1 does not use vmap.
-        weight, reduction, every, at, engine: see ``help(fastjac.InputPenalty)``.
+        weight, reduction, every, output, at, engine: see ``help(fastjac.InputPenalty)``.
 
     Squares of half precision are summed in float32. The value can be differentiated once; for
     gradients of gradients use ``engine="autograd"``.

@@ -27,7 +27,7 @@ class Sobolev(InputPenalty):
 
     Options:
         chunk_size: the number of rows per batched pass; 1 does not use vmap.
-        weight, reduction, every, at, engine: see ``help(fastjac.InputPenalty)``.
+        weight, reduction, every, output, at, engine: see ``help(fastjac.InputPenalty)``.
 
     Squares of half precision are summed in float32. The value can be differentiated once; for
     gradients of gradients use ``engine="autograd"``.

@@ -45,7 +45,7 @@ class SpectReg(RandomPenalty):
             (``(K, 1, m)`` if shared), ``torch.randint(2, ...)`` for signs, or
             ``torch.randn(groups, N, m, k)`` followed by a QR decomposition for orthogonal ones.
         chunk_size: the number of cotangents per batched pass; 1 does not use vmap.
-        weight, reduction, every, at, engine: see ``help(fastjac.InputPenalty)``.
+        weight, reduction, every, output, at, engine: see ``help(fastjac.InputPenalty)``.
 
     Squares of half precision are summed in float32. The value can be differentiated once, with
     respect to the parameters, ``x`` and ``projection``; for gradients of gradients use

@@ -27,7 +27,7 @@ class TangentProp(InputPenalty):
 
     Options:
         chunk_size: the number of tangents per batched pass; 1 does not use vmap.
-        weight, reduction, every, at, engine: see ``help(fastjac.InputPenalty)``.
+        weight, reduction, every, output, at, engine: see ``help(fastjac.InputPenalty)``.
 
     Squares of half precision are summed in float32. The value can be differentiated once. With
     ``engine="autograd"`` the value is a second derivative, so its gradient needs operations that

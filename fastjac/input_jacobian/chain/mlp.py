@@ -272,7 +272,7 @@ class Mlp(Sweeps):
 
     def as_graph(self) -> GraphRun:
         """The run in the ordinary way. Nothing acts twice: the modules compute and do no more."""
-        x, output = run_model(self.model, self.given, None)
+        x, _, output = run_model(self.model, self.given, None)
         return GraphRun(x, output)
 
     def gradients_of(self, grad: Tensor | None, push: Any, last: bool) -> list[Any]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastjac.penalty import call_model
+from fastjac.model_output import Part, call_model
 
 Place = tuple[dict[str, Tensor | None], str, Tensor]
 """A dict that holds a buffer, the name of the buffer in it, and the buffer."""
@@ -31,9 +31,11 @@ def copies_of(places: list[Place]) -> list[Tensor]:
 
 
 def run_on(
-    copies: list[Tensor], model: Callable[..., Any], x: Tensor
-) -> tuple[Tensor, list[Tensor], list[Tensor | None]]:
+    copies: list[Tensor], model: Callable[..., Any], x: Tensor, part: Part
+) -> tuple[Any, Tensor, list[Tensor], list[Tensor | None]]:
     """Runs the model inside the transform; returns the output and the buffers before and after.
+
+    The output is given twice: what the model returned, and the tensor in it that ``part`` names.
 
     ``torch.func.functional_call`` would lose the buffers of a module that occurs twice in the model
     (torch 2.13).
@@ -46,8 +48,8 @@ def run_on(
     try:
         for (holder, name, _), t in zip(places, before, strict=True):
             holder[name] = t
-        output = call_model(model, x)
-        return output, before, [holder[name] for holder, name, _ in places]
+        whole, output = call_model(model, x, part)
+        return whole, output, before, [holder[name] for holder, name, _ in places]
     finally:
         for holder, name, b in places:
             holder[name] = b

@@ -20,6 +20,7 @@ from fastjac import arguments, distributed, torch_private
 from fastjac.input_jacobian.by_autograd import check_output
 from fastjac.input_jacobian.compiled import backend, buffers
 from fastjac.input_jacobian.pullback import Pullback
+from fastjac.model_output import Part, tensors_of, with_tensors
 from fastjac.ops.autograd import graph_nodes
 
 # By default torch would not see hooks that are registered after the compilation, would stop after 8
@@ -66,8 +67,9 @@ def run(
     x: Tensor,
     targets: Any,
     named: Any,
-) -> tuple[Tensor, Tensor]:
-    """Runs the model; returns its output and the values of the penalty."""
+    part: Part,
+) -> tuple[Any, Tensor]:
+    """Runs the model; returns what it returned and the values of the penalty."""
     arguments.floating("x", x)
     reason = why_not(model, x)
     if reason is not None:
@@ -76,11 +78,11 @@ def run(
     # Copies, since the graph may save its inputs for the backward.
     copies = buffers.copies_of(places)
     own = x.view_as(x) if x.requires_grad else x  # so that other uses of x can be told apart
-    call = (model, per_sample, own, targets, named, copies)
+    call = (model, per_sample, own, targets, named, part, copies)
     errors = torch_private.dynamo_errors()
     try:
         with torch_private.dynamo_config().patch(CONFIG):
-            traced, output, values, *left = _function_of(model, per_sample)(*call)
+            traced, whole, values, *left = _function_of(model, per_sample)(*call)
     except (errors.TorchDynamoException, errors.FailOnRecompileLimitHit) as error:
         if isinstance(error.__cause__, errors.ObservedException):
             _step(*call)  # raises the error that torch met while tracing
@@ -99,7 +101,7 @@ def run(
             "engine='autograd'"
         )
     buffers.write_back(places, *left)
-    return output, values
+    return whole, values
 
 
 def why_not(model: Any, x: Tensor) -> str | None:
@@ -161,31 +163,44 @@ def _step(
     x: Tensor,
     targets: Any,
     named: Any,
+    part: Part,
     copies: list[Tensor],
-) -> tuple[bool, Tensor, Tensor, list[Tensor | None], list[str]]:
+) -> tuple[bool, Any, Tensor, list[Tensor | None], list[str]]:
     """The compiled function.
 
-    Returns whether it runs compiled, the output, the values, and the buffers and their changes.
+    Returns whether it runs compiled, what the model returned, the values, and the buffers and
+    their changes.
     """
+
+    seen: list[Any] = []  # what the model returned, with tensors of the transform
 
     def run(x: Tensor) -> tuple[Tensor, Any]:
         # A view, since torch traces x itself as a tensor that does not require grad.
-        output, *held = buffers.run_on(copies, model, x.view_as(x))
+        whole, output, *held = buffers.run_on(copies, model, x.view_as(x), part)
         check_output(output, len(x))
         output = output.view_as(output)  # a tensor of this transform, even for a parameter
         if not output.requires_grad:
             raise RuntimeError(
                 "output does not depend on x: check that the model does not detach it"
             )
-        return output, held
+        seen.append(None if part is None else whole)
+        tensors = tensors_of(seen[0])
+        if tensors is None:
+            raise TypeError(
+                f"engine='compiled' cannot run this model: it returns {type(whole).__name__}, with "
+                "an object in which torch does not find the tensors: return a dict or a tuple, or "
+                "use engine='chain'"
+            )
+        return output, (tensors, *held)
 
     vjp: Any = torch.func.vjp  # its annotation does not cover has_aux
-    output, pull, (before, after) = vjp(run, x, has_aux=True)
+    output, pull, (tensors, before, after) = vjp(run, x, has_aux=True)
     pullback = CompiledPullback(x, output, lambda w: pull(w)[0])
     values = per_sample(pullback, *targets, **named)
     changes = [buffers.change_of(b, now) for b, now in zip(before, after, strict=True)]
     left = [None if b is None else b.detach() for b in after]
-    return torch.compiler.is_compiling(), output, values, left, changes
+    whole = output if part is None else with_tensors(seen[0], tensors)
+    return torch.compiler.is_compiling(), whole, values, left, changes
 
 
 def _reaches(x: Tensor, own: Tensor, values: Tensor) -> bool:
