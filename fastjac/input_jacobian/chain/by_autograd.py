@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import get_gradient_edge
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from fastjac.input_jacobian.chain.rules import Rule, Unsupported
 from fastjac.ops.autograd import graph_nodes, nodes_from
@@ -51,6 +51,10 @@ class _InOwnBackward(torch.autograd.Function):
         return None, None, None
 
 
+def is_function(node: Any) -> bool:
+    return hasattr(node, "_forward_cls")
+
+
 def mapped(call: Callable[..., Any], arguments: list[Tensor]) -> Any:
     """``torch.vmap(call)(*arguments)``, without a warning if an operation has no rule."""
     set_vmap_warnings(False)
@@ -90,10 +94,12 @@ class ByAutograd(Rule):
     def check(self, node: Any) -> None:
         """Raises if autograd cannot tell the second-order terms apart, or hides them."""
         ends = {get_gradient_edge(t).node for t in self.targets(node, ())}
+        if is_function(node):  # whose node cannot be called alone
+            ends = {f for f, _ in node.next_functions if f is not None}
         if len(ends) > 1 and any(n in ends - {end} for end in ends for n in nodes_from(end)):
             raise Unsupported(
-                f"{type(node).__name__} has no rule, and one of its inputs is computed from another "
-                "one"
+                f"{type(node).__name__} has no rule, and one of its inputs is computed from "
+                "another one"
             )
         if type(node).__name__ == "CopySlices" and not self._linear(node):
             raise Unsupported(
@@ -139,8 +145,18 @@ class ByAutograd(Rule):
         places = [i for i, u in enumerate(us) if u is not None]
         given: list[Any] = [None] * len(node._input_metadata)
 
+        def engine(*deltas: Tensor) -> tuple[Tensor, ...]:
+            nonlocal places
+            starts = [GradientEdge(node, i) for i in self.outputs]
+            ends = [GradientEdge(*node.next_functions[i]) for i in places]
+            found = torch.autograd.grad(starts, ends, deltas, create_graph=True, allow_unused=True)
+            places = [i for i, p in zip(places, found, strict=True) if p is not None]
+            return tuple(p for p in found if p is not None)
+
         def call(*deltas: Tensor) -> tuple[Tensor, ...]:
             nonlocal places
+            if is_function(node):
+                return engine(*deltas)
             for i, d in zip(self.outputs, deltas, strict=True):
                 given[i] = d
             found = node(*given)
