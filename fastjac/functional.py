@@ -3,8 +3,7 @@
 There is one function for each row of the activation table. It has the parameters of torch's
 function, in the same order, and the keyword ``impl``. It calls `fastjac.act` with order 0, so VJP
 and double backward are fused, or torch's function where that is faster (`fastjac.fuse`). If
-`fastjac.DREG` is attached to a model, it sees the calls of these functions; it cannot see
-``F.gelu``.
+`fastjac.DREG` is attached to a model, it sees the calls of these functions, as those of ``F.gelu``.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastjac import recognise
 from fastjac.activations import TABLE, get
 from fastjac.functional import FUNCTIONS
 from fastjac.observers import activate
@@ -75,7 +76,7 @@ def hooked(*modules: dict[str, Any]) -> bool:
 def activation_of(module: nn.Module) -> Act | None:
     """The `Act` that computes the same as a torch module, or None if the table has no such row.
 
-    Subclasses give None, because they may override the forward.
+    Subclasses give None, because they may override the forward; see `recognised`.
     """
     if type(module) is Act:
         return module
@@ -87,16 +88,10 @@ def activation_of(module: nn.Module) -> Act | None:
     return None
 
 
-# The functions that a module may have as an attribute (nn.TransformerEncoderLayer does).
-_HELD: dict[Callable[..., Any], str] = {}
-for _row in TABLE.values():
-    for _function in (
-        _row.torch_function_object(),
-        getattr(torch, _row.name, None),
-        getattr(nn.functional, _row.name, None),
-    ):
-        if _function is not None:
-            _HELD.setdefault(_function, _row.name)
+def recognised(module: nn.Module) -> Act | None:
+    """The `Act` that computes the same as a module of a foreign class, by what it computes."""
+    found = recognise.recognise(module)
+    return None if found is None else Act(found.fn)
 
 
 def held_functions(module: nn.Module) -> list[tuple[str, Callable[..., Any], str]]:
@@ -105,9 +100,9 @@ def held_functions(module: nn.Module) -> list[tuple[str, Callable[..., Any], str
     for name, value in vars(module).items():
         hashable = type(value).__hash__ is not None
         if callable(value) and not isinstance(value, nn.Module) and hashable:
-            fn = _HELD.get(value)
-            if fn is not None:
-                found.append((name, value, fn))
+            call = recognise.called(value, (), {}) if value in recognise.FUNCTIONS else None
+            if call is not None and call.fn is not None and not call.writes:
+                found.append((name, value, call.fn))
     return found
 
 
@@ -224,9 +219,11 @@ def fuse(model: nn.Module, *, impl: str = "auto") -> nn.Module:
     all and is used at any size. Hardsigmoid, which torch cannot differentiate twice, is always
     replaced.
 
-    This replaces all submodules whose type is a ``torch.nn`` activation of the table (subclasses
-    are not replaced), and torch activation functions that are attributes of modules
-    (``nn.TransformerEncoderLayer`` has one). It cannot replace a function that is called inside a
+    This replaces all submodules whose type is a ``torch.nn`` activation of the table; modules of
+    other classes without parameters, buffers and submodules that compute a row of the table (the
+    ``NewGELUActivation`` of Hugging Face, ``GELU`` of timm), which are run once to see it; and
+    torch activation functions that are attributes of modules (``nn.TransformerEncoderLayer`` has
+    one). It cannot replace a function that is called inside a
     ``forward``: write ``fastjac.gelu(z)`` there. Outputs, ``state_dict``, hooks and the sharing of
     modules do not change. ``inplace=True`` is ignored, because the derivatives need the
     pre-activation. Calling ``fuse`` a second time changes nothing.
@@ -253,7 +250,9 @@ def fuse(model: nn.Module, *, impl: str = "auto") -> nn.Module:
 
     def replacement(module: nn.Module) -> nn.Module:
         if module not in replaced:
-            new = None if isinstance(module, Act) else activation_of(module)
+            new = None
+            if not isinstance(module, Act):
+                new = activation_of(module) or recognised(module)
             if new is not None and impl == "auto" and never(new.fn):
                 new = None
             if new is not None:

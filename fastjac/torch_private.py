@@ -108,6 +108,13 @@ top_hooks = _private(
     "to see whether a call is inside a checkpoint or save_on_cpu",
     "a checkpointed model could be recomputed in another way than it was run",
 )
+NAMES.append(
+    Name(
+        "torch.utils.checkpoint._CheckpointFrame",
+        "to see the functions that a model calls when a checkpoint recomputes it",
+        "the backward of a checkpointed model that calls activations as functions raises",
+    )
+)
 current_backward = _private(
     "torch._C._current_graph_task_id",
     "to tell the recomputation of a checkpoint, which runs in a backward, from a new pass",
@@ -173,6 +180,18 @@ def saved_tensor_hooks() -> Any:
     return None if torch.compiler.is_compiling() else top_hooks(True)
 
 
+def checkpoint_frame() -> Any:
+    """The object that recomputes the innermost checkpoint around this call, or None.
+
+    Its attribute ``recompute_fn`` is what the backward calls.
+    """
+    hooks = saved_tensor_hooks()
+    for cell in getattr(hooks and hooks[0], "__closure__", None) or ():
+        if hasattr(cell.cell_contents, "recompute_fn"):
+            return cell.cell_contents
+    return None
+
+
 def after_backward(function: Callable[[], None]) -> None:
     """Call ``function`` when the backward that is running has ended without an error."""
     _engine.queue_callback(function)
@@ -199,6 +218,11 @@ comptime = _private(
     "to look at the graph, and at versions of tensors, while torch.compile traces",
     "a compiled model that overwrites a pre-activation would be penalised wrongly",
 )
+
+
+def compiled_call(module: Any) -> Any:
+    """What a call of a module runs after ``module.compile()``; None before."""
+    return module._compiled_call_impl
 
 
 def traced_graphs(context: Any) -> list[Any]:
@@ -271,10 +295,19 @@ _dispatch_modes = _private(
 )
 
 
-def any_mode() -> bool:
-    """Whether a mode sees the functions or operations of torch (make_fx, counters, a device)."""
-    return _function_modes() > 0 or _dispatch_modes() > 0
+def any_mode(ours: int = 0) -> bool:
+    """Whether a mode sees the functions or operations of torch (make_fx, counters, a device).
 
+    ``ours`` is the number of modes for functions that do not count.
+    """
+    return _function_modes() > ours or _dispatch_modes() > 0
+
+
+unseen = _private(
+    "torch._C.DisableTorchFunction",
+    "to look at tensors without calling the modes that see functions (3 µs each)",
+    "layer-wise penalties cannot run",
+)
 
 # ---- make_fx
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import MethodType
@@ -17,10 +18,9 @@ from torch.nn.utils import parametrizations, prune
 
 import fastjac
 from fastjac.layerwise.layers import ACTIVATIONS
-from fastjac.layerwise.passes import UNKNOWN_WEIGHT as WEIGHT
+from fastjac.layerwise.reasons import NOT_FOLLOWED, NOT_FOLLOWED_NORM
+from fastjac.layerwise.reasons import UNKNOWN_WEIGHT as WEIGHT
 
-NOT_SEEN = "its output, unchanged, was the input of no activation module"
-NORM_NOT_SEEN = "the output of the norm was the input of no activation module"
 C = 4  # channels of the input, and output channels of every layer
 
 
@@ -32,6 +32,24 @@ class Case:
     make: Callable[[], Any]
     left_out: str | None = None
     compiled: str | None = None  # the error under torch.compile, if it raises there
+    factor: float = 1.0  # by which z is multiplied on its way to the activation
+    phi: Callable[[Tensor], Tensor] | None = None  # if it is not what the module computes
+
+
+MODIFIED = "its output was modified in place"
+
+
+def taken(function: str, reason: str = NOT_FOLLOWED) -> str:
+    """The reason for a layer whose output this function took."""
+    return reason.replace("no activation", f"{function}, and of no activation")
+
+
+def generic(reason: str | None) -> str | None:
+    """The reason under torch.compile, where functions that are no activations are not looked at."""
+    for known in (NOT_FOLLOWED, NOT_FOLLOWED_NORM):
+        if reason is not None and reason.startswith(known.removesuffix("no activation")):
+            return known
+    return reason
 
 
 # ---- layers
@@ -110,6 +128,24 @@ class Written(nn.Linear):
         return z
 
 
+class Functional(nn.Module):
+    """A product with a parameter that is in no module for layers."""
+
+    def __init__(self, run: Callable[..., Tensor], *shape: int, linear: bool = True) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(shape)), nn.Parameter(torch.randn(C))
+        self.run, self.linear = run, linear
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.run(x, self.weight, self.bias)
+
+
+class Rows(Functional):
+    """The weight is [C_in, C]."""
+
+    used = lambda self: self.weight.t()  # noqa: E731
+
+
 class Inherited(nn.Linear):
     """A subclass that overrides nothing."""
 
@@ -161,6 +197,10 @@ LAYERS = [
         "equalised learning rate, transposed, grouped", lambda: EqualTransposed(C, C, 2, groups=2)
     ),
     Case("LoRA, `F.linear(x, W + B A)`", lambda: LoRA(C, C)),
+    Case("`F.linear` with a parameter", lambda: Functional(F.linear, C, C)),
+    Case("`F.conv2d` with a parameter", lambda: Functional(conv2d, C, C, 2, 2, linear=False)),
+    Case("`x @ W + b` with a parameter", lambda: Rows(lambda x, w, b: x @ w + b, C, C)),
+    Case("Conv1D of Hugging Face, `torch.addmm` and a view", lambda: Rows(addmm, C, C)),
     Case("LoRA, `F.linear(x, W) + …`", lambda: LoRASum(C, C), WEIGHT),
     Case("`x @ W.T` in place of `F.linear`", lambda: MatMul(C, C), WEIGHT),
     Case("activation inside `forward`", lambda: Activated(C, C), WEIGHT),
@@ -168,9 +208,17 @@ LAYERS = [
         "writes to its output in place",
         lambda: Written(C, C),
         WEIGHT,
-        "its output was modified in place",
+        MODIFIED,
     ),
 ]
+
+
+def conv2d(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    return F.conv2d(x, w, b, stride=2, padding=1)
+
+
+def addmm(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    return torch.addmm(b, x.view(-1, x.size(-1)), w).view(*x.shape[:-1], -1)
 
 
 def weight_of(layer: Any) -> Tensor:
@@ -180,7 +228,7 @@ def weight_of(layer: Any) -> Tensor:
 
 
 def is_linear(layer: Any) -> bool:
-    return isinstance(layer, nn.Linear)
+    return isinstance(layer, nn.Linear) or getattr(layer, "linear", False)
 
 
 def input_of(name: str, layer: Any, n: int = 3) -> Tensor:
@@ -218,29 +266,50 @@ NORMS = [
         "LayerNorm, `affine=False`",
         lambda layer, z: nn.LayerNorm(z.shape[-1], elementwise_affine=False),
     ),
-    Case("LayerNorm over two dimensions", lambda layer, z: nn.LayerNorm(z.shape[-2:]), NOT_SEEN),
-    Case("RMSNorm", lambda layer, z: nn.RMSNorm(z.shape[-1]), NOT_SEEN),
-    Case("GroupNorm", lambda layer, z: nn.GroupNorm(1, z.shape[1]), NOT_SEEN),
-    Case("InstanceNorm", lambda layer, z: instance_norm(z), NOT_SEEN),
-    Case("LocalResponseNorm", lambda layer, z: nn.LocalResponseNorm(2), NOT_SEEN),
-    Case("subclass of BatchNorm", lambda layer, z: subclass(batch_norm(layer, z)), NOT_SEEN),
+    Case("GroupNorm", lambda layer, z: affine(nn.GroupNorm(2, z.shape[1]))),
+    Case("InstanceNorm", lambda layer, z: instance_norm(z)),
+    Case("`F.batch_norm`", lambda layer, z: called(affine(batch_norm(layer, z)))),
     Case(
-        "BatchNorm with its `forward` replaced",
-        lambda layer, z: doubled(batch_norm(layer, z)),
-        NOT_SEEN,
+        "BatchNorm, and the double of it in `forward`",
+        lambda layer, z: subclass(batch_norm(layer, z)),
+        factor=2.0,
+    ),
+    Case("2 z", lambda layer, z: doubled(batch_norm(layer, z)), factor=2.0),
+    Case(
+        "LayerNorm over two dimensions",
+        lambda layer, z: nn.LayerNorm(z.shape[-2:]),
+        taken("F.layer_norm"),
+    ),
+    Case("RMSNorm", lambda layer, z: nn.RMSNorm(z.shape[-1]), taken("F.rms_norm")),
+    Case(
+        "LocalResponseNorm",
+        lambda layer, z: nn.LocalResponseNorm(2),
+        taken("F.local_response_norm"),
     ),
     Case(
         "BatchNorm twice",
         lambda layer, z: nn.Sequential(batch_norm(layer, z), batch_norm(layer, z)),
-        NORM_NOT_SEEN,
+        taken("F.batch_norm", NOT_FOLLOWED_NORM),
     ),
-    Case("Dropout", lambda layer, z: nn.Dropout(1e-9), NOT_SEEN),
+    Case("Dropout", lambda layer, z: nn.Dropout(1e-9), taken("F.dropout")),
 ]
 
 
 def used_before(norm: Any, z: Tensor) -> Any:
     norm(z.detach())
     return norm.eval()
+
+
+def called(norm: Any) -> Any:
+    """The same norm as a call of the function (timm's BatchNormAct2d)."""
+
+    def forward(self: Any, z: Tensor) -> Tensor:
+        statistics = self.running_mean, self.running_var
+        return F.batch_norm(z, *statistics, self.weight, self.bias, self.training, 0.1, self.eps)
+
+    kind = type("Called", (type(norm),), {"forward": forward})
+    norm.__class__ = kind
+    return norm
 
 
 def without_statistics(norm: Any) -> Any:
@@ -260,9 +329,16 @@ def doubled(norm: Any) -> Any:
 
 def norm_left_out(case: Case, layer: Any, x: Tensor) -> str | None:
     """A norm whose dimension is not that of the layer's units or channels is not counted."""
-    units = "LayerNorm" if is_linear(layer) else "BatchNorm"
-    other = case.name.startswith(("LayerNorm", "BatchNorm")) and not case.name.startswith(units)
-    return NOT_SEEN if other and x.dim() > 2 else case.left_out
+    first = ("BatchNorm", "`F.batch_norm`", "GroupNorm", "InstanceNorm")
+    other = case.name.startswith(first if is_linear(layer) else "LayerNorm")
+    if (case.left_out is not None and not case.name.startswith("BatchNorm twice")) or not other:
+        return case.left_out
+    return taken(function_of_norm(case.name)) if x.dim() > 2 else case.left_out
+
+
+def function_of_norm(name: str) -> str:
+    kinds = {"Batch": "batch", "`F": "batch", "Group": "group", "Inst": "instance"}
+    return f"F.{next((f for n, f in kinds.items() if name.startswith(n)), 'layer')}_norm"
 
 
 # ---- activations
@@ -286,9 +362,63 @@ class Function(nn.Module):
     def __init__(self, run: Any) -> None:
         super().__init__()
         self.run = lambda z: run(z)  # not an attribute that is an activation function
+        self.other = nn.Identity()  # a module without submodules would be recognised
 
     def forward(self, z: Tensor) -> Tensor:
         return self.run(z)
+
+
+HIDDEN = "torch.compile does not show that its output is the input of"
+
+FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "F.relu(z)": lambda z: F.relu(z),
+    "F.relu(z, inplace=True)": lambda z: F.relu(z, inplace=True),
+    "z.relu()": lambda z: z.relu(),
+    "z.relu_()": lambda z: z.relu_(),
+    "torch.tanh(z)": lambda z: torch.tanh(z),
+    "z.sigmoid()": lambda z: z.sigmoid(),
+    "F.gelu(z)": lambda z: F.gelu(z),
+    'F.gelu(z, approximate="tanh")': lambda z: F.gelu(z, approximate="tanh"),
+    "F.leaky_relu(z, 0.2)": lambda z: F.leaky_relu(z, 0.2),
+    "F.softplus(input=z, beta=2)": lambda z: F.softplus(input=z, beta=2),
+    "F.hardtanh(z, -0.5, 0.5)": lambda z: F.hardtanh(z, -0.5, 0.5),
+    "F.elu(z, 0.5, True)": lambda z: F.elu(z, 0.5, True),
+    "F.logsigmoid(z)": lambda z: F.logsigmoid(z),
+    "F.threshold(z, 0.1, 0.2)": lambda z: F.threshold(z, 0.1, 0.2),
+    "F.silu(z.unsqueeze(-1)).squeeze(-1)": lambda z: F.silu(z.unsqueeze(-1)).squeeze(-1),
+}
+
+
+class NewGELU(nn.Module):
+    """As in transformers."""
+
+    def forward(self, z: Tensor) -> Tensor:
+        return 0.5 * z * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * torch.pow(z, 3))))
+
+
+class QuickGELU(nn.Module):
+    def forward(self, z: Tensor) -> Tensor:
+        return z * torch.sigmoid(1.702 * z)
+
+
+class SwishInPlace(nn.Module):
+    """As in timm."""
+
+    def forward(self, z: Tensor) -> Tensor:
+        return z.mul_(z.sigmoid())
+
+
+class SquaredReLU(nn.Module):
+    def forward(self, z: Tensor) -> Tensor:
+        return torch.square(F.relu(z))
+
+
+WRITTEN: dict[str, type[nn.Module]] = {
+    "0.5 * z * (1 + torch.tanh(…))": NewGELU,
+    "z * torch.sigmoid(1.702 * z)": QuickGELU,
+    "z.mul_(z.sigmoid())": SwishInPlace,
+    "torch.square(F.relu(z))": SquaredReLU,
+}
 
 
 def module(kind: Any) -> nn.Module:
@@ -315,9 +445,25 @@ ACTS = [
         for name in ("gelu", "relu", "silu", "tanh")
     ),
     Case("a module with `fastjac_activation`", Own),
-    Case("subclass of an activation", Doubled, NOT_SEEN),
-    Case("`F.relu`", lambda: Function(F.relu), NOT_SEEN),
-    Case("`torch.relu_`", lambda: Function(torch.relu_), NOT_SEEN),
-    Case("RReLU", lambda: nn.RReLU(0.1, 0.1), NOT_SEEN),
-    Case("Softmax", lambda: nn.Softmax(-1), NOT_SEEN),
+    Case("`2 * F.relu(z)` in a subclass", Doubled, phi=F.relu),
+    *(Case(f"`{name}`", lambda f=f: Function(f)) for name, f in FUNCTIONS.items()),
+    *(
+        Case(f"`{name}`", lambda f=f: Function(f), compiled=HIDDEN)
+        for name, f in {
+            "F.tanh(z)": lambda z: F.tanh(z),
+            "F.hardswish(z)": lambda z: F.hardswish(z),
+        }.items()
+    ),
+    Case("`torch.relu_(z)`", lambda: Function(lambda z: torch.relu_(z)), compiled=MODIFIED),
+    Case("`torch.sin(3 * z)`", lambda: Function(lambda z: torch.sin(3 * z)), factor=3.0),
+    Case("`F.silu(1 + z / 2)`", lambda: Function(lambda z: F.silu(1 + z / 2)), factor=0.5),
+    *(Case(f"a module with `{name}`", kind) for name, kind in WRITTEN.items()),
+    Case("`F.relu(z) ** 2`", lambda: Function(lambda z: F.relu(z) ** 2), phi=F.relu),
+    Case(
+        "`z.clamp(0, 1)`",
+        lambda: Function(lambda z: z.clamp(0, 1)),
+        taken("torch.Tensor.clamp"),
+    ),
+    Case("RReLU", lambda: nn.RReLU(0.1, 0.1), taken("F.rrelu")),
+    Case("Softmax", lambda: nn.Softmax(-1), taken("F.softmax")),
 ]

@@ -34,8 +34,14 @@ def row_norms(layer: Any) -> Tensor:
 
 def gain(norm: Any, z: Tensor) -> Tensor:
     """``k²`` of ``y = k (z − μ) + β``, broadcast with z."""
-    if norm is None:
+    if norm is None or "forward" in vars(norm):
         return torch.ones(())
+    if isinstance(norm, nn.GroupNorm | nn.modules.instancenorm._InstanceNorm):
+        groups = getattr(norm, "num_groups", z.shape[1])
+        var = z.reshape(len(z), groups, -1).var(-1, unbiased=False)
+        inverse = (1 / (var + norm.eps)).repeat_interleave(z.shape[1] // groups, 1)
+        gamma = torch.ones(()) if norm.weight is None else norm.weight
+        return (gamma.square() * inverse).view(*inverse.shape, *[1] * (z.dim() - 2))
     if isinstance(norm, nn.LayerNorm):
         gamma = torch.ones(()) if norm.weight is None else norm.weight
         return gamma.square() / (z.var(-1, unbiased=False, keepdim=True) + norm.eps)
@@ -62,6 +68,8 @@ class Net(nn.Module):
             z = self.layer(x)
         self.norm = norm.make(self.layer, z)
         self.act = act.make()
+        self.phi, self.factor = act.phi, norm.factor
+        self.inner = act.factor  # inside of the activation
         self.second, self.tanh, self.head = nn.LazyLinear(3), nn.Tanh(), nn.Linear(3, 2)
         self.second(torch.zeros(1, z[0].numel()))
 
@@ -80,14 +88,15 @@ def written_out(net: Net, x: Tensor, left_out: bool, options: dict[str, Any]) ->
     y = z if net.norm is None else net.norm(z)
     phi = function_of(net.act)
     a = phi(y)
+    phi = net.phi or phi
     hidden = net.second(a.flatten(1))
     output = net.head(net.tanh(hidden))
     terms = []
     if not left_out:
         dim = -1 if is_linear(net.layer) else 1
-        slope = reference.derivative(phi, y).square()
+        slope = (reference.derivative(phi, y) / net.inner).square()
         if options.get("use_weight", True):
-            slope = slope * k
+            slope = slope * k * (net.factor * net.inner) ** 2
         terms.append(
             _term(slope.movedim(dim, 1), row_norms(net.layer), weight_of(net.layer), options)
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from dreg_cases import ACTS, LAYERS, NORMS, NOT_SEEN
+from dreg_cases import ACTS, LAYERS, NORMS, function_of_norm, generic, taken
 
 HEAD = """# What DREG counts
 
@@ -17,7 +17,12 @@ gradients with the written-out formula in float64.
 
 ✓ means that the layer counts. A number is the reason with which the layer stands in
 `layers_left_out`: no value contains a layer whose weight or slope is not known. If no layer is
-left, the call raises. Under `torch.compile` some rows raise, with the message given.
+left, the call raises. Under `torch.compile` some rows raise, with the message given, and the
+reasons do not name the function that took the output.
+
+A function of PyTorch counts as the module of the same name does. Between layer, norm and activation
+the output may go through views that keep samples and units apart, copies, factors that are numbers,
+and sums with a number or with a parameter that has one element for each unit.
 """
 
 
@@ -28,12 +33,17 @@ def page() -> str:
         parts.append(f"| {title} | eager | compiled |\n| --- | --- | --- |")
         for case in cases:
             cells = [
-                _cell(reason, notes) for reason in (case.left_out, case.compiled or case.left_out)
+                _cell(reason, notes)
+                for reason in (case.left_out, case.compiled or generic(case.left_out))
             ]
-            if case.name.startswith("LayerNorm") and case.left_out is None:
-                cells = [f"{c}, after a convolution {_cell(NOT_SEEN, notes)}" for c in cells]
-            if case.name.startswith("BatchNorm") and case.left_out is None:
-                cells = [f"{c}, on [N, T, C] {_cell(NOT_SEEN, notes)}" for c in cells]
+            if title == "norm" and case.left_out is None and case.name not in ("none", "2 z"):
+                other = taken(function_of_norm(case.name))
+                layer = case.name.startswith("LayerNorm")
+                where = "after a convolution" if layer else "on [N, T, C]"
+                reasons = (other, generic(other))
+                cells = [
+                    f"{c}, {where} {_cell(r, notes)}" for c, r in zip(cells, reasons, strict=True)
+                ]
             parts.append(f"| {case.name} | {cells[0]} | {cells[1]} |")
         parts.append("")
     parts += [f"{i}. “{note}”" for i, note in enumerate(notes, 1)]

@@ -264,9 +264,11 @@ SPECIAL = [0.0, -0.0, 1e-45, -1e-38, 1e-20, 88.0, -88.0, -104.0, 1e4, -1e4, 3e38
 def test_special_values(name, impl):
     """Subnormal and huge |z| against float64; ±inf and NaN as in torch, or the limit if it has NaN.
 
-    sine is not tested at 3e38, where rounding the argument changes it by many periods.
+    sine is not tested at 3e38, where rounding the argument changes it by many periods, nor is z²,
+    which is no float32 there.
     """
-    values = [v for v in SPECIAL if name != "sine" or abs(v) <= 1e4]
+    largest = {"sine": 1e4, "relu_squared": 1e19}.get(name, float("inf"))
+    values = [v for v in SPECIAL if abs(v) <= largest]
     z = torch.tensor(values, device=DEVICE)
     got = fastjac.act(z, fn=name, impl=impl).double()
     truth = fastjac.act(z.double(), fn=name, impl="reference")
@@ -285,8 +287,9 @@ def test_special_values(name, impl):
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("order", range(3))
 def test_finite_for_every_finite_input(name, order):
-    """No intermediate value overflows: φ^(k) is finite for any finite z."""
+    """No intermediate value overflows: φ^(k) is finite for any finite z, if it is a float32."""
     z = torch.tensor([1e3, -1e3, 1e6, -1e6, 1e19, -1e19, 3e38, -3e38])
+    z = z[:6] if name == "relu_squared" else z
     assert fastjac.act(z, order=order, fn=name, impl="auto").isfinite().all()
 
 

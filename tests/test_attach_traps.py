@@ -16,6 +16,7 @@ from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 
 import fastjac
+from fastjac import reference
 from fastjac.penalties import DREG
 
 pytestmark = pytest.mark.usefixtures("double")
@@ -98,8 +99,11 @@ def test_forward_patched_by_somebody_else(both_ways: str) -> None:
     patch(plain)
     pairs = {"fc": (F.gelu, lambda fc: fc.weight + fc.b @ fc.a)}
     check(model, x, pairs, plain=plain).detach()
-    model.act.forward = lambda z: z.tanh()  # nobody knows what it is now
-    with pytest.raises(RuntimeError, match="model has no layer to penalise"):
+    model.act.forward = lambda z: z.tanh()  # the function that it calls counts
+    value, w = DREG()(model, x)[1], model.fc.weight + model.fc.b @ model.fc.a
+    close(value, reference.dreg([(model.fc(x), w, torch.tanh)]).mean())
+    model.act.forward = lambda z: z.abs()  # nobody knows what it is
+    with pytest.raises(RuntimeError, match="model has no layer to penalise.*torch.Tensor.abs"):
         DREG()(model, x)
 
 

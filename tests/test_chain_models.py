@@ -118,7 +118,7 @@ def test_activation_in_every_spelling(name: str) -> None:
         fastjac.Act(name, **params),
         fastjac.Act(name, impl="reference", **params),
     ]
-    if name == "sine":  # ours, with another name for the argument
+    if row.torch.startswith("fastjac."):  # ours, with another name for the argument
         del calls[1]
     if hasattr(torch, name):
         calls.append(getattr(torch, name))

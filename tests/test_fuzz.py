@@ -95,9 +95,13 @@ def act(rng: Random) -> Case:
     arguments = {"z": operand(rng, shape, dtype), "order": rng.randint(0, 2), "fn": fn}
     if rng.random() < 0.6:
         arguments["g"] = operand(rng, shape, dtype)
-    for name in get(fn).params:
-        arguments[name] = rng.choice((0.5, 1.0, 2.0))
-    return Case(fastjac.act, arguments)
+    return Case(fastjac.act, arguments | parameters(rng, fn))
+
+
+def parameters(rng: Random, fn: str) -> dict[str, float]:
+    """Parameters of an activation. Torch's hardtanh refuses a minimum above the maximum."""
+    values = [rng.choice((0.5, 1.0, 2.0)) for _ in get(fn).params]
+    return dict(zip(get(fn).params, sorted(values) if fn == "hardtanh" else values, strict=True))
 
 
 def drop_in(rng: Random) -> Case:
@@ -106,7 +110,7 @@ def drop_in(rng: Random) -> Case:
     if name == "gelu":
         arguments["approximate"] = rng.choice(("none", "tanh"))
     else:
-        arguments |= {p: rng.choice((0.5, 1.0, 2.0)) for p in TABLE[name].params}
+        arguments |= parameters(rng, name)
     return Case(functional.FUNCTIONS[name], arguments)
 
 

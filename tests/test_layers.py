@@ -34,25 +34,28 @@ def test_names_and_reasons() -> None:
         a = m.act(m.norm(m.normed(a)))
         a = m.act(m.viewed(a).view(-1, 4))
         a = m.act(m.added(a) + x)
+        a = m.act(m.mixed(a).flatten().view(-1, 4))
         a = F.relu(m.functional(a))
         skip = m.written(a)
         skip += x
         a = m.act(skip)
         return m.head(a)
 
-    names = ("plain", "normed", "viewed", "added", "functional", "written", "head", "unused")
+    seen = ["plain", "normed", "viewed", "functional"]
+    names = (*seen, "added", "mixed", "written", "head", "unused")
     modules = {name: nn.Linear(4, 4) for name in names}
     model = Model(forward, act=nn.Tanh(), norm=nn.LayerNorm(4), **modules)
     layers, left_out, value = found(model, torch.randn(3, 4))
-    assert layers == ["plain", "normed"]
-    assert set(left_out) == set(names) - {"plain", "normed"}
-    for name in ("viewed", "added", "functional", "written"):
-        assert "was the input of no activation module" in left_out[name]
+    assert layers == seen
+    assert set(left_out) == set(names) - set(seen)
+    for name, function in {"added": "add", "mixed": "flatten", "written": "add_"}.items():
+        reason = f"was the input of torch.Tensor.{function}, and of no activation"
+        assert left_out[name] == f"its output, unchanged, {reason}"
     assert left_out["head"] == "output layer (include_output=False)"
     assert left_out["unused"] == "was not called"
     assert value.shape == (3,)
     layers, left_out, _ = found(model, torch.randn(3, 4), include_output=True)
-    assert layers == ["plain", "normed", "head"]
+    assert layers == [*seen, "head"]
     assert "head" not in left_out
 
 

@@ -27,18 +27,31 @@ from fastjac.layerwise.layers import (
     Layer,
     LayerCall,
     Nonlinearity,
+    Norm,
     inherits,
     is_activation,
     is_plain,
     nonlinearity_of,
+    norm_of,
 )
 from fastjac.layerwise.products import Product, Products
 from fastjac.layerwise.sequence import Run, modules_only, runs_of
 from fastjac.nn import Act
+from fastjac.recognise import attributes
+from fastjac.torch_private import unseen
 
 
 class PassObserver(Protocol):
     """What the forwards report in one pass, which is one run of the model."""
+
+    inside: int
+    """While it is positive, no function that is called is looked at: the caller reports it."""
+
+    looks: bool
+    """Whether the functions that the model calls are reported too."""
+
+    in_layer: bool
+    """Whether the forward of a layer is running, which will report its product."""
 
     compute: Callable[[Any, Tensor], Tensor | None] | None
     """``compute(module, x)`` returns the output of a plain layer, or None to have the module
@@ -63,10 +76,13 @@ class PassObserver(Protocol):
     def output_replaced(self, layer: Layer, z: Tensor) -> None:
         """A forward hook has replaced the output of the layer's last call by z."""
 
-    def find(self, z: Any) -> LayerCall | None:
-        """The call that returned this tensor object, if it has not been written to since."""
+    def find(self, z: Any, folded: bool = False) -> LayerCall | None:
+        """The call that returned this tensor object, if it has not been written to since.
 
-    def norm_ran(self, call: LayerCall, norm: nn.Module, y: Tensor) -> None:
+        ``folded`` says whether dimension 0 may be the samples and positions together.
+        """
+
+    def norm_ran(self, call: LayerCall, norm: Norm, y: Tensor) -> None:
         """A norm has computed y from the output of the call."""
 
     def activate(self, call: LayerCall, phi: Nonlinearity, a: Tensor | None) -> Tensor:
@@ -110,6 +126,14 @@ class Forward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.plain(*args, **kwargs)
+
+    def below(self, running: PassObserver, *args: Any, **kwargs: Any) -> Any:
+        """Calls a forward of another watch, which this one replaced: it must see the call too."""
+        running.inside += 1
+        try:
+            return self.previous(*args, **kwargs)
+        finally:
+            running.inside -= 1
 
     def remove(self) -> None:
         self.observer = None
@@ -171,14 +195,24 @@ class LayerForward(Forward):
             return forward(*args, **kwargs)
         layer = self.layer
         z, products = None, None
-        if running.compute is not None and layer.plain and self.previous is None and len(args) == 1:
-            z = running.compute(self.module, args[0])
-        if z is None and layer.plain:
-            z = forward(*args, **kwargs)
-        elif z is None:
-            z, products = self.computed(forward, *args, **kwargs)
+        running.in_layer = True
+        try:
+            computes = running.compute is not None and layer.plain and self.previous is None
+            if computes and len(args) == 1:
+                z = running.compute(self.module, args[0])  # type: ignore[misc]
+            if z is None and layer.plain:
+                z = forward(*args, **kwargs)
+            elif z is None:
+                z, products = self.computed(forward, *args, **kwargs)
+        finally:
+            running.in_layer = False
         if isinstance(z, Tensor):
-            running.layer_ran(layer, args[0] if args else first(args, kwargs), z, products)
+            x = args[0] if args else first(args, kwargs)
+            if running.looks and not torch.compiler.is_compiling():
+                with unseen():  # reading the version of a tensor would be a call that `Calls` sees
+                    running.layer_ran(layer, x, z, products)
+            else:
+                running.layer_ran(layer, x, z, products)
         return z
 
     def computed(self, forward: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
@@ -206,8 +240,7 @@ class LayerActForward(LayerForward):
         if running is None:
             return self.plain(*args, **kwargs)
         x = first(args, kwargs)
-        # A forward of another watch, which this one replaced, must see the call too.
-        a = None if self.previous is None else self.previous(*args, **kwargs)
+        a = None if self.previous is None else self.below(running, *args, **kwargs)
         module = self.module
         if is_dtensor(module._parameters.get("weight")):
             raise RuntimeError(
@@ -215,7 +248,11 @@ class LayerActForward(LayerForward):
                 f"and an activation in place of {type(module).__name__}"
             )
         phi = Nonlinearity(module.act.fn, module.act.impl, module.act.params)
-        z, products = self.computed(module.pre_activation, x)
+        running.in_layer = True
+        try:
+            z, products = self.computed(module.pre_activation, x)
+        finally:
+            running.in_layer = False
         call = running.layer_ran(self.layer, x, z, products)
         if call is None:
             return phi.value(z) if a is None else a
@@ -223,22 +260,23 @@ class LayerActForward(LayerForward):
 
 
 class NormForward(Forward):
-    """The forward of a BatchNorm or LayerNorm module."""
+    """The forward of a BatchNorm, LayerNorm or GroupNorm module."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         observer = self.observer
         running = None if observer is None else observer.running()
-        call = None if running is None else running.find(first(args, kwargs))
-        y = self.plain(*args, **kwargs)
+        call = None if running is None else running.find(first(args, kwargs), True)
         if running is None or call is None or call.norm is not None:
-            return y
-        # The channels of the norm must be those of the layer: a BatchNorm has them in dimension 1.
-        if isinstance(self.module, nn.LayerNorm):
-            same = call.layer.linear
-        else:
-            same = not call.layer.linear or y.dim() == 2
-        if same:
-            running.norm_ran(call, self.module, y)
+            return self.plain(*args, **kwargs)
+        norm = norm_of(self.module)
+        if not norm.fits(call):
+            return self.plain(*args, **kwargs)
+        running.inside += 1
+        try:
+            y = self.plain(*args, **kwargs)
+        finally:
+            running.inside -= 1
+        running.norm_ran(call, norm, y)
         return y
 
 
@@ -249,6 +287,9 @@ class ActivationForward(Forward):
         self.phi = nonlinearity_of(self.module, self.plain)
         # The attributes that decide which activation it is; a schedule may change them.
         row = None if self.phi.fn is None else get(self.phi.fn)
+        if self.phi.writes is not None:  # recognised by what it computed with its attributes
+            self.chosen_by = attributes(self.module) or []
+            return
         names = () if row is None else (*row.params, *row.torch_kwargs)
         self.chosen_by = [(name, getattr(self.module, name)) for name in names]
 
@@ -260,8 +301,7 @@ class ActivationForward(Forward):
             call = running.find(args[0] if args else first(args, kwargs))
         if running is None or call is None:
             return self.plain(*args, **kwargs)
-        # A forward of another watch, which this one replaced, must see z too.
-        a = None if self.previous is None else self.previous(*args, **kwargs)
+        a = None if self.previous is None else self.below(running, *args, **kwargs)
         return running.activate(call, self.current(), a)
 
     def current(self) -> Nonlinearity:
@@ -290,7 +330,7 @@ class SequentialForward(Forward):
         if modules != self.modules:
             self.modules = modules
             self.runs = runs_of(modules, observer, (LayerForward, ActivationForward))
-        if self.previous is not None or not self.runs or not modules_only():
+        if self.previous is not None or not self.runs or not modules_only(running.looks):
             return self.plain(x)
         place = 0
         while place < len(modules):

@@ -104,6 +104,8 @@ class _LayerAct(Function):
     def backward(ctx, *grads):
         boxed = grads[0] if isinstance(grads[0], list) else list(grads)
         g, v = boxed
+        if g is None and v is None:  # both are undefined, and the raw ops take None for 1
+            return (None,) * 7
         x, weight, bias, z, s, r = ctx.saved_tensors
         needs_x, needs_w, needs_b, _, needs_total, *_ = ctx.needs_input_grad
         needs = needs_x, needs_w, needs_b

@@ -16,12 +16,13 @@ from fastjac.layerwise.batch_norm import Normed
 from fastjac.layerwise.products import Product
 from fastjac.nn import Act, ConvAct1d, ConvAct2d, ConvAct3d, LinearAct, activation_of
 from fastjac.ops.act import act
+from fastjac.recognise import recognise
 
 LINEAR = (nn.Linear,)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 CONVOLUTION = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
 BATCH_NORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-NORM = (*BATCH_NORM, nn.LayerNorm)
+NORM = (*BATCH_NORM, nn.LayerNorm, nn.GroupNorm)
 
 # A layer together with its activation.
 LAYER_ACTS = (LinearAct, ConvAct1d, ConvAct2d, ConvAct3d)
@@ -36,22 +37,23 @@ ACTIVATIONS = (
 
 @dataclass(eq=False)
 class Layer:
-    """A Linear or convolution module of a watched model."""
+    """A Linear or convolution module of a watched model, or a function that computes the same."""
 
-    module: Any
+    module: Any  # None for a function: the call has the bias and the options
     name: str  # of the module in the model
-    plain: bool  # whether its forward is one call of torch's linear or convolution, and no more
+    plain: bool  # whether it is one call of torch's linear or convolution, and no more
     hooked: bool = False  # whether the watch has put a forward hook on it (tensor parallel)
     memo: Any = None  # what the statistic has decided for the last call, and from what
+    kind: str = ""  # "linear", "convolution" or "transposed"; that of the module if it is empty
 
     def __post_init__(self) -> None:
-        self.linear = isinstance(self.module, LINEAR)
-        self.transposed = isinstance(self.module, TRANSPOSED)
+        if not self.kind:
+            transposed = isinstance(self.module, TRANSPOSED)
+            other = "transposed" if transposed else "convolution"
+            self.kind = "linear" if isinstance(self.module, LINEAR) else other
+        self.linear = self.kind == "linear"
+        self.transposed = self.kind == "transposed"
         self.dim = -1 if self.linear else 1  # the dimension of z with the units or channels
-
-    @property
-    def kind(self) -> str:
-        return "linear" if self.linear else "transposed" if self.transposed else "convolution"
 
     def product_of(self, z: Tensor, products: list[Product]) -> Product | None:
         """The product that returned z; None if there is none, or z was written to since."""
@@ -79,8 +81,8 @@ class Nonlinearity:
     """``φ`` at one place of a model: a row of the activation table, or any activation module.
 
     ``fn``, ``impl`` and ``params`` are the arguments of `fastjac.act`. ``fn`` is None if the table
-    does not have the activation; torch then differentiates ``module``. ``run`` computes ``φ(z)`` as
-    the model does; None stands for `fastjac.act`.
+    does not have the activation; torch then differentiates ``function``, or ``module``. ``run``
+    computes ``φ(z)`` as the model does; None stands for `fastjac.act`.
     """
 
     fn: str | None = None
@@ -88,6 +90,8 @@ class Nonlinearity:
     params: dict[str, Any] = field(default_factory=dict)
     module: nn.Module | None = None
     run: Callable[[Tensor], Tensor] | None = None
+    writes: bool | None = None  # whether it writes to z; None if the module says so
+    function: Callable[[Tensor], Tensor] | None = None
 
     def value(self, z: Tensor) -> Tensor:
         """``φ(z)``."""
@@ -97,11 +101,15 @@ class Nonlinearity:
         """``φ'(z)``, which is differentiable with respect to z and the parameters of φ."""
         if self.fn is not None:
             return self._act(z, 1)
+        if self.function is not None:
+            return slope_of(self.function, z)
         assert self.module is not None
         return module_derivative(self.module, z)
 
     def overwrites(self) -> bool:
         """Whether the activation writes to z."""
+        if self.writes is not None:
+            return self.writes
         module = self.module
         if module is None or not ("inplace" in vars(module) or hasattr(type(module), "inplace")):
             return False  # without asking the module, whose error would take 2 µs
@@ -129,12 +137,25 @@ class LayerCall:
     weight_version: int
     x_version: int
     groups: int = 1  # of a convolution
-    norm: Any = None  # the module
+    norm: Norm | None = None
     before_norm: Tensor | None = None
     normed: Normed | None = None  # the result of a BatchNorm in training mode
     used: bool = False  # whether an activation or a norm took z
     ref: Any = None  # a weak reference to z after `release`
     released_shape: Any = None
+    bias: Tensor | None = None  # of a function; a module has its own
+    conv: Any = None  # the options of a convolution that a function computed, as `conv_options`
+    parent: LayerCall | None = None  # z is a view of the z of this call, or a multiple of it
+    factor: float = 1.0  # z is this multiple of W x + b (of the norm, if there is one)
+    moved: int | None = None  # the dimension of z with the units, if a view has moved it
+    folded: bool = False  # whether dimension 0 is the samples and positions together
+    function: bool = False  # whether a function took part, which only `calls.Calls` sees
+    taken: str = ""  # the first function that took z and is no activation
+
+    @property
+    def dim(self) -> int:
+        """The dimension of z with the units or channels, 1 or higher, or −1 for the last."""
+        return self.layer.dim if self.moved is None else self.moved
 
     @property
     def name(self) -> str:
@@ -178,6 +199,16 @@ class LayerCall:
         if z is not None and z._version != self.version:
             raise written_to(self.name)
 
+    def use(self) -> None:
+        """Notes that an activation takes z, which the calls that z comes from need not hold."""
+        self.used = True
+        above = self.parent
+        while above is not None:
+            above.used = True
+            if not torch.compiler.is_compiling() and above.z is not None:
+                above.release()
+            above = above.parent
+
 
 def written_to(name: str) -> RuntimeError:
     return RuntimeError(
@@ -192,9 +223,11 @@ def is_activation(module: nn.Module) -> bool:
         return True
     # The forward of a subclass of `Act` is differentiated as it is. Otherwise `Act.forward`, which
     # it may call, would be counted in its place.
-    return isinstance(module, Act) or (
+    if isinstance(module, Act) or (
         isinstance(module, ACTIVATIONS) and inherits(module, ACTIVATIONS)
-    )
+    ):
+        return True
+    return recognise(module) is not None
 
 
 def inherits(module: nn.Module, kinds: tuple[Any, ...]) -> bool:
@@ -207,10 +240,15 @@ def nonlinearity_of(
     module: nn.Module, run: Callable[[Tensor], Tensor] | None = None
 ) -> Nonlinearity:
     """The ``φ`` of an activation module. A ``fastjac_activation`` comes before the table."""
-    row = None if hasattr(module, "fastjac_activation") else activation_of(module)
-    if row is None:
+    if hasattr(module, "fastjac_activation"):
         return Nonlinearity(module=module, run=run)
-    return Nonlinearity(row.fn, row.impl, row.params, module, run)
+    row = activation_of(module)
+    if row is not None:
+        return Nonlinearity(row.fn, row.impl, row.params, module, run)
+    found = recognise(module)
+    if found is not None:
+        return Nonlinearity(found.fn, module=module, run=run, writes=found.writes)
+    return Nonlinearity(module=module, run=run)
 
 
 def module_derivative(module: nn.Module, z: Tensor) -> Tensor:
@@ -220,12 +258,16 @@ def module_derivative(module: nn.Module, z: Tensor) -> Tensor:
     )
     if isinstance(module, nn.Hardsigmoid):  # torch cannot differentiate its own twice
         phi = lambda t: F.relu6(t + 3) / 6  # noqa: E731
+    return slope_of(phi, z, f"fastjac_activation of {type(module).__name__}")
+
+
+def slope_of(phi: Callable[[Tensor], Tensor], z: Tensor, name: str = "") -> Tensor:
+    """``φ'(z)`` of an elementwise function, by torch."""
     # The copy is for in-place activations, which may not write to the input of vjp.
     value, pull = torch.func.vjp(lambda t: phi(t.clone()), z)[:2]
     if value.shape != z.shape:
         raise ValueError(
-            f"fastjac_activation of {type(module).__name__} maps shape {tuple(z.shape)} to "
-            f"{tuple(value.shape)}: it must be elementwise"
+            f"{name} maps shape {tuple(z.shape)} to {tuple(value.shape)}: it must be elementwise"
         )
     (slope,) = pull(torch.ones_like(value))
     return slope
@@ -248,3 +290,29 @@ def conv_options(module: Any) -> tuple[Any, ...] | None:
         return None
     options = (module.stride, module.padding, module.dilation, False, module.output_padding)
     return (*options, module.groups)
+
+
+class Norm(NamedTuple):
+    """A norm after a layer, ``γ (z − μ)/σ + β``: how a module or a function computed it."""
+
+    kind: str  # "batch", "layer" or "group"
+    weight: Tensor | None  # γ
+    bias: Tensor | None  # β
+    eps: float
+    running_var: Tensor | None = None  # σ² of a batch norm, if it is not that of the batch
+    groups: int = 1
+
+    def fits(self, call: LayerCall) -> bool:
+        """Whether its channels are the units or channels of the call."""
+        dims = len(call.shape)
+        return call.dim % dims == (dims - 1 if self.kind == "layer" else 1)
+
+
+def norm_of(module: Any) -> Norm:
+    """A norm module as it computes now."""
+    if isinstance(module, nn.LayerNorm):
+        return Norm("layer", module.weight, module.bias, module.eps)
+    if isinstance(module, nn.GroupNorm):
+        return Norm("group", module.weight, module.bias, module.eps, groups=module.num_groups)
+    var = None if module.training else module.running_var
+    return Norm("batch", module.weight, module.bias, module.eps, var)

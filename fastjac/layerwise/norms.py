@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastjac.layerwise.batch_norm import Normed, inverse_variance
-from fastjac.layerwise.layers import LayerCall
+from fastjac.layerwise.layers import LayerCall, Norm
 from fastjac.ops.autograd import Function, recorded
 from fastjac.ops.dispatch import accumulate_dtype
 from fastjac.torch_private import saved_tensor_hooks
@@ -20,12 +20,13 @@ class Gain(NamedTuple):
     """The factor ``k²`` of a layer's squared Jacobian, for a norm ``y = k (z − μ) + β``.
 
     The Jacobian treats the statistics of the norm as constants. The gain itself is differentiable
-    with respect to them. It is the product of ``gamma²`` and the other two; None stands for 1.
+    with respect to them. It is the product of ``gamma²`` and the others; None stands for 1.
     """
 
     gamma: Tensor | None = None  # the weight of the norm, [C]
     inverse: Tensor | None = None  # 1 / (σ² + ε) of a BatchNorm, [C]
     place: Tensor | None = None  # 1 / (σ² + ε) of a LayerNorm, per sample and position, [N, ...]
+    group: Tensor | None = None  # 1 / (σ² + ε) of a GroupNorm, per sample and channel, [N, C]
 
     def channel(self) -> Tensor | None:
         """The factor per channel."""
@@ -42,17 +43,23 @@ def norm_gain(call: LayerCall) -> Gain:
         return Gain()
     dtype = accumulate_dtype(z.dtype)
     gamma = None if norm.weight is None else norm.weight.to(dtype)
-    if isinstance(norm, nn.LayerNorm):
+    if norm.kind == "layer":
         return Gain(gamma, place=1 / (z.to(dtype).var(-1, unbiased=False) + norm.eps))
-    if not norm.training and norm.running_var is not None:
+    if norm.kind == "group":
+        groups = z.to(dtype).reshape(z.shape[0], norm.groups, -1)
+        inverse = 1 / (groups.var(-1, unbiased=False) + norm.eps)
+        return Gain(gamma, group=inverse.repeat_interleave(z.shape[1] // norm.groups, 1))
+    if norm.running_var is not None:
         return Gain(gamma, 1 / (norm.running_var.to(dtype) + norm.eps))
     if call.normed is not None:
         return Gain(gamma, InverseVariance.apply(z, *call.normed[2:5]))
     return Gain(gamma, inverse_variance(z, norm.eps))
 
 
-def batch_normed(y: Tensor, norm: Any) -> Normed | None:
+def batch_normed(y: Tensor, norm: Norm) -> Normed | None:
     """The result of a BatchNorm in training mode, read from the node of y; None without one."""
+    if norm.kind != "batch":
+        return None
     node = y.grad_fn
     # Under a checkpoint, reading the tensors that the node saved would run the model again.
     if node is None or node.name() not in BATCH_NORM_NODES or saved_tensor_hooks() is not None:

@@ -11,19 +11,23 @@ import torch
 from torch import Tensor, nn
 
 from fastjac.distributed import is_dtensor
-from fastjac.layerwise.layers import Layer, LayerCall, Nonlinearity, Table
+from fastjac.layerwise.layers import Layer, LayerCall, Nonlinearity, Norm, Table
 from fastjac.layerwise.norms import batch_normed
-from fastjac.layerwise.products import Product, refuse_written, version_of
+from fastjac.layerwise.products import Product, refuse_unseen, refuse_written, version_of
+from fastjac.layerwise.reasons import (
+    HIDDEN,
+    NOT_FOLLOWED,
+    NOT_FOLLOWED_NORM,
+    UNKNOWN_WEIGHT,
+    without_gradient,
+    without_samples,
+)
 from fastjac.layerwise.sequence import Run
 from fastjac.layerwise.sharded import sharding
+from fastjac.layerwise.sight import Sight
 from fastjac.model_output import Part, part_of
 from fastjac.ops.autograd import transformed
 from fastjac.torch_private import saved_tensor_hooks, transforms_active, tree_leaves
-
-UNKNOWN_WEIGHT = (
-    "the weight that it computed with is not known: its forward does not return, unchanged, the "
-    "result of one call of F.linear, or of F.conv1d and the like"
-)
 
 
 @dataclass(slots=True)
@@ -103,7 +107,21 @@ class Pass:
         self.postponed: list[tuple[LayerCall, Nonlinearity]] = []
         self.activated: list[Tensor] = []  # the outputs of the activations, with include_output
         self.ran: set[nn.Module] = set()
-        self.inside = 0  # the number of activation modules that are running
+        self.inside = 0  # the number of activations and norms that are running
+        self.in_layer = False  # whether the forward of a layer is running
+        # For `calls.Calls`, which sees the functions that the model calls:
+        self.names = set(layers.values())
+        self.pending: dict[int, LayerCall] = {}  # by the id of z
+        self.owners: dict[nn.Parameter, tuple[str, Any]] = {}  # the name and module of a weight
+        self.products: dict[Any, Layer] = {}  # the layers that are functions
+        self.looks = False  # whether functions are seen
+        self.hides = (
+            False  # whether they cannot be, since a part of the model is compiled by itself
+        )
+        self.sight: Sight | None = None  # of an attached model, not compiled
+        self.within = False  # whether the model runs in a pass of another penalty too
+        self.follows = False  # whether a view or a multiple of an output is followed
+        self.functions = False  # whether a function took part in a term
         self.thread = 0 if self.compiling else get_ident()
         # For the row norms of all layers at once (`statistics.norms_of_rows_at_once`):
         self.whole: list[Layer] = []  # the layers that are one node with their term
@@ -143,6 +161,7 @@ class Pass:
         else:
             versions = z._version, weight._version, x._version
             call = LayerCall(layer, x, z, weight, *versions, groups)
+            self.pending[id(z)] = call
         self.calls.append(call)
         return call
 
@@ -164,28 +183,36 @@ class Pass:
         calls = [c for c in self.calls if c.layer is layer]
         if calls and not calls[-1].used:
             calls[-1].z, calls[-1].version = z, z._version
+            self.pending[id(z)] = calls[-1]
 
-    def find(self, z: Any) -> LayerCall | None:
-        if not self.inside:
+    def find(self, z: Any, folded: bool = False) -> LayerCall | None:
+        if self.inside:
+            return None
+        if self.compiling:
             for call in reversed(self.calls):
-                if self.compiling:
-                    if call.z is z:
-                        refuse_written(z, call.name)
-                        return call
-                elif call.z is z or (call.ref is not None and call.is_output(z)):
-                    # After ``out += skip`` it is the same object with other values.
-                    return call if call.version == z._version else None
-        return None
+                if call.z is z and call.folded <= folded:
+                    refuse_written(z, call.name)
+                    return call
+            return None
+        found = self.pending.get(id(z))
+        if found is None or not (found.z is z or found.is_output(z)) or found.folded > folded:
+            return None
+        # After ``out += skip`` it is the same object with other values.
+        return found if found.version == z._version else None
 
-    def norm_ran(self, call: LayerCall, norm: nn.Module, y: Tensor) -> None:
+    def norm_ran(self, call: LayerCall, norm: Norm, y: Tensor, function: bool = False) -> None:
         call.used = True
+        if call.function:
+            call.use()
         version = version_of(y) if self.compiling else y._version
-        after = replace(call, z=y, version=version, used=False)
+        after = replace(call, z=y, version=version, used=False, parent=None)
         after.norm, after.before_norm = norm, call.z
+        after.function = call.function or function
         if not self.compiling and not self.transformed:
             after.normed = batch_normed(y, norm)
         self.calls.append(after)
         if not self.compiling:
+            self.pending[id(y)] = after
             call.release()
 
     def activate(self, call: LayerCall, phi: Nonlinearity, a: Tensor | None) -> Tensor:
@@ -197,35 +224,38 @@ class Pass:
         if original.dim() < 2:
             raise without_samples(call)
         call.used = True
+        if call.function:
+            call.use()
+            self.functions = True
         in_place = a is None and phi.overwrites()
         if in_place:  # the penalty needs z, and the model expects that it is overwritten
             call.z = original.clone()
             call.version = call.version if self.compiling else call.z._version
         postponed = not self.attached and saved_tensor_hooks() is not None
-        if a is None and (phi.fn is None or postponed):
-            self.inside += 1  # a module may call other activation modules
-            try:
+        self.inside += 1  # a module may call other activations
+        try:
+            if a is None and (phi.fn is None or postponed):
                 a = phi.value(call.z.clone() if in_place else call.z)
-            finally:
-                self.inside -= 1
-            call.check_unchanged()  # or the slope would be that of another z
-        if postponed:
-            # The recomputation by the checkpoint comes when the model is not watched any more, and
-            # must do the same operations. So the term is computed after the model has run.
-            self.postponed.append((call, phi))
-            assert a is not None
-        else:
-            try:
-                a, term = self.statistic.at_layer(self, call, phi, a)
-            finally:  # a checkpoint ends its recomputation by an exception
-                if not self.compiling:
-                    call.release()
-            # A recomputation makes the same operations, and its terms are not used.
-            if self.task == -1:
-                self.terms.append(term)
-                if self.include_output:
-                    self.activated.append(a)
-        return original.copy_(a) if in_place else a
+                call.check_unchanged()  # or the slope would be that of another z
+            if postponed:
+                # The recomputation by the checkpoint comes when the model is not watched any more,
+                # and must do the same operations. So the term is computed after the model has run.
+                self.postponed.append((call, phi))
+                assert a is not None
+            else:
+                try:
+                    a, term = self.statistic.at_layer(self, call, phi, a)
+                finally:  # a checkpoint ends its recomputation by an exception
+                    if not self.compiling:
+                        call.release()
+                # A recomputation makes the same operations, and its terms are not used.
+                if self.task == -1:
+                    self.terms.append(term)
+                    if self.include_output:
+                        self.activated.append(a)
+            return original.copy_(a) if in_place else a
+        finally:
+            self.inside -= 1
 
     # ---- after the run
 
@@ -251,14 +281,33 @@ class Pass:
         if statistic.output is not None:
             output = part_of(output, statistic.output)
         outputs = [output] if isinstance(output, Tensor) else tree_leaves(output)
+        sight = self.sight
         left_out, ran = self.left_out, self.ran
+        ends: list[LayerCall] = []
+        if self.follows:
+            for call in self.calls:
+                if call.parent is not None and not call.used and any(call.z is t for t in outputs):
+                    ends.append(call)
+                    call.use()
         for call in self.calls:
-            ran.add(call.layer.module)
-            if call.used:
+            if call.layer.module is not None:
+                ran.add(call.layer.module)
+            if call.used and not (ends and any(call is end for end in ends)):
                 continue
+            if self.compiling:
+                refuse_unseen(call.z, call.name)
             if not any(call.z is t for t in outputs):
-                tensor = "its output, unchanged," if call.norm is None else "the output of the norm"
-                left_out.append((call.name, f"{tensor} was the input of no activation module"))
+                if call.parent is None:
+                    reason = NOT_FOLLOWED if call.norm is None else NOT_FOLLOWED_NORM
+                    if call.taken:
+                        before, _, after = reason.partition("no activation")
+                        reason = f"{before}{call.taken}, and of no activation{after}"
+                    elif sight is not None and not self.looks:
+                        known = sight.reasons.get(call.name)
+                        if known is None:
+                            sight.unknown.add(call.name)
+                        reason = known or reason
+                    left_out.append((call.name, reason + HIDDEN if self.hides else reason))
             elif self.include_output:
                 self.ends_in_layer = True
                 self.terms.append(statistic.at_output(self, call))
@@ -272,6 +321,12 @@ class Pass:
         if any(a is t for a in self.activated for t in outputs):
             self.ends_in_layer = True
         self.activated = []
+        if sight is not None and self.looks:
+            sight.looked(self)
+        elif sight is not None:
+            sight.blind += 1
+            sight.looks = bool(sight.unknown)
+            left_out += sight.of_functions
 
     def check_samples(self) -> int:
         """The number of samples, which must be dimension 0 of the output of each layer."""
@@ -286,7 +341,9 @@ class Pass:
             if call.version >= 0:
                 call.check_unchanged()
             shape = call.shape
-            fits = len(shape) >= 2 and (call.layer.linear or len(shape) == call.weight.dim())
+            fits = len(shape) >= 2
+            if not call.layer.linear and call.moved is None:
+                fits = len(shape) == call.weight.dim()
             if shape[0] != batch or not fits:
                 raise RuntimeError(
                     f"layer {call.name}: its output has shape {tuple(shape)} and x has batch size "
@@ -304,18 +361,3 @@ def samples_of(args: Any, kwargs: Any) -> int | None:
         if isinstance(t, Tensor) and t.dim() > 0:
             return t.shape[0]
     return None
-
-
-def without_gradient(call: LayerCall) -> RuntimeError:
-    return RuntimeError(
-        f"layer {call.name}: its pre-activation was computed with gradients off (in a reentrant "
-        "checkpoint, or under torch.no_grad() in forward), so a part of the gradient of the "
-        "penalty would be lost: use checkpoint(..., use_reentrant=False)"
-    )
-
-
-def without_samples(call: LayerCall) -> RuntimeError:
-    return RuntimeError(
-        f"layer {call.name}: its output has shape {tuple(call.z.shape)}: dimension 0 must be the "
-        "samples in the whole model; give x a batch dimension"
-    )

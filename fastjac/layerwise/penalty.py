@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from fastjac import arguments, distributed
+from fastjac.layerwise.calls import Calls
 from fastjac.layerwise.layers import Table
 from fastjac.layerwise.passes import LayerStatistic, Pass, Term
 from fastjac.layerwise.watch import Watch
@@ -119,7 +121,7 @@ class LayerPenalty(LayerStatistic, ModelPenalty):
         watch = Watch(model, self)
         watch.install(attach=False)
         try:
-            with watch.one_pass() as seen:
+            with watch.one_pass() as seen, Calls(seen) if seen.looks else nullcontext():
                 whole, output = call_model(model, x, self.output)
         finally:
             watch.remove()
@@ -136,16 +138,16 @@ class LayerPenalty(LayerStatistic, ModelPenalty):
         if self.include_output and not seen.ends_in_layer:
             raise RuntimeError(
                 "include_output is True, but the output of the model is neither the output of a "
-                "Linear or convolution module nor that of an activation module after one"
+                "Linear or convolution nor that of an activation after one"
             )
         if not seen.terms:
             reasons = "; ".join(f"{name}: {why}" for name, why in seen.left_out)
             raise RuntimeError(
-                "model has no layer to penalise, which is a Linear or convolution module whose "
-                "output, unchanged or through one BatchNorm or LayerNorm, is the input of an "
-                "activation: a torch.nn module, a function of fastjac (fastjac.gelu), or any "
-                "module with a callable attribute fastjac_activation. Linear and convolution "
-                f"modules seen: {reasons or 'none at all'}"
+                "model has no layer to penalise, which is a Linear, convolution or product with a "
+                "parameter whose output, unchanged or through one norm, is the input of an "
+                "activation: a function or module of torch (F.gelu, nn.GELU), a function of "
+                "fastjac, or any module with a callable attribute fastjac_activation. Layers "
+                f"seen: {reasons or 'none at all'}"
             )
         return self.finish(seen, seen.check_samples())
 

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from fastjac.recognise import FUNCTIONS
 from fastjac.torch_private import comptime
 
 KINDS: dict[Any, str] = {
@@ -88,3 +89,21 @@ def refuse_written(z: Tensor, name: str) -> None:
                 f"layer {context.get_local('name').as_python_constant()}: its output was modified "
                 "in place before the activation: under torch.compile use the out-of-place operation"
             )
+
+
+def refuse_unseen(z: Tensor, name: str) -> None:
+    """Raises if an activation takes z that modes do not see while torch.compile traces.
+
+    In torch 2.13 these are F.tanh, F.sigmoid, F.hardswish, F.hardsigmoid and torch.relu_ and the
+    like, which dynamo writes into the graph as they are.
+    """
+
+    @comptime
+    def check(context: Any) -> None:
+        for user in context.get_local("z").as_proxy().node.users:
+            if user.op == "call_function" and user.target in FUNCTIONS:
+                raise RuntimeError(
+                    f"layer {context.get_local('name').as_python_constant()}: torch.compile does "
+                    f"not show that its output is the input of {user.target.__name__}: call the "
+                    "method of the tensor, z.tanh(), or the module, nn.Tanh"
+                )

@@ -37,13 +37,16 @@ In a larger one the kernels take the time, and a backward layer by layer frees m
 """
 
 
-def modules_only() -> bool:
-    """Whether a call of a module does what its class says, and torch computes it as usual."""
+def modules_only(looks: bool) -> bool:
+    """Whether a call of a module does what its class says, and torch computes it as usual.
+
+    ``looks`` says whether a `calls.Calls` of the pass is active.
+    """
     return torch.is_grad_enabled() and not (
         torch_private.has_any_global_hook()
         or transformed()
         or torch_private.saved_tensor_hooks() is not None
-        or torch_private.any_mode()
+        or torch_private.any_mode(1 if looks else 0)
         or torch.is_autocast_enabled("cpu")
         or torch.jit.is_tracing()
     )

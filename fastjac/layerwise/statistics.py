@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,7 +45,8 @@ def at_layer(
     wanted, found = seen.wanted, None
     if seen.sharded:
         sharded.check_gathered(call)
-    if a is None and call.norm is None and seen.grad and not seen.transformed:
+    direct = call.norm is None and call.parent is None
+    if a is None and direct and seen.grad and not seen.transformed:
         found = _one_node(seen, call, phi, wanted)
         if found is not None and not seen.sharded:
             return found
@@ -75,13 +77,17 @@ def at_output(seen: Pass, call: LayerCall) -> Statistic:
         sharded.check_gathered(call)
     if is_dtensor(call.weight):
         return _output_of_shards(call, wanted)
-    n, c = call.shape[0], call.shape[call.layer.dim]
+    n, c = call.shape[0], call.shape[call.dim]
     gain = norm_gain(call) if wanted.use_weight else NO_GAIN
+    scale = _scale(call, wanted)
+    if gain.group is not None:
+        s = gain.group * (scale * positions(call, call.shape))  # [N, C]
+        return _of_units(call, s, gain, wanted)
     if gain.place is None:  # all positions have the same factor
-        z, factor = call.z, float(positions(call.layer, call.shape))
+        z, factor = call.z, scale * positions(call, call.shape)
         places = torch.full((n,), factor, dtype=accumulate_dtype(z.dtype), device=z.device)
     else:
-        places = gain.place.flatten(1).sum(1)
+        places = gain.place.flatten(1).sum(1) * scale
     if wanted.per_sample:
         rows = _rows(call, "auto", gain, wanted)
         value = places * (c if rows is None else rows.sum())
@@ -175,6 +181,19 @@ def _rows(call: LayerCall, impl: str, gain: Gain, wanted: Wanted) -> Tensor | No
     return rows if factor is None else rows * factor
 
 
+def _scale(call: LayerCall, wanted: Wanted) -> float:
+    """The factor of all squares of the slopes, if z is a multiple of ``W x + b``."""
+    return call.factor * call.factor if wanted.use_weight else 1.0
+
+
+def _of_units(call: LayerCall, s: Tensor, gain: Gain, wanted: Wanted, impl: str = "auto") -> Any:
+    """The statistic, given the factors of the row norms for each sample and unit, ``[N, C]``."""
+    if not wanted.per_sample:
+        return Statistic(call, s.sum(0), by_channel=True, gain=gain, impl=impl)
+    rows = _rows(call, impl, gain, wanted)
+    return Statistic(call, (s if rows is None else s * rows).sum(1))
+
+
 # ---- the ways to compute the statistic
 
 
@@ -190,7 +209,7 @@ def _one_node(
         return None
     else:
         # Everything that the options depend on, beside the module.
-        conv = None if layer.linear else conv_options(layer.module)
+        conv = None if layer.linear else _conv(call)
         kinds = z.dtype, z.device, weight.dtype, weight.stride()
         key = (phi.fn, phi.impl, phi.params, wanted, kinds, conv)
         memo = layer.memo
@@ -200,9 +219,12 @@ def _one_node(
         options = memo[1]
     if options is None:
         return None
-    bias = layer.module._parameters.get("bias")
-    if bias is None:  # none, or a property
-        bias = layer.module.bias
+    if layer.module is None:
+        bias = call.bias
+    else:
+        bias = layer.module._parameters.get("bias")
+        if bias is None:  # none, or a property
+            bias = layer.module.bias
     if seen.compiling:
         a, v = layer_act(x, weight, bias, z.detach(), options)
         return a, Statistic(call, v)
@@ -213,7 +235,8 @@ def _one_node(
         totals[dtype] = total
         seen.added += 1
         return a, Statistic(call, total, table=Table(kept[0], 0, weight.shape[0]))
-    seen.whole.append(layer)
+    if layer.module is not None:
+        seen.whole.append(layer)
     tap = seen.taps.get(layer)
     # Only for the same weight, and not in a checkpoint, which would have to recompute the tap.
     if tap is not None and tap[0] == identity(weight) and saved_tensor_hooks() is None:
@@ -236,10 +259,16 @@ def _layer_act_options(
     if impl == "reference":
         return None
     params = get(phi.fn).param_values(phi.params)
-    conv = conv_options(call.layer.module)
+    conv = None if call.layer.linear else _conv(call)
     weight = call.weight
     rows = OPS["row_sqnorm"].select(or_auto(phi.impl), weight.device, weight.dtype)
     return LayerActOptions(conv, 1.0, IDS[phi.fn], params, suffix_of(impl), impl, rows)
+
+
+def _conv(call: LayerCall) -> Any:
+    """The options of a convolution."""
+    module = call.layer.module
+    return call.conv if module is None else conv_options(module)
 
 
 def _after_batch_norm(seen: Pass, call: LayerCall, phi: Nonlinearity, wanted: Wanted) -> bool:
@@ -249,7 +278,7 @@ def _after_batch_norm(seen: Pass, call: LayerCall, phi: Nonlinearity, wanted: Wa
     y = call.normed.y  # call.z is a copy if the activation writes in place
     if not seen.grad or saved_tensor_hooks() is not None or y._backward_hooks or y.retains_grad:
         return False
-    bias = call.norm.bias
+    bias = None if call.norm is None else call.norm.bias
     if bias is not None and bias._version != call.normed.bias_version:
         return False
     impl = OPS["act_stats"].select(phi.impl, y.device, y.dtype)
@@ -257,12 +286,12 @@ def _after_batch_norm(seen: Pass, call: LayerCall, phi: Nonlinearity, wanted: Wa
 
 
 def _norm_node(call: LayerCall, phi: Nonlinearity, wanted: Wanted) -> tuple[Tensor, Statistic]:
-    assert phi.fn is not None and call.normed is not None
+    assert phi.fn is not None and call.normed is not None and call.norm is not None
     node, norm, dtype = call.normed.node, call.norm, call.normed.mean.dtype
     # The tensors that the norm computed with. Torch raises here if one was written to since.
     z, gamma = node._saved_input, node._saved_weight
     gamma, beta = (None if t is None else t.to(dtype) for t in (gamma, norm.bias))
-    options = (1.0, IDS[phi.fn], get(phi.fn).param_values(phi.params))
+    options = (_scale(call, wanted), IDS[phi.fn], get(phi.fn).param_values(phi.params))
     a, s = batch_norm_act(z, gamma, beta, call.normed, *options)
     return a, Statistic(call, s, by_channel=True, gain=Gain(gamma), impl=phi.impl)
 
@@ -271,21 +300,35 @@ def _fused(
     call: LayerCall, phi: Nonlinearity, a: Tensor | None, wanted: Wanted
 ) -> tuple[Tensor, Statistic]:
     assert phi.fn is not None
-    z, dim = call.z, call.layer.dim
     gain = norm_gain(call) if wanted.use_weight else NO_GAIN
-    place = gain.place
-    options = dict(scale=1.0, impl=phi.impl, **phi.params)
+    options = dict(scale=_scale(call, wanted), impl=phi.impl, **phi.params)
+    z, dim = call.z, call.dim
+    if gain.group is not None:  # the statistic of each sample and channel: rows of their positions
+        moved = z.movedim(dim, 1)
+        rows = moved.reshape(moved.shape[0] * moved.shape[1], -1)
+        computed, t = act_stats(rows, phi.fn, per="sample", **options)
+        s = t.view(moved.shape[:2]) * gain.group
+        computed = computed.view(moved.shape).movedim(1, dim)
+        return computed if a is None else a, _of_units(call, s, gain, wanted, phi.impl)
+    place, shape = gain.place, None
+    if dim not in (1, -1) or (place is not None and dim != -1):
+        z, dim = z.movedim(dim, -1), -1
     if place is not None:  # treat each position as a sample
-        z, dim, place = z.flatten(0, -2), -1, place.flatten()
+        shape = z.shape
+        z, place = z.reshape(-1, shape[-1]), place.flatten()
     if not wanted.per_sample:
         computed, s = act_stats(z, phi.fn, dim=dim, weights=place, **options)
         term = Statistic(call, s, by_channel=True, gain=gain, impl=phi.impl)
-        return computed.view_as(call.z) if a is None else a, term
-    rows = _rows(call, phi.impl, gain, wanted)
-    computed, t = act_stats(z, phi.fn, dim=dim, per="sample", weights=rows, **options)
-    if place is not None:
-        t = (t * place).view(call.z.shape[0], -1).sum(1)
-    return computed.view_as(call.z) if a is None else a, Statistic(call, t)
+    else:
+        weights = _rows(call, phi.impl, gain, wanted)
+        computed, t = act_stats(z, phi.fn, dim=dim, per="sample", weights=weights, **options)
+        if place is not None:
+            t = (t * place).view(call.z.shape[0], -1).sum(1)
+        term = Statistic(call, t)
+    if a is None:
+        a = computed if shape is None else computed.view(shape)
+        a = a if dim == call.dim else a.movedim(-1, call.dim)
+    return a, term
 
 
 def _composed(
@@ -293,16 +336,15 @@ def _composed(
 ) -> tuple[Tensor, Statistic]:
     """As `_fused`, for an activation that the table does not have."""
     assert a is not None
-    dtype = accumulate_dtype(call.z.dtype)
-    squares = phi.derivative(call.z).to(dtype).square().movedim(call.layer.dim, -1)
+    dtype, scale = accumulate_dtype(call.z.dtype), _scale(call, wanted)
+    squares = phi.derivative(call.z).to(dtype).square().movedim(call.dim, -1)
+    squares = squares if scale == 1 else squares * scale
     gain = norm_gain(call) if wanted.use_weight else NO_GAIN
     if gain.place is not None:
-        squares = squares * gain.place.unsqueeze(-1)
+        squares = squares * gain.place.reshape(squares.shape[:-1]).unsqueeze(-1)
     s = squares.flatten(1, -2).sum(1) if squares.dim() > 2 else squares  # [N, C]
-    if not wanted.per_sample:
-        return a, Statistic(call, s.sum(0), by_channel=True, gain=gain)
-    rows = _rows(call, phi.impl, gain, wanted)
-    return a, Statistic(call, (s if rows is None else s * rows).sum(1))
+    s = s if gain.group is None else s * gain.group
+    return a, _of_units(call, s, gain, wanted, phi.impl)
 
 
 def _of_shards(
@@ -312,7 +354,7 @@ def _of_shards(
     s, shape = sharded.units_squared(call, phi)
     if a is None:
         a = phi.value(call.z.clone() if getattr(phi.module, "inplace", False) else call.z)
-    product = s if wanted.per_sample else s.sum(0)
+    product = (s if wanted.per_sample else s.sum(0)) * _scale(call, wanted)
     product = product * sharded.row_norms(call, phi.impl) if wanted.use_weight else product
     return a, Statistic(call, sharded.whole(product.sum(-1)), whole_shape=shape)
 
@@ -322,6 +364,6 @@ def _output_of_shards(call: LayerCall, wanted: Wanted) -> Statistic:
     total = torch.full((), c, dtype=accumulate_dtype(call.z.dtype), device=call.z.device)
     if wanted.use_weight:
         total = sharded.whole(sharded.row_norms(call).sum())
-    total = total * math.prod(places)
+    total = total * (math.prod(places) * _scale(call, wanted))
     value = total.expand(n) if wanted.per_sample else total * n
     return Statistic(call, value, whole_shape=shape)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from fastjac.layerwise.layers import Layer, Table
+from fastjac.layerwise.layers import LayerCall, Table
 from fastjac.layerwise.norms import Gain
 from fastjac.layerwise.passes import Term
 
@@ -45,12 +45,12 @@ class Statistic(Term):
     @property
     def units(self) -> int:
         """The number of units, or output channels, of the layer."""
-        return self.shape[self.call.layer.dim]
+        return self.shape[self.call.dim]
 
     @property
     def positions(self) -> int:
         """The number of output positions of each sample."""
-        return positions(self.call.layer, self.shape)
+        return positions(self.call, self.shape)
 
     @property
     def elements(self) -> int:
@@ -58,5 +58,6 @@ class Statistic(Term):
         return self.call.weight.numel()
 
 
-def positions(layer: Layer, shape: Sequence[int]) -> int:
-    return math.prod(shape[1:-1] if layer.linear else shape[2:])
+def positions(call: LayerCall, shape: Sequence[int]) -> int:
+    units = call.dim % len(shape)
+    return math.prod(shape[1:units]) * math.prod(shape[units + 1 :])

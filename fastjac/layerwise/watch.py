@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from fastjac import torch_private
 from fastjac.distributed import is_dtensor, static_graph
+from fastjac.layerwise.calls import Calls
 from fastjac.layerwise.forwards import (
     Forward,
     HeldFunction,
@@ -36,6 +37,7 @@ from fastjac.layerwise.forwards import (
 from fastjac.layerwise.layers import CONVOLUTION, LINEAR, Layer, Nonlinearity
 from fastjac.layerwise.outputs import Output, apart
 from fastjac.layerwise.passes import LayerStatistic, Pass, samples_of
+from fastjac.layerwise.sight import AGAIN, Sight
 from fastjac.nn import held_functions
 from fastjac.observers import OBSERVERS
 from fastjac.ops.autograd import refuse_inference
@@ -70,6 +72,9 @@ class Watch:
         self.ddp: Any = None  # see `distributed.static_graph`
         self.dropped = 0  # the number of passes since the last penalty() that were dropped
         self.called = 0  # the number of call forms that are running
+        self.owners = owners_of(model)
+        self.products: dict[Any, Layer] = {}
+        self.sight = Sight()
         self.undo: list[Callable[[], Any]] = []
 
     # ---- the forwards
@@ -127,7 +132,8 @@ class Watch:
         if torch.compiler.is_compiling():  # which cannot leave a block with try in its middle
             with self.one_pass() as seen:
                 seen.batch = samples_of(args, kwargs)
-                output = forward(*args, **kwargs)
+                with Calls(seen):
+                    output = forward(*args, **kwargs)
                 seen.complete(seen.statistic, output)
             self.passes.append((seen, Output(output)))
             return output
@@ -135,7 +141,11 @@ class Watch:
         try:
             self._begin(seen)
             seen.batch = samples_of(args, kwargs)
-            output = forward(*args, **kwargs)
+            if seen.looks:
+                with Calls(seen, self.running):
+                    output = forward(*args, **kwargs)
+            else:
+                output = forward(*args, **kwargs)
             seen.complete(statistic, output)
         except RuntimeError as error:
             given = [("an input of the model", a) for a in args]
@@ -215,10 +225,21 @@ class Watch:
     def _begin(self, seen: Pass) -> None:
         if self.again is not None and not seen.compiling:
             self._forget_recomputation()
+        if OBSERVERS:
+            others: list[Any] = [observe.__self__.current for observe in OBSERVERS]  # type: ignore[attr-defined]
+            seen.within = any([o is not None and o.thread == seen.thread for o in others])
         self.current = seen
         OBSERVERS.append(self.observe)  # only for this pass: torch.compile guards on the list
         # In torch.compile a value that changes in each step would be compiled again.
         seen.whole_before = self.whole
+        sight = self.sight
+        seen.looks = not self.attached or seen.compiling or sight.looks or sight.blind >= AGAIN
+        if seen.looks and not seen.compiling and any(map(compiled_by_itself, self.names)):
+            seen.looks, seen.hides = False, True
+        seen.sight = sight if self.attached and not seen.compiling else None
+        seen.owners = self.owners
+        if not seen.compiling:
+            seen.products = self.products
         seen.statistic.before_pass(seen)
 
     def _end(self, seen: Pass) -> None:
@@ -279,3 +300,23 @@ class Watch:
         if running is None or call is None:
             return a
         return running.activate(call, Nonlinearity(fn, impl, params), a)
+
+
+def compiled_by_itself(module: nn.Module) -> bool:
+    """Whether the call of a module runs code of torch.compile, which may not see `Calls`.
+
+    With a mode around it, torch 2.13 resumed a function after a graph break with wrong variables.
+    """
+    return "_orig_mod" in module._modules or torch_private.compiled_call(module) is not None
+
+
+def owners_of(model: nn.Module) -> dict[nn.Parameter, tuple[str, Any]]:
+    """The layer that each weight belongs to: its name, and the module if it is a layer."""
+    found: dict[nn.Parameter, tuple[str, Any]] = {}
+    for path, module in model.named_modules():
+        layer = module if isinstance(module, LINEAR + CONVOLUTION) else None
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                whole = path if name == "weight" else f"{path}.{name}" if path else name
+                found[parameter] = whole or "(model)", layer
+    return found

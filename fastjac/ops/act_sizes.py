@@ -29,6 +29,7 @@ FROM: dict[str, tuple[int | None, int | None, int | None]] = {
     "gelu": (2**16, 2**14, None),
     "gelu_tanh": (2**14, 2**14, 2**14),
     "silu": (2**20, 2**18, 2**20),
+    "quick_gelu": (2**18, 2**18, 2**16),
     "mish": (2**14, 2**12, 2**14),
     "tanh": (2**16, 2**16, 2**18),
     "sigmoid": (2**20, 2**20, None),
@@ -38,6 +39,7 @@ FROM: dict[str, tuple[int | None, int | None, int | None]] = {
     "hardsigmoid": (2**18, 2**16, 2**18),
     "hardtanh": NEVER,
     "relu6": NEVER,
+    "relu_squared": (2**16, 2**16, 2**16),
     "sine": (2**14, None, 2**16),
 }
 

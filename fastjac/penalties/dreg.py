@@ -24,11 +24,14 @@ class DREG(SumOverLayers):
     Frobenius norms, summed over units, layers and positions, of the hidden layers only. Each of
     these choices is an option.
 
-    A layer is a Linear or convolution module whose output tensor, unchanged or through one
-    BatchNorm or LayerNorm module, is the input of an activation: a torch.nn module (elementwise and
-    deterministic), a function of fastjac (``fastjac.gelu(z)``), a torch function that is an
-    attribute of a module (``nn.TransformerEncoderLayer``), or any module with a callable attribute
-    ``fastjac_activation``, its elementwise ``φ``. A last layer with an activation is a layer too.
+    A layer is a Linear or convolution whose output tensor, unchanged or through one BatchNorm,
+    LayerNorm, GroupNorm or InstanceNorm, is the input of an activation. Each may be a module or a
+    function: a product with a parameter of the model (``F.linear(x, self.w)``, ``x @ self.w``) is a
+    layer, and ``F.gelu(z)``, ``z.relu_()`` and ``fastjac.gelu(z)`` are activations as ``nn.GELU``
+    is. So are modules of other libraries that compute one, and any module with a callable attribute
+    ``fastjac_activation``, its elementwise ``φ``. Between them the output may go through views,
+    numbers as factors and constants that are added: before ``φ(c z)`` the weight counts as ``c W``.
+    A last layer with an activation is a layer too.
     ``W`` is the weight that ``F.linear`` or the convolution was called with in this run, which a
     subclass or a parametrization may have computed, and the gradient flows back into what computed
     it. A layer whose forward does not return the result of such a call is left out. docs/LAYERS.md
@@ -39,7 +42,8 @@ class DREG(SumOverLayers):
     strided transposed convolution, do not reach the position. A Linear on ``[N, T, C]`` has T
     positions.
 
-    With a norm ``y = γ (z − μ)/σ + β``, the Jacobian of the layer is ``diag φ'(y) diag(γ/σ) W``.
+    With a norm ``y = γ (z − μ)/σ + β``, the Jacobian of the layer is ``diag φ'(y) diag(γ/σ) W``,
+    with the σ of the channel, of the position (LayerNorm) or of the sample and group (GroupNorm).
     This is exact for BatchNorm in eval mode. Otherwise μ and σ depend on the sample or the batch;
     the Jacobian treats them as constants, but the gradient of the penalty goes through them.
 
