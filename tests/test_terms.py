@@ -70,6 +70,22 @@ def test_input_of_a_module() -> None:
     close(run(whole, net(), input=X), fastjac.frobreg(net(), X)[1])
 
 
+def test_attention_of_the_step() -> None:
+    """By autograd, which needs the attention that is differentiable twice."""
+    model = nn.TransformerEncoderLayer(4, 2, 6, dropout=0.0, batch_first=True)
+    w, x = torch.randn(1, 2, 12), torch.randn(2, 3, 4)
+
+    class Given(SpectReg):
+        def per_sample(self, pull: Any, *targets: Any, **named: Any) -> Tensor:
+            return super().per_sample(pull, projection=w)
+
+    inputs = list(model.parameters())
+    expected = SpectReg(engine="chain")(model, x, projection=w)[1]
+    value = run(PenaltyTerm(Given()), model, x)
+    close(value, expected)
+    close_gradients(gradients(value, inputs), gradients(expected, inputs))
+
+
 def test_x_that_requires_grad_stays_itself() -> None:
     scale = torch.tensor(2.0, requires_grad=True)
     value = run(PenaltyTerm(FrobReg()), net(), scale * X)

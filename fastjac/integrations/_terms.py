@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastjac import arguments
 from fastjac.input_jacobian.penalty import InputPenalty
@@ -26,7 +27,9 @@ class PenaltyTerm:
     The caller attaches a layer-wise penalty to the model, ``PenaltyTerm(DREG(net))``, and it has no
     further options. An input-Jacobian penalty is computed by autograd, in the graph of the step's
     own forward pass: hooks make the input of ``module`` require grad and record its output.
-    ``module`` must run exactly once per step with gradients on.
+    ``module`` must run exactly once per step with gradients on. In this pass
+    ``scaled_dot_product_attention`` computes the matrix of its scores, which autograd can
+    differentiate twice.
 
     Arguments:
         penalty: a penalty with ``reduction="mean"`` or ``"sum"``. If ``module`` returns several
@@ -100,6 +103,8 @@ class PenaltyTerm:
                 "train it without torch.compile, or use a layer-wise penalty that is attached "
                 "before compiling"
             )
+        # The other kernels for attention have no second derivative.
+        handles.enter_context(sdpa_kernel(SDPBackend.MATH))
         module = _submodule(model, "module", self.module) if self.module else model
         if self.at is None:
             handle = module.register_forward_pre_hook(self._enter, with_kwargs=True)

@@ -141,8 +141,9 @@ class PenaltyTrainerMixin:
     second one.
 
     Evaluation uses the loss without penalties; the ``loss`` in the training log includes them.
-    Attention needs ``attn_implementation="eager"``, since the fused kernels have no second
-    derivative and torch raises.
+    With a penalty on the input Jacobian, ``scaled_dot_product_attention`` computes the matrix of
+    its scores. Other fused attention (``attn_implementation="flash_attention_2"``) has no second
+    derivative, and torch raises.
 
     With the loss it logs ``fastjac/<name>``, the value including the weight, averaged since the
     last log. Every ``measure_every`` batches it also logs ``fastjac/<name>_time_share``: the time
