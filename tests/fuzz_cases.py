@@ -249,6 +249,13 @@ def _run_layers() -> None:
     for k, weight in ((1, None), (2, randn(5))):
         t = randn(k, 2, 3, 5)
         raw("norm_push")(t, t, a, stats, stats, weight, 5, weight is None, k == 2)
+    q, lse, mask = randn(2, 4, 3, 5), randn(2, 4, 3, 1), randn(2, 4, 3, 6)
+    k, v = randn(2, 2, 6, 5), randn(2, 2, 6, 3)
+    for parts, causal in ((1, False), (2, True)):
+        tangents = [randn(parts * 2, *t.shape[1:]) for t in (q, k, v)]
+        delta = randn(parts * 2, 4, 3, 3)
+        raw("attention_push")(q, k, v, lse, mask, *tangents, delta, causal, 0.5, True)
+        raw("attention_push")(q, k, v, lse, None, None, tangents[1], None, None, causal, 0.5, True)
     plan = torch.zeros(2, 2 + MAX_PARAMS, dtype=torch.float64)
     plan[:, 0] = torch.tensor([IDS["tanh"], IDS["silu"]])
     plan[0, 1] = 1  # the first layer has a bias

@@ -185,6 +185,7 @@ def test_refusals() -> None:
 
     t = torch.randn(2, 4, 5, 6)
     refuses("q, k and v must have 4 dimensions", q=t[0])
+    refuses("q, k and v must not be empty", k=t[:, :, :0], v=t[:, :, :0])
     refuses("the heads of q must be a multiple", k=t[:, :3], v=t[:, :3])
     refuses("the heads of q must be a multiple", k=t[..., :5])
     refuses("a tangent must be given", q_t=None, k_t=None, v_t=None)

@@ -203,11 +203,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_push(
   Call call;
   const int64_t batch = q.size(0), q_heads = q.size(1), heads = k.size(1);
   const int64_t rows = q.size(2), keys = k.size(2);
+  STD_TORCH_CHECK(q.numel() > 0 && k.numel() > 0 && v.numel() > 0,
+                  "fastjac: attention_push: q, k and v must not be empty");
   STD_TORCH_CHECK(heads > 0 && q_heads % heads == 0 && k.size(3) == q.size(3),
                   "fastjac: attention_push: the heads of q must be a multiple of those of k, and "
                   "their widths the same");
   const Tensor* tangent = q_t ? &*q_t : k_t ? &*k_t : v_t ? &*v_t : nullptr;
-  STD_TORCH_CHECK(tangent != nullptr && batch > 0 && rows > 0 && tangent->size(0) % batch == 0,
+  STD_TORCH_CHECK(tangent != nullptr && tangent->dim() == 4 && tangent->size(0) % batch == 0,
                   "fastjac: attention_push: a tangent must be given, of K times the batch of q");
   const int64_t parts = tangent->size(0) / batch, many = parts * batch;
   const auto operand = [&](const Tensor& t, int64_t b, int64_t h, int64_t length, int64_t width,
