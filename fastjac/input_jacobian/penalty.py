@@ -43,11 +43,14 @@ class InputPenalty(Penalty):
       value is differentiable once;
     * ``"autograd"``: ``torch.autograd.grad`` with ``create_graph=True``;
     * ``"compiled"``: ``torch.func.vjp`` inside ``torch.compile``;
-    * ``"auto"`` (default): autograd in the first call with the same operations and shapes; from the
-      second one on the chain engine where it can read the graph, else autograd.
+    * ``"auto"`` (default): the chain engine where it can read the graph, else autograd. If x has
+      fewer than 32,768 elements, autograd runs the first call with the same operations and shapes.
 
     ``"chain"``, ``"autograd"`` and ``"auto"`` run the model once, in the ordinary way, and choose
-    after the run, for this call alone. If a named engine cannot run a call, it raises.
+    after the run, for this call alone. If a named engine cannot run a call, it raises. If autograd
+    must run a model whose ``scaled_dot_product_attention`` torch cannot differentiate twice, the
+    model runs under ``SDPBackend.MATH``; with ``"auto"`` its first call runs it a second time then,
+    from the same random numbers and buffers.
     ``explain_engine(model, x)`` returns which engine runs and why.
 
     ``"compiled"`` is for models that torch traces as one graph. It compiles for seconds at the

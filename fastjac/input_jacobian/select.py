@@ -1,9 +1,9 @@
 """Chooses the engine of a penalty in the model form, and runs the model with it.
 
 The model runs once, in the ordinary way, and torch builds the graph that it always builds. The
-engine is chosen after the run, for this call alone: autograd for a graph that is seen for the first
-time, then the chain engine, if it can read the graph. A Sequential of Linear and activation modules
-runs in C++ instead.
+engine is chosen after the run, for this call alone: the chain engine, if it can read the graph, but
+autograd for a small graph that is seen for the first time. A Sequential of Linear and activation
+modules runs in C++ instead.
 """
 
 from __future__ import annotations
