@@ -13,6 +13,7 @@ import functools
 import inspect
 import types
 import weakref
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -122,9 +123,10 @@ def recognise(module: nn.Module) -> Recognised | None:
 
     This is for modules without parameters, buffers and submodules, whose other attributes are
     numbers, strings and functions, and whose ``forward`` takes one tensor. A copy of the module
-    runs on two float64 tensors, in training and in eval mode. It is a row if all results agree
-    with the row to 1e-7, from −1e6 to 1e6. So a module that is random, that has a state, or whose
-    result is not elementwise, is none.
+    runs on float64 tensors of two to four dimensions, in training and in eval mode, with and
+    without autograd. It is a row if all results, and the gradients that it passes on, agree with
+    those of the row to 1e-7, from −1e6 to 1e6. So a module that is random, that has a state or a
+    gradient of its own (a straight-through estimator), or whose result is not elementwise, is none.
     """
     if module._parameters or module._buffers or module._modules:
         return None
@@ -142,11 +144,15 @@ def recognise(module: nn.Module) -> Recognised | None:
     return before[1]
 
 
+_OF_MODULES = {*vars(nn.Module()), "forward"}
+"""The attributes that every module has."""
+
+
 def attributes(module: nn.Module) -> list[tuple[str, Any]] | None:
     """The attributes of a module that may decide what it computes; None if some are not plain."""
     found = []
     for name, value in vars(module).items():
-        if name == "training" or name.startswith("_") or name == "forward":
+        if name in _OF_MODULES:
             continue
         if not isinstance(value, _PLAIN):
             return None
@@ -165,43 +171,68 @@ def _takes_one_tensor(module: nn.Module) -> bool:
 
 
 @functools.cache
-def _points() -> tuple[Tensor, Tensor]:
-    """The same numbers in two shapes. No kink is among them."""
+def _points() -> tuple[Tensor, ...]:
+    """The same numbers in three shapes. No kink is among them."""
     near = torch.linspace(-8.05, 8.07, 113, dtype=torch.float64, device="cpu")
     far = torch.tensor([10.3, 19.7, 31.0, 107.0, 3e3, 1e6, 0.0], dtype=torch.float64, device="cpu")
     line = torch.cat([near, far, -far[:-1]])  # 126 = 2·7·9
-    return line.view(14, 9), line.view(2, 7, 9)
+    return line.view(14, 9), line.view(2, 7, 9), line.view(2, 7, 3, 3)
 
 
 @functools.cache
-def _values() -> dict[str, tuple[Tensor, ...]]:
-    rows = [row for row in TABLE.values() if row.name not in ("identity", "sine")]
-    return {row.name: tuple(row.torch_function()(z) for z in _points()) for row in rows}
+def _values() -> dict[str, list[tuple[Tensor, Tensor]]]:
+    """φ and φ' of each row at the points; at 0 φ' may be any of a kink."""
+    found: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    with torch.enable_grad():
+        for row in TABLE.values():
+            if row.name not in ("identity", "sine"):
+                function = row.torch_function()
+                found[row.name] = [_with_slope(function, z.clone())[:2] for z in _points()]
+    return found
+
+
+def _with_slope(function: Callable[[Tensor], Tensor], z: Tensor) -> tuple[Tensor, Tensor, bool]:
+    """φ and φ' of a function, and whether it wrote to its argument."""
+    leaf = z.detach().requires_grad_()
+    given = leaf.clone()
+    a = function(given)
+    writes = not torch.equal(given, leaf)
+    (slope,) = torch.autograd.grad(a, leaf, torch.ones_like(a))
+    return a.detach(), torch.where(z == 0, 0, slope), writes
 
 
 def _probe(module: nn.Module, state: list[Any]) -> Recognised | None:
     forward = vars(module).get("forward")
     writes = False
     # The generator is set back, since a random module would otherwise change the run.
-    with torch.random.fork_rng(devices=[]), torch.no_grad(), torch.autocast("cpu", enabled=False):
+    with torch.random.fork_rng(devices=[]), torch.autocast("cpu", enabled=False):
         try:
             if forward is not None:  # of a watch, or of the user: the class's is looked at
                 module = copy.copy(module)
                 del vars(module)["forward"]
             module = copy.deepcopy(module)
+            function = functools.partial(type(module).forward, module)
             names = list(_values())
             for training in (True, False):
                 module.training = training
                 for k, z in enumerate(_points()):
-                    given = z.clone()
-                    a = type(module).forward(module, given)
-                    if type(a) is not Tensor or a.shape != z.shape or a.dtype != z.dtype:
+                    with torch.no_grad():
+                        quiet = function(z.clone())
+                    if type(quiet) is not Tensor or quiet.shape != z.shape:
                         return None
-                    names = [n for n in names if _close(a, _values()[n][k])]
-                    writes = writes or not torch.equal(given, z)
+                    with torch.inference_mode(False), torch.enable_grad():
+                        a, slope, written = _with_slope(function, z)
+                    if a.dtype != z.dtype or not torch.equal(a, quiet):
+                        return None
+                    names = [n for n in names if _agree((a, slope), _values()[n][k])]
+                    writes = writes or written
         except Exception:
             return None  # whatever a foreign forward raises: it is no row
     return Recognised(names[0], writes, state) if names else None  # ELU is CELU with its defaults
+
+
+def _agree(found: tuple[Tensor, Tensor], row: tuple[Tensor, Tensor]) -> bool:
+    return _close(found[0], row[0]) and _close(found[1], row[1])
 
 
 def _close(a: Tensor, b: Tensor) -> bool:

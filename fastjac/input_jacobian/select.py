@@ -133,12 +133,17 @@ def _run(
         mlp = Mlp.of(model, x)
         if mlp is not None:
             return mlp.output, Chain(x, mlp), None, ""
-    held = model if isinstance(model, nn.Module) else getattr(model, "__code__", None)
+    held = model if isinstance(model, nn.Module) else getattr(model, "__code__", type(model))
     found = _models.get(id(held))
     known = None if found is None or found[0]() is not held else found[1]
-    if known is False and reason is None:
-        return _observed(request, model, x, steady, None)
-    return _first_or_by_matrix(request, model, x, steady, reason, held, known)
+    if reason is not None or known:
+        with sdpa_kernel(SDPBackend.MATH):
+            return _observed(request, model, x, steady, reason)
+    before = _State(model, x) if known is None else None
+    result = _observed(request, model, x, steady, None)
+    if known is False and result[2] is None:
+        return result
+    return _again_by_matrix(request, model, x, steady, result, held, before)
 
 
 _models: dict[int, tuple[Any, bool]] = {}
@@ -146,29 +151,26 @@ _models: dict[int, tuple[Any, bool]] = {}
 attention must be differentiable twice.
 
 The kernels that torch chooses for attention are not; the chain engine has the derivatives that they
-lack. If a model turns out in its first call to be one for autograd, it runs a second time, with the
-attention that has a matrix of scores, and later calls run with it at once.
+lack. If a call turns out to be one for autograd, the model runs a second time, with the attention
+that has a matrix of scores, and later calls run with it at once. In the first call, where this is
+usually found, the second run starts from the buffers and random numbers of the first one.
 """
 
 
-def _first_or_by_matrix(
-    request: Request, model: Any, x: Any, steady: bool, reason: str | None, held: Any, known: Any
+def _again_by_matrix(
+    request: Request, model: Any, x: Any, steady: bool, result: Any, held: Any, before: Any
 ) -> tuple[Any, Any, str | None, str]:
-    """`_observed` of a model that is called for the first time, or that is one for autograd."""
-    if reason is not None or known or held is None:
-        with sdpa_kernel(SDPBackend.MATH):
-            return _observed(request, model, x, steady, reason)
-    before = _State(model, x)
-    whole, pull, reason, advice = _observed(request, model, x, steady, reason)
-    attention = reason is not None and pull.operations.missing in guards.ATTENTION
+    """The result of a run, or of a second one if only autograd can differentiate it."""
+    reason, number = result[2], id(held)
+    attention = reason is not None and result[1].operations.missing in guards.ATTENTION
     # A checkpoint computes the model again in the backward, where the context has ended.
     again = attention and reason != CHECKPOINT
-    number = id(held)
     _models[number] = weakref.ref(held, lambda _: _models.pop(number, None)), again
-    if again:
+    if not again:
+        return result
+    if before is not None:
         before.restore()
-        return _run(request, model, x, steady)
-    return whole, pull, reason, advice
+    return _run(request, model, x, steady)
 
 
 def _observed(
@@ -279,12 +281,21 @@ def _why_not(request: Request, x: Any) -> str | None:
     return None
 
 
+def modules_of(model: Any) -> list[nn.Module]:
+    """The model, or the modules that a function closes over, or whose method it is."""
+    if isinstance(model, nn.Module):
+        return [model]
+    held = [cell.cell_contents for cell in getattr(model, "__closure__", None) or ()]
+    held += [getattr(model, "__self__", None), getattr(model, "func", None)]
+    return [value for value in held if isinstance(value, nn.Module)]
+
+
 class _State:
     """The buffers of the model and the state of torch's random generators."""
 
     def __init__(self, model: Any, x: Tensor) -> None:
         # Those of a lazy module that has not run have no numbers.
-        places = [place for place in places_of(model) if not is_lazy(place[-1])]
+        places = [p for m in modules_of(model) for p in places_of(m) if not is_lazy(p[-1])]
         self.buffers = [(*place, place[-1].clone()) for place in places]
         self.cuda = x.device if x.is_cuda else None
         self.random = torch.get_rng_state()

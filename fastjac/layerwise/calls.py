@@ -25,7 +25,7 @@ from fastjac.layerwise.follow import FOLLOWED, first, methods, note
 from fastjac.layerwise.layers import Layer, LayerCall, Nonlinearity, Norm
 from fastjac.layerwise.passes import Pass
 from fastjac.layerwise.products import GROUPS, KINDS, version_of
-from fastjac.torch_private import checkpoint_frame
+from fastjac.torch_private import checkpoint_frame, transforms_active
 
 _TENSORS = (Tensor, tuple, list)
 
@@ -79,8 +79,9 @@ class _Recompute:
 
 
 def activation(seen: Pass, func: Any, args: Any, kwargs: Any) -> Any:
-    call = seen.find(first(args, kwargs))
-    if call is None:
+    z = first(args, kwargs)
+    call = seen.find(z)
+    if call is None or not counts(seen, call, z):
         return None
     if len(args) == 1 and not kwargs:
         phi = PLAIN.get(func)
@@ -92,6 +93,19 @@ def activation(seen: Pass, func: Any, args: Any, kwargs: Any) -> Any:
     # The pass of another penalty, which this one is nested in, must see z too.
     a = func(*args, **kwargs) if seen.within else None
     return seen.activate(call, phi, a)
+
+
+def counts(seen: Pass, call: LayerCall, z: Tensor) -> bool:
+    """Whether an activation that is a function belongs to the penalty.
+
+    A module after a layer must; where its rows are not the samples, or it has no gradient, it
+    raises. But a function may be a part of something else: a loss, a teacher, a log.
+    """
+    if not seen.fits(call):
+        return False
+    if seen.compiling or not seen.grad or transforms_active():
+        return True
+    return torch.is_grad_enabled() and (z.requires_grad or not call.weight.requires_grad)
 
 
 def phi_of(func: Any, rest: Any, named: Any) -> Nonlinearity | None:

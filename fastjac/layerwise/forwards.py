@@ -82,6 +82,9 @@ class PassObserver(Protocol):
         ``folded`` says whether dimension 0 may be the samples and positions together.
         """
 
+    def fits(self, call: LayerCall) -> bool:
+        """Whether dimension 0 of the output is the samples, as far as this is known."""
+
     def norm_ran(self, call: LayerCall, norm: Norm, y: Tensor) -> None:
         """A norm has computed y from the output of the call."""
 
@@ -128,10 +131,13 @@ class Forward:
         return self.plain(*args, **kwargs)
 
     def below(self, running: PassObserver, *args: Any, **kwargs: Any) -> Any:
-        """Calls a forward of another watch, which this one replaced: it must see the call too."""
+        """The forward that this one replaces, whose functions are its own.
+
+        That may be one of another watch, which must see the call too.
+        """
         running.inside += 1
         try:
-            return self.previous(*args, **kwargs)
+            return self.plain(*args, **kwargs)
         finally:
             running.inside -= 1
 
@@ -299,10 +305,13 @@ class ActivationForward(Forward):
         call = None
         if running is not None:
             call = running.find(args[0] if args else first(args, kwargs))
-        if running is None or call is None:
+        if running is None or call is None or (call.parent is not None and not running.fits(call)):
             return self.plain(*args, **kwargs)
-        a = None if self.previous is None else self.below(running, *args, **kwargs)
-        return running.activate(call, self.current(), a)
+        phi, a = self.current(), None
+        # A module that is not of torch computes the value itself: it may do more than that.
+        if self.previous is not None or phi.writes is False:
+            a = self.below(running, *args, **kwargs)
+        return running.activate(call, phi, a)
 
     def current(self) -> Nonlinearity:
         """The activation that the attributes of the module choose now."""

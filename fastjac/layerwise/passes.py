@@ -308,7 +308,7 @@ class Pass:
                             sight.unknown.add(call.name)
                         reason = known or reason
                     left_out.append((call.name, reason + HIDDEN if self.hides else reason))
-            elif self.include_output:
+            elif self.include_output and call.norm is None:
                 self.ends_in_layer = True
                 self.terms.append(statistic.at_output(self, call))
             else:
@@ -328,6 +328,13 @@ class Pass:
             sight.looks = bool(sight.unknown)
             left_out += sight.of_functions
 
+    def fits(self, call: LayerCall) -> bool:
+        """Whether dimension 0 of the output is the samples, as far as this is known."""
+        shape = call.shape
+        if len(shape) < 2 or (self.batch is not None and shape[0] != self.batch):
+            return False
+        return call.layer.linear or call.moved is not None or len(shape) == call.weight.dim()
+
     def check_samples(self) -> int:
         """The number of samples, which must be dimension 0 of the output of each layer."""
         batch = self.batch
@@ -341,7 +348,7 @@ class Pass:
             if call.version >= 0:
                 call.check_unchanged()
             shape = call.shape
-            fits = len(shape) >= 2
+            fits = len(shape) >= 2  # as `fits`, without a call
             if not call.layer.linear and call.moved is None:
                 fits = len(shape) == call.weight.dim()
             if shape[0] != batch or not fits:

@@ -122,11 +122,11 @@ class LayerPenalty(LayerStatistic, ModelPenalty):
         watch.install(attach=False)
         try:
             with watch.one_pass() as seen, Calls(seen) if seen.looks else nullcontext():
+                seen.batch = x.shape[0] if x.dim() else None
                 whole, output = call_model(model, x, self.output)
         finally:
             watch.remove()
         self._shares = []
-        seen.batch = x.shape[0]
         seen.complete(self, output if self.output is None else Picked(output))
         return whole, self._finish(seen)
 
