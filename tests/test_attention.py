@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -277,6 +278,41 @@ def test_model_for_autograd_runs_once_more() -> None:
         for name, t in model.norm.named_buffers():
             torch.testing.assert_close(t, dict(expected.model.norm.named_buffers())[name])
     assert select._models[id(model)][1]
+
+
+@cpu_only
+@pytest.mark.usefixtures("double")
+def test_call_for_autograd_that_comes_later() -> None:
+    """It cannot be undone, but does not end the run; and a function has the state of its model."""
+    model, x, hooks = nn.Sequential(transformer(), nn.BatchNorm1d(3)), torch.randn(3, 3, 4), []
+
+    def call(x: Tensor) -> Tensor:
+        h = model(x)
+        if hooks:
+            h.register_hook(hooks[0])
+        return h
+
+    for _ in range(2):
+        spectreg("auto")(call, x)[1].backward()
+    hooks.append(lambda g: 2 * g)
+    for _ in range(2):
+        found = spectreg("auto")(call, x)[1]
+        with sdpa_kernel(SDPBackend.MATH):
+            expected = spectreg("autograd")(call, x)[1]
+        inputs = list(model[0].parameters())
+        a, b = (torch.autograd.grad(v, inputs, allow_unused=True) for v in (found, expected))
+        torch.testing.assert_close(a, b)
+
+    second = copy.deepcopy(model)
+    second[1].reset_running_stats()
+    spectreg("auto")(lambda x: hooked_call(second, x), x)[1].backward()
+    assert second[1].num_batches_tracked == 1
+
+
+def hooked_call(model: nn.Module, x: Tensor) -> Tensor:
+    h = model(x)
+    h.register_hook(lambda g: 2 * g)
+    return h
 
 
 @cpu_only

@@ -257,6 +257,51 @@ def test_reasons(case: str) -> None:
     assert function.rpartition(".")[2] in left_out["fc"]
 
 
+@torch.no_grad()
+def teacher(m: Any, x: Tensor) -> Tensor:
+    return F.relu(m.fc(x))
+
+
+def logged(m: Any, x: Tensor) -> Tensor:
+    z = m.fc(x)
+    with torch.no_grad():
+        torch.tanh(z)
+    return z
+
+
+NOT_COUNTED: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "teacher": teacher,
+    "teacher, copied": lambda m, x: F.silu(teacher(m, x) * 2),
+    "log": logged,
+    "one dimension": lambda m, x: torch.sigmoid(m.fc(x[0])),
+    "other rows": lambda m, x: F.relu(m.fc(torch.cat([x, x]))),
+    "rows of a buffer": lambda m, x: F.gelu(m.fc(torch.ones(7, 4))),
+    "moved": lambda m, x: m.act(m.fc(x).unsqueeze(0)),
+    "moved, by a function": lambda m, x: F.silu(m.fc(x).unsqueeze(0)),
+}
+
+
+@pytest.mark.parametrize("form", ["called", "attached"])
+@pytest.mark.parametrize("case", NOT_COUNTED)
+def test_what_cannot_count_does_not_end_the_run(case: str, form: str) -> None:
+    forward = NOT_COUNTED[case]
+    model = One(
+        lambda m, x: forward(m, x).sum() + m.act(m.other(x)).sum(-1),
+        other=nn.Linear(4, 6),
+        act=nn.SiLU(),
+    )
+    x, penalty = torch.randn(3, 4), DREG(model) if form == "attached" else DREG()
+    if form == "attached":
+        output, value = model(x), penalty()
+    else:
+        output, value = penalty(model, x)
+    assert penalty.layers_found == ["other"]
+    assert [name for name, _ in penalty.layers_left_out] == ["fc"]
+    truth = reference.derivative(F.silu, model.other(x)).square()
+    close(value, (truth @ model.other.weight.square().sum(1)).mean())
+    torch.autograd.grad(value + output.sum(), model.other.weight)
+
+
 def test_no_layer_speaks_of_functions() -> None:
     with pytest.raises(RuntimeError, match=r"F\.gelu.*fc: .*torch\.Tensor\.abs"):
         DREG()(One(lambda m, x: m.fc(x).abs()), torch.randn(3, 4))

@@ -94,7 +94,24 @@ def with_parameter() -> nn.Module:
     return module
 
 
+class Straight(torch.autograd.Function):
+    """ReLU with a gradient of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor) -> Tensor:
+        return z.relu()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return g
+
+
 NONE: dict[str, Callable[[], nn.Module]] = {
+    "gradient of its own": lambda: Module(lambda m, z: Straight.apply(z)),
+    "images otherwise": lambda: Module(lambda m, z: z.relu() if z.dim() == 4 else z.tanh()),
+    "noise with gradients": lambda: Module(
+        lambda m, z: z.relu() + torch.is_grad_enabled() * torch.rand_like(z)
+    ),
     "random": lambda: Module(lambda m, z: F.rrelu(z, training=True)),
     "random in training": lambda: Module(lambda m, z: F.dropout(z.relu(), training=m.training)),
     "only in eval": lambda: Module(lambda m, z: z.tanh() if m.training else z.relu()),
@@ -132,6 +149,39 @@ def test_a_module_that_changes_is_looked_at_again() -> None:
         model(x)
         z = model[0](x)
         slope = 1 - z.tanh().square() if smooth else (z > 0).float()
+        truth = (slope.square() @ model[0].weight.square().sum(1)).mean()
+        torch.testing.assert_close(penalty(), truth)
+
+
+def test_a_hidden_attribute_counts() -> None:
+    module = Module(lambda m, z: z.tanh() if m._smooth else z.relu(), _smooth=True)
+    for smooth, fn in ((True, "tanh"), (False, "relu")):
+        module._smooth = smooth
+        assert recognise.recognise(module).fn == fn  # type: ignore[union-attr]
+
+
+def test_a_recognised_module_computes_the_value_itself() -> None:
+    """It may do more: log its input, put a hook on its result."""
+    logged = []
+
+    def run(m: Any, z: Tensor) -> Tensor:
+        a = F.silu(z)
+        if z.dtype == torch.float32:
+            logged.append(len(z))
+            a.register_hook(lambda g: 3 * g)
+        return a
+
+    model = nn.Sequential(nn.Linear(3, 4), Module(run), nn.Linear(4, 2))
+    x = torch.randn(5, 3)
+    expected = torch.autograd.grad(model(x).sum(), list(model.parameters()))
+    penalty = DREG(model)
+    for passes in (2, 3):
+        output = model(x)
+        assert len(logged) == passes
+        found = torch.autograd.grad(output.sum(), list(model.parameters()), retain_graph=True)
+        torch.testing.assert_close(found, expected)
+        z = model[0](x).detach().requires_grad_()
+        (slope,) = torch.autograd.grad(F.silu(z).sum(), z)
         truth = (slope.square() @ model[0].weight.square().sum(1)).mean()
         torch.testing.assert_close(penalty(), truth)
 

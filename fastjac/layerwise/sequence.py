@@ -165,7 +165,8 @@ def _fuses(linear: Any, activation: Any, observer: Any, kinds: tuple[Any, Any]) 
     if type(activation.module).__call__ is not nn.Module.__call__:
         return False
     phi = activation.phi
-    return phi.fn is not None and phi.impl in ("auto", "cpu") and _runs_here()
+    foreign = phi.writes is not None  # a module that may do more than compute φ
+    return not foreign and phi.fn is not None and phi.impl in ("auto", "cpu") and _runs_here()
 
 
 def _runs_here() -> bool:
