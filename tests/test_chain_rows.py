@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from chain_cases import run, same, spectreg
+from conftest import cpu_only
 from layer_cases import Model
 from torch import Tensor, nn
 
@@ -241,7 +242,7 @@ def model_of(call: Call) -> nn.Module:
 
 
 CASES = [
-    pytest.param(name, call, id=f"{name}-{i}")
+    pytest.param(name, call, id=f"{name}-{i}", marks=cpu_only if "ForCpu" in name else ())
     for name, calls in {**ROWS, "own": ACTIVATIONS}.items()
     for i, call in enumerate(calls)
 ]
