@@ -215,7 +215,7 @@ def test_what_the_user_says_of_the_loss_decides(
 def test_the_number_of_items_is_no_input(tmp_path: Path) -> None:
     """The whole model is penalised, and Transformers calls it with a count, a 0-dim float."""
     model = ByItems()
-    term = PenaltyTerm(SpectReg(-1))
+    term = PenaltyTerm(SpectReg(-1, output="logits"))
     run = trainer(model, tmp_path, [term], lr=0.0, gradient_accumulation_steps=2, max_steps=1)
     run.train()
     exact = fastjac.spectreg(model.net, X[:4], n_proj=-1)[1].item()
@@ -305,7 +305,7 @@ def test_a_transformer_at_its_embeddings(tmp_path: Path) -> None:
         args=arguments,
         train_dataset=[{"input_ids": t, "labels": y} for t, y in zip(tokens, labels, strict=True)],
         optimizers=(optimiser, torch.optim.lr_scheduler.LambdaLR(optimiser, lambda _: 1.0)),
-        penalties=[PenaltyTerm(fastjac.FrobReg(weight=0.7), at=at)],
+        penalties=[PenaltyTerm(fastjac.FrobReg(weight=0.7, output="logits"), at=at)],
     )
     run.train()
     assert rows(run)[0]["fastjac/FrobReg"] == pytest.approx(value.item())
