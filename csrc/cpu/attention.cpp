@@ -13,8 +13,7 @@
 namespace fastjac {
 namespace {
 
-// Elements of a tile of scores. A thread has four, which stay in a second-level cache of 1 MB. With
-// a quarter or four times as many, T = 1024 took 1.1 times as long (benchmarks/NOTES.md).
+// Elements of a tile of scores. A thread has four tiles, which stay in a second-level cache of 1 MB.
 constexpr int64_t tile_size = 1 << 15;
 constexpr int64_t least_rows = 12;
 
