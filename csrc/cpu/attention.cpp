@@ -13,7 +13,8 @@
 namespace fastjac {
 namespace {
 
-// Elements of a tile of scores. A thread has four tiles, which stay in a second-level cache of 1 MB.
+// Elements of a tile of scores. A thread has four tiles, which stay in a second-level cache of 1
+// MB.
 constexpr int64_t tile_size = 1 << 15;
 constexpr int64_t least_rows = 12;
 
