@@ -178,13 +178,11 @@ class ByAutograd(Rule):
 
     def push(self, node, lead, us, delta, wanted):
         given = delta if self.several else (delta,)
-        deltas = self._zeros(node, lead)
         deltas = [
-            zero if d is None else d.detach().requires_grad_()
-            for d, zero in zip(given, deltas, strict=True)
+            (zeros_of_node(node, i, lead) if d is None else d.detach()).requires_grad_()
+            for i, d in zip(self.outputs, given, strict=True)
         ]
-        out, extras = self._apply(node, lead, us, deltas, self.targets(node, ()))
-        return out, extras
+        return self._apply(node, lead, us, deltas, self.targets(node, ()))
 
     def _apply(self, node: Any, lead: Any, us: Any, deltas: list[Tensor], targets: Any) -> Any:
         pulled, tangents = self._pull(node, us, deltas, lead)
