@@ -20,24 +20,31 @@ from fastjac.ops.dispatch import FLOAT_DTYPES, accumulate_dtype
 @pytest.mark.parametrize("name", TABLE)
 @only_cuda
 def test_act(kernels, name, dtype):
-    def assert_near(got, *args):
-        truth = fastjac.act(*args, name, impl="reference")
-        assert relative_error(got, truth) <= tolerance("cuda", dtype), (size, order)
+    """The error is that of all sizes together, because a single number can lie next to a root.
 
+    The third derivative of quick GELU at 1.984 is -0.0067: the float64 reference is off by 2e-14.
+    """
     rest = IDS[name], TABLE[name].param_values({})
+    operands = []
     # One element past a 16-byte pack, and an operand that does not start at a 16-byte address.
     for size, offset in ((0, 0), (1, 0), (129, 0), (77, 1)):
         generator = torch.Generator().manual_seed(size)
         drawn = [3 * torch.randn(size, generator=generator) for _ in range(3)]
-        z, g, v = (laid_out(t.to(dtype), offset=offset) for t in drawn)
-        wide_z, wide_g, wide_v = z.double(), g.double(), v.double()
-        for order in range(4):
-            assert_near(kernels.act(z, g, order, *rest), wide_z, wide_g, order)
-            assert_near(kernels.act(z, None, order, *rest), wide_z, None, order)
-        for order in range(3):
-            grad_z, grad_g = kernels.act_backward(z, g, v, order, *rest)
-            assert_near(grad_z, wide_z, wide_g * wide_v, order + 1)
-            assert_near(grad_g, wide_z, wide_v, order)
+        operands.append([laid_out(t.to(dtype), offset=offset) for t in drawn])
+    wide_z, wide_g, wide_v = (torch.cat(parts).double() for parts in zip(*operands, strict=True))
+
+    def assert_near(results, g, order):
+        truth = fastjac.act(wide_z, g, order, name, impl="reference")
+        assert relative_error(torch.cat(results), truth) <= tolerance("cuda", dtype), order
+
+    for order in range(4):
+        assert_near([kernels.act(z, g, order, *rest) for z, g, _ in operands], wide_g, order)
+        assert_near([kernels.act(z, None, order, *rest) for z, _, _ in operands], None, order)
+    for order in range(3):
+        grads = [kernels.act_backward(z, g, v, order, *rest) for z, g, v in operands]
+        grads_z, grads_g = zip(*grads, strict=True)
+        assert_near(grads_z, wide_g * wide_v, order + 1)
+        assert_near(grads_g, wide_v, order)
 
 
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES)
@@ -50,7 +57,8 @@ def test_act_of_subnormal_and_huge_numbers(kernels, name, dtype):
     sizes = (most / 3, most / 2**10, most / 2**10, 1e4, 80.0, 1e-3, least, least / 8)
     z = torch.tensor([s * sign for s in sizes for sign in (1, -1)], dtype=dtype)
     got = kernels.act(z, None, 0, IDS[name], TABLE[name].param_values({})).double()
-    truth = fastjac.act(z.double(), None, 0, name, impl="reference")
+    # The truth is rounded to the dtype: the square of a huge number is infinite there.
+    truth = fastjac.act(z.double(), None, 0, name, impl="reference").to(dtype).double()
     eps = 64 * torch.finfo(accumulate_dtype(dtype)).eps + torch.finfo(dtype).eps
     torch.testing.assert_close(got, truth, rtol=eps, atol=least)
     edge = torch.tensor([torch.inf, -torch.inf, torch.nan], dtype=dtype)
