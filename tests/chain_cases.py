@@ -141,3 +141,12 @@ def convnet() -> nn.Sequential:
         *(nn.MaxPool2d(2, 1), nn.Flatten(), nn.Linear(12, 5), nn.LayerNorm(5)),
         *(nn.Tanh(), nn.Linear(5, 3)),
     )
+
+
+def names_in(function: Any) -> str:
+    """The source of a traced function, with the names of what it calls."""
+    names = {}
+    for name, value in function.__globals__.items():
+        names[name] = getattr(value, "__name__", str(value))
+    words = function.source.replace("(", " ( ").split()
+    return " ".join(names.get(word, word) if word.startswith("f") else word for word in words)

@@ -254,12 +254,16 @@ def inside_range(n: Any, u: Tensor, s: Tensor) -> Tensor:
 
 def power_slope(n: Any, u: Tensor, s: Tensor) -> Tensor:
     e = n._saved_exponent
-    return u * e if e in (0, 1) else u * (e * s ** (e - 1))  # not 0 * inf at s = 0
+    if e in (0, 1):  # not 0 * inf at s = 0
+        return u * e
+    return u * s * 2 if e == 2 else u * (e * s ** (e - 1))
 
 
 def power_bend(n: Any, s: Tensor) -> Any:
     e = n._saved_exponent
-    return 0 if e in (0, 1) else e * (e - 1) * s ** (e - 2)
+    if e in (0, 1, 2):
+        return e * (e - 1)
+    return e * (e - 1) * s ** (e - 2)
 
 
 # fmt: off

@@ -151,21 +151,20 @@ class ProgramRun:
         with torch.no_grad():
             if function is None:
                 try:
-                    outputs, function = trace(name, self.tensors, given, sweep)
+                    # It is run at once, so that all programs of a run round alike.
+                    function = trace(name, self.tensors, given, sweep)
                 except Untraceable as error:
                     self.programs.failure, outputs = error.args
                     return outputs
-            else:
-                tensors = self.tensors if last else list(self.tensors)
-                if last:
-                    self.free()
-                with torch_private.below_autograd():
-                    if not autocast:
-                        return function(tensors, given)
-                    with torch.autocast(device, enabled=False):
-                        return function(tensors, given)
-        self.programs.functions[key] = function
-        return outputs
+                self.programs.functions[key] = function
+            tensors = self.tensors if last else list(self.tensors)
+            if last:
+                self.free()
+            with torch_private.below_autograd():
+                if not autocast:
+                    return function(tensors, given)
+                with torch.autocast(device, enabled=False):
+                    return function(tensors, given)
 
     def pull(self, w: Tensor) -> Tensor:
         """``Jᵀ w``."""
