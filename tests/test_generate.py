@@ -70,8 +70,9 @@ def test_elementwise_products_are_added_in_one_pass() -> None:
     assert "addcmul_" in source
     source = source_of(lambda given: [A * B + given[0] * 3], [A, B])
     assert "alpha=3" in source and "mul_" not in source
-    # Of another dtype, or broadcast: not in the same numbers.
-    wide = A.double()
+    # Of another dtype, broadcast, or a number that may be on another device.
+    wide, one = A.double(), A[0, 0].clone()
+    assert "addcmul" not in source_of(lambda given: [A * B + given[0] * one], [A, B, one])
     assert "addcmul" not in source_of(lambda given: [wide * 2 + given[0] * wide], [A, wide])
     assert "addcmul" not in source_of(lambda given: [A * B + given[0][:1] * C[:1]], [A, B, C])
 

@@ -4,10 +4,10 @@ The function is Python, not a program for an interpreter in C++: most of the tim
 operations themselves, and the stable ABI of torch cannot pass a ``Scalar``, which ``add``,
 ``addmm``, ``threshold_backward`` and many others take.
 
-Two things are changed on the way. A product of matrices that is only added to something is added by
-``addmm``, and an elementwise operation writes to an operand that nobody needs any more. Each saves
-a pass over the memory, and the page faults of new memory: these took a quarter of the time of
-elementwise operations in a Llama of width 256 (AMD EPYC, 2 threads).
+Two things are changed on the way. A product that is only added to something becomes one operation
+with the sum (`add_products`), and an elementwise operation writes to an operand that nobody needs
+any more (`_Owners`). Each saves a pass over the memory, and new memory with its page faults:
+`benchmarks/NOTES.md` has the gains.
 """
 
 from __future__ import annotations
@@ -230,8 +230,9 @@ class _Products:
         turned = product and part != whole and part == whole.transposed()
         if product and whole.strides != (whole.shape[1], 1):
             return None, False
+        # A factor without dimensions may be on another device.
         alike = part.like(self.memory[self.calls[i].results[0]]) and all(
-            self.memory[n].dtype == part.dtype for n in call.uses()
+            self.memory[n].dtype == part.dtype and self.memory[n].shape for n in call.uses()
         )
         return (call if alike and (turned or part == whole) else None), turned
 
