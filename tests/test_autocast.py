@@ -29,6 +29,11 @@ def gated(m: Any, x: Tensor) -> Tensor:
     return m.c(left * torch.softmax(right, -1)) * m.c(h.tanh()[:, :16])
 
 
+def in_place(m: Any, x: Tensor) -> Tensor:
+    """The sum with x, of float32, is in the lower precision."""
+    return m.b(m.a(x).tanh()).add_(x).mul_(2).sin()
+
+
 Made = tuple[Callable[[], nn.Module], tuple[int, ...]]
 MODELS: dict[str, Made] = {
     "Sequential": (
@@ -52,6 +57,10 @@ MODELS: dict[str, Made] = {
     ),
     "gated": (
         lambda: Model(gated, a=nn.Linear(16, 32), c=nn.Linear(16, 9), norm=nn.LayerNorm(32)),
+        (8, 16),
+    ),
+    "in place": (
+        lambda: Model(in_place, a=nn.Linear(16, 32), b=nn.Linear(32, 16)),
         (8, 16),
     ),
     "attention": (

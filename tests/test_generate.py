@@ -96,6 +96,35 @@ def test_an_operand_is_overwritten_that_nobody_needs(func: Any) -> None:
     assert source.count(name) == 1
 
 
+@pytest.mark.parametrize("factor", [True, False, 1e39, 2.0])
+def test_a_number_that_alpha_does_not_take_is_a_factor(factor: Any) -> None:
+    source = source_of(lambda given: [A * B + given[0] * factor], [A, B])
+    assert ("alpha" in source) == (factor == 2.0)
+
+
+def test_factors_of_a_view_count_with_the_memory_that_the_view_keeps() -> None:
+    """If it were computed at the sum, the product would keep 100 times its memory for longer."""
+
+    def sweep(given: list[Any]) -> list[Any]:
+        (u,) = given
+        product = u.repeat(1, 100)[:, :4] * A
+        other = u.exp().sin()
+        return [other + product, A * 3]
+
+    assert "addcmul" not in source_of(sweep, [A])
+
+
+@pytest.mark.parametrize(
+    "sweep",
+    [
+        lambda given: [(c := A.cos(), c.mul_(2), given[0] * c)[2]],
+        lambda given: [(y := A * 2, c := y.cos(), y.zero_(), given[0] * c)[3]],
+    ],
+)
+def test_a_cosine_that_was_written_to_is_none(sweep: Any) -> None:
+    source_of(sweep, [A])
+
+
 def test_an_operand_is_kept_that_another_one_is_a_view_of() -> None:
     def sweep(given: list[Any]) -> list[Any]:
         fresh = given[0] * 2

@@ -64,6 +64,11 @@ def test_numbers_of_python_are_in_the_signature() -> None:
         same(run(model, x, spectreg("auto")), expected)
 
 
+def test_factors_that_are_bools() -> None:
+    model = three_layers(lambda m, x: m.c((h := F.gelu(m.a(x))).sin() + h * True))
+    agrees(model, [[torch.randn(3, 4)]] * 4)
+
+
 def test_memory_that_two_tensors_share_is_in_the_signature() -> None:
     c, d, shared = torch.randn(3, 5), torch.randn(3, 5), [True]
     model = three_layers(lambda m, x: m.c(F.gelu(m.a(x) * c) * (c if shared[0] else d)))

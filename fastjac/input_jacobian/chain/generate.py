@@ -5,14 +5,15 @@ operations themselves, and the stable ABI of torch cannot pass a ``Scalar``, whi
 ``addmm``, ``threshold_backward`` and many others take.
 
 Two things are changed on the way. A product that is only added to something becomes one operation
-with the sum (`add_products`), and an elementwise operation writes to an operand that nobody needs
-any more (`_Owners`). Each saves a pass over the memory, and new memory with its page faults:
+with the sum (`add_products`), which saves a pass over the memory. An operation writes to an operand
+that nobody needs any more (`_Owners`), which saves new memory and its page faults.
 `benchmarks/NOTES.md` has the gains.
 """
 
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -33,7 +34,12 @@ class Value:
 
 
 class Memory(NamedTuple):
-    """Where the numbers of a value are. Values of one root share memory, in each run."""
+    """Where the numbers of a value are.
+
+    The root stands for the memory that an input or the result of an operation begins: an address
+    or a negative number for inputs, ``("result", n)`` for results. What is no input shares memory
+    only with values of its own root, so the memory is free when all of them are.
+    """
 
     root: Any
     offset: int
@@ -100,9 +106,8 @@ def generate(
         first += len(group)
     lines.append("_ = None")
     for i, call in enumerate(calls):
-        called, args, kwargs = owners.in_place(call, i) or (
-            *(_function(call), call.args, call.kwargs),
-        )
+        in_place = owners.in_place(call, i)
+        called, args, kwargs = in_place or (_function(call), call.args, call.kwargs)
         given = [_written(names, a) for a in args]
         given += [f"{key}={_written(names, a)}" for key, a in kwargs.items()]
         targets = [f"v{r}" if r in last else "_" for r in call.results]
@@ -140,9 +145,11 @@ def _last_uses(calls: list[Call], outputs: list[Any]) -> dict[int, int]:
 
 
 def add_products(traced: Calls, outputs: list[Any]) -> Calls:
-    """With ``addmm`` in the place of ``mm`` whose result is only added, and so on.
+    """The calls, with one in the place of a product and the sum that alone reads it.
 
-    The gradient of each weight is such a sum: of the push, and of the pass down the graph.
+    ``x + a @ b`` becomes ``addmm``, ``x + a * b`` ``addcmul``, and ``x + c a`` with a number c
+    ``add`` with ``alpha``. The gradient of each weight is a sum of the first kind: one term comes
+    from the push, and one from the pass down the graph.
     """
     calls = used(traced.calls, outputs)
     memory: list[Any] = list(traced.memory)
@@ -180,12 +187,14 @@ def add_products(traced: Calls, outputs: list[Any]) -> Calls:
 
 
 class _Products:
-    """Which calls add the product of another one, that no other call reads."""
+    """Finds the sums of which one term is a product that nothing else reads."""
 
     def __init__(self, calls: list[Call], memory: Any, outputs: list[Any]) -> None:
         self.calls, self.memory = calls, memory
         self.made: dict[Any, int] = {}  # by root: the call that makes the memory
         self.users: dict[Any, list[int]] = {}  # by root: the calls, with an output as one more
+        self.spans: dict[Any, int] = {}  # by root: its bytes
+        self.writing = [i for i, call in enumerate(calls) if call.writes]
         for i, call in enumerate(calls):
             for root in {_root(memory, n) for n in call.uses()}:
                 self.users.setdefault(root, []).append(i)
@@ -193,57 +202,82 @@ class _Products:
                 self.made.setdefault(_root(memory, n), i)
         for n in outputs:
             self.users.setdefault(_root(memory, n), []).append(len(calls))
+        for found in memory:
+            if found is not None:
+                self.spans[found.root] = max(found.size, self.spans.get(found.root, 0))
 
     def added_by(self, i: int) -> tuple[Any, Call | None, bool]:
-        """The other term, the call of the product, and whether its transpose is added.
+        """The other term of a sum, the product, and whether its transpose is added.
 
-        Of two products, that of matrices is the one that is added.
+        If both terms are products, one of matrices is preferred, and then the first one.
         """
-        call = self.calls[i]
+        total = self.calls[i]
         found: tuple[Any, Call | None, bool] = None, None, False
-        if call.func is aten.add.Tensor and not call.kwargs:
-            for term, other in (call.args, call.args[::-1]):
-                if isinstance(term, Value) and isinstance(other, Value):
-                    product, turned = self._product(i, other)
-                    like = self.memory[term.number].like(self.memory[call.results[0]])
-                    if product is None or not like or term.number == other.number:
-                        continue
-                    if found[1] is None or product.func is aten.mm.default:
-                        found = term, product, turned
+        if total.func is not aten.add.Tensor or total.kwargs:
+            return found
+        result = self.memory[total.results[0]]
+        for term, other in (total.args, total.args[::-1]):
+            if not (isinstance(term, Value) and isinstance(other, Value)):
+                break
+            # Both in the strides of the sum: so ``p + p.t()`` does not take p for its own term.
+            if term.number == other.number or not self.memory[term.number].like(result):
+                continue
+            product, turned = self._product(i, other)
+            if product is not None and (found[1] is None or found[1].func is aten.mul.Tensor):
+                found = term, product, turned
         return found
 
     def _product(self, i: int, value: Value) -> tuple[Call | None, bool]:
+        """The product that call i alone reads as this value, and whether it is transposed."""
         part = self.memory[value.number]
         start = self.made.get(part.root)
-        if start is None or self.calls[start].func not in (aten.mm.default, aten.mul.Tensor):
+        if start is None or not part.like(self.memory[self.calls[i].results[0]]):
             return None, False
         call = self.calls[start]
-        whole, product = self.memory[call.results[0]], call.func is aten.mm.default
+        of_matrices = call.func is aten.mm.default
+        if not of_matrices and (call.func is not aten.mul.Tensor or not _adds(call, part.dtype)):
+            return None, False
+        whole = self.memory[call.results[0]]
+        if of_matrices and whole.strides != (whole.shape[1], 1):
+            return None, False
+        turned = of_matrices and part != whole and part == whole.transposed()
+        if part != whole and not turned:
+            return None, False
+        # A factor without dimensions may be on another device.
+        factors = [self.memory[n] for n in call.uses()]
+        if any(factor.dtype != part.dtype or not factor.shape for factor in factors):
+            return None, False
         *views, last = self.users[part.root]
         if last != i or any(not self.calls[j].func.is_view for j in views):
             return None, False
         # The product is computed later, and so from factors that nothing may have written to, and
         # that need no more memory than the product.
-        written = any(other.writes for other in self.calls[start:i])
-        if written or self._kept(call, i) > whole.size:
+        written = bisect_left(self.writing, start) < bisect_left(self.writing, i)
+        if written or self._kept(factors, i) > whole.size:
             return None, False
-        turned = product and part != whole and part == whole.transposed()
-        if product and whole.strides != (whole.shape[1], 1):
-            return None, False
-        # A factor without dimensions may be on another device.
-        alike = part.like(self.memory[self.calls[i].results[0]]) and all(
-            self.memory[n].dtype == part.dtype and self.memory[n].shape for n in call.uses()
-        )
-        return (call if alike and (turned or part == whole) else None), turned
+        return call, turned
 
-    def _kept(self, call: Call, i: int) -> int:
-        """The bytes of its operands that call i would keep alive while others run."""
-        roots = {self.memory[n].root: self.memory[n].size for n in call.uses()}
+    def _kept(self, factors: list[Memory], i: int) -> int:
+        """The bytes of factors that live longer if the product is computed at call i.
+
+        Calls of views between their last use and call i do not count: they need no memory.
+        """
         return sum(
-            size
-            for root, size in roots.items()
-            if not all(other.func.is_view for other in self.calls[self.users[root][-1] + 1 : i])
+            self.spans[root]
+            for root in {factor.root for factor in factors}
+            if any(not call.func.is_view for call in self.calls[self.users[root][-1] + 1 : i])
         )
+
+
+def _adds(product: Call, dtype: torch.dtype) -> bool:
+    """Whether ``addcmul``, or ``add`` with ``alpha``, takes the factors of a product."""
+    factor = product.args[1]
+    if not dtype.is_floating_point:
+        return False
+    if isinstance(factor, Value):
+        return True
+    # ``alpha`` may be no bool, and no number that overflows in the dtype.
+    return type(factor) in (int, float) and abs(factor) <= torch.finfo(dtype).max
 
 
 def _root(memory: list[Memory | None], number: int | None) -> Any:

@@ -74,6 +74,16 @@ class GraphRun:
             out = self.output.new_zeros((*lead, *self.output.shape))
         return out if lead or out is None else out.unsqueeze(0)
 
+    def take_deltas(self) -> list[Tensor | None]:
+        """The cotangents of the last `pull`, which are not kept."""
+        deltas, self.deltas = self.deltas, []
+        return deltas
+
+    def take_extras(self) -> list[Tensor | None]:
+        """The second-order terms of the last push, which are not kept."""
+        extras, self.extras = self.extras, []
+        return extras
+
     def down(self, grad: Tensor | None, keep: bool) -> list[Tensor | None]:
         """The gradients of x and the parameters."""
         return [None, grad, *self.extras]

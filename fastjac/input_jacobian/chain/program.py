@@ -151,7 +151,8 @@ class ProgramRun:
         with torch.no_grad():
             if function is None:
                 try:
-                    # It is run at once, so that all programs of a run round alike.
+                    # The function runs at once, though the sweep has the results. The two round
+                    # differently, and two backwards through one run must agree (gradcheck).
                     function = trace(name, self.tensors, given, sweep)
                 except Untraceable as error:
                     self.programs.failure, outputs = error.args
@@ -171,7 +172,7 @@ class ProgramRun:
 
         def sweep(given: list[Any]) -> list[Any]:
             graph = self.as_graph()
-            return [graph.pull(*given), *graph.deltas]
+            return [graph.pull(*given), *graph.take_deltas()]
 
         v, *self.deltas = self._sweep("pull", (), [w], sweep)
         return v
@@ -181,7 +182,7 @@ class ProgramRun:
 
         def sweep(given: list[Any]) -> list[Any]:
             graph = self.as_graph()
-            return [*graph.norms(*given), *graph.deltas]
+            return [*graph.norms(*given), *graph.take_deltas()]
 
         v, norms, *self.deltas = self._sweep("norms", (), [w], sweep)
         return v, norms
@@ -210,7 +211,7 @@ class ProgramRun:
     def _push(self, given: list[Any], wanted: bool) -> Tensor | None:
         def sweep(given: list[Any]) -> list[Any]:
             graph = self.as_graph()
-            return [graph.push_given(given, wanted), *graph.extras]
+            return [graph.push_given(given, wanted), *graph.take_extras()]
 
         out, *extras = self._sweep("push", (wanted,), given, sweep)
         if self.extras is not None:
@@ -236,7 +237,7 @@ class ProgramRun:
             grad = given.pop(0)
             if name == "push_down":
                 graph.push_given(given, False)
-                given += graph.extras
+                given += graph.take_extras()
             targets: Any = [GradientEdge(*graph.record.end), *graph.record.targets[: len(given)]]
             terms = [p for p in zip(targets, [grad, *given], strict=True) if p[1] is not None]
             found = torch.autograd.grad(

@@ -214,7 +214,8 @@ class Record:
                 for i, t in enumerate(out):
                     tangents[node, i] = t
             elif out is not None:
-                tangents[node, rule.output] = out
+                # Under autocast, an operation in place may have a result of lower precision.
+                tangents[node, rule.output] = out.to(dtype_of_node(node, rule.output))
         return tangents.get(self.end)
 
     def _last_uses(self) -> list[list[Edge]]:
