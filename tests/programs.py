@@ -10,19 +10,22 @@ import pytest
 import torch
 
 from fastjac.input_jacobian import select
-from fastjac.input_jacobian.chain import program
+from fastjac.input_jacobian.chain import generate, program, trace
+from fastjac.torch_private import below_autograd
 
 
 @contextlib.contextmanager
 def checked_programs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """Trace each run, the first one too, and compare each program with its sweep.
+    """Trace each run, the first one too, and compare each program with its sweep, bit for bit.
 
-    Their difference is the rounding of sums of products, which a program computes in one operation.
+    For this the program is generated a second time, without `add_products`, which rounds in another
+    way. Those that the run uses are compared with the truth, by the tests.
 
     Yields a list of the names of the programs that ran, which grows.
     """
     program.forget()
     ran: list[str] = []
+    exact: list[Any] = []
     run = program.ProgramRun._sweep
 
     def checked(
@@ -34,28 +37,33 @@ def checked_programs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
             swept[:] = sweep(given)
             return swept
 
-        numbers = [t for t in (*self.tensors, *given) if t is not None and t.numel()]
+        exact.clear()
+        tensors, again = list(self.tensors), list(given)
         outputs = run(self, name, options, given, kept, last)
         if self.programs.failure is None:
             ran.append(name)
-        if swept and self.programs.failure is None:  # else it was compared when it was traced
-            assert [t is None for t in outputs] == [t is None for t in swept]
-            pairs = [p for p in zip(outputs, swept, strict=True) if p[0] is not None]
-            largest = max(
-                t.abs().max().nan_to_num(posinf=0).item()
-                for t in (*numbers, *[b for _, b in pairs])
-                if t.numel() and t.is_floating_point()
-            )
-            eps = max(torch.finfo(t.dtype).eps for t in numbers if t.is_floating_point())
-            for a, b in pairs:
-                assert a.stride() == b.stride()
-                torch.testing.assert_close(a, b, rtol=0, atol=8 * eps * largest, equal_nan=True)
+        if exact:  # it was traced
+            autocast = torch.autocast(self.given.device.type, enabled=False)
+            with torch.no_grad(), below_autograd(), autocast:
+                repeated = exact.pop()(tensors, again)
+            for a, b, c in zip(outputs, swept, repeated, strict=True):
+                assert (a is None) == (b is None) == (c is None)
+                if a is not None:
+                    assert a.stride() == b.stride() == c.stride()
+                    torch.testing.assert_close(c, b, rtol=0, atol=0, equal_nan=True)
         return outputs
+
+    def twice(*args: Any) -> Any:
+        with monkeypatch.context() as patched:
+            patched.setattr(generate, "add_products", lambda traced, outputs: traced)
+            exact.append(generate.generate(*args))
+        return generate.generate(*args)
 
     def programs_of(signature: Any) -> program.Programs:
         return program._programs.setdefault(signature.key, program.Programs())
 
     monkeypatch.setattr(program.ProgramRun, "_sweep", checked)
+    monkeypatch.setattr(trace, "generate", twice)
     monkeypatch.setattr(select, "programs_of", programs_of)
     yield ran
     program.forget()
