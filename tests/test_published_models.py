@@ -50,7 +50,7 @@ def test_script(tmp_path: Path) -> None:
         assert row.failures.keys() <= {"DREG time"}, row  # DREG may find no layer
         assert row.engine == "chain"
         assert 0 < row.error <= measure.TOLERANCE
-        assert row.speedup and row.spectreg_cost > 1
+        assert row.speedup and row.spectreg_cost  # how large they are depends on what else runs
 
 
 def test_unknown_name(capsys: Any) -> None:
