@@ -330,6 +330,24 @@ def test_the_gradient_of_a_weight_is_one_sum_in_the_weights_order() -> None:
     assert " add " not in down
 
 
+def test_the_run_that_traces_holds_its_cotangents_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sweep's are dropped, since those of the program take their place."""
+    program.forget()
+    runs: list[program.ProgramRun] = []
+    norms = program.ProgramRun.norms
+
+    def kept(self: program.ProgramRun, w: Tensor) -> Any:
+        runs.append(self)
+        return norms(self, w)
+
+    monkeypatch.setattr(program.ProgramRun, "norms", kept)
+    model, x = convnet(), torch.randn(3, 4)
+    for _ in range(2):
+        spectreg("auto")(model, x)
+    (traced,) = runs
+    assert traced.deltas and traced.graph is not None and not traced.graph.deltas
+
+
 # ---- traces
 
 

@@ -92,7 +92,7 @@ def generate(
         outputs: the numbers that it returns, or None.
     """
     traced = add_products(traced, outputs)
-    calls = used(traced.calls, outputs)
+    calls = _used(traced.calls, outputs)
     last = _last_uses(calls, outputs)
     owners = _Owners(traced, last)
     names: dict[str, Any] = {}
@@ -124,7 +124,7 @@ def generate(
     return function
 
 
-def used(calls: list[Call], outputs: list[Any]) -> list[Call]:
+def _used(calls: list[Call], outputs: list[Any]) -> list[Call]:
     """Without the calls whose results nothing uses."""
     needed = {*outputs}
     found = []
@@ -151,7 +151,7 @@ def add_products(traced: Calls, outputs: list[Any]) -> Calls:
     ``add`` with ``alpha``. The gradient of each weight is a sum of the first kind: one term comes
     from the push, and one from the pass down the graph.
     """
-    calls = used(traced.calls, outputs)
+    calls = _used(traced.calls, outputs)
     memory: list[Any] = list(traced.memory)
     products = _Products(calls, memory, outputs)
     known = {m: n for n, m in enumerate(memory[: traced.inputs])}
@@ -209,7 +209,8 @@ class _Products:
     def added_by(self, i: int) -> tuple[Any, Call | None, bool]:
         """The other term of a sum, the product, and whether its transpose is added.
 
-        If both terms are products, one of matrices is preferred, and then the first one.
+        If both terms are products, one of matrices is preferred, and else the second term, which
+        was computed last.
         """
         total = self.calls[i]
         found: tuple[Any, Call | None, bool] = None, None, False
@@ -223,7 +224,9 @@ class _Products:
             if term.number == other.number or not self.memory[term.number].like(result):
                 continue
             product, turned = self._product(i, other)
-            if product is not None and (found[1] is None or found[1].func is aten.mul.Tensor):
+            if product is None or (found[1] is not None and found[1].func is product.func):
+                continue
+            if found[1] is None or product.func is aten.mm.default:
                 found = term, product, turned
         return found
 
