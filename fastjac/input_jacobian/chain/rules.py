@@ -205,7 +205,8 @@ class Matmul(Rule):
             if lead and d.dim() == 3:  # matrices: one product for all cotangents
                 d, a, lead = d.flatten(0, 1), a.flatten(0, 1), ()
             # In the memory order of torch's own gradient, to which it is added: that of b, for a
-            # matrix. A sum of two orders goes through one of them across the rows.
+            # matrix. A sum of two orders takes 780 in place of 26 µs for 1024x256 numbers (AMD
+            # EPYC, ``python -m benchmarks.host_costs``).
             by_columns = b.dim() == 2 and b.stride() == (1, b.shape[0])
             into_b = (d.mT @ a).mT if by_columns else over_lead(a.mT @ d, lead)
         return out, (into_a, into_b)
