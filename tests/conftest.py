@@ -97,6 +97,27 @@ def programs(request, monkeypatch):
         yield ran
 
 
+def _tables():
+    """What every test of a process sees, and a test could leave changed behind."""
+    from fastjac.activations import TABLE
+    from fastjac.ops.dispatch import OPS
+
+    ops = {name: (op, op.examples, op.implementations) for name, op in OPS.items()}
+    return ops, dict(TABLE), torch.get_default_dtype(), torch.is_grad_enabled()
+
+
+# The module is the scope because `monkeypatch` undoes the changes of a test before that ends.
+@pytest.fixture(autouse=True, scope="module")
+def _tables_stay():
+    """A module that leaves a table changed fails, and not the test that happens to run after it.
+
+    Otherwise it shows only in the runs in which xdist gives both to one process: one test in 7,217.
+    """
+    before = _tables()
+    yield
+    assert _tables() == before, "a test of this module left a table of all tests changed"
+
+
 @pytest.fixture(autouse=True)
 def _on_device(request):
     with default_device(request.path.stem in ON_DEVICE):
