@@ -55,6 +55,14 @@ def test_machines_apart_the_latest_first():
     assert both.index("G, float32") < both.index("A, 2 threads")
 
 
+def test_the_suite_networks_has_a_table_of_its_own():
+    records = [*rows(), *rows("net-a", suite="quick networks")]
+    assert "| `net-a` | 10.0 | 2.00× | **1.50×** | 4.00 (8.00) |" in page_of(records, "networks")
+    assert "spectreg-a" not in page_of(records, "networks")
+    for table in ("time", "memory", "summary"):
+        assert "net-a" not in page_of(records, table)
+
+
 @pytest.mark.parametrize(
     "change",
     ({"status": "wrong"}, {"axes": "width=64"}),

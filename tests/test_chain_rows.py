@@ -161,6 +161,7 @@ ROWS: dict[str, list[Call]] = {
     ],
     "Relu": [lambda m, h: h.relu(), lambda m, h: F.relu(h * 1, inplace=True)],
     "LeakyRelu": [lambda m, h: F.leaky_relu(h, 0.3)],
+    "LeakyRelu.1": [lambda m, h: F.leaky_relu(h * 1, 0.3, inplace=True)],
     "Hardtanh": [lambda m, h: F.relu6(3 * h), lambda m, h: F.hardtanh(h)],
     "Clamp.1": [lambda m, h: h.clamp(-0.5, 0.5), lambda m, h: h.clamp(max=0.2)],
     "ClampMin": [lambda m, h: h.clamp_min(0.1)],

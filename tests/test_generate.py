@@ -10,7 +10,7 @@ from chain_cases import names_in
 from torch import Tensor
 
 from fastjac.input_jacobian.chain.generate import _IN_PLACE, _OUT
-from fastjac.input_jacobian.chain.trace import trace
+from fastjac.input_jacobian.chain.trace import Untraceable, trace
 
 aten = torch.ops.aten
 
@@ -57,7 +57,7 @@ def test_a_product_that_is_added_is_addmm(sum_of: Any) -> None:
         lambda given: [p := given[0] @ A, p + p.t()],
         lambda given: [(given[0] @ A).view(2, 8) + B.view(2, 8)],
         lambda given: [(given[0] @ A).select(0, 1) + B],
-        lambda given: [(f := given[0] * 2, p := f @ A, f.add_(1), p + B)[3]],
+        lambda given: [f := given[0] * 2, p := f @ A, f.add_(1), p + B][2:],
     ],
 )
 def test_a_product_that_is_more_than_a_term_is_not_addmm(sweep: Any) -> None:
@@ -79,8 +79,12 @@ def test_elementwise_products_are_added_in_one_pass() -> None:
 
 @pytest.mark.parametrize("func", [*_IN_PLACE, *_OUT], ids=str)
 def test_an_operand_is_overwritten_that_nobody_needs(func: Any) -> None:
-    extra = {aten.addcmul.default: (A, B), aten.addmm.default: (A, B), aten.neg.default: ()}
-    others = extra.get(func, (A, 0.5) if func is aten.threshold_backward.default else (A,))
+    extra = {
+        **{aten.addcmul.default: (A, B), aten.addmm.default: (A, B), aten.neg.default: ()},
+        aten.threshold_backward.default: (A, 0.5),
+        aten.hardtanh_backward.default: (A, -0.5, 0.5),
+    }
+    others = extra.get(func, (A,))
 
     def sweep(given: list[Any]) -> list[Any]:
         kept = given[0] * 3
@@ -151,11 +155,96 @@ def test_a_cosine_times_a_cotangent_is_one_kernel(dtype: torch.dtype, takes: boo
     assert source.count(" cos ") == (1 if takes else 2)
 
 
+LIMITS = [(-0.5, 0.25), (0, 1), (0.1, 0.1), (None, 0.3), (None, 0), (0, None), (-1, None)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("low", "high"), LIMITS)
+def test_the_derivative_of_a_clamp_is_one_operation(
+    low: float | None, high: float | None, dtype: torch.dtype
+) -> None:
+    """It is that of torch to the bit, at the limits and next to them, for infinite cotangents."""
+    at = torch.tensor([v for v in (low, high) if v is not None], dtype=dtype)
+    ends = torch.tensor([-torch.inf, torch.inf], dtype=dtype)
+    beside = [torch.nextafter(at, end) for end in ends]
+    # The next number to 0 is denormal, and counts as 0.
+    beside = [torch.where(at == 0, end.sign() * 1e-3, n) for n, end in zip(beside, ends)]  # noqa: B905
+    x = torch.cat([at, *beside, torch.randn(30).to(dtype)]).requires_grad_()
+    clamped = x.clamp(low, high)
+
+    def sweep(given: list[Any]) -> list[Any]:
+        (from_torch,) = torch.autograd.grad(clamped, x, given[0], retain_graph=True)
+        mask = torch.ones_like(x, dtype=torch.bool) if low is None else x >= low
+        mask = mask if high is None else x <= high if low is None else mask & (x <= high)
+        return [from_torch, torch.where(mask, given[0], 0)]
+
+    given = torch.randn(len(x)).to(dtype)
+    given[::5] = torch.inf
+    expected = sweep([given])
+    function = trace("sweep", [x], [given.clone()], sweep)
+    source = names_in(function)
+    for operation in (" where ", " ge ", " le ", "logical_and", "bitwise_and", "scalar_tensor"):
+        assert operation not in source
+    with torch.no_grad():
+        for found, e in zip(function([x], [given]), expected, strict=True):
+            torch.testing.assert_close(found, e, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "sweep",
+    [
+        lambda given: [torch.where(A >= 0, given[0], 1)],
+        lambda given: [torch.where((A >= 0) & (B <= 1), given[0], 0)],
+        lambda given: [torch.where((A >= 0).logical_and_(B <= 1), given[0], 0)],
+        lambda given: [torch.where((A >= 0) & (A >= 1), given[0], 0)],
+        lambda given: [torch.where((A >= 0).logical_not_(), given[0], 0)],
+        lambda given: [(m := A >= 0, m.view(16).zero_(), torch.where(m, given[0], 0))[2]],
+        lambda given: [(m := A >= 0, m.logical_and_(B > 0), torch.where(m, given[0], 0))[2]],
+        lambda given: [
+            (z := torch.scalar_tensor(0.0), z.add_(1), torch.where(A >= 0, given[0], z))[2]
+        ],
+        lambda given: [torch.where(A[:1] >= 0, given[0], 0)],
+        lambda given: [torch.where(A >= 0, given[0][:1], 0)],
+        lambda given: [(y := A * 2, m := y >= 0, y.neg_(), torch.where(m, given[0], 0))[3]],
+    ],
+)
+def test_another_choice_is_no_clamp(sweep: Any) -> None:
+    assert " where " in source_of(sweep, [A, B])
+
+
+def test_a_write_that_nobody_reads_is_dropped() -> None:
+    def sweep(given: list[Any]) -> list[Any]:
+        unread, read, seen = A * 2, A * 3, A * 4
+        unread.add_(given[0])
+        read.view(16).mul_(5)
+        seen.t().neg_()
+        return [read.exp(), seen]
+
+    source = source_of(sweep, [A])
+    assert " add_ " not in source and " mul_ " in source and " neg_ " in source
+
+
+@pytest.mark.parametrize(
+    "sweep",
+    [
+        lambda given: [given[0].add_(given[1])],
+        lambda given: [torch.add(given[0], 1, out=given[1])],
+        lambda given: [torch._foreach_add_([given[0]], 1), given[0] * 1][1:],
+        lambda given: [given[0].t().neg_()],
+    ],
+)
+def test_a_sweep_that_writes_to_its_input_has_no_program(sweep: Any) -> None:
+    with pytest.raises(Untraceable, match="on a tensor that was saved"):
+        trace("sweep", [], [A.clone(), B.clone()], sweep)
+
+
 OPERATIONS: tuple[tuple[int, Callable[..., Any]], ...] = (
     *((2, torch.add), (2, torch.mul), (2, torch.sub), (2, torch.mm), (2, torch.mm)),
     *((1, torch.neg), (1, torch.t), (1, torch.cos), (1, lambda a: a * 0.5), (3, torch.addcmul)),
     *((2, aten.silu_backward), (2, aten.threshold_backward), (1, lambda a: a.view(4, 4))),
     *((2, lambda a, b: (a * 0.5).add_(b)), (1, lambda a: a[:, :1]), (1, lambda a: a.sum(0))),
+    *((1, lambda a: torch.where(A >= 0.1, a, 0)), (2, lambda a, b: torch.where(a <= 0, b, 0))),
+    (1, lambda a: torch.where((B >= -0.5).logical_and_(B <= 0.5), a, 0)),
     *((1, lambda a: aten._unsafe_view(a, a.shape)), (1, lambda a: a.split(2, 1)[1].t() @ a)),
 )
 

@@ -55,7 +55,7 @@ def sections(
         cases = {
             case: found
             for case, found in all_cases.items()
-            if "fastjac" in found and found["fastjac"].kind == kind and not found["fastjac"].axes
+            if "fastjac" in found and _kind(found["fastjac"]) == kind and not found["fastjac"].axes
         }
         shown = [record for found in cases.values() for record in found.values()]
         if not shown or (latest and shown[0].device in devices):
@@ -68,6 +68,11 @@ def sections(
         rule = "|" + " --- |" * (head.count("|") - 1)
         lines += ["", f"{where}, {built}:", "", head, rule, *body]
     return lines[1:] or ["Nothing was measured yet."]
+
+
+def _kind(record: Record) -> str:
+    """What a table is of; steps of the suite ``networks`` have a table of their own."""
+    return "networks" if "networks" in record.suite.split() else record.kind
 
 
 def _grid(cases: Cases, first: str, cell: Callable[[str, dict[str, Record]], str]) -> Rows:
@@ -137,6 +142,7 @@ TABLES = {
     "summary": ("step", _summary, True),
     "time": ("step", _time, False),
     "memory": ("step", _memory, False),
+    "networks": ("networks", _summary, False),
     "host": ("host", _host, False),
     "elementwise": ("elementwise", _elementwise, False),
 }

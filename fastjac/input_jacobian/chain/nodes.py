@@ -270,6 +270,8 @@ def power_bend(n: Any, s: Tensor) -> Any:
 add("Relu", Pointwise("result", lambda n, u, s: aten.threshold_backward(u, s, 0)))
 add("LeakyRelu", Pointwise("self", lambda n, u, s: aten.leaky_relu_backward(
     u, s, n._saved_negative_slope, False)))
+add("LeakyRelu.1", Pointwise("result", lambda n, u, s: aten.leaky_relu_backward(
+    u, s, n._saved_negative_slope, True)))
 add("Hardtanh", Pointwise("self", lambda n, u, s: aten.hardtanh_backward(
     u, s, n._saved_min_val, n._saved_max_val)))
 add("Hardsigmoid", Pointwise("self", lambda n, u, s: aten.hardsigmoid_backward(u, s)))

@@ -17,7 +17,8 @@ from torch.utils.weak import TensorWeakRef, WeakIdKeyDictionary
 
 from fastjac.activations import IDS
 from fastjac.input_jacobian.chain.activations import suffix_for
-from fastjac.input_jacobian.chain.generate import Call, Calls, Memory, Value, generate
+from fastjac.input_jacobian.chain.calls import Call, Calls, Memory, Value, root_of
+from fastjac.input_jacobian.chain.generate import generate
 from fastjac.ops.registration import raw
 from fastjac.torch_private import TorchDispatchMode, tree_leaves
 
@@ -56,6 +57,7 @@ class _Tracer(TorchDispatchMode):
         for i, one in enumerate(given):
             self._add(one, -1 - i)
         self.inputs = len(self.memory)
+        self.roots = {m.root for m in self.memory if m is not None}
 
     def _add(self, t: Any, root: Any) -> int:
         number = len(self.memory)
@@ -120,18 +122,13 @@ class _Tracer(TorchDispatchMode):
             if same is not None:
                 self.numbers[found] = self.numbers[same]
                 return
-        if func._schema.is_mutable:
-            written = [
-                value
-                for value, argument in zip(args, func._schema.arguments, strict=False)
-                if argument.alias_info is not None and argument.alias_info.is_write
-            ]
-            if any(isinstance(v, Value) and v.number < self.inputs for v in written):
-                raise Untraceable(f"it calls {name} on a tensor that was saved")
+        call = Call(func, args, kwargs, [])
+        if any([root_of(self.memory, n) in self.roots for n in call.written()]):
+            raise Untraceable(f"it calls {name} on a tensor that was saved")
         # Some operations that are no views share an operand's memory, ``_unsafe_view`` for one.
         shared = {_storage(t): self._root(t) for t in tensors}
         results = found if isinstance(found, tuple | list) else (found,)
-        self.calls.append(Call(func, args, kwargs, [self._result(t, shared) for t in results]))
+        self.calls.append(call._replace(results=[self._result(t, shared) for t in results]))
 
     def _root(self, t: Tensor) -> Any:
         memory = self.memory[self.of(t)]
