@@ -190,6 +190,25 @@ def test_the_derivative_of_a_clamp_is_one_operation(
             torch.testing.assert_close(found, e, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("limits", [(0, None), (None, 0), (0, 1)])
+def test_a_clamp_at_0_where_denormal_numbers_count_as_0(limits: Any) -> None:
+    x = torch.zeros(32).requires_grad_()  # enough for the vectorised code
+    clamped = x.clamp(*limits)
+
+    def sweep(given: list[Any]) -> list[Any]:
+        return [*torch.autograd.grad(clamped, x, given[0], retain_graph=True)]
+
+    function = trace("sweep", [x], [torch.ones(32)], sweep)
+    assert " where " not in names_in(function)
+    torch.set_flush_denormal(True)
+    try:
+        with torch.no_grad():
+            (found,) = function([x], [torch.ones(32)])
+    finally:
+        torch.set_flush_denormal(False)
+    assert found.eq(1).all()
+
+
 @pytest.mark.parametrize(
     "sweep",
     [
