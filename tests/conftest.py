@@ -106,12 +106,12 @@ def _tables():
     return ops, dict(TABLE), torch.get_default_dtype(), torch.is_grad_enabled()
 
 
-# The module is the scope because `monkeypatch` undoes the changes of a test before that ends.
+# Of the module, since `monkeypatch` undoes the changes of a test before the module ends.
 @pytest.fixture(autouse=True, scope="module")
 def _tables_stay():
     """A module that leaves a table changed fails, and not the test that happens to run after it.
 
-    Otherwise it shows only in the runs in which xdist gives both to one process: one test in 7,217.
+    Otherwise it shows only in runs in which xdist gives both to one process.
     """
     before = _tables()
     yield

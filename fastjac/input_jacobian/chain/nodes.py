@@ -245,11 +245,12 @@ add("Div", Div())
 
 
 def inside_range(n: Any, u: Tensor, s: Tensor) -> Tensor:
-    low, high = n._saved_min, n._saved_max
-    inside = None if low is None else s >= low
-    if high is not None:
-        inside = s <= high if inside is None else inside & (s <= high)
-    return u if inside is None else torch.where(inside, u, 0)
+    """The derivative of a clamp, which has one limit or two."""
+    limits: Any = getattr(n, "_saved_min", None), getattr(n, "_saved_max", None)
+    low, high = limits
+    if low is None:
+        return torch.where(s <= high, u, 0)
+    return torch.where(s >= low if high is None else (s >= low) & (s <= high), u, 0)
 
 
 def power_slope(n: Any, u: Tensor, s: Tensor) -> Tensor:
@@ -275,9 +276,7 @@ add("LeakyRelu.1", Pointwise("result", lambda n, u, s: aten.leaky_relu_backward(
 add("Hardtanh", Pointwise("self", lambda n, u, s: aten.hardtanh_backward(
     u, s, n._saved_min_val, n._saved_max_val)))
 add("Hardsigmoid", Pointwise("self", lambda n, u, s: aten.hardsigmoid_backward(u, s)))
-add("Clamp.1", Pointwise("self", inside_range))
-add("ClampMin", Pointwise("self", lambda n, u, s: torch.where(s >= n._saved_min, u, 0)))
-add("ClampMax", Pointwise("self", lambda n, u, s: torch.where(s <= n._saved_max, u, 0)))
+add("Clamp.1 ClampMin ClampMax", Pointwise("self", inside_range))
 add("Abs", Pointwise("self", lambda n, u, s: u * s.sgn()))
 add("Exp", Pointwise("result", lambda n, u, s: u * s, lambda n, s: 1))
 add("Log", Pointwise("self", lambda n, u, s: u / s, lambda n, s: -1 / (s * s)))

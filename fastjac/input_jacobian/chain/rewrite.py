@@ -1,8 +1,7 @@
-"""Traced calls as fewer ones, since each costs a few µs on the host, and a pass over the memory.
+"""Traced calls as fewer ones. Each call costs a few µs on the host, and a pass over the memory.
 
 A product that is only added to something becomes one operation with the sum (`add_products`), and
-the mask of a clamp, with the choice by it, one operation too (`join_clamps`). `benchmarks/NOTES.md`
-has the gains.
+the derivative of a clamp is one operation (`join_clamps`). `benchmarks/NOTES.md` has the gains.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ aten = torch.ops.aten
 # ---- clamps
 
 
-class Range(NamedTuple):
+class _Range(NamedTuple):
     """A mask, ``low <= x <= high``; without a limit if that is None."""
 
     x: int
@@ -38,12 +37,13 @@ _ANDS = (
 def join_clamps(traced: Calls) -> Calls:
     """The calls, with one in the place of the derivative of a clamp.
 
-    That is ``where(low <= x <= high, g, 0)``, which torch computes by two to five operations, and
-    ``threshold_backward`` or ``hardtanh_backward`` by one. These are 0 at their limits, where a
-    clamp has the derivative 1. They are therefore given the next numbers outside.
+    The derivative is ``where(low <= x <= high, g, 0)``, which torch computes by three or five
+    operations. ``threshold_backward`` and ``hardtanh_backward`` are one. Theirs is 0 at the limits,
+    where that of a clamp is 1, so they are given the next numbers outside of them. The results are
+    those of torch, unless x is infinite or NaN.
     """
     memory = traced.memory
-    masks: dict[int, Range] = {}
+    masks: dict[int, _Range] = {}
     zeros: set[int] = set()
     found: list[Call] = []
     for call in traced.calls:
@@ -52,13 +52,13 @@ def join_clamps(traced: Calls) -> Calls:
             a, b = (masks[n.number] for n in args)
             masks.pop(result, None)
             if a.x == b.x and a.high is b.low is None:
-                masks[result] = Range(a.x, a.low, b.high)
+                masks[result] = _Range(a.x, a.low, b.high)
         elif written := {root_of(memory, n) for n in call.written()}:
             masks = {n: m for n, m in masks.items() if root_of(memory, n) not in written}
             zeros = {n for n in zeros if root_of(memory, n) not in written}
         elif func in (aten.ge.Scalar, aten.le.Scalar) and args[0].number < traced.inputs:
             x, limit = args[0].number, args[1]
-            masks[result] = Range(x, *((limit, None) if func is aten.ge.Scalar else (None, limit)))
+            masks[result] = _Range(x, *((limit, None) if func is aten.ge.Scalar else (None, limit)))
         elif func is aten.scalar_tensor.default and args[0] == 0:
             zeros.add(result)
         elif func is aten.where.self and args[0].number in masks and args[2].number in zeros:
@@ -67,7 +67,7 @@ def join_clamps(traced: Calls) -> Calls:
     return traced._replace(calls=found)
 
 
-def _derivative(call: Call, mask: Range, memory: list[Memory | None]) -> Call | None:
+def _derivative(call: Call, mask: _Range, memory: list[Memory | None]) -> Call | None:
     """The one operation for ``where(mask, g, 0)``; None if its operands are not of one kind."""
     g = call.args[1]
     x = memory[mask.x]
@@ -81,10 +81,10 @@ def _derivative(call: Call, mask: Range, memory: list[Memory | None]) -> Call | 
 
 
 def _outside(limit: float | None, sign: int, dtype: torch.dtype) -> float:
-    """The next number above a limit, if the sign is positive, or below it."""
+    """The next number above a limit, if the sign is positive, or below it; infinite for None."""
     if limit is None:
         return sign * math.inf
-    if limit == 0:  # a denormal number would be 0 after `torch.set_flush_denormal`
+    if limit == 0:  # the next one is denormal, and counts as 0 after `torch.set_flush_denormal`
         return sign * torch.finfo(dtype).tiny
     end = torch.tensor(sign * math.inf, dtype=dtype)
     return torch.nextafter(torch.tensor(limit, dtype=dtype), end).item()

@@ -38,6 +38,9 @@ _REFUSED = ("aten::_local_scalar_dense", "aten::nonzero")
 class _Tracer(TorchDispatchMode):
     """Records the calls. Values are numbered; the inputs come first.
 
+    Where a kernel of ours takes the place of torch's, the traced sweep runs it too, so that a
+    program can be compared with its sweep bit for bit.
+
     Of the results it keeps none alive but the argument of a cosine, so that a traced sweep needs no
     more memory than one that is not.
     """
