@@ -115,7 +115,10 @@ def _tables_stay():
     """
     before = _tables()
     yield
-    assert _tables() == before, "a test of this module left a table of all tests changed"
+    assert _tables() == before, (
+        "a test of this module changed the ops, the activations, the default dtype or the grad "
+        "mode, and did not change it back"
+    )
 
 
 @pytest.fixture(autouse=True)
