@@ -40,7 +40,7 @@ class AutogradPullback(Pullback):
             return super().squared_norms(w, chunk_size)
         # Without the dimension of size 1, whose views are nodes of the graph.
         return measure(
-            _checked(self.output, self.x, w.squeeze(0), 0, self.operations), "l2_squared", 1
+            checked(self.output, self.x, w.squeeze(0), 0, self.operations), "l2_squared", 1
         )
 
     def jvp(self, u: Tensor, chunk_size: int | None = None) -> Tensor:
@@ -49,18 +49,10 @@ class AutogradPullback(Pullback):
         The gradient of the result is a third derivative; `guards` has those that raise.
         """
         if torch.compiler.is_compiling():
-            comptime(guards.REFUSE_JVP)
-        operations = self.operations
-        if operations is None and not torch.compiler.is_compiling():
-            operations = Operations(self.output)
-        if operations is not None and operations.missing:  # needed for the value too
-            raise RuntimeError(guards.missing_second(operations))
-        w = torch.zeros_like(self.output, requires_grad=True)
-        (v,) = vjp(self.output, self.x, w.unsqueeze(0), None, operations, guarded=False)
-        t = vjp(v, w, u, chunk_size, operations, guarded=False)
-        if operations is not None:
-            guards.check_backward(t, operations, self.why_not_chain)
-        return t
+            _refuse(self.output, self.x)
+            return _jvp_in_graph(self.output, self.x, u, chunk_size, self.why_not_chain)
+        operations = self.operations or Operations(self.output)
+        return _jvp(self.output, self.x, u, chunk_size, operations, self.why_not_chain)
 
     def then(self, f: Callable[[Tensor], Tensor]) -> Pullback:
         return AutogradPullback(self.x, f(self.output))
@@ -96,23 +88,19 @@ def vjp(
 ) -> Tensor:
     """``Jᵀ w_k`` for cotangents ``w`` ``[K, *output.shape]``, as ``[K, *x.shape]``.
 
-    Up to ``chunk_size`` cotangents share one batched pass (``is_grads_batched``); a single one
-    needs no vmap. The result is differentiable, also with respect to ``w``.
+    Up to ``chunk_size`` cotangents share one batched pass; a single one needs no vmap. The result
+    is differentiable, also with respect to ``w``.
 
     The cotangents are computed one at a time if a batched pass would be wrong in torch 2.13: if the
     graph contains an ``autograd.Function`` that is not one of fastjac (a compiled model is one),
-    whose second-order term is dropped without an error, or one of `guards.WRONG_BATCHED`. Inside
-    ``torch.compile``, where such a Function raises, and symbolic ``make_fx`` the default is one at
-    a time too, since torch cannot trace a batched pass with dynamic shapes.
+    whose second-order term is dropped without an error, or one of `guards.WRONG_BATCHED`.
     """
     if w.shape[0] == 1:
-        return _checked(output, x, w.squeeze(0), 0, operations, guarded).unsqueeze(0)
-    symbolic = any(isinstance(n, torch.SymInt) for t in (output, x, w) for n in t.shape)
-    together = 1 if symbolic or torch.compiler.is_compiling() else w.shape[0]
-    return _checked(output, x, w, chunk_size or together, operations, guarded)
+        return checked(output, x, w.squeeze(0), 0, operations, guarded).unsqueeze(0)
+    return checked(output, x, w, chunk_size or w.shape[0], operations, guarded)
 
 
-def _checked(
+def checked(
     output: Tensor,
     x: Tensor,
     w: Tensor,
@@ -122,29 +110,117 @@ def _checked(
 ) -> Tensor:
     """``Jᵀ w``, or for a size, that of K cotangents in passes of this size."""
     if torch.compiler.is_compiling():
-        comptime(guards.REFUSE_FUNCTIONS)
-        if size > 1:
-            comptime(guards.REFUSE_BATCHED)
-    else:
-        operations = operations or Operations(output)
-        if operations.foreign or operations.wrong_batched:
-            size = min(size, 1)
+        _refuse(output, x)
+        return _vjp_in_graph(output, x, w, size, guarded)
+    return _passes(output, x, w, size, operations or Operations(output), guarded)
+
+
+def _jvp(
+    output: Tensor,
+    x: Tensor,
+    u: Tensor,
+    chunk_size: int | None,
+    operations: Operations,
+    why_not_chain: str,
+) -> Tensor:
+    if operations.missing:  # needed for the value too
+        raise RuntimeError(guards.missing_second(operations))
+    w = torch.zeros_like(output, requires_grad=True)
+    v = _passes(output, x, w, 0, operations, guarded=False)
+    size = 0 if u.shape[0] == 1 else chunk_size or u.shape[0]
+    t = _passes(v, w, u if size else u.squeeze(0), size, operations, guarded=False)
+    guards.check_backward(t, operations, why_not_chain)
+    return t if size else t.unsqueeze(0)
+
+
+def gradient(loss: Tensor, x: Tensor) -> Tensor:
+    """The gradient of the sum of a loss with respect to x, without a graph."""
+    if torch.compiler.is_compiling():
+        return _gradient_in_graph(loss, x)
+    (v,) = torch.autograd.grad(loss.sum(), x, retain_graph=True, allow_unused=True)
+    return connected(v)
+
+
+def connected(v: Tensor | None) -> Tensor:
+    if v is None:
+        raise RuntimeError(
+            "output does not depend on x: pass the tensor that went into the model, and check "
+            "that the model does not detach it"
+        )
+    return v
+
+
+# ---- inside torch.compile
+#
+# Dynamo traces neither `autograd.grad` nor `requires_grad_` by itself. So that no setting of it has
+# to be changed, they are calls of a function in its graph. The compiler behind dynamo runs these
+# functions on tensors that have a graph of autograd.
+
+
+@torch.compiler.allow_in_graph
+def _vjp_in_graph(output: Tensor, x: Tensor, w: Tensor, size: int, guarded: bool) -> Tensor:
+    return _passes(output, x, w, size, Operations(output), guarded)
+
+
+@torch.compiler.allow_in_graph
+def _jvp_in_graph(
+    output: Tensor, x: Tensor, u: Tensor, chunk_size: int | None, why_not_chain: str
+) -> Tensor:
+    return _jvp(output, x, u, chunk_size, Operations(output), why_not_chain)
+
+
+@torch.compiler.allow_in_graph
+def _gradient_in_graph(loss: Tensor, x: Tensor) -> Tensor:
+    (v,) = torch.autograd.grad(loss.sum(), x, retain_graph=True, allow_unused=True)
+    return connected(v)
+
+
+@torch.compiler.allow_in_graph
+def _leaf_in_graph(x: Tensor) -> Tensor:
+    return x.detach().requires_grad_()
+
+
+def _leaf(x: Tensor) -> Tensor:
+    """A copy of x that requires grad."""
+    return _leaf_in_graph(x) if torch.compiler.is_compiling() else x.detach().requires_grad_()
+
+
+def _refuse(output: Tensor, x: Tensor) -> None:
+    """Raises where torch would compile a wrong gradient."""
+    comptime(guards.refuse_functions)
+    comptime(guards.refuse_outside)
+
+
+def _passes(
+    output: Tensor, x: Tensor, w: Tensor, size: int, operations: Operations, guarded: bool
+) -> Tensor:
+    if operations.foreign or operations.wrong_batched:
+        size = min(size, 1)
     if size == 0:
         v = _pass(output, x, w)
     elif size == 1:
         v = torch.stack([_pass(output, x, part) for part in w])
     else:
         v = torch.cat([_pass(output, x, part, True) for part in w.split(size)])
-    if guarded and operations is not None:
+    if guarded:
         guards.check_backward(v, operations)
     return v
 
 
 def _pass(output: Tensor, x: Tensor, w: Tensor, batched: bool = False) -> Tensor:
-    try:
+    def pull(w: Tensor, batched: bool) -> Tensor | None:
         (v,) = torch.autograd.grad(
             output, x, w, create_graph=True, allow_unused=True, is_grads_batched=batched
         )
+        return v
+
+    # The older vmap of `is_grads_batched` does not take sizes that are symbols.
+    symbolic = any(isinstance(n, torch.SymInt) for t in (output, x, w) for n in t.shape)
+    try:
+        if batched and symbolic:
+            v = torch.func.vmap(lambda w: pull(w, False))(w)
+        else:
+            v = pull(w, batched)
     except RuntimeError as error:
         if not batched or "is not implemented" in str(error):  # one at a time it is not, either
             raise
@@ -152,12 +228,7 @@ def _pass(output: Tensor, x: Tensor, w: Tensor, batched: bool = False) -> Tensor
             f"the batched pass over {w.shape[0]} cotangents failed: if an operation of the model "
             f"does not support vmap, use chunk_size=1. The error of torch is: {error}"
         ) from error
-    if v is None:
-        raise RuntimeError(
-            "output does not depend on x: pass the tensor that went into the model, and check "
-            "that the model does not detach it"
-        )
-    return v
+    return connected(v)
 
 
 def check_output(output: Tensor, n: int) -> None:
@@ -198,9 +269,9 @@ def run_model(
     """
     if at is None:
         arguments.floating("x", x)
-        if not x.requires_grad:
-            x = x.detach().requires_grad_()
         compiling = torch.compiler.is_compiling()
+        if not x.requires_grad:
+            x = _leaf(x)
         version = 0 if compiling else x._version
         whole, output = call_model(model, x, part)
         if not compiling and x._version != version:
@@ -216,7 +287,7 @@ def run_model(
 
     def catch(module: nn.Module, args: Any, hidden: Any) -> Tensor:
         hidden = arguments.floating(f"the output of at={at!r}", hidden)
-        caught.append(hidden if hidden.requires_grad else hidden.detach().requires_grad_())
+        caught.append(hidden if hidden.requires_grad else _leaf(hidden))
         return caught[-1].clone()
 
     if hasattr(model, "_orig_mod"):

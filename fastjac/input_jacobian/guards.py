@@ -7,13 +7,12 @@ the value of a penalty is right in all cases, it is the gradient that is not.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastjac.ops.autograd import Function
+from fastjac.ops.autograd import Function, nodes_from
 from fastjac.torch_private import traced_graphs
 
 WRONG_THIRD = {
@@ -21,6 +20,9 @@ WRONG_THIRD = {
     "NativeBatchNormBackward0": "batch_norm or instance_norm",
     "CudnnBatchNormBackward0": "batch_norm or instance_norm",
     "MiopenBatchNormBackward0": "batch_norm or instance_norm",
+    # Inside torch.compile:
+    "NativeBatchNormLegitBackward0": "batch_norm or instance_norm",
+    "NativeBatchNormLegitBackward1": "batch_norm or instance_norm",
 }
 """Norms in training mode whose third derivative takes mean and variance for constants."""
 
@@ -50,11 +52,6 @@ MISSING = {
 JVP_OF_NORM = (
     "the gradient of a JVP through {} is needed, which torch computes wrongly (it takes mean and "
     "variance for constants). The chain engine computes it rightly: "
-)
-
-BATCHED_NORM = (
-    "chunk_size is more than 1, and torch differentiates {} wrongly for several cotangents at "
-    "once: inside torch.compile use chunk_size=1"
 )
 
 GRADIENT_IN_MODEL = (
@@ -166,31 +163,38 @@ def _refuse_backward(v: Tensor, message: str, third: bool = False) -> None:
     v.register_hook(refuse)
 
 
-def _traced_calls(names: tuple[str, ...], message: str) -> Callable[[Any], None]:
-    """A `comptime` function that raises if the traced graph calls a function of one of the names.
+def refuse_functions(context: Any) -> None:
+    """A `comptime` function: raises if an ``autograd.Function`` of the user was traced.
 
-    Made once, as a global: dynamo cannot give a comptime function a closure of traced values.
+    When dynamo traces one (torch 2.13), its second-order term is lost without an error. The ops of
+    fastjac are single operations in the graph and are not affected.
     """
-
-    def check(context: Any) -> None:
-        for graph in traced_graphs(context):
-            for node in graph.nodes:
-                called = getattr(node.target, "__name__", str(node.target))
-                if called in names:
-                    raise RuntimeError(message.format(called))
-
-    return check
+    for graph in traced_graphs(context):
+        for node in graph.nodes:
+            if getattr(node.target, "__name__", str(node.target)) == "autograd_function_apply":
+                raise RuntimeError(
+                    "the model calls a torch.autograd.Function, whose second derivative is lost in "
+                    "torch.compile: compute the penalty outside of the compiled function"
+                )
 
 
-# When torch 2.13 traces `autograd.grad`, it drops the second-order term of an autograd.Function
-# without an error. The ops of fastjac are single operations in the graph and are not affected.
-REFUSE_FUNCTIONS = _traced_calls(
-    ("autograd_function_apply",),
-    "the model calls a torch.autograd.Function, whose second derivative is lost in torch.compile: "
-    "compute the penalty outside of the compiled function",
-)
-REFUSE_BATCHED = _traced_calls(("group_norm",), BATCHED_NORM)
-REFUSE_JVP = _traced_calls(
-    ("layer_norm", "batch_norm", "instance_norm"),
-    JVP_OF_NORM + "compute the penalty outside of torch.compile",
-)
+def refuse_outside(context: Any) -> None:
+    """A `comptime` function: raises if output depends on x outside of what is traced, perhaps.
+
+    A tensor that was computed before the compiled function, and requires grad, is a leaf in it. If
+    it depends on x, that part of the gradient would be lost.
+    """
+    output, x = (context.get_local(name) for name in ("output", "x"))
+    if x.as_proxy().node.op != "placeholder" and x.as_fake().grad_fn is None:
+        return  # a leaf that was made inside, which nothing from outside depends on
+    outside = {
+        t.grad_fn: node.name
+        for node in context.graph().find_nodes(op="placeholder")
+        if isinstance(t := node.meta.get("example_value"), Tensor) and t.grad_fn is not None
+    }
+    for node in nodes_from(output.as_fake().grad_fn, x.as_fake().grad_fn):
+        if node in outside:
+            raise RuntimeError(
+                "output depends on a tensor that was computed before the compiled function "
+                f"({outside[node]}), which may depend on x: compute it inside, or detach it"
+            )

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -35,6 +36,7 @@ from fastjac.input_jacobian.chain import (
 from fastjac.input_jacobian.compiled import engine as compiled
 from fastjac.input_jacobian.compiled.buffers import places_of
 from fastjac.input_jacobian.pullback import Pullback
+from fastjac.input_jacobian.written_out import NormsWrittenOut
 from fastjac.model_output import Part, tensors_of, with_tensors
 
 ENGINES = ("auto", "chain", "autograd", "compiled")
@@ -82,6 +84,10 @@ def run(request: Request, model: Callable[..., Any], x: Tensor) -> tuple[Any, Te
     return whole, penalty.per_sample(pull, *targets, **named)
 
 
+def _norms(written_out: bool) -> AbstractContextManager[object]:
+    return NormsWrittenOut() if written_out else nullcontext()
+
+
 def _alone(whole: Any, output: Tensor) -> bool:
     """Whether no other tensor in what the model returned has a graph, which may be a hidden one."""
     tensors = tensors_of(whole)
@@ -117,7 +123,9 @@ def _run(
     at, part = request.penalty.at, request.penalty.output
     advice = ". Use engine='autograd'"
     if torch.compiler.is_compiling():
-        x, whole, output = by_autograd.run_model(model, x, at, part)
+        # Torch cannot differentiate its faster attention twice, nor the JVP of its norms.
+        with sdpa_kernel(SDPBackend.MATH), _norms(request.penalty.uses_jvp):
+            x, whole, output = by_autograd.run_model(model, x, at, part)
         by_autograd.check_graph(x, output)
         distributed.check_graph(x, output)
         pull = by_autograd.AutogradPullback(x, output)

@@ -179,7 +179,9 @@ class LayerCall:
 
     def release(self) -> None:
         """Drop the references to the tensors: under checkpoint the graph does not hold them."""
-        self.released_shape, self.ref = self.z.shape, weakref.ref(self.z)
+        self.released_shape = self.z.shape
+        if not torch.compiler.is_compiling():
+            self.ref = weakref.ref(self.z)
         self.x = self.z = self.before_norm = self.normed = None
 
     def is_output(self, z: Tensor) -> bool:

@@ -321,6 +321,9 @@ class Pass:
         if any(a is t for a in self.activated for t in outputs):
             self.ends_in_layer = True
         self.activated = []
+        if self.compiling:  # or these tensors would be outputs of the graph, which get gradients
+            for call in self.calls:
+                call.release()
         if sight is not None and self.looks:
             sight.looked(self)
         elif sight is not None:

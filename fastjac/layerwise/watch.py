@@ -135,7 +135,8 @@ class Watch:
                 with Calls(seen):
                     output = forward(*args, **kwargs)
                 seen.complete(seen.statistic, output)
-            self.passes.append((seen, Output(output)))
+            # A new list: torch.compile returns from its graph what was put into an existing one.
+            self.passes = [*self.passes, (seen, Output(output))]
             return output
         seen = self._new_pass(statistic)
         try:

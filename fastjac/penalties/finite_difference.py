@@ -63,11 +63,7 @@ class FiniteDifferenceDataGrad(ModelPenalty):
         loss = cross_entropy(output, target)
         if x.shape[0] == 0:
             return whole, attached_zeros(output)
-        (v,) = torch.autograd.grad(loss.sum(), start, retain_graph=True, allow_unused=True)
-        if v is None:
-            raise RuntimeError(
-                "output does not depend on x: check that the model does not detach x"
-            )
+        v = by_autograd.gradient(loss, start)
         length = measure(v, "l2", lead=1)
         moved = length > 0
         step = self.eps / torch.where(moved, length, 1)
