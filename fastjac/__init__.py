@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 from fastjac import nn, penalties, presets, reference, schedules
 from fastjac._version import __version__
 from fastjac.cli import check, info
+from fastjac.compiled import compile
 from fastjac.functional import FUNCTIONS as _FUNCTIONS
 from fastjac.nn import Act, fuse, unfuse
 from fastjac.ops import *  # noqa: F403
@@ -26,6 +27,7 @@ __all__ = [
     "WeightSchedule",
     "__version__",
     "check",
+    "compile",
     "explain",
     "fuse",
     "info",

@@ -153,7 +153,7 @@ class Penalty(nn.Module):
         output: Part = None,
     ) -> None:
         super().__init__()
-        self._weight = arguments.weight("weight", weight)
+        self._set_weight(arguments.weight("weight", weight))
         self.reduction = arguments.choice("reduction", reduction, REDUCTIONS)
         self.every = arguments.count("every", every)
         # By vars(), so that a module that is used as a function is no submodule.
@@ -185,7 +185,14 @@ class Penalty(nn.Module):
                     "penalty.weight.fill_(value), or by a WeightSchedule"
                 )
             self._captured = not isinstance(value, Tensor)  # with a tensor: to be captured again
+        self._set_weight(value)
+
+    def _set_weight(self, value: float | Tensor) -> None:
         self._weight = value
+        # For code of torch.compile, to which an attribute that is a number is a constant.
+        if not isinstance(value, Tensor):
+            value = torch.tensor(value, dtype=torch.float64, device="cpu")
+        self._number = value
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "_captured"}
@@ -296,7 +303,7 @@ class Penalty(nn.Module):
 
     def _factor(self, values: Tensor) -> float | Tensor:
         """What ``values`` are multiplied by: the weight, times ``every`` in training."""
-        factor = self._weight
+        factor = self._number if torch.compiler.is_compiling() else self._weight
         if torch_private.capturing():
             if isinstance(factor, Tensor) and factor.device != values.device:
                 raise RuntimeError(

@@ -35,6 +35,16 @@ def total(pieces: Iterable[Tensor]) -> Tensor:
     return sums[0] if len(sums) == 1 else torch.stack(sums).sum(0)
 
 
+def _refuse_compiled() -> None:
+    """Raises inside ``torch.compile``, which cannot trace a ``torch.Generator``."""
+    if torch.compiler.is_compiling():
+        raise RuntimeError(
+            "generator is given, and torch.compile cannot trace a torch.Generator: drop generator "
+            "(torch.manual_seed sets torch's own), or draw before the compiled function and pass "
+            "the numbers"
+        )
+
+
 def normal(shape: Sequence[int], generator: torch.Generator | None, **options: Any) -> Tensor:
     """``torch.randn(shape, generator=generator)``, also for sizes that are symbols.
 
@@ -43,6 +53,7 @@ def normal(shape: Sequence[int], generator: torch.Generator | None, **options: A
     """
     if generator is None:
         return torch.randn(shape, **options)
+    _refuse_compiled()
     return torch.empty(shape, **options).normal_(generator=generator)
 
 
@@ -52,6 +63,7 @@ def integers(
     """``torch.randint(high, shape, generator=generator)``; see `normal`."""
     if generator is None:
         return torch.randint(high, shape, **options)
+    _refuse_compiled()
     options.setdefault("dtype", torch.int64)
     return torch.empty(shape, **options).random_(high, generator=generator)
 
@@ -60,6 +72,7 @@ def uniform(shape: Sequence[int], generator: torch.Generator | None, **options: 
     """``torch.rand(shape, generator=generator)``; see `normal`."""
     if generator is None:
         return torch.rand(shape, **options)
+    _refuse_compiled()
     return torch.empty(shape, **options).uniform_(generator=generator)
 
 

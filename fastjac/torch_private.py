@@ -236,36 +236,26 @@ def traced_graphs(context: Any) -> list[Any]:
     return [context.graph(), *bodies]
 
 
-_COMPILED = "engine='compiled' cannot run"
+_COMPILE = "fastjac.compile raises"
 dynamo_config = _later(
     "torch._dynamo.config",
-    "to compile as one graph with hook guards, whatever the user's configuration is",
-    _COMPILED,
-)
-dynamo_errors = _later(
-    "torch._dynamo.exc",
-    "to tell a model that cannot be traced from an error of the model",
-    _COMPILED,
+    "to have torch.compile trace the backward of a step",
+    _COMPILE,
 )
 lookup_backend = _later(
     "torch._dynamo.lookup_backend",
-    "to check the graph before it is handed to the compiler",
-    _COMPILED,
+    "to compare the code that a backend compiles with its graph",
+    _COMPILE,
 )
-inductor_config = _later(
-    "torch._inductor.config",
+compile_fx = _later(
+    "torch._inductor.compile_fx.compile_fx",
     "to leave out the pass of inductor that gave wrong values (seen on torch 2.13)",
-    _COMPILED,
-)
-HigherOrderOperator = _private(
-    "torch._ops.HigherOrderOperator",
-    "to refuse graphs whose second derivative torch may get wrong",
-    _COMPILED,
+    _COMPILE,
 )
 has_any_global_hook = _private(
     "torch.nn.modules.module._has_any_global_hook",
     "to see hooks that are registered for all modules",
-    _COMPILED,
+    "layer-wise penalties of an nn.Sequential raise",
 )
 TorchDispatchMode = _private(
     "torch.utils._python_dispatch.TorchDispatchMode",

@@ -143,7 +143,7 @@ def _feed_forward() -> Case:
         network = _mlp(d, 1, 4 * d, d)
         return step_problem(network, (2 * d, d), "dreg", device=device, dtype=dtype, outputs=d)
 
-    only = ("plain", "eager", "compiled", "fastjac")
+    only = ("plain", "plain-compiled", "eager", "compiled", "fastjac", "fastjac+compile")
     return Case("dreg-feed-forward", "dreg", "step", ("layer-wise",), build, only=only)
 
 
@@ -171,7 +171,10 @@ def _host(
     name: str, penalty: str, network: Callable[[], nn.Module], *shape: int, jax: bool = False
 ) -> Case:
     """A step with batch 2 and width 4 on one thread."""
-    everyone = "plain eager compiled jax fastjac graphed-eager graphed-fastjac"
+    everyone = (
+        "plain plain-compiled eager compiled jax fastjac fastjac+compile graphed-eager "
+        "graphed-fastjac"
+    )
     case = _step(f"host-{name}", penalty, network, shape, only=everyone, jax=jax)
     return replace(case, kind="host", suites=("host",), threads=1)
 
@@ -211,7 +214,7 @@ def all_cases() -> tuple[Case, ...]:
         ),
         _step(
             *("spectreg-mlp-b100-w64", "spectreg", _mlp(16, 5, 64), (100, 16)),
-            quick=f"{short} compiled jacobianreg",
+            quick=f"{short} compiled jacobianreg plain-compiled fastjac+compile",
             jax=True,
         ),
         _step("datagrad-mlp-b128-w512", "datagrad", net512, b128, quick=short),

@@ -50,7 +50,7 @@ class Gate:
     full: Expected
 
     def of(self, contestant: str) -> Expected:
-        return self.plain if contestant == "plain" else self.full
+        return self.plain if contestant in ("plain", "plain-compiled") else self.full
 
 
 def relative_error(values: Sequence[Tensor], truth: Sequence[Tensor]) -> float:

@@ -151,12 +151,50 @@ def compiled(problem: StepProblem, backend: str = "inductor") -> Prepared:
     return training_step(model, backward)
 
 
+def plain_compiled(problem: StepProblem) -> Prepared:
+    """``torch.compile`` of the plain step with its backward, as one graph."""
+    model = copy.deepcopy(problem.model)
+
+    def step(x: Tensor, target: Tensor) -> None:
+        problem.loss(model(x), target).backward()
+
+    run = torch.compile(step, fullgraph=True)
+
+    def backward() -> None:
+        with torch._dynamo.config.patch(trace_autograd_ops=True):
+            run(problem.x, problem.target)
+
+    return training_step(model, backward)
+
+
+def ours_compiled(problem: StepProblem, backend: str = "inductor") -> Prepared:
+    """``fastjac.compile`` of the step with the public penalty and its backward."""
+    idiom = IDIOMS[problem.penalty]
+    model = copy.deepcopy(problem.model)
+    penalty = getattr(fastjac, idiom.ours)(
+        *([model] if isinstance(idiom, LayerWise) else []), weight=problem.weight
+    )
+    named = {name: getattr(problem, name) for name in getattr(idiom, "takes", ())}
+
+    def step(x: Tensor, target: Tensor, named: dict[str, Tensor]) -> None:
+        if isinstance(idiom, LayerWise):
+            output = model(x)
+            value = penalty()
+        else:
+            output, value = penalty(model, x, **named)
+        (problem.loss(output, target) + value).backward()
+
+    run = fastjac.compile(step, backend=backend)
+    prepared = training_step(model, lambda: run(problem.x, problem.target, named))
+    close = penalty.detach if isinstance(idiom, LayerWise) else prepared.close
+    return replace(prepared, close=close)
+
+
 def ours(problem: StepProblem, impl: str = "auto", engine: str = "auto") -> Prepared:
     """The public penalty, called as its documentation says.
 
-    A penalty on the input Jacobian gets a fused model, except with the compiled engine, because
-    torch.compile fuses activations itself. A layer-wise penalty computes the activations of its
-    layers itself, so it needs ``fuse`` only to pass on a named ``impl``.
+    A penalty on the input Jacobian gets a fused model. A layer-wise penalty computes the
+    activations of its layers itself, so it needs ``fuse`` only to pass on a named ``impl``.
     """
     idiom = IDIOMS[problem.penalty]
     made = getattr(fastjac, idiom.ours)
@@ -167,8 +205,7 @@ def ours(problem: StepProblem, impl: str = "auto", engine: str = "auto") -> Prep
         attached = made(model, weight=problem.weight)
         layerwise = _penalised(problem, model, lambda: (model(problem.x), attached()))
         return replace(layerwise, close=attached.detach)
-    if engine != "compiled":
-        model = fastjac.fuse(model, impl=impl)
+    model = fastjac.fuse(model, impl=impl)
     penalty = made(weight=problem.weight)
     penalty.engine = engine
     named = {name: getattr(problem, name) for name in idiom.takes}

@@ -42,24 +42,20 @@ class InputPenalty(Penalty):
       value is computed once more, by autograd, unless the model has kept a hidden tensor: then the
       value is differentiable once;
     * ``"autograd"``: ``torch.autograd.grad`` with ``create_graph=True``;
-    * ``"compiled"``: ``torch.func.vjp`` inside ``torch.compile``;
     * ``"auto"`` (default): the chain engine where it can read the graph, else autograd. If x has
       fewer than 32,768 elements, autograd runs the first call with the same operations and shapes.
 
-    ``"chain"``, ``"autograd"`` and ``"auto"`` run the model once, in the ordinary way, and choose
-    after the run, for this call alone. If a named engine cannot run a call, it raises. If autograd
+    The model runs once, in the ordinary way, and the engine is chosen after the run, for this call
+    alone. If a named engine cannot run a call, it raises. If autograd
     must run a model whose ``scaled_dot_product_attention`` torch cannot differentiate twice, the
     model runs under ``SDPBackend.MATH``; with ``"auto"`` its first call runs it a second time then,
     from the same random numbers and buffers.
     ``explain_engine(model, x)`` returns which engine runs and why.
 
-    ``"compiled"`` is for models that torch traces as one graph. It compiles for seconds at the
-    first call, and again for other shapes, dtypes and modes. The first run of the compiled code is
-    compared with torch's own kernels, and raises if it is wrong. The value is differentiable once.
-    Random numbers come from torch's global generator; a ``generator`` of projections raises. So do
-    models that torch cannot trace (control flow that depends on numbers, hidden tensors that the
-    model keeps) or would differentiate wrongly (a ``torch.autograd.Function``, ``.data``, hooks on
-    tensors).
+    Inside ``torch.compile`` (see `fastjac.compile`) the products are traced as those of autograd,
+    and become a part of the graph of the step; the value is differentiable once, and so is that of
+    the graph form. ``"chain"`` raises there, and so does a model that calls a
+    ``torch.autograd.Function``, whose second derivative torch would lose.
     """
 
     uses_jvp = False  # whether `per_sample` calls `Pullback.jvp`
@@ -92,7 +88,7 @@ class InputPenalty(Penalty):
                 f"at={self.at!r} is for the model form: in the graph form pass the hidden tensor "
                 "itself as x"
             )
-        if self.engine in ("chain", "compiled"):
+        if self.engine == "chain":
             raise ValueError(
                 f"engine={self.engine!r} is for the model form, (model, x, ...): in the graph form "
                 "the graph exists already"

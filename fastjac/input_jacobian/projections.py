@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -97,18 +96,6 @@ class RandomPenalty(ProjectionPenalty):
             )
         self.generator = arguments.generator(generator)
         self.chunk_size = arguments.chunk_size(chunk_size)
-
-    def model_form(
-        self, model: Callable[..., Any], x: Tensor, *targets: Any, **named: Any
-    ) -> tuple[Tensor, Tensor]:
-        draws = self.n_proj != -1 and named.get("projection") is None
-        if self.engine == "compiled" and draws and self.generator is not None:
-            raise ValueError(
-                "generator is given and engine is 'compiled', which draws from torch's global "
-                "generator (torch.manual_seed): drop generator, pass projection=, or use another "
-                "engine"
-            )
-        return super().model_form(model, x, *targets, **named)
 
     def draw(self, k: int, logits: Tensor, dtype: torch.dtype) -> Tensor:
         """``w`` in ``dtype``: ``[k, N, m]``, or ``[k, 1, m]`` if the samples share it."""

@@ -48,8 +48,6 @@ class Pullback:
 
         Returns:
             ``[K, *output.shape]``.
-
-        ``engine="compiled"`` has no JVP and raises.
         """
         raise NotImplementedError("jvp is defined by subclasses of Pullback")
 

@@ -33,13 +33,11 @@ from fastjac.input_jacobian.chain import (
     programs_of,
     run_of,
 )
-from fastjac.input_jacobian.compiled import engine as compiled
-from fastjac.input_jacobian.compiled.buffers import places_of
 from fastjac.input_jacobian.pullback import Pullback
 from fastjac.input_jacobian.written_out import NormsWrittenOut
 from fastjac.model_output import Part, tensors_of, with_tensors
 
-ENGINES = ("auto", "chain", "autograd", "compiled")
+ENGINES = ("auto", "chain", "autograd")
 
 
 class Asks(Protocol):
@@ -64,10 +62,6 @@ class Request(NamedTuple):
 def run(request: Request, model: Callable[..., Any], x: Tensor) -> tuple[Any, Tensor]:
     """Runs the model; returns what it returned and what ``per_sample`` returns for its pullback."""
     penalty, targets, named = request
-    if penalty.engine == "compiled":
-        if penalty.at is not None:
-            raise RuntimeError(f"engine='compiled' cannot run this call: {_hidden(penalty.at)}")
-        return compiled.run(penalty.per_sample, model, x, targets, named, penalty.output)
     whole, pull, reason, advice = _run(request, model, x)
     if isinstance(pull, Chain):
         pull.definition = lambda pull: _again(request, pull)
@@ -106,10 +100,6 @@ def _again(request: Request, pull: Pullback) -> Tensor:
     if generator is not None:
         generator.set_state(state)
     return values
-
-
-def _hidden(at: str) -> str:
-    return f"at={at!r} needs a gradient with respect to a hidden tensor: use engine='autograd'"
 
 
 def _run(
@@ -302,8 +292,13 @@ class _State:
 
     def __init__(self, model: Any, x: Tensor) -> None:
         # Those of a lazy module that has not run have no numbers.
-        places = [p for m in modules_of(model) for p in places_of(m) if not is_lazy(p[-1])]
-        self.buffers = [(*place, place[-1].clone()) for place in places]
+        self.buffers = [
+            (part._buffers, name, buffer, buffer.clone())
+            for module in modules_of(model)
+            for part in module.modules()
+            for name, buffer in part._buffers.items()
+            if buffer is not None and not is_lazy(buffer)
+        ]
         self.cuda = x.device if x.is_cuda else None
         self.random = torch.get_rng_state()
         self.cuda_random = None if self.cuda is None else torch.cuda.get_rng_state(self.cuda)
@@ -328,9 +323,6 @@ def explain(request: Request, model: Any, x: Tensor) -> str:
             "call explain_engine with the model before it is sharded"
         )
     model = distributed.inside(model)
-    if engine == "compiled":
-        at = request.penalty.at
-        return compiled.explain(model, x, None if at is None else _hidden(at))
     state = _State(model, x) if isinstance(model, nn.Module) else None
     _, pull, reason, _ = _run(request, model, x, steady=True)
     if state is not None:

@@ -67,9 +67,7 @@ def instance_norm(
     eps: float = 1e-5,
 ) -> Tensor:
     if not use_input_stats:
-        return F.instance_norm(
-            input, running_mean, running_var, weight, bias, False, momentum, eps
-        )
+        return F.instance_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
     y, mean, var = _normalised(input, list(range(2, input.dim())), eps)
     positions = input[0, 0].numel()
     _update(running_mean, running_var, mean.mean(0), var.mean(0), positions, momentum)
