@@ -228,18 +228,19 @@ def _copy(t: Tensor) -> Tensor:
 def _names(graph: torch.fx.GraphModule) -> list[str]:
     """What each output of a graph is: a gradient that ``backward`` computed in it, or a number."""
     (end,) = graph.graph.find_nodes(op="output")
-    names = []
-    for number, node in enumerate(end.args[0]):
-        name = f"output {number} of the graph"
-        while isinstance(node, torch.fx.Node) and node.op.startswith("call"):
-            source = node.args[0] if node.args else None
-            if node.target is operator.getitem and source.target is torch.autograd.grad:
-                name = f"the gradient with respect to {source.args[1][node.args[1]]}"
-                break
-            # Through the copies that become `.grad`.
-            node = source if len(node.all_input_nodes) == 1 else None
-        names.append(name)
-    return names
+    outputs: Any = end.args[0]
+    return [_gradient(node) or f"output {i} of the graph" for i, node in enumerate(outputs)]
+
+
+def _gradient(node: Any) -> str | None:
+    """What a node is, if it is a gradient that ``backward`` computed, or a copy of one."""
+    while isinstance(node, torch.fx.Node) and node.op.startswith("call"):
+        source: Any = node.args[0] if node.args else None
+        if node.target is operator.getitem and source.target is torch.autograd.grad:
+            return f"the gradient with respect to {source.args[1][node.args[1]]}"
+        # Through the copies that become `.grad`.
+        node = source if len(node.all_input_nodes) == 1 else None
+    return None
 
 
 def _weights_like(t: Tensor) -> Tensor:

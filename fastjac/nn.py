@@ -88,6 +88,30 @@ def activation_of(module: nn.Module) -> Act | None:
     return None
 
 
+def row_of(module: nn.Module) -> tuple[str, tuple[float, ...]] | None:
+    """The name and the parameters of the row that a module of torch, or an `Act`, computes.
+
+    None for an `Act` with an implementation of its own. Written so that dynamo can trace it.
+    """
+    if type(module) is Act:
+        return (module.fn, _values(module.fn, module.params)) if module.impl == "auto" else None
+    for name, kwargs in _ROWS.get(type(module), ()):
+        if all([getattr(module, key) == value for key, value in kwargs.items()]):
+            return name, _values(name, {p: getattr(module, p) for p in TABLE[name].params})
+    return None
+
+
+def _values(name: str, params: dict[str, Any]) -> tuple[float, ...]:
+    return tuple([float(params.get(p, value)) for p, value in TABLE[name].params.items()])
+
+
+_ROWS: dict[type, list[tuple[str, dict[str, Any]]]] = {}
+for _row in TABLE.values():
+    if _row.module is not None:
+        _kind = getattr(nn, _row.module)
+        _ROWS.setdefault(_kind, []).append((_row.name, dict(_row.torch_kwargs)))
+
+
 def recognised(module: nn.Module) -> Act | None:
     """The `Act` that computes the same as a module of a foreign class, by what it computes."""
     found = recognise.recognise(module)

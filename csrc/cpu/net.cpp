@@ -1,8 +1,7 @@
 // `net_forward` and `net_pull` for CPU tensors; see fastjac/ops/net.py.
-#include "net_state.h"
+#include "net_ops.h"
 
 namespace fastjac {
-namespace {
 
 // Returns the output and what `Saved` takes: if `slopes`, φ' and φ'' of the activations and all
 // values that linear steps read; else s of the activations and no output of an activation.
@@ -169,8 +168,6 @@ Tensors net_pull(const Tensor& w, const Tensors& weights, const Tensors& tensors
   });
   return found;
 }
-
-}  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fastjac, CPU, m) {
   m.impl("net_forward", TORCH_BOX(&net_forward));

@@ -1,5 +1,6 @@
 // `net_backward` for CPU tensors; see fastjac/ops/net.py.
 #include "net_gradients.h"
+#include "net_ops.h"
 #include "net_tangents.h"
 
 namespace fastjac {
@@ -203,6 +204,8 @@ struct Immediate {
   bool wanted(const Step& step) const { return backward.terms.gradients.wanted(step.weight); }
 };
 
+}  // namespace
+
 // Returns the gradients of the weights and of the biases, and the cotangent of the value that the
 // steps from `start` to `stop` start from (x, if start is 1), if they are `wanted`. grad is the
 // cotangent of the value of step stop - 1.
@@ -284,8 +287,6 @@ Tensors net_backward(const std::optional<Tensor>& grad, const std::optional<Tens
   found.push_back(x_grad);
   return found;
 }
-
-}  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fastjac, CPU, m) { m.impl("net_backward", TORCH_BOX(&net_backward)); }
 

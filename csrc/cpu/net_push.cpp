@@ -1,4 +1,5 @@
 // `net_push` for CPU tensors; see fastjac/ops/net.py.
+#include "net_ops.h"
 #include "net_tangents.h"
 
 namespace fastjac {
@@ -14,6 +15,8 @@ struct Kept {
   void linear(int64_t, const View&) const {}
   void norm(const Step&, const View&) const {}
 };
+
+}  // namespace
 
 // Returns J u [K n, m] if `wanted`, else an empty tensor; then, if there are deltas, what `Pushed`
 // takes.
@@ -45,8 +48,6 @@ Tensors net_push(const Tensor& u, const std::optional<Tensor>& factor, const Ten
   });
   return found;
 }
-
-}  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fastjac, CPU, m) { m.impl("net_push", TORCH_BOX(&net_push)); }
 

@@ -41,7 +41,8 @@ _ATTENTION = (
 )
 
 MISSING = {
-    "HardsigmoidBackward0": "use the model form, penalty(model, x, ...), with engine='auto'",
+    "HardsigmoidBackward0": "use the model form, penalty(model, x, ...), with engine='auto', or "
+    "fastjac.fuse(model), also inside torch.compile",
     "ScaledDotProductFlashAttentionForCpuBackward0": _ATTENTION,
     "ScaledDotProductFlashAttentionBackward0": _ATTENTION,
     "ScaledDotProductEfficientAttentionBackward0": _ATTENTION,

@@ -34,6 +34,7 @@ from fastjac.input_jacobian.chain import (
     run_of,
 )
 from fastjac.input_jacobian.pullback import Pullback
+from fastjac.input_jacobian.traced_mlp import TracedMlp
 from fastjac.input_jacobian.written_out import NormsWrittenOut
 from fastjac.model_output import Part, tensors_of, with_tensors
 
@@ -113,6 +114,10 @@ def _run(
     at, part = request.penalty.at, request.penalty.output
     advice = ". Use engine='autograd'"
     if torch.compiler.is_compiling():
+        if request.penalty.engine == "auto" and not request.penalty.uses_jvp:
+            traced = TracedMlp.of(model, x) if at is None and part is None else None
+            if traced is not None:
+                return traced.output, traced, "torch.compile traces the call", advice
         # Torch cannot differentiate its faster attention twice, nor the JVP of its norms.
         with sdpa_kernel(SDPBackend.MATH), _norms(request.penalty.uses_jvp):
             x, whole, output = by_autograd.run_model(model, x, at, part)

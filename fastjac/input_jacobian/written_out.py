@@ -1,7 +1,7 @@
 """Norms as plain operations, for a JVP inside ``torch.compile``.
 
-Torch differentiates the JVP of its own norms wrongly (`guards.WRONG_THIRD`), and the operations that
-they consist of rightly. A compiler fuses these as well as it fuses the norms.
+Torch differentiates the JVP of its own norms wrongly (`guards.WRONG_THIRD`), and the operations
+that they consist of rightly. A compiler fuses these as well as it fuses the norms.
 """
 
 from __future__ import annotations

@@ -21,6 +21,7 @@ from fastjac.layerwise.watch import Watch
 from fastjac.model_output import Picked, call_model
 from fastjac.penalty import ModelPenalty, PenaltyOptions
 from fastjac.per_sample import attached_zeros
+from fastjac.torch_private import comptime
 
 
 class LayerOptions(PenaltyOptions, total=False):
@@ -70,6 +71,7 @@ class LayerPenalty(LayerStatistic, ModelPenalty):
         # Of each pass its number of samples, and (name, v, f) of its layers, whose share is f Σ v.
         self._shares: list[tuple[int, list[tuple[str, Tensor | Table, float]]]] = []
         self._watch: Watch | None = None
+        self._traced: list[Watch] = []  # see `_traced_form`
 
     @property
     def layer_values(self) -> list[tuple[str, Tensor]]:
@@ -108,11 +110,7 @@ class LayerPenalty(LayerStatistic, ModelPenalty):
     def model_form(self, model: Any, x: Tensor) -> tuple[Any, Any]:
         arguments.tensor("x", x)
         if torch.compiler.is_compiling():
-            raise RuntimeError(
-                f"{type(self).__name__}()(model, x) changes the model while it runs, which "
-                f"torch.compile cannot trace: attach it before compiling, {type(self).__name__}"
-                "(model), and add penalty() after the call of the model"
-            )
+            return self._traced_form(model, x)
         if hasattr(model, "_orig_mod"):
             raise TypeError(
                 "model is a torch.compile'd module, whose submodules do not run: pass the module "
@@ -126,6 +124,22 @@ class LayerPenalty(LayerStatistic, ModelPenalty):
                 whole, output = call_model(model, x, self.output)
         finally:
             watch.remove()
+        self._shares = []
+        seen.complete(self, output if self.output is None else Picked(output))
+        return whole, self._finish(seen)
+
+    def _traced_form(self, model: Any, x: Tensor) -> tuple[Any, Any]:
+        """The called form inside ``torch.compile``.
+
+        Dynamo does not trace what `Watch.install` does to the model. So the first trace does it,
+        and the forwards stay until the penalty is deleted.
+        """
+        comptime(_install)
+        watch = self._traced[-1]
+        with watch.one_pass() as seen:
+            seen.batch = x.shape[0] if x.dim() else None
+            with Calls(seen):
+                whole, output = call_model(model, x, self.output)
         self._shares = []
         seen.complete(self, output if self.output is None else Picked(output))
         return whole, self._finish(seen)
@@ -228,6 +242,7 @@ class LayerPenalty(LayerStatistic, ModelPenalty):
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()
         state["_watch"] = None
+        state["_traced"] = []
         state["_attached_model"] = None if self._watch is None else self._watch.model
         return state
 
@@ -241,6 +256,27 @@ class LayerPenalty(LayerStatistic, ModelPenalty):
             )
         if model is not None:
             self._attach(model)
+
+
+def _install(context: Any) -> None:
+    """A `comptime` function for `LayerPenalty._traced_form`."""
+    penalty, model = (
+        context.get_local(name)._i_will_not_complain_if_bc_breaks_VariableTracker().value
+        for name in ("self", "model")
+    )
+    if "_traced" not in vars(penalty):
+        raise RuntimeError(
+            f"{type(penalty).__name__} was created inside a function of torch.compile: create it "
+            "outside, where it can prepare the model"
+        )
+    known = [watch for watch in penalty._traced if watch.model is model]
+    others = [watch for watch in penalty._traced if watch.model is not model]
+    if not known:
+        watch = Watch(model, penalty)
+        watch.install(attach=False)
+        watch.undo.append(weakref.finalize(penalty, watch.remove).detach)
+        known = [watch]
+    penalty._traced[:] = others + known
 
 
 def _together(results: Sequence[Tensor | Sum]) -> Tensor | Sum:

@@ -18,6 +18,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastjac.ops import in_graph
+
 NEVER: tuple[None, None, None] = (None, None, None)
 
 FROM: dict[str, tuple[int | None, int | None, int | None]] = {
@@ -57,12 +59,14 @@ def pays(z: Tensor, fn: str) -> bool:
 
     Sizes are known for eager mode on a CPU. Elsewhere the answer is that of `never`. Under autocast
     too, because torch computes some activations in float32 there, and the dtype of a result may not
-    depend on the size of a tensor.
+    depend on the size of a tensor. For a graph of ``torch.compile`` see `in_graph.ACTIVATIONS`.
     """
+    if torch.compiler.is_compiling() and z.device.type in in_graph.ACTIVATIONS:
+        return fn in in_graph.ACTIVATIONS[z.device.type]
     sizes = FROM.get(fn)
     if sizes is None or sizes is NEVER:
         return sizes is None
-    if torch.compiler.is_compiling() or z.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+    if z.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
         return True
     column, size = _COLUMN.get(z.dtype), z.numel()
     if column is None or type(size) is not int:  # a symbolic size has no value

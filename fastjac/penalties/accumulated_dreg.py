@@ -88,7 +88,7 @@ class AccumulatedDREG(LayerPenalty):
             )
         if torch.compiler.is_compiling():
             raise RuntimeError(
-                "AccumulatedDREG changes the model while it runs, which torch.compile cannot "
+                "AccumulatedDREG uses forward-mode differentiation, which torch.compile does not "
                 "trace: call it outside of the compiled function"
             )
         u = self._draw(arguments.floating("x", x)) if tangent is None else self._given(tangent, x)

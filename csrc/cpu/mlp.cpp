@@ -1,0 +1,87 @@
+// The sweeps of a network in a graph of torch.compile, for CPU tensors; see fastjac/ops/mlp.py.
+#include <cstring>
+
+#include "net_ops.h"
+
+namespace fastjac {
+namespace {
+
+using Numbers = std::vector<double>;
+
+// The numbers as a tensor of the shape that the net ops take.
+Tensor tensor_of(const Numbers& numbers, const Tensor& like, int64_t columns) {
+  const int64_t count = int64_t(numbers.size());
+  const std::vector<int64_t> sizes =
+      columns == 0 ? std::vector<int64_t>{count} : std::vector<int64_t>{count / columns, columns};
+  Tensor made = torch::stable::new_empty(like, sizes, torch::headeronly::ScalarType::Double);
+  std::memcpy(made.mutable_data_ptr(), numbers.data(), numbers.size() * sizeof(double));
+  return made;
+}
+
+Tensor plan_of(const Numbers& plan, const Tensor& like) {
+  STD_TORCH_CHECK(plan.size() % Program::columns == 0, "fastjac: mlp: plan must have rows of ",
+                  Program::columns, " numbers");
+  return tensor_of(plan, like, Program::columns);
+}
+
+// The rows of a tile; `rows_of_a_thread` in fastjac/input_jacobian/chain/sweeps.py.
+int64_t tile_of(int64_t n, const Tensors& weights) {
+  constexpr int64_t gradients = 1 << 20;
+  int64_t parameters = 0, numbers = 0;
+  for (const Tensor& w : weights) {
+    if (w.numel() > Program::small_weight) return n;
+    parameters += w.numel() + w.size(0);
+    numbers += n * w.size(0);
+  }
+  const int64_t most = 1 + std::max(gradients, numbers) / parameters;
+  const int64_t threads = std::min<int64_t>(most, torch::stable::get_num_threads());
+  return std::max<int64_t>((n + threads - 1) / threads, 16);
+}
+
+Tensors some(const std::optional<Tensor>& t) { return t ? Tensors{*t} : Tensors{}; }
+
+std::tuple<Tensor, Tensor> mlp_forward(const Tensor& x, const Tensors& weights,
+                                       const Tensors& biases, const Numbers& plan) {
+  const int64_t tile = tile_of(x.size(0), weights);
+  const Tensors found = net_forward(x, weights, biases, tile, true, true, plan_of(plan, x));
+  return {found[0], found[1]};
+}
+
+std::tuple<Tensor, Tensor, Tensor> mlp_pull(const Tensor& w, const Tensors& weights,
+                                            const Tensor& saved, int64_t k, const Numbers& plan) {
+  const int64_t n = w.size(0) / k;
+  const Tensors found =
+      net_pull(w, weights, {saved}, n, tile_of(n, weights), false, true, plan_of(plan, w));
+  return {found[0], found[1], found[2]};
+}
+
+std::tuple<Tensor, Tensor> mlp_push(const Tensor& u, const std::optional<Tensor>& factor,
+                                    const Tensors& weights, const Tensor& saved,
+                                    const Tensor& deltas, int64_t k, const Numbers& plan) {
+  const int64_t n = u.size(0) / k;
+  const Tensors found = net_push(u, factor, weights, {saved}, {deltas}, n, tile_of(n, weights),
+                                 true, true, plan_of(plan, u));
+  return {found[0], found[1]};
+}
+
+Tensors mlp_backward(const std::optional<Tensor>& grad, const std::optional<Tensor>& u,
+                     const std::optional<Tensor>& factor, const Tensor& x, const Tensors& weights,
+                     const Tensor& saved, const std::optional<Tensor>& deltas,
+                     const std::optional<Tensor>& pushed, const Numbers& wanted,
+                     const Numbers& plan) {
+  const int64_t n = x.size(0);
+  return net_backward(grad, u, factor, x, weights, {saved}, some(deltas), some(pushed), n,
+                      tile_of(n, weights), 1, int64_t(plan.size()) / Program::columns,
+                      tensor_of(wanted, x, 0), plan_of(plan, x));
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fastjac, CPU, m) {
+  m.impl("mlp_forward", TORCH_BOX(&mlp_forward));
+  m.impl("mlp_pull", TORCH_BOX(&mlp_pull));
+  m.impl("mlp_push", TORCH_BOX(&mlp_push));
+  m.impl("mlp_backward", TORCH_BOX(&mlp_backward));
+}
+
+}  // namespace fastjac
