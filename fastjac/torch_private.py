@@ -225,6 +225,20 @@ def compiled_call(module: Any) -> Any:
     return module._compiled_call_impl
 
 
+NAMES.append(
+    Name(
+        "torch.compiler._is_exporting_flag",
+        "to see torch.export; inside torch.compile, torch 2.10 says so of every call",
+        "fastjac cannot watch a model",
+    )
+)
+
+
+def exporting() -> bool:
+    """Whether ``torch.export`` runs the call."""
+    return torch.compiler._is_exporting_flag
+
+
 def traced_graphs(context: Any) -> list[Any]:
     """The graphs traced so far, those of checkpoints and the like included.
 

@@ -38,7 +38,7 @@ from fastjac.layerwise.products import Product, Products
 from fastjac.layerwise.sequence import Run, modules_only, runs_of
 from fastjac.nn import Act
 from fastjac.recognise import attributes
-from fastjac.torch_private import unseen
+from fastjac.torch_private import exporting, unseen
 
 
 class PassObserver(Protocol):
@@ -180,7 +180,7 @@ class ModelForward(Forward):
         observer = self.observer
         # An exported program would contain the penalty's detached tensors, so export sees the
         # plain model.
-        if observer is None or torch.compiler.is_exporting():
+        if observer is None or exporting():
             return self.plain(*args, **kwargs)
         return observer.model_called(self.plain, args, kwargs)
 

@@ -55,6 +55,7 @@ class LayerActOptions(NamedTuple):
     suffix: str
     impl: str
     rows: str  # the implementation that computes r; empty: return s instead of v
+    traced: bool = False  # whether the call is a part of a graph of torch.compile
 
 
 @torch.compiler.allow_in_graph
@@ -80,7 +81,7 @@ class _LayerAct(Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, z, total, layer, kept):
-        conv, scale, fn, params, suffix, impl, rows = layer
+        conv, scale, fn, params, suffix, impl, rows, _ = layer
         dim = z.dim() - 1 if conv is None else 1
         ctx.layer = layer
         ctx.set_materialize_grads(False)
@@ -112,13 +113,13 @@ class _LayerAct(Function):
         rest = None, v if needs_total else None, None, None
         if recorded(g, v):
             return *_recorded_backward(g, v, x, weight, bias, z, needs, ctx.layer), *rest
-        conv, scale, fn, params, suffix, impl, rows = ctx.layer
+        conv, scale, fn, params, suffix, impl, rows, traced = ctx.layer
         if v is None:
             grad_z = raw("act" + suffix)(z, g, 1, fn, params)
             return *_layer_backward(grad_z, x, weight, bias, conv, needs), *rest
         at_once = impl == rows == "cpu"
         with below_autograd():
-            if at_once and needs_w and conv is None and _small(x, weight, z):
+            if at_once and needs_w and conv is None and _in_one_op(x, weight, z, traced):
                 grad_x, grad_w, grad_b = raw("linear_act_backward")(
                     x, weight, z, g, v, s, needs_x, needs_b, scale, fn, params
                 )
@@ -158,11 +159,16 @@ class _LayerAct(Function):
 SMALL = 1 << 15
 
 
-def _small(x: Tensor, weight: Tensor, z: Tensor) -> bool:
-    """Whether ``linear_act_backward`` computes the gradients of a Linear."""
+def _in_one_op(x: Tensor, weight: Tensor, z: Tensor, traced: bool) -> bool:
+    """Whether ``linear_act_backward`` computes the gradients of a Linear.
+
+    In a graph of torch.compile it does so at any size: inductor would put the products off to the
+    end of the backward, and keep what they need until then (784-4×512-10, batch 128, 2 cores: 8.5
+    MB in place of 5.1 MB).
+    """
     dtype = z.dtype
     return (
-        z.numel() <= SMALL
+        (traced or z.numel() <= SMALL)
         and (dtype is torch.float32 or dtype is torch.float64)
         and x.dtype is dtype
         and weight.dtype is dtype
@@ -189,7 +195,7 @@ apply_layer_act = super(torch.autograd.Function, _LayerAct).apply
 
 def _recorded_backward(g, v, x, weight, bias, z, needs, layer):
     """The same gradients, in operations that torch can differentiate."""
-    conv, scale, fn, values, _, impl, rows = layer
+    conv, scale, fn, values, _, impl, rows, _ = layer
     dim = z.dim() - 1 if conv is None else 1
     name, params = named(fn, values)
     dtype = z.dtype  # under autocast the dtype of the GEMM, not of x and the weight

@@ -226,7 +226,7 @@ def _one_node(
         if bias is None:  # none, or a property
             bias = layer.module.bias
     if seen.compiling:
-        a, v = layer_act(x, weight, bias, z.detach(), options)
+        a, v = layer_act(x, weight, bias, z.detach(), options._replace(traced=True))
         return a, Statistic(call, v)
     if seen.running and options.impl == options.rows == "cpu":
         kept: list[Tensor] = []
