@@ -119,7 +119,7 @@ def _mark(values: Any) -> None:
     for value in values:
         if isinstance(value, Tensor):
             if value.dim() > 0 and not isinstance(value, nn.Parameter):
-                torch._dynamo.maybe_mark_dynamic(value, 0)
+                torch_private.mark_dynamic(value, 0)
         elif isinstance(value, list | tuple):
             _mark(value)
         elif isinstance(value, dict):
@@ -133,7 +133,7 @@ class WrongCode(RuntimeError):
 def _checked(backend: Any, mode: str, graph: torch.fx.GraphModule, inputs: Any) -> Any:
     """The backend for dynamo: ``backend``, with a comparison in the first run."""
     if backend == "inductor":
-        options = {**torch._inductor.list_mode_options(mode), **OPTIONS}
+        options = {**torch_private.mode_options()(mode), **OPTIONS}
         function = torch_private.compile_fx()(graph, inputs, config_patches=options)
     else:
         lookup = torch_private.lookup_backend()

@@ -10,6 +10,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fastjac.activations import TABLE
@@ -19,6 +20,13 @@ from fastjac.ops.act_sizes import pays
 OBSERVERS: list[Callable[..., Tensor | None]] = []
 """Each observer is called with ``(z, fn, impl, params, a)``. It returns ``φ(z)`` if it computes
 this activation, otherwise ``a``, which is None or the result of an earlier observer."""
+
+
+# For code of torch.compile, which imports no modules: the function of each row, and its options.
+_TORCH = {
+    name: (row.torch_function_object(), {**row.torch_kwargs, **row.params})
+    for name, row in TABLE.items()
+}
 
 
 @functools.cache
@@ -37,5 +45,8 @@ def activate(z: Tensor, fn: str, impl: str, params: dict[str, Any]) -> Tensor:
     if a is not None:
         return a
     if impl == "auto" and isinstance(z, Tensor) and not pays(z, fn):
+        if torch.compiler.is_compiling():
+            function, options = _TORCH[fn]
+            return function(z, **{**options, **params})
         return _torch_function(fn)(z) if not params else TABLE[fn].torch_function(**params)(z)
     return act(z, fn=fn, impl=impl, **params)

@@ -303,8 +303,10 @@ class Penalty(nn.Module):
 
     def _factor(self, values: Tensor) -> float | Tensor:
         """What ``values`` are multiplied by: the weight, times ``every`` in training."""
-        factor = self._number if torch.compiler.is_compiling() else self._weight
-        if torch_private.capturing():
+        factor = self._weight
+        if torch.compiler.is_compiling():
+            factor = self._number
+        elif torch_private.capturing_now():
             if isinstance(factor, Tensor) and factor.device != values.device:
                 raise RuntimeError(
                     f"weight is a tensor on {factor.device} and the value is on {values.device}: a "

@@ -239,6 +239,11 @@ def exporting() -> bool:
     return torch.compiler._is_exporting_flag
 
 
+def traced_value(context: Any, name: str) -> Any:
+    """The object that a local variable is, for a `comptime` function."""
+    return context.get_local(name)._i_will_not_complain_if_bc_breaks_VariableTracker().value
+
+
 def traced_graphs(context: Any) -> list[Any]:
     """The graphs traced so far, those of checkpoints and the like included.
 
@@ -259,6 +264,16 @@ dynamo_config = _later(
 lookup_backend = _later(
     "torch._dynamo.lookup_backend",
     "to compare the code that a backend compiles with its graph",
+    _COMPILE,
+)
+mark_dynamic = _private(
+    "torch._dynamo.maybe_mark_dynamic",
+    "to compile once for batches of several sizes",
+    _COMPILE,
+)
+mode_options = _later(
+    "torch._inductor.list_mode_options",
+    "to compile in a mode of torch.compile with options of fastjac",
     _COMPILE,
 )
 compile_fx = _later(
@@ -377,8 +392,11 @@ def capturing() -> bool:
     The names are public. They are here so that one place says it, which tests without a GPU can
     replace. Code of ``torch.compile`` cannot ask; its guards compare the numbers in each call.
     """
-    if torch.compiler.is_compiling():
-        return False
+    return not torch.compiler.is_compiling() and capturing_now()
+
+
+def capturing_now() -> bool:
+    """`capturing`, in code that torch.compile does not trace."""
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 

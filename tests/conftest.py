@@ -193,16 +193,6 @@ def empty_graphs():
     torch._dynamo.reset()
 
 
-@pytest.fixture
-def backend(request, monkeypatch):
-    """The compiled engine uses a backend that traces as inductor does and runs torch's kernels."""
-    from fastjac.input_jacobian.compiled import backend as module
-
-    name = getattr(request, "param", "aot_eager")
-    monkeypatch.setattr(module, "NAME", name)
-    return name
-
-
 def pytest_collection_modifyitems(items):
     for item in items:
         if not torch.cuda.is_available() and item.get_closest_marker("gpu"):

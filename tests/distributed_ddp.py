@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import fastjac
-from fastjac.input_jacobian.compiled import backend
 
 ddp = DistributedDataParallel
 
@@ -72,15 +71,6 @@ def registry(here: Here) -> None:
 
 def registry_find_unused(here: Here) -> None:
     cases.check_registry(partial(ddp, find_unused_parameters=True), here)
-
-
-def compiled(here: Here) -> None:
-    backend.NAME = "aot_eager"
-    wrap = partial(ddp, bucket_cap_mb=1e-5)  # by these torch would cut graphs
-    cases.check(wrap, {"compiled": partial(cases.spectreg, "compiled")}, here)
-    part = nn.Sequential(ddp(net().to(here.device)))
-    x, _y, w = here.own(batch())
-    raises("wrap the whole model", lambda: cases.spectreg("compiled", part, x, w))
 
 
 class TwoHeads(nn.Module):

@@ -31,7 +31,6 @@ from torch.distributed.fsdp import (
 from torch.utils.checkpoint import checkpoint
 
 import fastjac
-from fastjac.input_jacobian.compiled import backend
 from fastjac.layerwise.sharded import sharding
 
 
@@ -77,15 +76,6 @@ def forms(here: Here) -> None:
 
 def registry(here: Here) -> None:
     cases.check_registry(blocks, here)
-
-
-def compiled(here: Here) -> None:
-    backend.NAME = "aot_eager"
-    form = partial(cases.spectreg, "compiled")
-    for name in ("root", "root freed"):
-        cases.check(WRAPS[name], {"compiled": form}, here, name)
-    x, _y, w = here.own(batch())
-    raises("parts of the model", lambda: form(nested(net().to(here.device)), x, w))
 
 
 def hidden(here: Here) -> None:

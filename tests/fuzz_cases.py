@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastjac
 from fastjac.activations import IDS, MAX_PARAMS
+from fastjac.input_jacobian.traced_mlp import TracedMlp
 from fastjac.ops import act_stats as _ops_act_stats  # noqa: F401  (registers every op)
 from fastjac.ops.dispatch import OPS
 from fastjac.ops.registration import raw
@@ -244,6 +245,12 @@ def _run_layers() -> None:
     for options in ({}, {"n_proj": 2}):
         output, value = fastjac.spectreg(mlp, randn(37, 5), **options)
         (output.sum() + value).backward()
+    for dtype in (torch.float32, torch.float64):  # penalties call these inside torch.compile
+        x, w = randn(37, 5).to(dtype), randn(2, 37, 3).to(dtype).requires_grad_()
+        model = mlp.to(dtype)
+        pull = TracedMlp.of(model, x)
+        assert pull is not None
+        (pull.output.square().sum() + pull.vjp(w).square().sum()).backward()
     # Penalties do not call these while a mode records what is called.
     a, stats = randn(2, 3, 5), randn(6)
     for k, weight in ((1, None), (2, randn(5))):

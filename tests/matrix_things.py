@@ -201,7 +201,7 @@ def things() -> Iterator[Thing]:
     for kind, truth, arguments in INPUT:
         name, group = kind.__name__, "input Jacobian"
         yield Thing(f"{name} graph", group, make(kind), on_graph(arguments), truth)
-        for engine in ("chain", "compiled", "autograd"):
+        for engine in ("auto", "chain", "autograd"):
             own = make(kind, engine=engine), called(arguments), truth
             yield Thing(f"{name} {engine}", group, *own)
 

@@ -14,6 +14,8 @@ from matrix_ways import WAYS, Way, way
 from torch import Tensor
 from torch.func import functional_call
 
+import fastjac
+
 __all__ = ["WAYS", "Way"]
 BACKEND = "aot_eager"
 
@@ -100,17 +102,25 @@ def broken_step(thing: Thing) -> None:
     cell.agrees(loss=compiled_step(cell, fullgraph=False))
 
 
-@way("torch.compile", "the step, `trace_autograd_ops`")
-def traced_step(thing: Thing) -> None:
+@way("torch.compile", "`fastjac.compile` of the step")
+def fastjac_step(thing: Thing) -> None:
     cell = Cell(thing)
-    with torch._dynamo.config.patch(trace_autograd_ops=True):
-        cell.agrees(loss=compiled_step(cell))
+    ours = cell.ours
+    cell.agrees(loss=fastjac.compile(lambda x, y: ours(x, y), backend=BACKEND))
+
+
+@way("torch.compile", "`fastjac.compile` of the step and its backward")
+def whole_step(thing: Thing) -> None:
+    cell = Cell(thing)
+    ours = cell.ours
+    run = fastjac.compile(lambda x, y: ours(x, y).backward(), backend=BACKEND)
+    same(cell.found(lambda loss, model, x, y: run(x, y)), cell.expected())
 
 
 def one_graph(thing: Thing, dynamic: bool | None, sizes: tuple[int, ...]) -> None:
     """Torch raises at a graph break, and if it compiles the same code a second time."""
     cell = Cell(thing)
-    with torch._dynamo.config.patch(trace_autograd_ops=True, error_on_recompile=True):
+    with torch._dynamo.config.patch(error_on_recompile=True):
         loss = compiled_step(cell, dynamic=dynamic)
         for n in sizes:
             x, y = cell.x[:n].clone(), cell.y[:n].clone()

@@ -15,6 +15,7 @@ ROOMS = [
     ("presets",),
     ("penalties",),
     ("layerwise", "input_jacobian", "schedules"),
+    ("compiled",),
     ("penalty",),
     ("distributed",),
     ("per_sample", "arguments", "model_output", "nn"),

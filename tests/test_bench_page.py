@@ -82,6 +82,16 @@ def test_host_costs_are_in_microseconds_with_launches_and_on_their_own():
     assert "host-a" not in page_of(host, "time") and "host-a" not in page_of(host, "summary")
 
 
+def test_times_over_the_compiled_plain_step():
+    more = {"kind": "step", "commit": "aaa", "machine": "M"}
+    plain = record("spectreg-a", "plain-compiled", median_ms=8.0, overhead=0.8, **more)
+    text = page_of([*rows(), plain, *rows("spectreg-b")], "over-compiled")
+    assert "| time / plain-compiled | plain | plain-compiled | eager | fastjac |" in text
+    assert "| `spectreg-a` | 1.25× | 1.00× | 2.50× | 1.88× |" in text
+    assert "spectreg-b" not in text  # where that step was not measured
+    assert "**0.80×**" not in page_of([*rows(), plain])  # it has no penalty
+
+
 def test_activations():
     common = {"case": "act-gelu-double", "kind": "elementwise", "activation": "gelu"}
     records = [

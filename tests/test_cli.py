@@ -150,7 +150,7 @@ def test_records_are_in_the_csv_file_when_the_next_case_begins(plant, tmp_path):
     [
         (["--case", "spectreg-tin"], "Did you mean spectreg-tiny, dreg-tiny? Valid names are:"),
         (["--suite", "none"], "The suite 'none' does not exist. Valid names are: quick,"),
-        (["--contestant", "egaer"], "Did you mean eager? Valid names are: plain, eager,"),
+        (["--contestant", "egaer"], "Did you mean eager? Valid names are: plain, plain-compiled, "),
         (["--contestant", "jacobianreg", "--case", "dreg*"], "no contestant is left"),
         (["--from", "{}/empty.json"], "holds no records"),
         (["--from", "{}/other.json"], "is not a list of benchmark records"),

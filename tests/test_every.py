@@ -127,8 +127,7 @@ def test_layer_wise_under_compile(whole: bool) -> None:
 @pytest.mark.usefixtures("no_stale_graphs")
 def test_input_jacobian_under_compile() -> None:
     model, counts = net(), [0]
-    penalty, other = (SpectReg(-1, every=3, chunk_size=1, engine="autograd") for _ in range(2))
-    x = X.clone().requires_grad_()
+    penalty, other = (SpectReg(-1, every=3) for _ in range(2))
 
     def step(x: Tensor) -> Tensor:
         output, value = penalty(model, x)
@@ -136,13 +135,12 @@ def test_input_jacobian_under_compile() -> None:
 
     run_step = compiled(step, counts)
     parameters = list(model.parameters())
-    with torch._dynamo.config.patch(trace_autograd_ops=True):
-        for _ in range(8):
-            value = run_step(x)
-            output, truth = other(model, x)
-            truth = output.square().sum() + truth
-            close(value, truth)
-            close_gradients(gradients(value, parameters), gradients(truth, parameters))
+    for _ in range(8):
+        value = run_step(X)
+        output, truth = other(model, X)
+        truth = output.square().sum() + truth
+        close(value, truth)
+        close_gradients(gradients(value, parameters), gradients(truth, parameters))
     assert counts == [3]
 
 
@@ -178,7 +176,7 @@ def test_schedule_under_compile() -> None:
         )
         for schedule in schedules:
             schedule.step()
-    assert counts[0] <= 3
+    assert counts == [1]
 
 
 def test_warmup() -> None:

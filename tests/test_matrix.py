@@ -22,7 +22,6 @@ from torch.func import functional_call
 from fastjac.activations import SLOPES
 from fastjac.input_jacobian import by_autograd
 from fastjac.input_jacobian.chain import activations
-from fastjac.input_jacobian.compiled import backend, engine
 from fastjac.layerwise import layer_act, sequence
 from fastjac.ops.registration import raw
 
@@ -37,10 +36,11 @@ THING = {thing.name: thing for thing in THINGS}
 
 # A cell that compiles takes seconds. The fast suite runs these; the slow one runs all others.
 FAST_COMPILED = {
-    ("traced_step", "fused + func.vjp"),
+    ("step", "fused + func.vjp"),
+    ("fastjac_step", "fused + autograd.grad"),
     *((way, "DREG attached") for way in ("compiled_model", "three_steps")),
-    *((way, "SpectReg graph") for way in ("compiled_model", "step", "traced_step")),
-    *((way, "SpectReg compiled") for way in ("eager", "checkpointed", "step")),
+    *((way, "SpectReg graph") for way in ("compiled_model", "step")),
+    *((way, "SpectReg auto") for way in ("step", "whole_step")),
 }
 
 
@@ -48,8 +48,7 @@ def cells() -> Iterator[Any]:
     for way in WAYS:
         for thing in THINGS:
             marks = [pytest.mark.gpu] if way.gpu else []
-            compiles = way.group == "torch.compile" or thing.name.endswith("compiled")
-            if compiles and (way.key, thing.name) not in FAST_COMPILED:
+            if way.group == "torch.compile" and (way.key, thing.name) not in FAST_COMPILED:
                 marks.append(pytest.mark.slow)
             yield pytest.param(way, thing, marks=marks, id=f"{way.key}-{thing.name}")
 
@@ -66,8 +65,7 @@ def check(way: Way, thing: Thing) -> None:
 
 
 @pytest.mark.parametrize(("way", "thing"), list(cells()))
-def test_cell(way: Way, thing: Thing, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backend, "NAME", "aot_eager")
+def test_cell(way: Way, thing: Thing) -> None:
     check(way, thing)
 
 
@@ -75,7 +73,6 @@ def test_cell(way: Way, thing: Thing, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(("way", "thing"), INDUCTOR)
 def test_by_inductor(way: str, thing: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(matrix_transforms, "BACKEND", "inductor")
-    monkeypatch.setattr(backend, "NAME", "inductor")
     assert state_of(WAY[way], THING[thing]) is None
     check(WAY[way], THING[thing])
 
@@ -122,9 +119,8 @@ def without_curvature(monkeypatch: pytest.MonkeyPatch, thing: Thing) -> Thing:
 
 def without_graph(monkeypatch: pytest.MonkeyPatch, thing: Thing) -> Thing:
     """VJPs that are not differentiable, as without ``create_graph``."""
-    vjp, pull = by_autograd._checked, engine.CompiledPullback.vjp
-    monkeypatch.setattr(by_autograd, "_checked", lambda *a: vjp(*a).detach() + 0 * a[0].sum())
-    monkeypatch.setattr(engine.CompiledPullback, "vjp", lambda *a: pull(*a).detach())
+    vjp = by_autograd.checked
+    monkeypatch.setattr(by_autograd, "checked", lambda *a: vjp(*a).detach() + 0 * a[0].sum())
     return thing
 
 
@@ -179,7 +175,7 @@ FAULTS: list[tuple[Any, tuple[str, ...], tuple[str, ...]]] = [
     # With convolutions, because an MLP is one call in C++.
     (without_curvature, ("channels_last",), ("SpectReg chain", "DataGrad chain", "FrobReg chain")),
     (without_graph, ("eager", "autocast_fp16", "checkpointed"), GRAPHS),
-    (without_graph, ("eager",), ("SpectReg compiled",)),
+    (without_graph, ("step", "whole_step"), ("SpectReg auto",)),
     (with_detached_weight, ("eager", "non_leaf", "frozen_layer"), BY_INPUT),
     (without_weight_of_a_layer, ("eager",), LAYER_WISE),
 ]
@@ -192,7 +188,6 @@ FAULTS: list[tuple[Any, tuple[str, ...], tuple[str, ...]]] = [
 def test_planted_fault_is_seen(
     fault: Any, way: str, thing: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(backend, "NAME", "aot_eager")
     torch._dynamo.reset()
     faulty = fault(monkeypatch, THING[thing])
     with pytest.raises(AssertionError, match="not close"):

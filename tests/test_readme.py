@@ -1,9 +1,11 @@
 """The README says what the code does: its table is generated, its example runs."""
 
+import functools
 import re
 from pathlib import Path
 
 import pytest
+import torch
 
 import fastjac.cli.support
 from fastjac.bench import page
@@ -27,9 +29,9 @@ def test_performance_tables_are_drawn_from_the_history(name):
     assert renewed == text, f"run: python -m fastjac.bench.page {name}"
 
 
-def test_examples_run():
-    """One after the other: the second goes on with the first one's model."""
-    projected, layer_wise = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+def test_examples_run(monkeypatch):
+    """One after the other: the others go on with the first one's model."""
+    projected, layer_wise, compiled = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     scope: dict = {}
     exec(projected, scope)
     assert scope["value"].item() > 0
@@ -37,6 +39,14 @@ def test_examples_run():
     exec(layer_wise, scope)
     assert scope["penalty"].layers_found == ["0"]
     assert scope["loss"].item() > 0
+    scope["penalty"].detach()
+    scope["loader"] = [(scope["x"], scope["y"])]
+    scope["optimizer"] = torch.optim.SGD(scope["model"].parameters(), lr=0.1)
+    before = scope["model"][0].weight.detach().clone()
+    fast = functools.partial(fastjac.compile, backend="aot_eager")
+    monkeypatch.setattr(fastjac, "compile", fast)
+    exec(compiled, scope)
+    assert not torch.equal(scope["model"][0].weight, before)
 
 
 def test_quick_start_is_two_one_line_commands_and_ci_runs_the_second():

@@ -150,16 +150,15 @@ def test_under_compile(attached: bool) -> None:
 
     run = torch.compile(step, backend=backend, fullgraph=True)
     x = X.clone().requires_grad_()
-    with torch._dynamo.config.patch(trace_autograd_ops=True):
-        for k in range(3):
-            weight.fill_(k / 4)
-            other.weight = k / 4
-            value, truth = run(penalty, model, x), step(other, plain, x)
-            close(value, truth)
-            close_gradients(
-                gradients(value, list(model.parameters())),
-                gradients(truth, list(plain.parameters())),
-            )
+    for k in range(3):
+        weight.fill_(k / 4)
+        other.weight = k / 4
+        value, truth = run(penalty, model, x), step(other, plain, x)
+        close(value, truth)
+        close_gradients(
+            gradients(value, list(model.parameters())),
+            gradients(truth, list(plain.parameters())),
+        )
     assert len(graphs) == 1
 
 
@@ -247,7 +246,7 @@ def capture(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
     def call(f: Any) -> Any:
         with monkeypatch.context() as patch:
-            patch.setattr(torch_private, "capturing", lambda: True)
+            patch.setattr(torch_private, "capturing_now", lambda: True)
             return f()
 
     yield call

@@ -70,9 +70,14 @@ Tensors mlp_backward(const std::optional<Tensor>& grad, const std::optional<Tens
                      const std::optional<Tensor>& pushed, const Numbers& wanted,
                      const Numbers& plan) {
   const int64_t n = x.size(0);
-  return net_backward(grad, u, factor, x, weights, {saved}, some(deltas), some(pushed), n,
-                      tile_of(n, weights), 1, int64_t(plan.size()) / Program::columns,
-                      tensor_of(wanted, x, 0), plan_of(plan, x));
+  Tensors found = net_backward(grad, u, factor, x, weights, {saved}, some(deltas), some(pushed), n,
+                               tile_of(n, weights), 1, int64_t(plan.size()) / Program::columns,
+                               tensor_of(wanted, x, 0), plan_of(plan, x));
+  // Those that are not wanted are one tensor, and the results of an op may not share memory.
+  for (size_t i = 0; i + 1 < found.size(); ++i) {
+    if (wanted[i] == 0) found[i] = uninitialized(x, {0});
+  }
+  return found;
 }
 
 }  // namespace

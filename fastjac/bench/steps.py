@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import fastjac
 from fastjac.bench.idioms import IDIOMS, InputJacobian, LayerWise
 from fastjac.bench.problems import StepProblem
+from fastjac.torch_private import dynamo_config
 
 
 @dataclass
@@ -161,7 +162,7 @@ def plain_compiled(problem: StepProblem) -> Prepared:
     run = torch.compile(step, fullgraph=True)
 
     def backward() -> None:
-        with torch._dynamo.config.patch(trace_autograd_ops=True):
+        with dynamo_config().patch(trace_autograd_ops=True):
             run(problem.x, problem.target)
 
     return training_step(model, backward)

@@ -14,7 +14,7 @@ from fastjac.input_jacobian.guards import Operations
 from fastjac.input_jacobian.pullback import Pullback
 from fastjac.model_output import Part, call_model
 from fastjac.per_sample import measure
-from fastjac.torch_private import comptime
+from fastjac.torch_private import comptime, traced_value
 
 GRAPH_FORM = "use the model form, penalty(model, x, ...)"
 
@@ -271,7 +271,7 @@ def run_model(
         arguments.floating("x", x)
         compiling = torch.compiler.is_compiling()
         if not x.requires_grad:
-            x = _leaf(x)
+            x = _leaf_in_graph(x) if compiling else x.detach().requires_grad_()
         version = 0 if compiling else x._version
         whole, output = call_model(model, x, part)
         if not compiling and x._version != version:
@@ -283,29 +283,58 @@ def run_model(
         return x, whole, output
 
     arguments.tensor("x", x)
-    caught: list[Tensor] = []
-
-    def catch(module: nn.Module, args: Any, hidden: Any) -> Tensor:
-        hidden = arguments.floating(f"the output of at={at!r}", hidden)
-        caught.append(hidden if hidden.requires_grad else _leaf(hidden))
-        return caught[-1].clone()
-
     if hasattr(model, "_orig_mod"):
         raise TypeError(
             f"at={at!r} names a submodule of a compiled model, which does not call its submodules: "
             "pass the module before compiling"
         )
-    handle = submodule(model, at).register_forward_hook(catch)
-    try:
+    module = submodule(model, at)
+    if torch.compiler.is_compiling():
+        comptime(_install)
+        (catch,) = [hook for hook in module._forward_hooks.values() if type(hook) is Catch]
+        catch.at, catch.caught = at, []
         whole, output = call_model(model, x, part)
-    finally:
-        handle.remove()
+        caught, catch.caught = catch.caught, None
+    else:
+        catch = Catch()
+        catch.at, catch.caught = at, []
+        handle = module.register_forward_hook(catch)
+        try:
+            whole, output = call_model(model, x, part)
+        finally:
+            handle.remove()
+        caught = catch.caught
     if len(caught) != 1:
         raise RuntimeError(
             f"the submodule at={at!r} ran {len(caught)} times in one call of the model: it must "
             "run exactly once"
         )
     return caught[0], whole, output
+
+
+class Catch:
+    """A forward hook that keeps the output of a submodule while ``caught`` is a list."""
+
+    at = ""
+    caught: Any = None
+
+    def __call__(self, module: nn.Module, args: Any, hidden: Any) -> Tensor | None:
+        if self.caught is None:
+            return None
+        hidden = arguments.floating(f"the output of at={self.at!r}", hidden)
+        hidden = hidden if hidden.requires_grad else _leaf(hidden)
+        self.caught.append(hidden)
+        return hidden.clone()
+
+
+def _install(context: Any) -> None:
+    """A `comptime` function: puts a `Catch` on ``module``, where it stays.
+
+    Dynamo does not trace the registration of a hook.
+    """
+    module = traced_value(context, "module")
+    if not any(type(hook) is Catch for hook in module._forward_hooks.values()):
+        module.register_forward_hook(Catch())
 
 
 def submodule(model: Callable[..., Any], at: str) -> nn.Module:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastjac.activations import IDS, MAX_PARAMS
-from fastjac.input_jacobian.by_autograd import AutogradPullback, run_model
+from fastjac.input_jacobian.by_autograd import AutogradPullback, Catch, run_model
 from fastjac.input_jacobian.pullback import Pullback
 from fastjac.nn import row_of
 from fastjac.ops.dispatch import OPS
@@ -121,7 +121,9 @@ def _modules(model: Any) -> list[nn.Module] | None:
         return None
     found: list[nn.Module] = []
     for module in (model, *model):
-        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
+        if module._forward_pre_hooks or module._backward_hooks:
+            return None
+        if any([type(hook) is not Catch for hook in module._forward_hooks.values()]):
             return None
         if "forward" in module.__dict__:
             return None

@@ -180,7 +180,7 @@ class LayerCall:
     def release(self) -> None:
         """Drop the references to the tensors: under checkpoint the graph does not hold them."""
         self.released_shape = self.z.shape
-        if not torch.compiler.is_compiling():
+        if self.version >= 0:  # not under torch.compile
             self.ref = weakref.ref(self.z)
         self.x = self.z = self.before_norm = self.normed = None
 

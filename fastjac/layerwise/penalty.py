@@ -21,7 +21,7 @@ from fastjac.layerwise.watch import Watch
 from fastjac.model_output import Picked, call_model
 from fastjac.penalty import ModelPenalty, PenaltyOptions
 from fastjac.per_sample import attached_zeros
-from fastjac.torch_private import comptime
+from fastjac.torch_private import comptime, traced_value
 
 
 class LayerOptions(PenaltyOptions, total=False):
@@ -260,10 +260,7 @@ class LayerPenalty(LayerStatistic, ModelPenalty):
 
 def _install(context: Any) -> None:
     """A `comptime` function for `LayerPenalty._traced_form`."""
-    penalty, model = (
-        context.get_local(name)._i_will_not_complain_if_bc_breaks_VariableTracker().value
-        for name in ("self", "model")
-    )
+    penalty, model = (traced_value(context, name) for name in ("self", "model"))
     if "_traced" not in vars(penalty):
         raise RuntimeError(
             f"{type(penalty).__name__} was created inside a function of torch.compile: create it "

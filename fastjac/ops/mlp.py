@@ -62,6 +62,7 @@ class Output(torch.autograd.Function):
         now = current_backward()
         pushes = [push for task, *push in ctx.pushes if task == now] or [[None] * 4]
         ctx.pushes = []
+        grad = None if grad is None else grad.contiguous()
         total: list[Any] = [None] * len(wanted)
         for u, factor, deltas, pushed in pushes:
             if grad is None and u is None:
