@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
@@ -195,6 +196,27 @@ FORMS: dict[str, Any] = {
     "dreg called": lambda model, x, w: called(model, x),
     "dreg attached": lambda model, x, w: attached(model, x),
 }
+
+
+def check_compiled(wrap: Wrap, here: Here) -> None:
+    """Torch does not trace the wrapper: it breaks the graph there, or with fullgraph it raises."""
+    warnings.filterwarnings("ignore", "The .grad attribute of a Tensor", UserWarning)
+
+    def run(fullgraph: bool) -> Callable[..., Any]:
+        def form(model: nn.Module, x: Tensor, w: Tensor) -> Any:
+            torch._dynamo.reset()
+            step = partial(spectreg, "auto", model)
+            return torch.compile(step, backend="aot_eager", fullgraph=fullgraph)(x, w)
+
+        return form
+
+    check(wrap, {"with graph breaks": run(False)}, here)
+    x, _y, w = here.own(batch())
+    try:
+        run(True)(wrap(net().to(here.device)), x, w)
+    except (RuntimeError, TypeError):
+        return
+    raise AssertionError("torch traces the wrapper now: say so in docs/DISTRIBUTED.md")
 
 
 def of_part(call: Callable[..., tuple[Any, Tensor]], model: nn.Module, *given: Tensor) -> Any:

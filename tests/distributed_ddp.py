@@ -73,6 +73,10 @@ def registry_find_unused(here: Here) -> None:
     cases.check_registry(partial(ddp, find_unused_parameters=True), here)
 
 
+def compiled(here: Here) -> None:
+    cases.check_compiled(ddp, here)
+
+
 class TwoHeads(nn.Module):
     """``used`` of them goes to the output; the other one runs all the same, or does not."""
 

@@ -78,6 +78,10 @@ def registry(here: Here) -> None:
     cases.check_registry(blocks, here)
 
 
+def compiled(here: Here) -> None:
+    cases.check_compiled(root, here)
+
+
 def hidden(here: Here) -> None:
     cases.check_hidden(nested, ["0.1", "1.0"], here)
 

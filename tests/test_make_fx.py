@@ -187,6 +187,15 @@ def test_layers(modules: Callable[[], list[nn.Module]], form: str) -> None:
     check(Step(model, penalty, form), inputs)
 
 
+@pytest.mark.parametrize("act", [nn.GELU, lambda: nn.LayerNorm(5)])
+def test_several_cotangents(act: Callable[[], nn.Module]) -> None:
+    """One at a time: torch's batching rules for these fix the size of the batch."""
+    model = nn.Sequential(nn.Linear(4, 5), act(), nn.Linear(5, 3))
+    check(
+        Step(model, fastjac.FrobReg(), "graph"), lambda n: (torch.arange(4.0 * n).sin().view(n, 4),)
+    )
+
+
 def test_presets() -> None:
     critic, generator = nn.Sequential(nn.Linear(4, 5), nn.Softplus(), nn.Linear(5, 1)), seeded()
     penalty = fastjac.presets.wgan_gp(generator=generator)

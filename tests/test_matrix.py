@@ -175,7 +175,7 @@ FAULTS: list[tuple[Any, tuple[str, ...], tuple[str, ...]]] = [
     # With convolutions, because an MLP is one call in C++.
     (without_curvature, ("channels_last",), ("SpectReg chain", "DataGrad chain", "FrobReg chain")),
     (without_graph, ("eager", "autocast_fp16", "checkpointed"), GRAPHS),
-    (without_graph, ("step", "whole_step"), ("SpectReg auto",)),
+    (without_graph, ("step", "whole_step"), ("SpectReg autograd",)),
     (with_detached_weight, ("eager", "non_leaf", "frozen_layer"), BY_INPUT),
     (without_weight_of_a_layer, ("eager",), LAYER_WISE),
 ]
