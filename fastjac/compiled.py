@@ -235,7 +235,8 @@ def _names(graph: torch.fx.GraphModule) -> list[str]:
 def _gradient(node: Any) -> str | None:
     """What a node is, if it is a gradient that ``backward`` computed, or a copy of one."""
     while isinstance(node, torch.fx.Node) and node.op.startswith("call"):
-        source: Any = node.args[0] if node.args else None
+        written = [n.args[1] for n in node.users if n.target == "copy_" and n.args[0] is node]
+        source: Any = written[0] if written else node.args[0] if node.args else None
         if node.target is operator.getitem and source.target is torch.autograd.grad:
             return f"the gradient with respect to {source.args[1][node.args[1]]}"
         # Through the copies that become `.grad`.

@@ -191,7 +191,8 @@ class Penalty(nn.Module):
         self._weight = value
         # For code of torch.compile, to which an attribute that is a number is a constant.
         if not isinstance(value, Tensor):
-            value = torch.tensor(value, dtype=torch.float64, device="cpu")
+            # With a dimension: of one without, dynamo reads the number, and traces a second time.
+            value = torch.tensor([value], dtype=torch.float64, device="cpu")
         self._number = value
 
     def __getstate__(self) -> dict[str, Any]:
@@ -303,10 +304,10 @@ class Penalty(nn.Module):
 
     def _factor(self, values: Tensor) -> float | Tensor:
         """What ``values`` are multiplied by: the weight, times ``every`` in training."""
-        factor = self._weight
-        if torch.compiler.is_compiling():
-            factor = self._number
-        elif torch_private.capturing_now():
+        compiling = torch.compiler.is_compiling()
+        # Code of torch.compile is compiled again if a number that it has read changes.
+        factor = self._number.view(()) if compiling else self._weight
+        if not compiling and torch_private.capturing_now():
             if isinstance(factor, Tensor) and factor.device != values.device:
                 raise RuntimeError(
                     f"weight is a tensor on {factor.device} and the value is on {values.device}: a "
