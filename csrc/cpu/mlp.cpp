@@ -33,9 +33,15 @@ int64_t tile_of(int64_t n, const Tensors& weights) {
     parameters += w.numel() + w.size(0);
     numbers += n * w.size(0);
   }
-  const int64_t most = 1 + std::max(gradients, numbers) / parameters;
+  const int64_t most = 1 + std::max(gradients, numbers) / std::max<int64_t>(parameters, 1);
   const int64_t threads = std::min<int64_t>(most, torch::stable::get_num_threads());
   return std::max<int64_t>((n + threads - 1) / threads, 16);
+}
+
+// The number of samples that K rows each belong to.
+int64_t samples(const Tensor& t, int64_t k) {
+  STD_TORCH_CHECK(k > 0 && t.dim() == 2, "fastjac: mlp: k must be positive, and w or u a matrix");
+  return t.size(0) / k;
 }
 
 Tensors some(const std::optional<Tensor>& t) { return t ? Tensors{*t} : Tensors{}; }
@@ -49,7 +55,7 @@ std::tuple<Tensor, Tensor> mlp_forward(const Tensor& x, const Tensors& weights,
 
 std::tuple<Tensor, Tensor, Tensor> mlp_pull(const Tensor& w, const Tensors& weights,
                                             const Tensor& saved, int64_t k, const Numbers& plan) {
-  const int64_t n = w.size(0) / k;
+  const int64_t n = samples(w, k);
   const Tensors found =
       net_pull(w, weights, {saved}, n, tile_of(n, weights), false, true, plan_of(plan, w));
   return {found[0], found[1], found[2]};
@@ -58,7 +64,7 @@ std::tuple<Tensor, Tensor, Tensor> mlp_pull(const Tensor& w, const Tensors& weig
 std::tuple<Tensor, Tensor> mlp_push(const Tensor& u, const std::optional<Tensor>& factor,
                                     const Tensors& weights, const Tensor& saved,
                                     const Tensor& deltas, int64_t k, const Numbers& plan) {
-  const int64_t n = u.size(0) / k;
+  const int64_t n = samples(u, k);
   const Tensors found = net_push(u, factor, weights, {saved}, {deltas}, n, tile_of(n, weights),
                                  true, true, plan_of(plan, u));
   return {found[0], found[1]};

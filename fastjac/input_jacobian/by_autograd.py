@@ -112,6 +112,9 @@ def checked(
     if torch.compiler.is_compiling():
         _refuse(output, x)
         return _vjp_in_graph(output, x, w, size, guarded)
+    # Torch's batching rules of some operations fix sizes that are symbols (GELU, LayerNorm).
+    if size > 1 and _symbolic(output, x, w):
+        size = 1
     return _passes(output, x, w, size, operations or Operations(output), guarded)
 
 
@@ -131,6 +134,10 @@ def _jvp(
     t = _passes(v, w, u if size else u.squeeze(0), size, operations, guarded=False)
     guards.check_backward(t, operations, why_not_chain)
     return t if size else t.unsqueeze(0)
+
+
+def _symbolic(*tensors: Tensor) -> bool:
+    return any(isinstance(n, torch.SymInt) for t in tensors for n in t.shape)
 
 
 def gradient(loss: Tensor, x: Tensor) -> Tensor:
@@ -215,9 +222,8 @@ def _pass(output: Tensor, x: Tensor, w: Tensor, batched: bool = False) -> Tensor
         return v
 
     # The older vmap of `is_grads_batched` does not take sizes that are symbols.
-    symbolic = any(isinstance(n, torch.SymInt) for t in (output, x, w) for n in t.shape)
     try:
-        if batched and symbolic:
+        if batched and _symbolic(output, x, w):
             v = torch.func.vmap(lambda w: pull(w, False))(w)
         else:
             v = pull(w, batched)
