@@ -1,5 +1,5 @@
 // The sweeps of a network in a graph of torch.compile, for CPU tensors; see fastjac/ops/mlp.py.
-#include <cstring>
+#include <algorithm>
 
 #include "net_ops.h"
 
@@ -14,7 +14,7 @@ Tensor tensor_of(const Numbers& numbers, const Tensor& like, int64_t columns) {
   const std::vector<int64_t> sizes =
       columns == 0 ? std::vector<int64_t>{count} : std::vector<int64_t>{count / columns, columns};
   Tensor made = torch::stable::new_empty(like, sizes, torch::headeronly::ScalarType::Double);
-  std::memcpy(made.mutable_data_ptr(), numbers.data(), numbers.size() * sizeof(double));
+  std::copy(numbers.begin(), numbers.end(), static_cast<double*>(made.mutable_data_ptr()));
   return made;
 }
 
@@ -29,13 +29,13 @@ int64_t tile_of(int64_t n, const Tensors& weights) {
   constexpr int64_t gradients = 1 << 20;
   int64_t parameters = 0, numbers = 0;
   for (const Tensor& w : weights) {
-    if (w.numel() > Program::small_weight) return n;
+    if (w.numel() > Program::small_weight || w.dim() == 0) return n;
     parameters += w.numel() + w.size(0);
-    numbers += n * w.size(0);
+    numbers += std::min<int64_t>(n, 1 << 30) * w.size(0);  // `Sweep` refuses a larger n
   }
   const int64_t most = 1 + std::max(gradients, numbers) / std::max<int64_t>(parameters, 1);
   const int64_t threads = std::min<int64_t>(most, torch::stable::get_num_threads());
-  return std::max<int64_t>((n + threads - 1) / threads, 16);
+  return std::max<int64_t>(n / threads + (n % threads != 0), 16);
 }
 
 // The number of samples that K rows each belong to.
@@ -48,7 +48,7 @@ Tensors some(const std::optional<Tensor>& t) { return t ? Tensors{*t} : Tensors{
 
 std::tuple<Tensor, Tensor> mlp_forward(const Tensor& x, const Tensors& weights,
                                        const Tensors& biases, const Numbers& plan) {
-  const int64_t tile = tile_of(x.size(0), weights);
+  const int64_t tile = tile_of(rows_of(x, "x"), weights);
   const Tensors found = net_forward(x, weights, biases, tile, true, true, plan_of(plan, x));
   return {found[0], found[1]};
 }
@@ -75,7 +75,7 @@ Tensors mlp_backward(const std::optional<Tensor>& grad, const std::optional<Tens
                      const Tensor& saved, const std::optional<Tensor>& deltas,
                      const std::optional<Tensor>& pushed, const Numbers& wanted,
                      const Numbers& plan) {
-  const int64_t n = x.size(0);
+  const int64_t n = rows_of(x, "x");
   Tensors found = net_backward(grad, u, factor, x, weights, {saved}, some(deltas), some(pushed), n,
                                tile_of(n, weights), 1, int64_t(plan.size()) / Program::columns,
                                tensor_of(wanted, x, 0), plan_of(plan, x));
