@@ -72,7 +72,7 @@ def compile(
             are for ``backend="inductor"``.
         dynamic: whether dimension 0 of the tensors that ``f`` is called with may have other sizes
             later, such as that of a last smaller batch, without a second compilation, unless an
-            operation fixes the size (``docs/GOTCHAS.md``). If False, torch compiles for the first
+            operation fixes the size (``docs/COMPILE.md``). If False, torch compiles for the first
             size, and once more when it sees another one.
         backend: what compiles the graph, as in ``torch.compile``.
 

@@ -82,6 +82,18 @@ def test_layer_wise_penalties(kind: Any, watched: int, attached: bool) -> None:
     assert requiring_grad(graphs) == 1
 
 
+@pytest.mark.parametrize("norm", [nn.Identity, lambda: nn.LayerNorm(5)])
+def test_a_compiled_model_returns_no_pre_activation(norm: Any) -> None:
+    """Its output, and what the attached penalty, outside of the graph, needs of each layer."""
+    layers = nn.Linear(4, 5), norm(), nn.GELU(), nn.Linear(5, 5), norm(), nn.GELU()
+    model, graphs = nn.Sequential(*layers, nn.Linear(5, 3)), Graphs()
+    penalty = DREG(model)
+    output = compiled(model, graphs)(torch.randn(6, 4))
+    (output.square().mean() + penalty()).backward()
+    assert len(penalty.layers_found) == 2
+    assert [t.shape for t in graphs.outputs if t.requires_grad and t.dim() > 1] == [(6, 3)]
+
+
 def requiring_grad(graphs: Graphs) -> int:
     """The outputs that the backward gets gradients of; any but the loss would be zeros."""
     return sum(t.requires_grad for t in graphs.outputs if isinstance(t, Tensor))

@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -154,23 +156,6 @@ def test_arguments_of_all_kinds() -> None:
 # ---- what is compiled, and when
 
 
-def compilations(
-    kind: Any,
-    changes: list[Callable[[Step], Any]],
-    every: int = 1,
-    model: Callable[[], nn.Module] = mlp,
-    **options: Any,
-) -> int:
-    """Of as many whole steps as there are changes, each after one of them."""
-    torch._dynamo.reset()
-    backend, step = Counting(), Step(model(), kind, True, every=every)
-    run = fastjac.compile(step.__call__, backend=backend, **options)
-    for change in changes:
-        step.model.zero_grad()
-        run(*batch((change(step) or 6, 4)))
-    return backend.compilations
-
-
 def weight(value: float) -> Callable[[Step], None]:
     return lambda step: setattr(step.penalty, "weight", value)
 
@@ -179,21 +164,67 @@ def size(n: int) -> Callable[[Step], int]:
     return lambda step: n
 
 
+def same_batch(step: Step) -> None:
+    pass
+
+
 def mode(train: bool) -> Callable[[Step], None]:
     return lambda step: step.model.train(train) and None
 
 
+def half(step: Step) -> None:
+    step.model.half()
+
+
+@dataclass(frozen=True)
+class Counted:
+    """Steps, each after a change, and how many graphs are compiled for all of them."""
+
+    row: str  # of docs/COMPILE.md
+    graphs: int
+    changes: list[Callable[[Step], Any]]
+    kinds: tuple[Any, ...] = (SpectReg, DREG)
+    model: Callable[[], nn.Module] = mlp
+    options: dict[str, Any] = field(default_factory=dict)  # of the penalty
+    how: dict[str, Any] = field(default_factory=dict)  # of fastjac.compile
+    accumulate: bool = False
+
+
 SIZES = [size(n) for n in (6, 6, 3, 6, 3)]  # the last batch is smaller
+COUNTS = [
+    Counted("another weight, also 0", 1, [weight(0.0), weight(0.1), weight(1.0)]),
+    Counted("a last smaller batch", 1, SIZES),
+    Counted("a last smaller batch, `dynamic=False`", 2, SIZES, how={"dynamic": False}),
+    Counted(
+        "a last smaller batch, several projections by autograd",
+        2,
+        SIZES,
+        (SpectReg,),
+        options={"n_proj": 2, "engine": "autograd"},
+    ),
+    Counted("a last smaller batch, input-Jacobian, BatchNorm", 2, SIZES, (SpectReg,), normed),
+    Counted("`train()` and `eval()` in turn", 2, [mode(n % 2 == 0) for n in range(4)], model=normed),
+    Counted("`every=3`", 3, [same_batch] * 7, options={"every": 3}),
+    Counted("another dtype", 2, [same_batch, half, same_batch]),
+    Counted("gradients that are not None before the step", 2, [same_batch] * 3, accumulate=True),
+]
 
 
-@pytest.mark.parametrize("kind", [SpectReg, DREG])
-def test_compilations(kind: Any) -> None:
-    assert compilations(kind, [weight(0.0), weight(0.1), weight(1.0)]) == 1
-    assert compilations(kind, SIZES) == 1
-    assert compilations(kind, SIZES, dynamic=False) == 2
-    modes = [mode(True), mode(False), mode(True), mode(False)]
-    assert compilations(kind, modes, model=normed) == 2
-    assert compilations(kind, [size(6)] * 7, every=3) == 3
+@pytest.mark.parametrize("counted", COUNTS, ids=lambda c: c.row)
+def test_compilations(counted: Counted) -> None:
+    for kind in counted.kinds:
+        torch._dynamo.reset()
+        step = Step(counted.model(), kind, True, **counted.options)
+        backend = Counting()
+        run = fastjac.compile(step.__call__, backend=backend, **counted.how)
+        for change in counted.changes:
+            if not counted.accumulate:
+                step.model.zero_grad()
+            x, y = batch((change(step) or 6, 4))
+            run(x.to(next(step.model.parameters()).dtype), y)
+        assert backend.compilations == counted.graphs
+    page = (Path(__file__).parents[1] / "docs/COMPILE.md").read_text()
+    assert f"| {counted.row} | {counted.graphs} |" in page
 
 
 def test_a_weight_that_changes_is_used() -> None:

@@ -21,7 +21,7 @@ def test_support_table_and_stubs_are_those_of_the_registries():
         assert stub.read_text() == text, "run: python -m fastjac.cli.support"
 
 
-@pytest.mark.parametrize("name", ("README.md", "benchmarks/README.md"))
+@pytest.mark.parametrize("name", ("README.md", "benchmarks/README.md", "docs/COMPILE.md"))
 def test_performance_tables_are_drawn_from_the_history(name):
     text = (ROOT / name).read_text()
     renewed = page.update(text, load(ROOT / page.HISTORY))

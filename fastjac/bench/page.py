@@ -120,6 +120,20 @@ def _over_compiled(cases: Cases) -> Rows:
     return _grid(rows, "time / plain-compiled", cell)
 
 
+def _compile_seconds(cases: Cases) -> Rows:
+    """Seconds of the set-up and the first call, of what compiles."""
+
+    def cell(name: str, found: dict[str, Record]) -> str:
+        return number(found[name].compile_s if name in found else None) or "–"
+
+    rows = {}
+    for case, found in cases.items():
+        compiling = {name: r for name, r in found.items() if r.compile_s is not None}
+        if compiling:
+            rows[case] = compiling
+    return _grid(rows, "seconds to the first step", cell)
+
+
 def _peak(name: str, found: dict[str, Record]) -> str:
     return number(found[name].peak_mb if name in found else None) or "–"
 
@@ -165,6 +179,7 @@ TABLES = {
     "summary": ("step", _summary, True),
     "time": ("step", _time, False),
     "over-compiled": ("step", _over_compiled, True),
+    "compile": ("step", _compile_seconds, True),
     "memory": ("step", _memory, False),
     "networks": ("networks", _summary, False),
     "host": ("host", _host, False),

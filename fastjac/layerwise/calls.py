@@ -171,14 +171,14 @@ def product_ran(
 ) -> None:
     """A function of torch has computed z from x, outside of the modules for layers."""
     if seen.compiling:
-        call = LayerCall(layer, x, z, weight, version_of(z), -1, -1, groups)
+        call = LayerCall(layer, weight, version_of(z), -1, -1, groups)
     else:
         # The same object in each pass, since it remembers what the statistic has decided.
         layer = seen.products.setdefault((layer.name, layer.kind, layer.plain), layer)
         versions = z._version, weight._version, x._version
-        call = LayerCall(layer, x, z, weight, *versions, groups)
+        call = LayerCall(layer, weight, *versions, groups)
         seen.pending[id(z)] = call
-    call.bias, call.conv, call.function = bias, conv, True
+    call.x, call.z, call.bias, call.conv, call.function = x, z, bias, conv, True
     seen.calls.append(call)
 
 

@@ -67,8 +67,9 @@ def derived(
 ) -> None:
     """y is the z of the call times a factor, perhaps with its units in another dimension."""
     version = version_of(y) if seen.compiling else y._version
-    after = replace(call, x=None, z=y, version=version, used=False, parent=call, ref=None)
-    after.factor, after.function, after.normed = call.factor * factor, True, None
+    after = replace(call, version=version, used=False, parent=call, ref=None)
+    after.z, after.before_norm = y, call.before_norm
+    after.factor, after.function = call.factor * factor, True
     after.moved = call.moved if moved is None else moved
     after.folded = call.folded if folded is None else folded
     seen.calls.append(after)

@@ -130,16 +130,18 @@ class LayerCall:
     """
 
     layer: Layer
-    x: Any
-    z: Any  # a tensor, or None after `release`
     weight: Tensor  # what the layer computed with, which may be another than the module's
     version: int  # of z when it was computed
     weight_version: int
     x_version: int
     groups: int = 1  # of a convolution
+    # What `release` drops is set after the call was made: dynamo makes the arguments of a constructor
+    # outputs of the graph of a compiled model, which get gradients.
+    x: Any = field(default=None, init=False)
+    z: Any = field(default=None, init=False)
+    before_norm: Tensor | None = field(default=None, init=False)
+    normed: Normed | None = field(default=None, init=False)  # of a BatchNorm in training mode
     norm: Norm | None = None
-    before_norm: Tensor | None = None
-    normed: Normed | None = None  # the result of a BatchNorm in training mode
     used: bool = False  # whether an activation or a norm took z
     ref: Any = None  # a weak reference to z after `release`
     released_shape: Any = None

@@ -157,11 +157,12 @@ class Pass:
                 "penalty was attached: attach the penalty after parallelize_module"
             )
         if self.compiling:
-            call = LayerCall(layer, x, z, weight, version_of(z), -1, -1, groups)
+            call = LayerCall(layer, weight, version_of(z), -1, -1, groups)
         else:
             versions = z._version, weight._version, x._version
-            call = LayerCall(layer, x, z, weight, *versions, groups)
+            call = LayerCall(layer, weight, *versions, groups)
             self.pending[id(z)] = call
+        call.x, call.z = x, z
         self.calls.append(call)
         return call
 
@@ -205,8 +206,8 @@ class Pass:
         if call.function:
             call.use()
         version = version_of(y) if self.compiling else y._version
-        after = replace(call, z=y, version=version, used=False, parent=None)
-        after.norm, after.before_norm = norm, call.z
+        after = replace(call, version=version, used=False, parent=None)
+        after.x, after.z, after.norm, after.before_norm = call.x, y, norm, call.z
         after.function = call.function or function
         if not self.compiling and not self.transformed:
             after.normed = batch_normed(y, norm)

@@ -124,7 +124,7 @@ class Run:
         """The record of each layer."""
         found = []
         for (linear, _), w in zip(self.pairs, weights, strict=True):
-            call = LayerCall(linear.layer, None, None, w, -1, w._version, 0, used=True)
+            call = LayerCall(linear.layer, w, -1, w._version, 0, used=True)
             call.released_shape = (*x.shape[:-1], w.shape[0])
             found.append(call)
         return found
