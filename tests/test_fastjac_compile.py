@@ -191,6 +191,7 @@ class Counted:
 
 
 SIZES = [size(n) for n in (6, 6, 3, 6, 3)]  # the last batch is smaller
+MODES_IN_TURN = [mode(train) for train in (True, False, True, False)]
 COUNTS = [
     Counted("another weight, also 0", 1, [weight(0.0), weight(0.1), weight(1.0)]),
     Counted("a last smaller batch", 1, SIZES),
@@ -203,7 +204,7 @@ COUNTS = [
         options={"n_proj": 2, "engine": "autograd"},
     ),
     Counted("a last smaller batch, input-Jacobian, BatchNorm", 2, SIZES, (SpectReg,), normed),
-    Counted("`train()` and `eval()` in turn", 2, [mode(n % 2 == 0) for n in range(4)], model=normed),
+    Counted("`train()` and `eval()` in turn", 2, MODES_IN_TURN, model=normed),
     Counted("`every=3`", 3, [same_batch] * 7, options={"every": 3}),
     Counted("another dtype", 2, [same_batch, half, same_batch]),
     Counted("gradients that are not None before the step", 2, [same_batch] * 3, accumulate=True),

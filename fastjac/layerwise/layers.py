@@ -135,8 +135,8 @@ class LayerCall:
     weight_version: int
     x_version: int
     groups: int = 1  # of a convolution
-    # What `release` drops is set after the call was made: dynamo makes the arguments of a constructor
-    # outputs of the graph of a compiled model, which get gradients.
+    # What `release` drops is set after the call was made: dynamo makes the arguments of a
+    # constructor outputs of the graph of a compiled model, which get gradients.
     x: Any = field(default=None, init=False)
     z: Any = field(default=None, init=False)
     before_norm: Tensor | None = field(default=None, init=False)
