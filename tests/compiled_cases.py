@@ -20,12 +20,7 @@ from torch._dynamo.backends.debugging import aot_eager
 import fastjac
 from fastjac.penalties import SpectReg
 
-MARKS = [
-    pytest.mark.usefixtures("double", "no_stale_graphs"),
-    # Torch hides this warning of its own while it traces a tensor that is no leaf, but not from
-    # pytest.
-    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning"),
-]
+MARKS = [pytest.mark.usefixtures("double", "no_stale_graphs")]
 
 
 class Counting:

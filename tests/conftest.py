@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from versions import differs
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -195,6 +196,8 @@ def empty_graphs():
 
 def pytest_collection_modifyitems(items):
     for item in items:
+        if reason := differs(item.nodeid):
+            item.add_marker(pytest.mark.skip(reason=reason))
         if not torch.cuda.is_available() and item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
         if DEVICE == "pretend" and any(name in item.name for name in pretend.LACKING):

@@ -14,6 +14,7 @@ from typing import Any
 
 from matrix_things import THINGS, Thing
 from matrix_transforms import WAYS, Way
+from versions import DIFFERENCES, NEW, OLD
 
 
 @dataclass(frozen=True)
@@ -196,6 +197,34 @@ are tested with inductor too.
 """
 
 
+VERSIONS = f"""## Versions of PyTorch
+
+`python -m pytest -m "not slow"` on a CPU, with fastjac built for PyTorch 2.13:
+
+| PyTorch | passed | failed | skipped |
+| --- | --- | --- | --- |
+{{results}}
+The tests of what a version does otherwise are skipped in it (`tests/versions.py`):
+
+| PyTorch | what it does otherwise than 2.13 |
+| --- | --- |
+"""
+# (version, passed, failed, skipped)
+RESULTS = (
+    ("2.10.0", 0, 0, 0),
+    ("2.13.0", 0, 0, 0),
+    ("2.14.1", 0, 0, 0),
+)
+
+
+def versions() -> str:
+    results = "".join(row(*result) + "\n" for result in RESULTS)
+    names = {OLD: "2.10", NEW: "2.14"}
+    return VERSIONS.format(results=results) + "".join(
+        row(names[d.version], d.what) + "\n" for d in DIFFERENCES
+    )
+
+
 def page() -> str:
     parts = [HEAD.format(inductor=", ".join(dict.fromkeys(f"*{name}*" for _, name in INDUCTOR)))]
     for group in dict.fromkeys(thing.group for thing in THINGS):
@@ -217,11 +246,11 @@ def page() -> str:
             note = f" ({state.note})" if state.note else ""
             parts.append(f"{number}. “{state.message}”{note}")
         parts.append("")
-    return "\n".join(parts)
+    return "\n".join([*parts, versions()])
 
 
 def row(*cells: Any) -> str:
-    return "| " + " | ".join(cells) + " |"
+    return "| " + " | ".join(map(str, cells)) + " |"
 
 
 if __name__ == "__main__":

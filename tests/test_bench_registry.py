@@ -34,6 +34,14 @@ def test_compiled_needs_a_compiler(monkeypatch):
     assert "compiler" in (entrants.why_not(compiled, tiny_case(), FAST) or "")
 
 
+@pytest.mark.parametrize("name", ["plain-compiled", "fastjac+compile"])
+def test_compiled_steps_need_a_torch_that_traces_the_backward(name, monkeypatch):
+    monkeypatch.setattr(entrants, "dynamo_config", lambda: object())
+    (compiled,) = (c for c in entrants.all_contestants() if c.name == name)
+    step = next(case for case in registry.all_cases() if case.kind == "step")
+    assert "does not trace loss.backward()" in (entrants.why_not(compiled, step, FAST) or "")
+
+
 def test_registered_names():
     names = [case.name for case in registry.all_cases()]
     assert len({*names}) == len(names)

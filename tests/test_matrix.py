@@ -25,11 +25,7 @@ from fastjac.input_jacobian.chain import activations
 from fastjac.layerwise import layer_act, sequence
 from fastjac.ops.registration import raw
 
-pytestmark = [
-    pytest.mark.usefixtures("empty_graphs"),
-    # Torch warns when it traces a tensor that is not a leaf.
-    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning"),
-]
+pytestmark = pytest.mark.usefixtures("empty_graphs")
 PAGE = Path(__file__).resolve().parent.parent / "docs/MATRIX.md"
 WAY = {way.key: way for way in WAYS}
 THING = {thing.name: thing for thing in THINGS}

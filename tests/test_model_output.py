@@ -18,11 +18,7 @@ from fastjac import DREG, SpectReg
 from fastjac.bench.measure import launches
 from fastjac.penalties import PenaltySpec
 
-pytestmark = [
-    pytest.mark.usefixtures("double"),
-    # Inductor looks at the inputs of the graph; x is not a leaf.
-    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning"),
-]
+pytestmark = pytest.mark.usefixtures("double")
 
 Pair = namedtuple("Pair", ["hidden", "logits"])
 

@@ -38,6 +38,7 @@ from fastjac.bench.measure import Options, available_cores
 from fastjac.bench.problems import Problem, StepProblem
 from fastjac.bench.steps import Prepared
 from fastjac.ops import dispatch
+from fastjac.torch_private import dynamo_config
 
 #: The colour of a contestant that is not registered.
 OTHER_COLOUR = "#8a7f6a"
@@ -120,6 +121,10 @@ def why_not(contestant: Contestant, case: Case, options: Options) -> str | None:
         return f"JacobianReg cannot express {case.penalty}"
     if contestant.name in ("plain-compiled", "fastjac+compile") and idiom is None:
         return "a training step is compiled; compiled has the ops"
+    if contestant.name in ("plain-compiled", "fastjac+compile") and not hasattr(
+        dynamo_config(), "trace_autograd_ops"
+    ):
+        return f"torch.compile of torch {torch.__version__} does not trace loss.backward()"
     if contestant.name.startswith("fastjac-") and not isinstance(idiom, InputJacobian):
         return "only penalties on the input Jacobian have engines"
     if contestant.name.startswith("graphed-") and (device == "cpu" or idiom is None):

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.torch_version import TorchVersion
 
 from fastjac.ops.autograd import Function, nodes_from
 from fastjac.torch_private import traced_graphs
@@ -31,8 +32,8 @@ WRONG_AGAIN = {
 }
 """The first derivatives of these norms, as a part of a model; a penalty needs two more."""
 
-WRONG_BATCHED = {"NativeGroupNormBackward0"}
-"""Whose second derivative is wrong for several cotangents at once."""
+WRONG_BATCHED = set() if TorchVersion(torch.__version__) >= "2.14" else {"NativeGroupNormBackward0"}
+"""Whose second derivative is wrong for several cotangents at once; torch 2.14 has mended it."""
 
 _ATTENTION = (
     "use the model form, penalty(model, x, ...), with engine='auto', or run the model under "

@@ -20,13 +20,28 @@ aten = torch.ops.aten
 # ---- clamps
 
 
+class _End(NamedTuple):
+    """Of a range, to which the limit belongs or does not."""
+
+    limit: float
+    belongs: bool
+
+
 class _Range(NamedTuple):
-    """A mask, ``low <= x <= high``; without a limit if that is None."""
+    """A mask, ``low <= x <= high`` or with ``<``; without an end if that is None."""
 
     x: int
-    low: float | None
-    high: float | None
+    low: _End | None
+    high: _End | None
 
+
+# Whether the limit is the lower end, and whether it belongs to the range.
+_COMPARISONS = {
+    aten.ge.Scalar: (True, True),
+    aten.le.Scalar: (False, True),
+    aten.gt.Scalar: (True, False),
+    aten.lt.Scalar: (False, False),
+}
 
 _ANDS = (
     *(aten.logical_and.default, aten.logical_and_.default),
@@ -37,10 +52,11 @@ _ANDS = (
 def join_clamps(traced: Calls) -> Calls:
     """The calls, with one in the place of the derivative of a clamp.
 
-    The derivative is ``where(low <= x <= high, g, 0)``, which torch computes by three or five
-    operations. ``threshold_backward`` and ``hardtanh_backward`` are one. Theirs is 0 at the limits,
-    where that of a clamp is 1, so they are given the next numbers outside of them. The results are
-    those of torch, unless x is infinite or NaN.
+    The derivative is ``where(low <= x <= high, g, 0)``, and ``where(low < x < high, g, 0)`` from
+    torch 2.14 on, which torch computes by three or five operations. ``threshold_backward`` and
+    ``hardtanh_backward`` are one. Theirs is 0 at the limits, so where that of the clamp is 1 they
+    are given the next numbers outside of them. The results are those of torch, unless x is infinite
+    or NaN.
     """
     memory = traced.memory
     masks: dict[int, _Range] = {}
@@ -56,9 +72,10 @@ def join_clamps(traced: Calls) -> Calls:
         elif written := {root_of(memory, n) for n in call.written()}:
             masks = {n: m for n, m in masks.items() if root_of(memory, n) not in written}
             zeros = {n for n in zeros if root_of(memory, n) not in written}
-        elif func in (aten.ge.Scalar, aten.le.Scalar) and args[0].number < traced.inputs:
-            x, limit = args[0].number, args[1]
-            masks[result] = _Range(x, *((limit, None) if func is aten.ge.Scalar else (None, limit)))
+        elif func in _COMPARISONS and args[0].number < traced.inputs:
+            lower, belongs = _COMPARISONS[func]
+            end = _End(args[1], belongs)
+            masks[result] = _Range(args[0].number, *((end, None) if lower else (None, end)))
         elif func is aten.scalar_tensor.default and args[0] == 0:
             zeros.add(result)
         elif func is aten.where.self and args[0].number in masks and args[2].number in zeros:
@@ -80,14 +97,16 @@ def _derivative(call: Call, mask: _Range, memory: list[Memory | None]) -> Call |
     return Call(aten.hardtanh_backward.default, (g, Value(mask.x), *limits), {}, call.results)
 
 
-def _outside(limit: float | None, sign: int, dtype: torch.dtype) -> float:
-    """The next number above a limit, if the sign is positive, or below it; infinite for None."""
-    if limit is None:
+def _outside(end: _End | None, sign: int, dtype: torch.dtype) -> float:
+    """The first number outside of an end, upwards if the sign is positive; infinite for None."""
+    if end is None:
         return sign * math.inf
+    limit = torch.tensor(end.limit, dtype=dtype)
+    if not end.belongs:
+        return limit.item()
     if limit == 0:  # the next one is denormal, and counts as 0 after `torch.set_flush_denormal`
         return sign * torch.finfo(dtype).tiny
-    end = torch.tensor(sign * math.inf, dtype=dtype)
-    return torch.nextafter(torch.tensor(limit, dtype=dtype), end).item()
+    return torch.nextafter(limit, torch.tensor(sign * math.inf, dtype=dtype)).item()
 
 
 # ---- products that are added
