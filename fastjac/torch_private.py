@@ -244,6 +244,19 @@ def traced_value(context: Any, name: str) -> Any:
     return context.get_local(name)._i_will_not_complain_if_bc_breaks_VariableTracker().value
 
 
+_restart = _later(
+    "torch._dynamo.exc.UnspecializeRestartAnalysis",
+    "to trace a function again after forwards or hooks were put on its model",
+    "two penalties of one model in a compiled step raise",
+)
+
+
+def trace_again() -> None:
+    """Has dynamo trace the function from its start, for a `comptime` function that has changed a
+    module: dynamo may have read what was there before."""
+    raise _restart()()
+
+
 def traced_graphs(context: Any) -> list[Any]:
     """The graphs traced so far, those of checkpoints and the like included.
 

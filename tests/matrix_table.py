@@ -197,13 +197,13 @@ are tested with inductor too.
 """
 
 
-VERSIONS = f"""## Versions of PyTorch
+VERSIONS = """## Versions of PyTorch
 
 `python -m pytest -m "not slow"` on a CPU, with fastjac built for PyTorch 2.13:
 
 | PyTorch | passed | failed | skipped |
 | --- | --- | --- | --- |
-{{results}}
+{results}
 The tests of what a version does otherwise are skipped in it (`tests/versions.py`):
 
 | PyTorch | what it does otherwise than 2.13 |

@@ -22,7 +22,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fastjac
 from fastjac.penalties import (
+    DREG,
     AccumulatedDREG,
+    Contractive,
     FiniteDifferenceDataGrad,
     FrobReg,
     PenaltySpec,
@@ -252,6 +254,63 @@ def test_attention_in_the_graph_form() -> None:
         return output, SpectReg()(x, output, projection=w)
 
     check(model, call)
+
+
+# ---- several models, several penalties
+
+
+@pytest.mark.parametrize("make", [DREG, SpectReg, lambda: SpectReg(at="0")])
+def test_a_penalty_of_two_models_compiles_once_for_each(make: Callable[[], Any]) -> None:
+    """It puts forwards and hooks on both, and leaves no trace that another step looks at."""
+    penalty, x, found = make(), torch.randn(6, 4), []
+    for model in (mlp(), mlp()):
+        backend = Counting()
+
+        def step(x: Tensor, model: nn.Module = model) -> Tensor:
+            return penalty(model, x)[1]
+
+        found.append((compiled(step, backend), backend, model))
+    for _ in range(3):
+        for step, _, model in found:
+            torch.manual_seed(0)
+            value = step(x)
+            torch.manual_seed(0)
+            close(value, make()(model, x)[1])
+    assert [backend.compilations for _, backend, _ in found] == [1, 1]
+
+
+class Twice(nn.Module):
+    """A model that calls itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.part = nn.Sequential(nn.Linear(4, 5), nn.GELU(), nn.Linear(5, 4))
+
+    def forward(self, x: Tensor, again: bool = True) -> Tensor:
+        return 2 * self(x, False) if again else self.part(x)
+
+
+AT = FrobReg(at="part")
+
+
+@pytest.mark.parametrize(
+    "penalties",
+    [(DREG(), Contractive()), (FrobReg(), AT), (AT, DREG()), (FrobReg(at="part.0"), AT)],
+)
+def test_penalties_of_one_model_in_one_step(penalties: tuple[Any, ...]) -> None:
+    """The second one puts its forwards or hooks on a model that dynamo has read already."""
+    model, x, backend = Twice(), torch.randn(6, 4), Counting()
+
+    def step(x: Tensor) -> Tensor:
+        values = [penalty(model, x)[1] for penalty in penalties]
+        return values[0] + 2 * values[1] + 3 * penalties[0](model, x[:2])[1]
+
+    expected = step(x)
+    run = compiled(step, backend)
+    for _ in range(2):
+        close(run(x), expected)
+    close(step(x), expected)
+    assert backend.compilations == 1
 
 
 # ---- what raises

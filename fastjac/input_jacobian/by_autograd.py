@@ -14,7 +14,7 @@ from fastjac.input_jacobian.guards import Operations
 from fastjac.input_jacobian.pullback import Pullback
 from fastjac.model_output import Part, call_model
 from fastjac.per_sample import measure
-from fastjac.torch_private import comptime, traced_value
+from fastjac.torch_private import comptime, trace_again, traced_value
 
 GRAPH_FORM = "use the model form, penalty(model, x, ...)"
 
@@ -298,12 +298,12 @@ def run_model(
     if torch.compiler.is_compiling():
         comptime(_install)
         (catch,) = [hook for hook in module._forward_hooks.values() if type(hook) is Catch]
-        catch.at, catch.caught = at, []
+        catch.caught = []
         whole, output = call_model(model, x, part)
         caught, catch.caught = catch.caught, None
     else:
-        catch = Catch()
-        catch.at, catch.caught = at, []
+        catch = Catch(at)
+        catch.caught = []
         handle = module.register_forward_hook(catch)
         try:
             whole, output = call_model(model, x, part)
@@ -321,8 +321,9 @@ def run_model(
 class Catch:
     """A forward hook that keeps the output of a submodule while ``caught`` is a list."""
 
-    at = ""
-    caught: Any = None
+    def __init__(self, at: str) -> None:
+        self.at = at
+        self.caught: Any = None
 
     def __call__(self, module: nn.Module, args: Any, hidden: Any) -> Tensor | None:
         if self.caught is None:
@@ -338,9 +339,10 @@ def _install(context: Any) -> None:
 
     Dynamo does not trace the registration of a hook.
     """
-    module = traced_value(context, "module")
+    module, at = (traced_value(context, name) for name in ("module", "at"))
     if not any(type(hook) is Catch for hook in module._forward_hooks.values()):
-        module.register_forward_hook(Catch())
+        module.register_forward_hook(Catch(at))
+        trace_again()
 
 
 def submodule(model: Callable[..., Any], at: str) -> nn.Module:

@@ -17,11 +17,11 @@ from fastjac import arguments, distributed
 from fastjac.layerwise.calls import Calls
 from fastjac.layerwise.layers import Table
 from fastjac.layerwise.passes import LayerStatistic, Pass, Term
-from fastjac.layerwise.watch import Watch
+from fastjac.layerwise.watch import CalledWatch, Watch
 from fastjac.model_output import Picked, call_model
 from fastjac.penalty import ModelPenalty, PenaltyOptions
 from fastjac.per_sample import attached_zeros
-from fastjac.torch_private import comptime, traced_value
+from fastjac.torch_private import comptime, trace_again, traced_value
 
 
 class LayerOptions(PenaltyOptions, total=False):
@@ -71,7 +71,9 @@ class LayerPenalty(LayerStatistic, ModelPenalty):
         # Of each pass its number of samples, and (name, v, f) of its layers, whose share is f Σ v.
         self._shares: list[tuple[int, list[tuple[str, Tensor | Table, float]]]] = []
         self._watch: Watch | None = None
-        self._traced: list[Watch] = []  # see `_traced_form`
+        # Of the called form inside torch.compile; see `CalledWatch`.
+        self.calling = False
+        self.seen: Pass | None = None
 
     @property
     def layer_values(self) -> list[tuple[str, Tensor]]:
@@ -135,11 +137,14 @@ class LayerPenalty(LayerStatistic, ModelPenalty):
         and the forwards stay until the penalty is deleted.
         """
         comptime(_install)
-        watch = self._traced[-1]
-        with watch.one_pass() as seen:
-            seen.batch = x.shape[0] if x.dim() else None
-            with Calls(seen):
-                whole, output = call_model(model, x, self.output)
+        self.calling = True
+        whole, output = call_model(model, x, self.output)
+        seen, self.seen, self.calling = self.seen, None, False
+        if seen is None:
+            raise RuntimeError(
+                "model has no layer to penalise, because torch.export sees the plain model: export "
+                "the model without the penalty"
+            )
         self._shares = []
         seen.complete(self, output if self.output is None else Picked(output))
         return whole, self._finish(seen)
@@ -242,7 +247,6 @@ class LayerPenalty(LayerStatistic, ModelPenalty):
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()
         state["_watch"] = None
-        state["_traced"] = []
         state["_attached_model"] = None if self._watch is None else self._watch.model
         return state
 
@@ -261,19 +265,16 @@ class LayerPenalty(LayerStatistic, ModelPenalty):
 def _install(context: Any) -> None:
     """A `comptime` function for `LayerPenalty._traced_form`."""
     penalty, model = (traced_value(context, name) for name in ("self", "model"))
-    if "_traced" not in vars(penalty):
+    if "calling" not in vars(penalty):
         raise RuntimeError(
             f"{type(penalty).__name__} was created inside a function of torch.compile: create it "
             "outside, where it can prepare the model"
         )
-    known = [watch for watch in penalty._traced if watch.model is model]
-    others = [watch for watch in penalty._traced if watch.model is not model]
-    if not known:
-        watch = Watch(model, penalty)
+    if not CalledWatch.of(penalty, model):
+        watch = CalledWatch(model, penalty)
         watch.install(attach=False)
         watch.undo.append(weakref.finalize(penalty, watch.remove).detach)
-        known = [watch]
-    penalty._traced[:] = others + known
+        trace_again()
 
 
 def _together(results: Sequence[Tensor | Sum]) -> Tensor | Sum:

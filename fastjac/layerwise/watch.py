@@ -49,6 +49,8 @@ LOCK = RLock()
 class Watch:
     """The observer of a model for one penalty, and the passes of an attached model."""
 
+    stays = False  # whether the forwards stay after a call of the model
+
     def __init__(self, model: Any, statistic: LayerStatistic) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(
@@ -95,7 +97,7 @@ class Watch:
                 for name, value, fn in held_functions(module):
                     setattr(module, name, HeldFunction(self, value, fn))
                     self.undo.append(functools.partial(setattr, module, name, value))
-            if attach:
+            if attach or self.stays:
                 self._override(ModelForward, self.model)
 
     def _override(self, kind: type[Forward], module: nn.Module) -> Forward:
@@ -301,6 +303,40 @@ class Watch:
         if running is None or call is None:
             return a
         return running.activate(call, Nonlinearity(fn, impl, params), a)
+
+
+class CalledWatch(Watch):
+    """The observer of a model for the called form inside ``torch.compile``.
+
+    The forwards stay on the model, since dynamo does not trace their installation. A run of the
+    model is a pass if the penalty is ``calling``, which then has it as ``seen``. Dynamo guards on
+    what it reads, so that the code found for one model does not depend on other models.
+    """
+
+    stays = True
+
+    @staticmethod
+    def of(statistic: Any, model: nn.Module) -> bool:
+        """Whether the model has forwards of a statistic already."""
+        forward = vars(model).get("forward")
+        while isinstance(forward, Forward):
+            watch = forward.observer
+            if isinstance(watch, CalledWatch) and watch.statistic() is statistic:
+                return True
+            forward = forward.previous
+        return False
+
+    def model_called(self, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        statistic: Any = self.statistic()
+        if statistic is None or not statistic.calling:
+            return forward(*args, **kwargs)
+        statistic.calling = False  # the model may call itself
+        with self.one_pass() as seen:
+            seen.batch = samples_of(args, kwargs)
+            with Calls(seen):
+                output = forward(*args, **kwargs)
+        statistic.seen = seen
+        return output
 
 
 def compiled_by_itself(module: nn.Module) -> bool:
