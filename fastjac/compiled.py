@@ -29,6 +29,10 @@ OPTIONS = {
 CONFIG = {
     # Dynamo then traces `loss.backward()` in a step (torch 2.13; older versions do not have it).
     "trace_autograd_ops": True,
+    # A checkpoint that recomputes a part of the model notes no layers a second time.
+    "skip_fwd_side_effects_in_bwd_under_checkpoint": True,
+    # nn.GRU, nn.LSTM and nn.RNN.
+    "allow_rnn": True,
     # A step may be compiled for each call of `every`, for training and evaluation, and for dtypes.
     "recompile_limit": 64,
 }

@@ -30,9 +30,10 @@ def check_modes() -> None:
             "available: call it outside of the transform, or compute it with torch.func.vjp "
             "(fastjac.reference has the formula)"
         )
-    if torch.is_grad_enabled():  # also False in inference mode, which dynamo cannot query
+    if torch.is_grad_enabled():  # also False in inference mode
         return
-    mode = "inference mode" if torch.is_inference_mode_enabled() else "torch.no_grad()"
+    inference = not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
+    mode = "inference mode" if inference else "torch.no_grad()"  # dynamo cannot tell
     raise RuntimeError(
         f"the penalty needs the gradient of output with respect to x, but {mode} is active: call "
         "model and penalty outside of it, or under torch.inference_mode(False) and "
@@ -189,14 +190,20 @@ class Penalty(nn.Module):
 
     def _set_weight(self, value: float | Tensor) -> None:
         self._weight = value
-        # For code of torch.compile, to which an attribute that is a number is a constant.
-        if not isinstance(value, Tensor):
-            # With a dimension: of one without, dynamo reads the number, and traces a second time.
-            value = torch.tensor([value], dtype=torch.float64, device="cpu")
-        self._number = value
+        # For code of torch.compile, to which an attribute that is a number is a constant. With a
+        # dimension: of a tensor without, dynamo may read the number, and traces a second time.
+        if isinstance(value, Tensor):
+            self._number = value.view(1)  # which sees what is written to the weight
+        else:
+            self._number = torch.tensor([value], dtype=torch.float64, device="cpu")
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "_captured"}
+        left_out = {"_captured", "_number"}
+        return {name: value for name, value in vars(self).items() if name not in left_out}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._set_weight(self._weight)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from chain_cases import close
 from compiled_cases import MARKS, MODELS, WRONG_IN_TORCH, Counting, mlp, normed
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import fastjac
 from fastjac.bench.networks import lenet, small_resnet
@@ -98,6 +99,35 @@ SINGLE = 1e-3  # some hundred roundings of 6e-8, enlarged where a norm divides b
 def test_steps(kind: Any, whole: bool) -> None:
     """SpectReg draws random numbers: those of eager mode. BatchNorm has buffers."""
     check(normed(), kind, whole, *batch(), EAGER)
+
+
+class Checkpointed(nn.Sequential):
+    """Its first three layers run in a checkpoint."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = checkpoint(lambda x: self[2](self[1](self[0](x))), x, use_reentrant=False)
+        return self[4](self[3](a))
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gru, self.last = nn.GRU(2, 5, batch_first=True), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.gru(x.view(len(x), 2, 2))[0][:, -1])
+
+
+def checkpointed() -> nn.Sequential:
+    return Checkpointed(nn.Linear(4, 5), nn.GELU(), nn.Linear(5, 5), nn.GELU(), nn.Linear(5, 3))
+
+
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize(
+    ("make", "kind"), [(checkpointed, SpectReg), (checkpointed, DREG), (Recurrent, SpectReg)]
+)
+def test_what_torch_compiles_by_a_setting(make: Any, kind: Any, whole: bool) -> None:
+    check(make(), kind, whole, *batch(), EAGER)
 
 
 @pytest.mark.slow
@@ -191,10 +221,14 @@ class Counted:
 
 
 SIZES = [size(n) for n in (6, 6, 3, 6, 3)]  # the last batch is smaller
+TENSOR = {"weight": torch.tensor(0.5, dtype=torch.float64)}
+FILLED = [lambda step, w=w: step.penalty.weight.fill_(w) and None for w in (0.1, 0.3, 1.0)]
 MODES_IN_TURN = [mode(train) for train in (True, False, True, False)]
 COUNTS = [
     Counted("another weight, also 0", 1, [weight(0.0), weight(0.1), weight(1.0)]),
-    Counted("a last smaller batch", 1, SIZES),
+    Counted("the number in a weight that is a tensor", 1, FILLED, options=TENSOR),
+    Counted("a last smaller batch of two or more", 1, SIZES),
+    Counted("a last batch of one sample", 2, [size(n) for n in (6, 6, 1, 6, 1)]),
     Counted("a last smaller batch, `dynamic=False`", 2, SIZES, how={"dynamic": False}),
     Counted(
         "a last smaller batch, several projections by autograd",
@@ -232,7 +266,7 @@ def test_a_weight_that_changes_is_used() -> None:
     model, (x, _), penalty = mlp(), batch(), FrobReg()
     objective = fastjac.compile(lambda x: penalty(model, x)[1], **EAGER)
     truth = FrobReg()(model, x)[1]
-    for weight in (1.0, 0.25, 1 / 3):
+    for weight in (1.0, 0.25, 1 / 3, torch.tensor(0.5), torch.tensor(2.0, dtype=torch.float64)):
         penalty.weight = weight
         close(objective(x), weight * truth)
 
