@@ -279,11 +279,6 @@ lookup_backend = _later(
     "to compare the code that a backend compiles with its graph",
     _COMPILE,
 )
-mark_dynamic = _private(
-    "torch._dynamo.maybe_mark_dynamic",
-    "to compile once for batches of several sizes",
-    _COMPILE,
-)
 mode_options = _later(
     "torch._inductor.list_mode_options",
     "to compile in a mode of torch.compile with options of fastjac",

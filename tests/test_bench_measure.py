@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import subprocess
 import sys
+import textwrap
 from dataclasses import replace
 
 import pytest
@@ -177,3 +179,26 @@ def test_the_error_of_a_median_is_that_of_normal_samples():
     spread = values.median(dim=1).values.std().item()
     guesses = [error_of_median(*(quantiles(row)[k] for k in (0, 2)), 41) for row in values.tolist()]
     assert sum(guesses) / len(guesses) == pytest.approx(spread, rel=0.1)
+
+
+def test_freed_memory_stays_with_the_process():
+    """In a process of its own, since `keep_memory` has no end."""
+    code = """
+        import resource, torch
+        from fastjac.bench.measure import keep_memory
+
+        def faults():
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            for _ in range(5):
+                [torch.zeros(2**22) for _ in range(12)]  # 16 MB each
+            return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+        first = faults()
+        keep_memory()
+        faults()
+        print(first, faults())
+    """
+    run = [sys.executable, "-c", textwrap.dedent(code)]
+    printed = subprocess.run(run, capture_output=True, text=True, check=True).stdout
+    first, kept = map(int, printed.split())
+    assert kept < 1000 < first

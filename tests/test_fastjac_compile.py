@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from chain_cases import close
 from compiled_cases import MARKS, MODELS, WRONG_IN_TORCH, Counting, mlp, normed
 from torch import Tensor, nn
+from torch._dynamo.backends.debugging import aot_eager
 from torch.utils.checkpoint import checkpoint
 
 import fastjac
@@ -173,7 +174,7 @@ def test_arguments_of_all_kinds() -> None:
             return {"loss": loss.detach(), "scale": scale}
 
         run = fastjac.compile(step, backend=backend) if compiled else step
-        for n in (6, 5, 4):
+        for n in (6, 5, 6):
             x, y = batch((n, 4))
             opt.zero_grad()
             result = run([x], more={"y": y}, scale=0.5)
@@ -216,28 +217,27 @@ class Counted:
     kinds: tuple[Any, ...] = (SpectReg, DREG)
     model: Callable[[], nn.Module] = mlp
     options: dict[str, Any] = field(default_factory=dict)  # of the penalty
-    how: dict[str, Any] = field(default_factory=dict)  # of fastjac.compile
     accumulate: bool = False
 
 
-SIZES = [size(n) for n in (6, 6, 3, 6, 3)]  # the last batch is smaller
+LAST = [size(n) for n in (6, 6, 3, 6, 1)]  # the last batch of an epoch is smaller
+OTHERS = [size(n) for n in (6, 6, 3, 3, 4, 6, 4)]
 TENSOR = {"weight": torch.tensor(0.5, dtype=torch.float64)}
 FILLED = [lambda step, w=w: step.penalty.weight.fill_(w) and None for w in (0.1, 0.3, 1.0)]
 MODES_IN_TURN = [mode(train) for train in (True, False, True, False)]
 COUNTS = [
     Counted("another weight, also 0", 1, [weight(0.0), weight(0.1), weight(1.0)]),
     Counted("the number in a weight that is a tensor", 1, FILLED, options=TENSOR),
-    Counted("a last smaller batch of two or more", 1, SIZES),
-    Counted("a last batch of one sample", 2, [size(n) for n in (6, 6, 1, 6, 1)]),
-    Counted("a last smaller batch, `dynamic=False`", 2, SIZES, how={"dynamic": False}),
+    Counted("a last smaller batch", 1, LAST),
+    Counted("other batch sizes", 2, OTHERS),
     Counted(
-        "a last smaller batch, several projections by autograd",
-        2,
-        SIZES,
+        "other batch sizes, several projections by autograd",
+        3,
+        OTHERS,
         (SpectReg,),
         options={"n_proj": 2, "engine": "autograd"},
     ),
-    Counted("a last smaller batch, input-Jacobian, BatchNorm", 2, SIZES, (SpectReg,), normed),
+    Counted("other batch sizes, input-Jacobian, BatchNorm", 3, OTHERS, (SpectReg,), normed),
     Counted("`train()` and `eval()` in turn", 2, MODES_IN_TURN, model=normed),
     Counted("`every=3`", 3, [same_batch] * 7, options={"every": 3}),
     Counted("another dtype", 2, [same_batch, half, same_batch]),
@@ -251,7 +251,7 @@ def test_compilations(counted: Counted) -> None:
         torch._dynamo.reset()
         step = Step(counted.model(), kind, True, **counted.options)
         backend = Counting()
-        run = fastjac.compile(step.__call__, backend=backend, **counted.how)
+        run = fastjac.compile(step.__call__, backend=backend)
         for change in counted.changes:
             if not counted.accumulate:
                 step.model.zero_grad()
@@ -260,6 +260,36 @@ def test_compilations(counted: Counted) -> None:
         assert backend.compilations == counted.graphs
     page = (Path(__file__).parents[1] / "docs/COMPILE.md").read_text()
     assert f"| {counted.row} | {counted.graphs} |" in page
+
+
+class Ran:
+    """A backend that notes which graph runs, by the order of compilation; "eager" if none."""
+
+    def __init__(self) -> None:
+        self.graphs, self.ran = 0, ["eager"]
+
+    def __call__(self, graph: Any, inputs: Any) -> Any:
+        number, run = self.graphs, aot_eager(graph, inputs)
+        self.graphs += 1
+
+        def call(*args: Any) -> Any:
+            self.ran.append(f"graph {number}")
+            return run(*args)
+
+        return call
+
+
+def test_a_batch_size_has_code_of_its_own() -> None:
+    """A single other size has none. The usual size keeps its own when others have got theirs."""
+    model, backend, found = mlp(), Ran(), []
+    objective = fastjac.compile(lambda x: FrobReg()(model, x)[1], backend=backend)
+    for n in (6, 3, 6, 3, 4, 5, 6, 6, 5):
+        backend.ran = ["eager"]
+        x, _ = batch((n, 4))
+        close(objective(x), FrobReg()(model, x)[1])
+        found.append(backend.ran[-1])
+    usual, other = "graph 0", "graph 1"
+    assert found == [usual, "eager", usual, "eager", other, other, usual, usual, other]
 
 
 def test_a_weight_that_changes_is_used() -> None:
@@ -378,8 +408,6 @@ def test_arguments() -> None:
         fastjac.compile(3)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="mode is 'fast': it must be one of 'default'"):
         fastjac.compile(mlp(), mode="fast")
-    with pytest.raises(TypeError, match="dynamic is 1: it must be True or False"):
-        fastjac.compile(mlp(), dynamic=1)  # type: ignore[arg-type]
     assert "max-autotune-no-cudagraphs" in MODES
     named = fastjac.compile(partial(torch.add, 1), **EAGER)
     torch.testing.assert_close(named(torch.ones(3)), torch.full((3,), 2.0))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
 import math
 import os
@@ -35,6 +36,20 @@ def busy(threads: int) -> str | None:
         f"Other work is running on this machine (load {load:.1f}, {cores} cores, {threads} threads "
         "wanted). The p20 - p80 ranges will be wide; do not quote these times."
     )
+
+
+def keep_memory() -> None:
+    """Have glibc keep freed memory of tensors up to 1 GiB for this process.
+
+    It would return some of it to the system in each step, and get it again. How much depends on
+    what the other contestants have allocated. A step of a small ResNet had 7,400 page faults and
+    took 22.9 ms, and takes 14.9 ms without.
+    """
+    mmap_threshold, trim_threshold = -3, -1  # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD of malloc.h
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(mmap_threshold, 2**30)
+        mallopt(trim_threshold, 2**31 - 1)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,14 @@ from fastjac.bench.cases import Case
 from fastjac.bench.contestants import Contestant, contestants_of
 from fastjac.bench.gate import Gate, admit, open_gate, short
 from fastjac.bench.idioms import IDIOMS
-from fastjac.bench.measure import Options, Samples, interleave, launches, peak_bytes
+from fastjac.bench.measure import (
+    Options,
+    Samples,
+    interleave,
+    keep_memory,
+    launches,
+    peak_bytes,
+)
 from fastjac.bench.problems import OpProblem, Problem
 from fastjac.bench.records import Record, versions
 from fastjac.bench.steps import Prepared
@@ -87,6 +94,7 @@ def settings(options: Options) -> Iterator[None]:
     """The number of threads, and no TF32, to which cuDNN would round float32 convolutions."""
     threads = torch.get_num_threads()
     tf32 = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    keep_memory()
     torch.set_num_threads(options.threads)
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     try:

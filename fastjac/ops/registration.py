@@ -52,7 +52,9 @@ def register(
     for suffix in ("",) if triton is None else ("", "_triton"):
         name = stem + suffix
         SCHEMAS[name] = name + parenthesis + arguments
-        LIBRARY.define(SCHEMAS[name], tags=(torch.Tag.pt2_compliant_tag,))
+        # Without the second tag, inductor copies operands to the memory order of eager mode.
+        tags = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
+        LIBRARY.define(SCHEMAS[name], tags=tags)
         if fake is not None:
             torch.library.register_fake(f"fastjac::{name}", _checked(name, fake), lib=LIBRARY)
         if vmap is not None:
