@@ -352,6 +352,7 @@ register(
     fake=_fake,
     vmap=_batched,
     triton="act",
+    any_order=True,
 )
 register(
     "act_backward(Tensor z, Tensor g, Tensor v, int order, int fn, float[] params)"
@@ -362,10 +363,12 @@ register(
     fake=_fake_backward,
     vmap=_batched,
     triton="act",
+    any_order=True,
 )
 register(
     "act_double_backward(Tensor z, Tensor g, Tensor v, Tensor p, Tensor q, int order, int fn,"
     " float[] params) -> (Tensor, Tensor, Tensor)",
     derivative="differentiate torch.ops.fastjac.act_backward instead",
     fake=_fake_double_backward,
+    any_order=True,
 )

@@ -304,6 +304,7 @@ register(
     derivative=_ActStats.apply,
     fake=_fake,
     triton="act_stats",
+    any_order=True,
 )
 register(
     "act_stats_backward(Tensor z, Tensor? g, Tensor? w_sample, Tensor? w_channel, int dim,"
@@ -311,4 +312,5 @@ register(
     derivative="call fastjac.act_stats",
     fake=_fake_backward,
     triton="act_stats",
+    any_order=True,
 )

@@ -32,6 +32,7 @@ def register(
     fake: Callable[..., Any] | None = None,
     vmap: Callable[..., Any] | None = None,
     triton: str | None = None,
+    any_order: bool = False,
 ) -> None:
     """Define a raw op and register its Python parts.
 
@@ -47,14 +48,15 @@ def register(
         triton: the module of ``fastjac.kernels`` that has a function of the op's name, if the op
             has a Triton kernel. A second op of the same schema, whose name has the suffix
             ``_triton``, calls that function on the device of the tensors.
+        any_order: whether the kernels and the fake kernel take tensors in any memory order.
     """
     stem, parenthesis, arguments = schema.partition("(")
     for suffix in ("",) if triton is None else ("", "_triton"):
         name = stem + suffix
         SCHEMAS[name] = name + parenthesis + arguments
-        # Without the second tag, inductor copies operands to the memory order of eager mode.
-        tags = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
-        LIBRARY.define(SCHEMAS[name], tags=tags)
+        # Of others, inductor copies operands to the memory order of eager mode.
+        layout = (torch.Tag.flexible_layout,) if any_order else ()
+        LIBRARY.define(SCHEMAS[name], tags=(torch.Tag.pt2_compliant_tag, *layout))
         if fake is not None:
             torch.library.register_fake(f"fastjac::{name}", _checked(name, fake), lib=LIBRARY)
         if vmap is not None:
