@@ -209,6 +209,33 @@ def test_layouts(per, impl):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [
+        ("act", lambda z, g, v, w: (z, g, 1)),
+        ("act_backward", lambda z, g, v, w: (z, g, v, 1)),
+        ("act_stats", lambda z, g, v, w: (z, w[:2], 1, False, 1.0)),
+        ("act_stats_backward", lambda z, g, v, w: (z, g, None, w, 1, CHANNEL, 1.0)),
+    ],
+)
+def test_memory_orders_of_the_operands_may_differ(name, given, impl):
+    """As the tag says, for which inductor copies none of them."""
+    op = getattr(torch.ops.fastjac, name + ("_triton" if impl == "triton" else "")).default
+    assert torch.Tag.flexible_layout in op.tags
+    fn, base = list(TABLE).index("silu"), [sample(2, 5, 3, 4) for _ in range(3)]
+    w = torch.rand(5, dtype=torch.float64, device=DEVICE)
+    truth = op(*given(*base, w), fn, ())
+    orders = [
+        lambda t: t,
+        lambda t: t.to(memory_format=torch.channels_last),
+        lambda t: t.transpose(0, 3).contiguous().transpose(0, 3),
+    ]
+    for shift in range(3):
+        tensors = [orders[(i + shift) % 3](t) for i, t in enumerate(base)]
+        torch.testing.assert_close(op(*given(*tensors, w), fn, ()), truth)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 def test_empty_and_single(impl):
     for shape, dim in (((0, 3), 1), ((3, 0), 1), ((2, 3, 0), 1), ((1, 1), 1), ((1, 1, 1, 1), 1)):
         for per in ("channel", "sample"):
