@@ -69,10 +69,10 @@ def compile(
     The first run of each graph is compared with the kernels of torch: outputs, gradients and what
     the step writes to. So the first call needs the memory of a copy of the parameters.
 
-    The code is compiled for the batch size of the first call. A single call with another one, such
-    as a last smaller batch, runs ``f`` as it is. The second of two in a row compiles code for all
-    other sizes. (Code for all sizes takes up to 1.12 times as long as code for one: DREG of a
-    transformer, 2 cores.)
+    The code is compiled for the batch size of the first call: dimension 0 of all tensors that ``f``
+    is called with. A single call with another one, such as a last smaller batch, runs ``f`` as it
+    is. The second of two in a row compiles code for all other sizes. (Code for all sizes takes up
+    to 1.12 times as long as code for one: DREG of a transformer, 2 cores.)
 
     Args:
         f: a function of tensors, and of anything else that ``torch.compile`` takes.
@@ -115,11 +115,15 @@ def compile(
 
     @functools.wraps(f)
     def call(*args: Any, **named: Any) -> Any:
-        kind = sizes.kind([len(t) for t in tree_leaves((args, named)) if _has_size(t)])
+        given = [t.shape[0] for t in tree_leaves((args, named)) if _has_size(t)]
+        kind = sizes.kind(given)
         if kind == "single":
             return f(*args, **named)
         with dynamo.patch(config):
-            return (usual if kind == "usual" else other)(*args, **named)
+            results = (usual if kind == "usual" else other)(*args, **named)
+        if sizes.usual is None:  # the first call that raised no error
+            sizes.usual = given
+        return results
 
     return call
 
@@ -132,15 +136,13 @@ class _Sizes:
     """The batch sizes of the calls: dimension 0 of each tensor."""
 
     def __init__(self) -> None:
-        self.usual: list[int] | None = None  # of the first call
+        self.usual: list[int] | None = None  # those that the first code is for
         self.others = 0  # the number of calls with other sizes since a usual one
         self.compiled = False  # whether there is code for other sizes
 
     def kind(self, sizes: list[int]) -> str:
         """``"usual"``, ``"other"``, or ``"single"`` for a call that is not worth its code."""
-        if self.usual is None:
-            self.usual = sizes
-        if sizes == self.usual:
+        if self.usual is None or sizes == self.usual:
             self.others = 0
             return "usual"
         self.others += 1

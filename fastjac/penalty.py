@@ -190,20 +190,14 @@ class Penalty(nn.Module):
 
     def _set_weight(self, value: float | Tensor) -> None:
         self._weight = value
-        # For code of torch.compile, to which an attribute that is a number is a constant. With a
-        # dimension: of a tensor without, dynamo may read the number, and traces a second time.
-        if isinstance(value, Tensor):
-            self._number = value.view(1)  # which sees what is written to the weight
-        else:
-            self._number = torch.tensor([value], dtype=torch.float64, device="cpu")
+        # For code of torch.compile, to which an attribute that is a number is a constant.
+        if not isinstance(value, Tensor):
+            # With a dimension: of one without, dynamo reads the number, and traces a second time.
+            value = torch.tensor([value], dtype=torch.float64, device="cpu")
+        self._number = value
 
     def __getstate__(self) -> dict[str, Any]:
-        left_out = {"_captured", "_number"}
-        return {name: value for name, value in vars(self).items() if name not in left_out}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._set_weight(self._weight)
+        return {name: value for name, value in vars(self).items() if name != "_captured"}
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

@@ -247,7 +247,7 @@ def traced_value(context: Any, name: str) -> Any:
 _restart = _later(
     "torch._dynamo.exc.UnspecializeRestartAnalysis",
     "to trace a function again after forwards or hooks were put on its model",
-    "two penalties of one model in a compiled step raise",
+    "at= and the called form of layer-wise penalties raise inside torch.compile",
 )
 
 

@@ -214,12 +214,15 @@ def test_layouts(per, impl):
     [
         ("act", lambda z, g, v, w: (z, g, 1)),
         ("act_backward", lambda z, g, v, w: (z, g, v, 1)),
+        ("act_double_backward", lambda z, g, v, w: (z, g, v, v, g, 1)),
         ("act_stats", lambda z, g, v, w: (z, w[:2], 1, False, 1.0)),
         ("act_stats_backward", lambda z, g, v, w: (z, g, None, w, 1, CHANNEL, 1.0)),
     ],
 )
 def test_memory_orders_of_the_operands_may_differ(name, given, impl):
     """As the tag says, for which inductor copies none of them."""
+    if (name, impl) == ("act_double_backward", "triton"):
+        pytest.skip("this kernel is composed")
     op = getattr(torch.ops.fastjac, name + ("_triton" if impl == "triton" else "")).default
     assert torch.Tag.flexible_layout in op.tags
     fn, base = list(TABLE).index("silu"), [sample(2, 5, 3, 4) for _ in range(3)]

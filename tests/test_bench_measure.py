@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import platform
 import subprocess
 import sys
 import textwrap
@@ -181,6 +182,7 @@ def test_the_error_of_a_median_is_that_of_normal_samples():
     assert sum(guesses) / len(guesses) == pytest.approx(spread, rel=0.1)
 
 
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="about glibc")
 def test_freed_memory_stays_with_the_process():
     """In a process of its own, since `keep_memory` has no end."""
     code = """
@@ -201,4 +203,4 @@ def test_freed_memory_stays_with_the_process():
     run = [sys.executable, "-c", textwrap.dedent(code)]
     printed = subprocess.run(run, capture_output=True, text=True, check=True).stdout
     first, kept = map(int, printed.split())
-    assert kept < 1000 < first
+    assert kept < first / 10

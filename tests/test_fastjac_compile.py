@@ -222,12 +222,12 @@ class Counted:
 
 LAST = [size(n) for n in (6, 6, 3, 6, 1)]  # the last batch of an epoch is smaller
 OTHERS = [size(n) for n in (6, 6, 3, 3, 4, 6, 4)]
-TENSOR = {"weight": torch.tensor(0.5, dtype=torch.float64)}
+TENSOR = {"weight": torch.tensor(0.5, dtype=torch.float32)}
 FILLED = [lambda step, w=w: step.penalty.weight.fill_(w) and None for w in (0.1, 0.3, 1.0)]
 MODES_IN_TURN = [mode(train) for train in (True, False, True, False)]
 COUNTS = [
     Counted("another weight, also 0", 1, [weight(0.0), weight(0.1), weight(1.0)]),
-    Counted("the number in a weight that is a tensor", 1, FILLED, options=TENSOR),
+    Counted("the number in a weight that is a float32 tensor", 1, FILLED, options=TENSOR),
     Counted("a last smaller batch", 1, LAST),
     Counted("other batch sizes", 2, OTHERS),
     Counted(
@@ -258,8 +258,21 @@ def test_compilations(counted: Counted) -> None:
             x, y = batch((change(step) or 6, 4))
             run(x.to(next(step.model.parameters()).dtype), y)
         assert backend.compilations == counted.graphs
+
+
+def test_the_page_has_these_counts() -> None:
     page = (Path(__file__).parents[1] / "docs/COMPILE.md").read_text()
-    assert f"| {counted.row} | {counted.graphs} |" in page
+    rows = [f"| {counted.row} | {counted.graphs} |" for counted in COUNTS]
+    assert "\n".join(["| what changes | graphs |", "| --- | --- |", *rows, ""]) in page
+
+
+def test_the_usual_size_is_that_of_the_first_call_without_an_error() -> None:
+    model, backend = mlp(), Counting()
+    objective = fastjac.compile(lambda x: FrobReg()(model, x)[1], backend=backend)
+    with pytest.raises(Exception, match="(?i)shape|size"):
+        objective(torch.ones(9, 7))
+    objective(torch.ones(6, 4))
+    assert backend.compilations == 1
 
 
 class Ran:

@@ -297,7 +297,7 @@ def run_model(
     module = submodule(model, at)
     if torch.compiler.is_compiling():
         comptime(_install)
-        (catch,) = [hook for hook in module._forward_hooks.values() if type(hook) is Catch]
+        (catch,) = [h for h in module._forward_hooks.values() if type(h) is Catch and h.at == at]
         catch.caught = []
         whole, output = call_model(model, x, part)
         caught, catch.caught = catch.caught, None
@@ -340,7 +340,7 @@ def _install(context: Any) -> None:
     Dynamo does not trace the registration of a hook.
     """
     module, at = (traced_value(context, name) for name in ("module", "at"))
-    if not any(type(hook) is Catch for hook in module._forward_hooks.values()):
+    if not any(type(h) is Catch and h.at == at for h in module._forward_hooks.values()):
         module.register_forward_hook(Catch(at))
         trace_again()
 
