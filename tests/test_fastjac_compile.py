@@ -275,6 +275,24 @@ def test_the_usual_size_is_that_of_the_first_call_without_an_error() -> None:
     assert backend.compilations == 1
 
 
+def test_a_weight_that_requires_grad() -> None:
+    """Its gradient is that of eager mode, also if it was assigned without gradients."""
+    model, (x, _), penalty, found = mlp(), batch(), FrobReg(), []
+    weight = torch.tensor(0.5, requires_grad=True)
+    with torch.no_grad():
+        penalty.weight = weight
+
+    def step(x: Tensor) -> None:
+        penalty(model, x)[1].backward()
+
+    for run in (step, fastjac.compile(step, **EAGER)):
+        weight.grad = None
+        run(x)
+        assert weight.grad is not None
+        found.append(weight.grad.clone())
+    close(*found)
+
+
 class Ran:
     """A backend that notes which graph runs, by the order of compilation; "eager" if none."""
 
