@@ -39,8 +39,19 @@ def number(argument: str, value: Any) -> float:
     return float(value)
 
 
+def factor(argument: str, value: Any) -> float:
+    """Check that a value is a finite real number that is not negative."""
+    value = number(argument, value)
+    if value < 0:
+        raise ValueError(
+            f"{argument} is {value!r}: it must be at least 0, since the loss would otherwise be "
+            "smaller the larger the penalty is"
+        )
+    return value
+
+
 def weight(argument: str, value: Any) -> float | Tensor:
-    """Check that a value is a finite real number, or a floating-point tensor without dimensions.
+    """Check that a value is a number of at least 0, or a floating-point tensor without dimensions.
 
     The number in a tensor is not looked at, since that would wait for a GPU.
     """
@@ -50,7 +61,7 @@ def weight(argument: str, value: Any) -> float | Tensor:
                 f"{argument} is {value!r}: it must be a Python number, or a tensor without "
                 "dimensions such as torch.tensor(0.1)"
             )
-        return number(argument, value)
+        return factor(argument, value)
     if isinstance(value, torch.nn.Parameter):
         raise TypeError(
             f"{argument} is an nn.Parameter, which would not be among the parameters of the "
@@ -66,13 +77,13 @@ def weight(argument: str, value: Any) -> float | Tensor:
     return value
 
 
-def numbers(argument: str, values: Any) -> tuple[float, ...] | None:
-    """Check that a value is a sequence of finite real numbers, or None."""
+def factors(argument: str, values: Any) -> tuple[float, ...] | None:
+    """Check that a value is a sequence of numbers of at least 0, or None."""
     if values is None:
         return None
     if isinstance(values, str) or not isinstance(values, Iterable):
         raise TypeError(f"{argument} is {values!r}: it must be a sequence of numbers, or None")
-    return tuple(number(argument, value) for value in values)
+    return tuple(factor(f"{argument}[{i}]", value) for i, value in enumerate(values))
 
 
 def count(argument: str, value: Any, *, least: int = 1, exact: bool = False) -> int:

@@ -13,11 +13,20 @@ from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from fastjac import arguments, distributed, torch_private
 from fastjac.model_output import Part, call_model, check_part, part_of
 from fastjac.ops.autograd import refuse_inference
 from fastjac.per_sample import attached_zeros
+from fastjac.signatures import (
+    Accepted,
+    names_of,
+    options_of,
+    parameters_of,
+    wrong_call,
+    wrong_options,
+)
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -65,37 +74,15 @@ def check_not_repeated() -> None:
         )
 
 
+MISSING: Any = object()
+"""Stands for an argument that was not passed."""
+
+
 class PenaltyOptions(TypedDict, total=False):
     weight: float | Tensor
     reduction: str
     every: int
     output: Part
-
-
-def parameters_of(method: Callable[..., Any]) -> list[inspect.Parameter]:
-    """The parameters of a method but ``self``."""
-    return list(inspect.signature(method).parameters.values())[1:]
-
-
-def options_of(cls: type[Penalty]) -> list[inspect.Parameter]:
-    """The options of a penalty: the keyword parameters of its ``__init__``.
-
-    If an ``__init__`` passes ``**options`` on, the options of its base class follow. A parameter
-    that is positional only (the model of a layer-wise penalty) is not an option.
-    """
-    found: dict[str, inspect.Parameter] = {}
-    for base in cls.__mro__:
-        if "__init__" not in vars(base):
-            continue
-        passed_on = False
-        for parameter in parameters_of(vars(base)["__init__"]):
-            if parameter.kind is inspect.Parameter.VAR_KEYWORD:
-                passed_on = True
-            elif parameter.kind is not inspect.Parameter.POSITIONAL_ONLY:
-                found.setdefault(parameter.name, parameter)
-        if not passed_on:
-            break
-    return sorted(found.values(), key=lambda p: p.kind)
 
 
 class Penalty(nn.Module):
@@ -110,11 +97,12 @@ class Penalty(nn.Module):
 
     Options of every penalty:
 
-    * ``weight``: factor of the value, a number or a floating-point tensor without dimensions. The
-      attribute can be assigned, by a schedule for example. A tensor is read at each call and in
-      each replay of a CUDA graph, so it can be changed in place; its dtype does not change that of
-      the value, and the gradient with respect to it is that of a product. A CUDA graph keeps a
-      number that it was captured with: assigning another one then raises.
+    * ``weight``: factor of the value, a number of at least 0, or a floating-point tensor without
+      dimensions, whose sign is not checked. The attribute can be assigned, by a schedule for
+      example. A tensor is read at each call and in each replay of a CUDA graph, so it can be
+      changed in place; its dtype does not change that of the value, and the gradient with respect
+      to it is that of a product. A CUDA graph keeps a number that it was captured with: assigning
+      another one then raises.
     * ``reduction``: ``"mean"`` over the samples, ``"sum"``, or ``"none"`` for a value ``[N]``. The
       value of an empty batch is 0.
     * ``every``: with ``every=k`` and in training mode, only calls 1, 1 + k, 1 + 2k, … of this
@@ -144,6 +132,14 @@ class Penalty(nn.Module):
     _scheduled: tuple[float, float] | None = None
     # Whether a CUDA graph was captured with the weight that is set.
     _captured = False
+    _accepted: Accepted
+    # Whether the class is not of fastjac: what its methods return is checked.
+    _outside = False
+
+    def __new__(cls, *args: Any, **options: Any) -> Self:
+        if (args or options) and cls._accepted.refuses(args, options):
+            raise wrong_options(cls, args, options)
+        return super().__new__(cls)
 
     def __init__(
         self,
@@ -152,7 +148,10 @@ class Penalty(nn.Module):
         reduction: str = "mean",
         every: int = 1,
         output: Part = None,
+        **unknown: Any,
     ) -> None:
+        if unknown:
+            raise wrong_options(type(self), (), unknown)
         super().__init__()
         self._set_weight(arguments.weight("weight", weight))
         self.reduction = arguments.choice("reduction", reduction, REDUCTIONS)
@@ -203,9 +202,11 @@ class Penalty(nn.Module):
         super().__init_subclass__(**kwargs)
         first = [p for p in parameters_of(cls.__init__) if p.kind is p.POSITIONAL_ONLY]
         cls.__signature__ = inspect.Signature([*first, *options_of(cls)])  # type: ignore[attr-defined]
+        cls._accepted = Accepted(cls)
+        cls._outside = not cls.__module__.startswith("fastjac.")
 
     def forward(
-        self, model_or_x: Any, x_or_output: Tensor, *targets: Any, **named: Any
+        self, model_or_x: Any = MISSING, x_or_output: Any = MISSING, *targets: Any, **named: Any
     ) -> Tensor | tuple[Any, Tensor]:
         """``(x, output, *targets) -> value`` or ``(model, x, *targets) -> (output, value)``."""
         if torch.compiler.is_compiling():  # which cannot leave a block with try in its middle
@@ -213,16 +214,23 @@ class Penalty(nn.Module):
         try:
             return self._called(model_or_x, x_or_output, *targets, **named)
         except RuntimeError as error:
-            names = [p.name for p in self.call_parameters()]
-            names[:2] = ("x", "output") if isinstance(model_or_x, Tensor) else ("model", "x")
+            names = names_of(type(self), isinstance(model_or_x, Tensor))
             tensors = [*zip(names, (model_or_x, x_or_output, *targets), strict=False)]
             refuse_inference(error, [*tensors, *named.items()], model_or_x)
             raise
+        except TypeError as error:
+            given = tuple(t for t in (model_or_x, x_or_output, *targets) if t is not MISSING)
+            wrong = wrong_call(type(self), given, named)
+            if wrong is None:
+                raise
+            raise wrong from error
 
     def _called(
         self, model_or_x: Any, x_or_output: Tensor, *targets: Any, **named: Any
     ) -> Tensor | tuple[Any, Tensor]:
         graph = isinstance(model_or_x, Tensor)
+        if x_or_output is MISSING:
+            raise TypeError("the penalty needs (model, x, ...) or (x, output, ...)")
         if not graph and not callable(model_or_x):
             raise TypeError(
                 f"the first argument is {type(model_or_x).__name__}: pass x (a Tensor, followed by "
@@ -340,6 +348,9 @@ class Penalty(nn.Module):
         return ", ".join(shown)
 
 
+Penalty._accepted = Accepted(Penalty)
+
+
 class ModelPenalty(Penalty):
     """Base of the penalties that must run the model themselves and have no graph form."""
 
@@ -357,35 +368,3 @@ class ModelPenalty(Penalty):
     @classmethod
     def call_parameters(cls) -> list[inspect.Parameter]:
         return parameters_of(cls.model_form)
-
-
-def functional_of(cls: type[Penalty], name: str) -> Callable[..., Any]:
-    """The function ``name(x, output, *targets, **options)`` of a penalty class."""
-    first, second, *rest = cls.call_parameters()
-    if second.name == "output":  # which is the name of an option too
-        first, second = first.replace(name="model_or_x"), second.replace(name="x_or_output")
-    arguments = [p.replace(kind=inspect.Parameter.POSITIONAL_ONLY) for p in (first, second)] + rest
-    options = [
-        p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in options_of(cls) if p.name != "every"
-    ]
-    option_names = frozenset(p.name for p in options)
-    known = option_names | {p.name for p in rest}
-
-    def function(*args: Any, **kwargs: Any) -> Any:
-        unknown = kwargs.keys() - known
-        if unknown:
-            raise TypeError(f"{name}() got an unexpected keyword argument {min(unknown)!r}")
-        chosen = {key: kwargs.pop(key) for key in option_names & kwargs.keys()}
-        return cls(**chosen)(*args, **kwargs)
-
-    function.__name__ = function.__qualname__ = name
-    function.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-        sorted([*arguments, *options], key=lambda p: p.kind),
-        return_annotation="Tensor | tuple[Any, Tensor]",
-    )
-    function.__doc__ = (
-        f"The function of :class:`{cls.__name__}`: ``{cls.__name__}(**options)(...)``.\n"
-        "\n    Takes the arguments of either call form and, by keyword, the options of the class\n"
-        f"    (all but ``every``).\n\n    {(cls.__doc__ or '').strip()}\n    "
-    )
-    return function

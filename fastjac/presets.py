@@ -12,6 +12,8 @@ numbers. If a CUDA graph needs a tensor, assign it to ``penalty.weight``.
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from typing import Any, TypedDict
 
 import torch
@@ -24,6 +26,7 @@ from fastjac.model_output import Part
 from fastjac.ops.dispatch import accumulate_dtype
 from fastjac.penalties import Eikonal, GradientPenalty, IGPen, SpectReg
 from fastjac.per_sample import rows, uniform
+from fastjac.signatures import no_option, parameters_of
 
 __all__ = ["WGANGP", "deq", "double_backprop", "igr", "r1", "r2", "rnode", "wgan_gp"]
 
@@ -34,6 +37,16 @@ class PresetOptions(TypedDict, total=False):
     output: Part
     at: str | None
     engine: str
+
+
+def _known(preset: Callable[..., Any], options: PresetOptions) -> PresetOptions:
+    """The options of a preset; raises for one that it does not have."""
+    own = [p.name for p in inspect.signature(preset).parameters.values() if p.name != "options"]
+    known = [*own, *PresetOptions.__annotations__]
+    for name in options:
+        if name not in known:
+            raise no_option(preset.__name__, name, known)
+    return options
 
 
 def half_squared_error(output: Tensor, target: Tensor) -> Tensor:
@@ -67,7 +80,11 @@ def double_backprop(weight: float = 1.0, **options: Unpack[PresetOptions]) -> IG
         >>> torch.allclose(value, truth)
         True
     """
-    return IGPen(half_squared_error, weight=arguments.number("weight", weight) / 2, **options)
+    return IGPen(
+        half_squared_error,
+        weight=arguments.factor("weight", weight) / 2,
+        **_known(double_backprop, options),
+    )
 
 
 def r1(gamma: float = 10.0, **options: Unpack[PresetOptions]) -> GradientPenalty:
@@ -86,7 +103,7 @@ def r1(gamma: float = 10.0, **options: Unpack[PresetOptions]) -> GradientPenalty
         >>> torch.allclose(value, 5 * D.weight.square().sum())
         True
     """
-    return GradientPenalty(0.0, weight=arguments.number("gamma", gamma) / 2, **options)
+    return GradientPenalty(0.0, weight=arguments.factor("gamma", gamma) / 2, **_known(r1, options))
 
 
 def r2(gamma: float = 10.0, **options: Unpack[PresetOptions]) -> GradientPenalty:
@@ -96,7 +113,7 @@ def r2(gamma: float = 10.0, **options: Unpack[PresetOptions]) -> GradientPenalty
 
     Source: Mescheder, Geiger, Nowozin 2018, arXiv 1801.04406.
     """
-    return r1(gamma, **options)
+    return r1(gamma, **_known(r2, options))
 
 
 class WGANGP(GradientPenalty):
@@ -147,18 +164,21 @@ class WGANGP(GradientPenalty):
         )
         self.generator = arguments.generator(generator)
 
-    def forward(
-        self, critic: Any, real: Tensor, fake: Tensor, *, epsilon: Tensor | None = None
+    def _called(
+        self, critic: Any, real: Any, fake: Any, *, epsilon: Tensor | None = None
     ) -> tuple[Any, Tensor]:
-        """``(output, value)`` of the critic at the points between ``real`` and ``fake``."""
         if isinstance(critic, Tensor):
             raise TypeError(
                 "critic is a Tensor: it must be a callable, because this penalty computes the "
                 "points between real and fake itself. Pass (critic, real, fake), or use "
                 "GradientPenalty with your own points"
             )
-        output, value = super().forward(critic, self.between(real, fake, epsilon))
+        output, value = super()._called(critic, self.between(real, fake, epsilon))
         return output, value
+
+    @classmethod
+    def call_parameters(cls) -> list[inspect.Parameter]:
+        return parameters_of(cls._called)
 
     def between(self, real: Tensor, fake: Tensor, epsilon: Tensor | None = None) -> Tensor:
         """``ε real + (1 − ε) fake``, detached."""
@@ -192,7 +212,7 @@ def wgan_gp(
 
     Source: Gulrajani et al. 2017, arXiv 1704.00028, algorithm 1.
     """
-    return WGANGP(weight=weight, generator=generator, **options)
+    return WGANGP(weight=weight, generator=generator, **_known(wgan_gp, options))
 
 
 def igr(weight: float | Tensor = 0.1, **options: Unpack[PresetOptions]) -> Eikonal:
@@ -209,7 +229,7 @@ def igr(weight: float | Tensor = 0.1, **options: Unpack[PresetOptions]) -> Eikon
         >>> torch.allclose(value, 0.1 * (f.weight.norm() - 1).square())
         True
     """
-    return Eikonal(weight=weight, **options)
+    return Eikonal(weight=weight, **_known(igr, options))
 
 
 def deq(
@@ -237,7 +257,9 @@ def deq(
         >>> torch.allclose(value, (v[0] @ f.weight).square().mean())
         True
     """
-    return SpectReg(vecs, weight=weight, generator=generator, chunk_size=chunk_size, **options)
+    return SpectReg(
+        vecs, weight=weight, generator=generator, chunk_size=chunk_size, **_known(deq, options)
+    )
 
 
 def rnode(z: Tensor, dz: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:

@@ -63,7 +63,7 @@ class WeightSchedule:
 
     Arguments:
         penalty: any penalty of fastjac. factor: a function of the step, for example `Warmup`; it
-        must return a finite number.
+        must return a finite number of at least 0.
 
     The ``state_dict`` contains the step and the base weight, but not the factor.
     """
@@ -96,7 +96,7 @@ class WeightSchedule:
 
     def set_step(self, step: int) -> None:
         """Set the step, for training loops that count steps themselves, and set the weight."""
-        factor = arguments.number("the value of factor", self.factor(step))
+        factor = arguments.factor(f"the value of factor at step {step}", self.factor(step))
         weight, value = self.penalty.weight, self.base * factor
         if isinstance(weight, Tensor):
             with torch.no_grad():

@@ -18,7 +18,7 @@ ROOMS = [
     ("compiled",),
     ("penalty",),
     ("distributed",),
-    ("per_sample", "arguments", "model_output", "nn"),
+    ("per_sample", "arguments", "model_output", "nn", "signatures"),
     ("functional",),
     ("observers",),
     ("kernels",),  # `ops` runs them by name

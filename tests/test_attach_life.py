@@ -6,6 +6,7 @@ import copy
 import gc
 import io
 import pickle
+import re
 import weakref
 from collections import Counter
 from typing import Any
@@ -231,17 +232,28 @@ def test_every_with_several_outputs() -> None:
 def test_passes_that_do_not_count() -> None:
     model, x = mlp(), torch.randn(7, 4)
     penalty = DREG(model)
-    with pytest.raises(RuntimeError, match="model has not run since"):
-        penalty()
+
+    def refused(message: str) -> None:
+        with pytest.raises(RuntimeError, match=re.escape(message)):
+            penalty()
+
+    refused("penalty(): the model has not run since the penalty was attached or last called")
     with torch.no_grad():
         model(x)
+    refused("penalty(): the model has run under torch.no_grad(), and such a pass does not count")
+    refused("penalty(): the model has not run since")
     model.eval()
     model(x)
+    refused("penalty(): the model has run in eval mode, and such a pass does not count: call model")
     model.train()
     with torch.inference_mode():
         model(x)
-    with pytest.raises(RuntimeError, match="model has not run since"):
-        penalty()
+    refused("penalty(): the model has run under torch.inference_mode(), and such a pass does not")
+    model(x)
+    with torch.no_grad():
+        model(x)
+    penalty()
+    refused("penalty(): the model has not run since")
 
 
 def test_passes_from_before_an_optimiser_step_are_forgotten() -> None:

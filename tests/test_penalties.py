@@ -126,9 +126,9 @@ def test_reductions_and_weight(spec: PenaltySpec, engine: str | None) -> None:
     values = call.values()
     close(call.values(reduction="mean"), values.mean())
     close(call.values(reduction="sum"), values.sum())
-    close(call.values(reduction="none", weight=-2.5), -2.5 * values)
-    scaled = gradients(call.values(reduction="sum", weight=-2.5), call.inputs)
-    close_gradients(scaled, [-2.5 * g for g in gradients(values, call.inputs)])
+    close(call.values(reduction="none", weight=2.5), 2.5 * values)
+    scaled = gradients(call.values(reduction="sum", weight=2.5), call.inputs)
+    close_gradients(scaled, [2.5 * g for g in gradients(values, call.inputs)])
     penalty = call.module(weight=3.0)
     close(penalty(call.model, call.x, *call.targets)[1], 3 * values.mean())
     penalty.weight = 0.5

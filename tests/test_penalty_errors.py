@@ -154,8 +154,8 @@ CALLS: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: chained(MODEL, [1.0]), TypeError, "x is list"),
     (lambda: chained(MODEL, TOKENS), TypeError, "x has dtype torch.int64"),
     (lambda: chained(MODEL, X[:0]), RuntimeError, "x is empty"),
-    (lambda: p.spectreg(X, OUT, every=2), TypeError, "unexpected keyword argument 'every'"),
-    (lambda: p.spectreg(X, OUT, nproj=2), TypeError, "unexpected keyword argument 'nproj'"),
+    (lambda: p.spectreg(X, OUT, every=2), TypeError, "every is an option of the module alone"),
+    (lambda: p.spectreg(X, OUT, nproj=2), TypeError, "no option 'nproj'. Did you mean 'n_proj'"),
     (lambda: p.datagrad(X, OUT, TARGET, at="0"), ValueError, "at='0' is for the model form"),
     (lambda: p.dreg(X, OUT), TypeError, "no graph form"),
 ]

@@ -45,7 +45,7 @@ def test_model_form(spec: PenaltySpec, engine: str | None, reduction: str) -> No
     values = call.values(reduction=reduction)
     weight = weight_of(-2.5)
     found = call.values(reduction=reduction, weight=weight)
-    truth = call.values(reduction=reduction, weight=-2.5)
+    truth = -call.values(reduction=reduction, weight=2.5)
     close(found, truth)
     *grads, of_weight = gradients(found, [*call.inputs, weight])
     close_gradients(grads, gradients(truth, call.inputs))

@@ -209,6 +209,8 @@ def _passes(
         v = torch.stack([_pass(output, x, part) for part in w])
     else:
         v = torch.cat([_pass(output, x, part, True) for part in w.split(size)])
+    if operations.compiled:
+        guards.refuse_compiled(v)
     if guarded:
         guards.check_backward(v, operations)
     return v

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.torch_version import TorchVersion
 
-from fastjac.ops.autograd import Function, nodes_from
+from fastjac.ops.autograd import Function, graph_nodes, nodes_from
 from fastjac.torch_private import traced_graphs
 
 WRONG_THIRD = {
@@ -75,11 +75,21 @@ MISSING_SECOND = (
 )
 
 
+COMPILED = (
+    "the model, or a part of it, is compiled, and torch cannot differentiate compiled code twice"
+)
+COMPILED_ADVICE = (
+    "pass the model before compiling, and compile the step that calls the penalty, "
+    "fastjac.compile(step)"
+)
+
+
 class Operations:
     """What the graph of a tensor contains that torch does not differentiate rightly."""
 
     def __init__(self, output: Tensor) -> None:
         self.foreign = False  # an autograd.Function that is not of fastjac
+        self.compiled = False  # one of them is a graph of torch.compile
         self.wrong_third = self.wrong_again = ""  # names of norms
         self.wrong_batched = False
         self.missing = ""  # the node of an operation without a second derivative
@@ -99,6 +109,7 @@ class Operations:
                 continue
             if kind == "foreign":
                 self.foreign = True
+                self.compiled |= node._forward_cls.__name__ == "CompiledFunction"
             elif kind == "missing":
                 self.missing = type(node).__name__
             elif kind == "batched":
@@ -148,6 +159,13 @@ def check_backward(v: Tensor, operations: Operations, of_jvp: str = "") -> None:
             _refuse_backward(v, f"{JVP_OF_NORM.format(norm)}{of_jvp}")
         else:
             _refuse_backward(v, THIRD.format(norm), third=True)
+
+
+def refuse_compiled(v: Tensor) -> None:
+    """Raises if a VJP went through compiled code, which can be differentiated once."""
+    names = {type(node).__name__ for node in graph_nodes(v)}
+    if "CompiledFunctionBackwardBackward" in names:
+        raise RuntimeError(f"{COMPILED}: {COMPILED_ADVICE}")
 
 
 def missing_second(operations: Operations) -> str:

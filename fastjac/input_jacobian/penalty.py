@@ -10,9 +10,10 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from fastjac import arguments, distributed
-from fastjac.input_jacobian import by_autograd, select
+from fastjac.input_jacobian import by_autograd, select, slips
 from fastjac.input_jacobian.pullback import Pullback
-from fastjac.penalty import Penalty, PenaltyOptions, parameters_of
+from fastjac.penalty import Penalty, PenaltyOptions
+from fastjac.signatures import parameters_of
 
 
 class InputOptions(PenaltyOptions, total=False):
@@ -71,7 +72,10 @@ class InputPenalty(Penalty):
 
     def per_sample(self, pull: Pullback, *targets: Any, **named: Any) -> Tensor:
         """``R_n``, ``[N]``."""
-        raise TypeError(f"{type(self).__name__} does not define per_sample")
+        what = (
+            "per_sample(self, pull, *targets), which returns R_n, a tensor of shape [N]"
+        )
+        raise slips.undefined(self, "per_sample", what)
 
     @classmethod
     def call_parameters(cls) -> list[inspect.Parameter]:
@@ -95,7 +99,10 @@ class InputPenalty(Penalty):
             )
         by_autograd.check_graph(arguments.floating("x", x), output)
         distributed.check_graph(x, output)
-        return self.per_sample(by_autograd.AutogradPullback(x, output), *targets, **named)
+        pull = by_autograd.AutogradPullback(x, output)
+        if self._outside:
+            return slips.values(self, pull, targets, named)
+        return self.per_sample(pull, *targets, **named)
 
     def model_form(
         self, model: Callable[..., Any], x: Tensor, *targets: Any, **named: Any

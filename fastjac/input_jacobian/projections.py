@@ -10,10 +10,12 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from fastjac import arguments
+from fastjac.input_jacobian import slips
 from fastjac.input_jacobian.penalty import InputOptions, InputPenalty
 from fastjac.input_jacobian.pullback import Pullback
 from fastjac.ops.dispatch import accumulate_dtype
 from fastjac.per_sample import NORMS, attached_zeros, measure, rows
+from fastjac.signatures import parameters_of
 
 
 class ProjectionOptions(InputOptions, total=False):
@@ -40,14 +42,19 @@ class ProjectionPenalty(InputPenalty):
 
     def cotangents(self, logits: Tensor, *targets: Any, **named: Any) -> tuple[Tensor, float]:
         """``w`` ``[K, N, m]`` for an output ``[N, m]``, and the factor of the sum over K."""
-        raise TypeError(f"{type(self).__name__} does not define cotangents")
+        what = "cotangents(self, logits, *targets), which returns (w, scale), or per_sample"
+        raise slips.undefined(self, "cotangents", what)
 
     @classmethod
     def call_parameters(cls) -> list[inspect.Parameter]:
-        return cls._with_targets(cls.cotangents)
+        # A subclass may define per_sample itself, with arguments of its own.
+        several = any(p.kind is p.VAR_POSITIONAL for p in parameters_of(cls.per_sample))
+        return cls._with_targets(cls.cotangents if several else cls.per_sample)
 
     def per_sample(self, pull: Pullback, *targets: Any, **named: Any) -> Tensor:
-        w, scale = self.cotangents(rows(pull.output), *targets, **named)
+        logits = rows(pull.output)
+        found = self.cotangents(logits, *targets, **named)
+        w, scale = slips.cotangents(self, found, logits) if self._outside else found
         return self.projected(pull, w, scale)
 
     def projected(self, pull: Pullback, w: Tensor, scale: float) -> Tensor:
@@ -99,7 +106,8 @@ class RandomPenalty(ProjectionPenalty):
 
     def draw(self, k: int, logits: Tensor, dtype: torch.dtype) -> Tensor:
         """``w`` in ``dtype``: ``[k, N, m]``, or ``[k, 1, m]`` if the samples share it."""
-        raise TypeError(f"{type(self).__name__} does not define draw")
+        what = "draw(self, k, logits, dtype), which returns the vectors w, a tensor [k, N, m]"
+        raise slips.undefined(self, "draw", what)
 
     def scales(self, m: int) -> tuple[float, float]:
         """The factors of the mean over the projections and of the exact ``‖J‖_F²``."""
@@ -109,7 +117,8 @@ class RandomPenalty(ProjectionPenalty):
         self, logits: Tensor, *, projection: Tensor | None = None
     ) -> tuple[Tensor, float]:
         n, m = logits.shape
-        of_mean, of_exact = self.scales(m)
+        found = self.scales(m)
+        of_mean, of_exact = slips.scales(self, found) if self._outside else found
         if projection is not None:
             w = self._given(projection, logits)
         elif self.n_proj == -1:
@@ -118,6 +127,8 @@ class RandomPenalty(ProjectionPenalty):
             arguments.generator_device(self.generator, logits.device)
             # In float32, since half precision would bias the norms of the draws.
             drawn = self.draw(self.n_proj, logits, accumulate_dtype(logits.dtype))
+            if self._outside:
+                slips.draw(self, drawn, self.n_proj, logits)
             w = drawn.to(logits.dtype).expand(self.n_proj, n, m)
         return w, of_mean / w.shape[0]
 

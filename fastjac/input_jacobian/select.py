@@ -20,7 +20,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
 from fastjac import distributed, torch_private
-from fastjac.input_jacobian import by_autograd, guards
+from fastjac.input_jacobian import by_autograd, guards, slips
 from fastjac.input_jacobian.chain import (
     CHECKPOINT,
     Chain,
@@ -48,6 +48,7 @@ class Asks(Protocol):
     at: str | None
     output: Part
     uses_jvp: bool
+    _outside: bool
 
     def per_sample(self, pull: Pullback, *targets: Any, **named: Any) -> Tensor: ...
 
@@ -67,7 +68,11 @@ def run(request: Request, model: Callable[..., Any], x: Tensor) -> tuple[Any, Te
     if isinstance(pull, Chain):
         pull.definition = lambda pull: _again(request, pull)
         picked = pull.run.output
-        output, values = pull.values(penalty.per_sample(pull, *targets, **named))
+        if penalty._outside:
+            found = slips.values(penalty, pull, targets, named)
+        else:
+            found = penalty.per_sample(pull, *targets, **named)
+        output, values = pull.values(found)
         if penalty.output is None:
             return output, values
         if output is not picked:  # the graph of this one has been freed
@@ -76,6 +81,8 @@ def run(request: Request, model: Callable[..., Any], x: Tensor) -> tuple[Any, Te
         return whole, values
     if penalty.engine == "chain":
         raise RuntimeError(f"engine='chain' cannot run this call: {reason}{advice}")
+    if penalty._outside:
+        return whole, slips.values(penalty, pull, targets, named)
     return whole, penalty.per_sample(pull, *targets, **named)
 
 

@@ -196,7 +196,10 @@ class LayerPenalty(LayerStatistic, ModelPenalty):
 
     def wanted(self) -> str:
         assert self._watch is not None
-        if not (self._watch.model.training and torch.is_grad_enabled()):
+        training = self._watch.model.training
+        if not (training and torch.is_grad_enabled()):
+            if not torch.compiler.is_compiling():
+                self._watch.skipped = training, torch.is_inference_mode_enabled()
             return "no"
         return "yes" if self.due() else "later"
 
@@ -223,10 +226,8 @@ class LayerPenalty(LayerStatistic, ModelPenalty):
         watch.forget_dropped()
         passes, watch.passes = watch.passes, []
         if not passes:
-            raise RuntimeError(
-                "penalty(): the model has not run since the last call with training mode and "
-                "gradients on; call it after model(x), or use the call form (model, x)"
-            )
+            raise self._no_pass(watch)
+        watch.skipped = None
         due = [(seen, output) for seen, output in passes if seen is not None]
         if not due:
             self.count_call()
@@ -243,6 +244,27 @@ class LayerPenalty(LayerStatistic, ModelPenalty):
         if distributed.active():
             value = distributed.attached(value, *[t for _, output in due for t in output.tensors])
         return value if watch.ddp is None else distributed.through_sink(value, watch.ddp)
+
+    def _no_pass(self, watch: Watch) -> RuntimeError:
+        """The error of a call without a pass that counts."""
+        skipped, watch.skipped = watch.skipped, None
+        if skipped is None:
+            return RuntimeError(
+                "penalty(): the model has not run since the penalty was attached or last called: "
+                "call model(x) first, of the model that the penalty is attached to"
+            )
+        training, inference = skipped
+        if not training:
+            return RuntimeError(
+                "penalty(): the model has run in eval mode, and such a pass does not count: call "
+                "model.train() before it, or for validation the call form, output, value = "
+                f"{type(self).__name__}()(model, x)"
+            )
+        mode = "torch.inference_mode()" if inference else "torch.no_grad()"
+        return RuntimeError(
+            f"penalty(): the model has run under {mode}, and such a pass does not count: run it "
+            "with gradients on, and call penalty() after it"
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()

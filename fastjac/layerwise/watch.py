@@ -72,6 +72,8 @@ class Watch:
         self.recompute = False  # whether a recomputation counts
         self.whole: list[Layer] = []  # see `Pass`
         self.ddp: Any = None  # see `distributed.static_graph`
+        # Of the last pass that did not count: whether in training mode, and in inference mode.
+        self.skipped: tuple[bool, bool] | None = None
         self.dropped = 0  # the number of passes since the last penalty() that were dropped
         self.called = 0  # the number of call forms that are running
         self.owners = owners_of(model)

@@ -119,7 +119,7 @@ class DREG(SumOverLayers):
         self.positions = arguments.choice("positions", positions, ("sum", "mean"))
         self.use_weight = arguments.flag("use_weight", use_weight)
         self.squared = arguments.flag("squared", squared)
-        self.layer_weights = arguments.numbers("layer_weights", layer_weights)
+        self.layer_weights = arguments.factors("layer_weights", layer_weights)
         if model is not None:  # last, so that an invalid option leaves the model unchanged
             self._attach(model)
 

@@ -10,7 +10,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from fastjac.penalty import Penalty, functional_of
+from fastjac.penalty import Penalty
+from fastjac.signatures import functional_of
 
 Kind = Literal["layer-wise", "input-jacobian", "output"]
 

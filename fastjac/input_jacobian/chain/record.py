@@ -19,7 +19,13 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from fastjac.input_jacobian.chain.by_autograd import ByAutograd
 from fastjac.input_jacobian.chain.rules import RULES, Rule, Unsupported
-from fastjac.input_jacobian.guards import GRADIENT_IN_MODEL, MISSING, WRONG_AGAIN
+from fastjac.input_jacobian.guards import (
+    COMPILED,
+    COMPILED_ADVICE,
+    GRADIENT_IN_MODEL,
+    MISSING,
+    WRONG_AGAIN,
+)
 from fastjac.ops.autograd import Function
 from fastjac.torch_private import dtype_of_node, saved_names, saved_under_hooks
 
@@ -48,7 +54,7 @@ class Kind:
         if self.name in WRONG_AGAIN:
             self.why_not = GRADIENT_IN_MODEL.format(WRONG_AGAIN[self.name]), ""
         elif own is not None and own.__name__ == "CompiledFunction":
-            self.why_not = "the model is compiled", ". Pass it before compiling"
+            self.why_not = COMPILED, f": {COMPILED_ADVICE}"
         elif own is not None and not issubclass(own, Function):
             self.why_not = (f"the model calls {own.__name__}, a torch.autograd.Function",)
         elif self.name == "CopySlices":
