@@ -41,13 +41,13 @@ def number(argument: str, value: Any) -> float:
 
 def factor(argument: str, value: Any) -> float:
     """Check that a value is a finite real number that is not negative."""
-    value = number(argument, value)
-    if value < 0:
+    found = number(argument, value)
+    if found < 0:
         raise ValueError(
             f"{argument} is {value!r}: it must be at least 0, since the loss would otherwise be "
             "smaller the larger the penalty is"
         )
-    return value
+    return found
 
 
 def weight(argument: str, value: Any) -> float | Tensor:
@@ -124,13 +124,15 @@ def generator_device(value: torch.Generator | None, device: torch.device) -> Non
 def tensor(argument: str, value: Any) -> Tensor:
     """Check that a value is a tensor with a batch dimension."""
     if not isinstance(value, Tensor):
-        raise TypeError(f"{argument} is {type(value).__name__}: it must be a torch.Tensor")
+        made = f", torch.as_tensor({argument})" if argument != "output" else ""
+        raise TypeError(f"{argument} is {type(value).__name__}: it must be a torch.Tensor{made}")
     if value.is_nested:
         raise TypeError(
             f"{argument} is a nested tensor: pass a dense one (nested.to_padded_tensor(0.0))"
         )
     if value.dim() == 0:
-        raise ValueError(f"{argument} has no dimensions: dimension 0 must be the batch")
+        loss = ". Pass what the model returns, and not a loss" if argument == "output" else ""
+        raise ValueError(f"{argument} has no dimensions: dimension 0 must be the samples{loss}")
     return value
 
 
@@ -154,7 +156,7 @@ def batch(argument: str, value: Any, other: str, size: int) -> Tensor:
     if value.shape[0] != size:
         raise ValueError(
             f"{argument} has batch size {value.shape[0]} and {other} has {size}: dimension 0 of "
-            "both must be the same samples"
+            "both must be the same samples (a single sample is a batch of one, x[None])"
         )
     return value
 
@@ -193,6 +195,11 @@ def class_target(target: Any, logits: Tensor) -> Tensor:
     same_device("target", target, "output", logits)
     if target.is_floating_point():
         if target.numel() != logits.numel():
+            if target.shape == (n,):
+                raise TypeError(
+                    f"target has dtype {target.dtype} and shape ({n},): pass class indices as "
+                    "torch.int64, target.long()"
+                )
             raise ValueError(
                 f"target has shape {tuple(target.shape)}: probabilities must have the shape of the "
                 f"flattened output, [{n}, {m}]"
@@ -204,9 +211,14 @@ def class_target(target: Any, logits: Tensor) -> Tensor:
             "or probabilities as floating point"
         )
     if target.shape != (n,):
+        advice = ""
+        if target.numel() == n:
+            advice = ": pass target.flatten()"
+        elif target.numel() == n * m:
+            advice = ": pass one-hot labels as probabilities, target.float()"
         raise ValueError(
-            f"target has shape {tuple(target.shape)}: class indices must have shape [{n}], one for "
-            "each sample"
+            f"target has shape {tuple(target.shape)}, and class indices must have shape [{n}], one "
+            f"for each sample{advice}"
         )
     if numbers_hidden(target):
         # Without this check, compiled code would make a row of zeros if an index is out of range.

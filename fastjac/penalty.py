@@ -24,6 +24,8 @@ from fastjac.signatures import (
     names_of,
     options_of,
     parameters_of,
+    shown,
+    undefined,
     wrong_call,
     wrong_options,
 )
@@ -251,7 +253,13 @@ class Penalty(nn.Module):
         else:
 
             def body(model: Any, x: Any) -> tuple[Any, Tensor]:
-                whole, values = self.model_form(model, x, *targets, **named)
+                found = self.model_form(model, x, *targets, **named)
+                if self._outside and not (isinstance(found, tuple) and len(found) == 2):
+                    raise TypeError(
+                        f"{type(self).__name__}.model_form returned {shown(found)}: it must return "
+                        "(output, R_n), what the model returned and a tensor of shape [N]"
+                    )
+                whole, values = found
                 return whole, self._reduce(values)
 
             whole, value = distributed.run(
@@ -297,7 +305,8 @@ class Penalty(nn.Module):
 
     def graph_form(self, x: Tensor, output: Tensor, *targets: Any, **named: Any) -> Tensor:
         """Returns ``R_n``, ``[N]``, for an ``x`` and an ``output`` in one graph."""
-        raise TypeError(f"{type(self).__name__} does not define graph_form")
+        what = "graph_form(self, x, output, *targets), which returns R_n, a tensor of shape [N]"
+        raise undefined(self, "graph_form", what)
 
     def model_form(
         self, model: Callable[..., Any], x: Tensor, *targets: Any, **named: Any
@@ -330,6 +339,11 @@ class Penalty(nn.Module):
         return factor if every == 1 else factor * every
 
     def _reduce(self, values: Any) -> Tensor:
+        if self._outside and not (isinstance(values, Tensor) and values.dim() == 1):
+            raise TypeError(
+                f"{type(self).__name__} computed {shown(values)} as R_n: its method must return a "
+                "tensor of shape [N], one number for each sample"
+            )
         factor = self._factor(values)
         if self.reduction == "none":
             return factor * values
@@ -337,6 +351,17 @@ class Penalty(nn.Module):
         mean = self.reduction == "mean" and values.shape[0] > 0
         value = values.mean() if mean else values.sum()
         return value if not isinstance(factor, Tensor) and factor == 1 else factor * value
+
+    def _is_no_value(self, *others: Any, **named: Any) -> Any:
+        """Raises where a penalty is used in place of the value that its call returns."""
+        name = type(self).__name__
+        raise TypeError(
+            f"{name} is a module, and not a value that can be added or differentiated: call it, "
+            f"{self._how_to_call}, and use the value that it returns"
+        )
+
+    _how_to_call = "output, value = penalty(model, x, ...)"
+    __add__ = __radd__ = __mul__ = __rmul__ = backward = item = _is_no_value
 
     def extra_repr(self) -> str:
         """The options that are not at their defaults."""
@@ -363,7 +388,8 @@ class ModelPenalty(Penalty):
     def model_form(
         self, model: Callable[..., Any], x: Tensor, *targets: Any, **named: Any
     ) -> tuple[Any, Tensor]:
-        raise TypeError(f"{type(self).__name__} does not define model_form")
+        what = "model_form(self, model, x, *targets), which returns (output, R_n)"
+        raise undefined(self, "model_form", what)
 
     @classmethod
     def call_parameters(cls) -> list[inspect.Parameter]:

@@ -70,9 +70,11 @@ class WeightSchedule:
 
     def __init__(self, penalty: Penalty, factor: Callable[[int], float]) -> None:
         if not isinstance(penalty, Penalty):
+            what = type(penalty).__name__
+            if isinstance(penalty, type):
+                what = f"the class {penalty.__name__}"
             raise TypeError(
-                f"penalty is {type(penalty).__name__}: it must be a penalty of fastjac, such as "
-                "fastjac.SpectReg()"
+                f"penalty is {what}: it must be a penalty of fastjac, such as fastjac.SpectReg()"
             )
         if not callable(factor):
             raise TypeError(

@@ -52,6 +52,32 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f". Did you mean {found[0]!r}?" if found else "."
 
 
+def shown(value: Any) -> str:
+    """What a value is, in a few words."""
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {list(value.shape)}"
+    if isinstance(value, tuple | list):
+        return f"a {type(value).__name__} of length {len(value)}"
+    if value is None:
+        return "None"
+    plain = isinstance(value, bool | int | float | str)
+    return f"{type(value).__name__} {value!r}" if plain else f"an object of {type(value).__name__}"
+
+
+def undefined(penalty: Any, method: str, what: str) -> TypeError:
+    """The error of a penalty that does not define a method; ``what`` says what it returns."""
+    own = {
+        name
+        for cls in type(penalty).__mro__
+        if not cls.__module__.startswith(("fastjac.", "torch."))
+        for name, value in vars(cls).items()
+        if callable(value) and not name.startswith("__")
+    }
+    found = difflib.get_close_matches(method, own, n=1)
+    but = f", but {found[0]}" if found else ""
+    return TypeError(f"{type(penalty).__name__} does not define {method}{but}: define {what}")
+
+
 # ---- options
 
 

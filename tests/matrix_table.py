@@ -29,7 +29,8 @@ PROJECTED = ("SpectReg *", "DataGrad *", "FrobReg *")
 CALLED = ("DREG called", "Contractive called", "AccumulatedDREG called")
 BY_AUTOGRAD = ("fused + autograd.grad", "*Reg graph", "DataGrad graph", "* autograd", "* auto")
 
-NO_PASS = Raises("the model has not run since the last call with training mode and gradients on")
+NO_PASS = Raises("the model has not run since the penalty was attached or last called")
+NOT_COUNTED = "the model has run under {}, and such a pass does not count"
 NO_GRAD = Raises(
     "element 0 of tensors does not require grad", "leave the mode, because a VJP needs a graph"
 )
@@ -40,7 +41,8 @@ A_FUNCTION = Raises(
 REENTRANT = Raises("you can either set use_reentrant=False")
 AUTOGRAD = Raises("Use engine='autograd'")
 ACCUMULATED = Raises("call it outside of the compiled function")
-DOUBLE = Raises(
+DOUBLE = Raises("torch cannot differentiate compiled code twice")
+EAGER_DOUBLE = Raises(
     "does not currently support double backward",
     "pass the model before compiling, and compile the whole step",
 )
@@ -76,14 +78,14 @@ FIXED = Raises(
 EXPECTED: dict[str, dict[str, Raises]] = {
     "no_grad": {
         "fused + autograd.grad": NO_GRAD,
-        "* attached": NO_PASS,
+        "* attached": Raises(NOT_COUNTED.format("torch.no_grad()")),
         **each(
             PROJECTED, Raises("torch.no_grad() is active: call model and penalty outside of it")
         ),
     },
     "inference_mode": {
         "fused + autograd.grad": NO_GRAD,
-        "* attached": NO_PASS,
+        "* attached": Raises(NOT_COUNTED.format("torch.inference_mode()")),
         **each(CALLED, Raises("use torch.no_grad() to get the value without a gradient")),
         **each(PROJECTED, Raises("inference mode is active: call model and penalty outside of it")),
     },
@@ -121,14 +123,15 @@ EXPECTED: dict[str, dict[str, Raises]] = {
     },
     "compiled_model": {
         **each(BY_AUTOGRAD, DOUBLE),
+        "fused + autograd.grad": EAGER_DOUBLE,
         "fused + func.vjp": Raises(
             "torch.func.grad is also wrapped within a torch.compile", "compile the whole step"
         ),
         **each(CALLED, Raises("pass the module before compiling")),
-        "* chain": Raises("Pass it before compiling"),
+        "* chain": DOUBLE,
     },
     "broken_step": {
-        "fused + autograd.grad": DOUBLE,
+        "fused + autograd.grad": EAGER_DOUBLE,
         "AccumulatedDREG called": ACCUMULATED,
         "* chain": AUTOGRAD,
     },

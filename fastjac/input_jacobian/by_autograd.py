@@ -260,7 +260,7 @@ def check_graph(x: Tensor, output: Tensor) -> None:
     if not output.requires_grad or not (torch.compiler.is_compiling() or output.grad_fn):
         raise RuntimeError(
             "output has no grad_fn: it was detached, computed under torch.no_grad(), or x and "
-            "output are swapped"
+            "output are swapped. Pass (x, output), with the output of the model as it is"
         )
 
 

@@ -13,7 +13,7 @@ from fastjac import arguments, distributed
 from fastjac.input_jacobian import by_autograd, select, slips
 from fastjac.input_jacobian.pullback import Pullback
 from fastjac.penalty import Penalty, PenaltyOptions
-from fastjac.signatures import parameters_of
+from fastjac.signatures import parameters_of, undefined
 
 
 class InputOptions(PenaltyOptions, total=False):
@@ -72,10 +72,8 @@ class InputPenalty(Penalty):
 
     def per_sample(self, pull: Pullback, *targets: Any, **named: Any) -> Tensor:
         """``R_n``, ``[N]``."""
-        what = (
-            "per_sample(self, pull, *targets), which returns R_n, a tensor of shape [N]"
-        )
-        raise slips.undefined(self, "per_sample", what)
+        what = "per_sample(self, pull, *targets), which returns R_n, a tensor of shape [N]"
+        raise undefined(self, "per_sample", what)
 
     @classmethod
     def call_parameters(cls) -> list[inspect.Parameter]:

@@ -15,7 +15,7 @@ from fastjac.input_jacobian.penalty import InputOptions, InputPenalty
 from fastjac.input_jacobian.pullback import Pullback
 from fastjac.ops.dispatch import accumulate_dtype
 from fastjac.per_sample import NORMS, attached_zeros, measure, rows
-from fastjac.signatures import parameters_of
+from fastjac.signatures import parameters_of, undefined
 
 
 class ProjectionOptions(InputOptions, total=False):
@@ -43,7 +43,7 @@ class ProjectionPenalty(InputPenalty):
     def cotangents(self, logits: Tensor, *targets: Any, **named: Any) -> tuple[Tensor, float]:
         """``w`` ``[K, N, m]`` for an output ``[N, m]``, and the factor of the sum over K."""
         what = "cotangents(self, logits, *targets), which returns (w, scale), or per_sample"
-        raise slips.undefined(self, "cotangents", what)
+        raise undefined(self, "cotangents", what)
 
     @classmethod
     def call_parameters(cls) -> list[inspect.Parameter]:
@@ -95,6 +95,11 @@ class RandomPenalty(ProjectionPenalty):
         **options: Unpack[ProjectionOptions],
     ) -> None:
         super().__init__(**options)
+        if isinstance(n_proj, float):
+            raise TypeError(
+                f"n_proj is {n_proj}: it must be an integer; the weight is passed by name, "
+                f"weight={n_proj}"
+            )
         self.n_proj = arguments.count("n_proj", n_proj, exact=True)
         if self.n_proj == -1 and self.norm != "l2_squared":
             raise ValueError(
@@ -107,7 +112,7 @@ class RandomPenalty(ProjectionPenalty):
     def draw(self, k: int, logits: Tensor, dtype: torch.dtype) -> Tensor:
         """``w`` in ``dtype``: ``[k, N, m]``, or ``[k, 1, m]`` if the samples share it."""
         what = "draw(self, k, logits, dtype), which returns the vectors w, a tensor [k, N, m]"
-        raise slips.undefined(self, "draw", what)
+        raise undefined(self, "draw", what)
 
     def scales(self, m: int) -> tuple[float, float]:
         """The factors of the mean over the projections and of the exact ``‖J‖_F²``."""

@@ -132,6 +132,11 @@ def _run(
         distributed.check_graph(x, output)
         pull = by_autograd.AutogradPullback(x, output)
         return whole, pull, "torch.compile traces the call", advice
+    if isinstance(x, Tensor) and x.is_meta:
+        raise ValueError(
+            "x is on the meta device, where tensors have no numbers: create x and the model on a "
+            "device that computes, such as 'cpu' or 'cuda'"
+        )
     reason = _why_not(request, x)
     if (
         type(model) is nn.Sequential

@@ -9,36 +9,30 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fastjac import arguments
 from fastjac.input_jacobian.pullback import Pullback
-from fastjac.signatures import nearest
+from fastjac.signatures import shown
 
 
-def shown(value: Any) -> str:
-    """What a value is, in a few words."""
-    if isinstance(value, Tensor):
-        return f"a tensor of shape {list(value.shape)}"
-    if isinstance(value, tuple | list):
-        return f"a {type(value).__name__} of length {len(value)}"
-    return "None" if value is None else f"{type(value).__name__} {value!r}"
+def _wrong(value: Any) -> type[Exception]:
+    """The type of the error of a value that is no tensor, or one of another shape."""
+    return ValueError if isinstance(value, Tensor) else TypeError
 
 
-def undefined(penalty: Any, method: str, what: str) -> TypeError:
-    """The error of a penalty that does not define a method; ``what`` says what it returns."""
-    own = {
-        name
-        for cls in type(penalty).__mro__
-        if not cls.__module__.startswith(("fastjac.", "torch."))
-        for name, value in vars(cls).items()
-        if callable(value) and not name.startswith("__")
-    }
-    hint = nearest(method, own).partition("Did you mean ")[2].rstrip("?")
-    return TypeError(
-        f"{type(penalty).__name__} does not define {method}"
-        f"{f', but {hint}' if hint else ''}: define {what}"
-    )
+def _like(what: str, name: str, t: Tensor, other: str, like: Tensor) -> None:
+    """Check that a tensor has the dtype and the device of another one."""
+    for kind, found, wanted in (
+        ("dtype", t.dtype, like.dtype),
+        ("device", t.device, like.device),
+    ):
+        if found != wanted:
+            raise ValueError(
+                f"{what} has {kind} {found} and {other} has {wanted}: pass "
+                f"{name}.to({other}.{kind})"
+            )
 
 
 def values(penalty: Any, pull: Pullback, targets: tuple[Any, ...], named: dict[str, Any]) -> Tensor:
@@ -49,14 +43,14 @@ def values(penalty: Any, pull: Pullback, targets: tuple[Any, ...], named: dict[s
     if not isinstance(found, Tensor) or found.shape != (n,):
         hint = ""
         if found is None:
-            hint = ", and nothing is what a method without a return statement returns"
+            hint = ". Is a return statement missing?"
         elif isinstance(found, Tensor):
-            hint = "; sum over all dimensions but that of the samples"
+            hint = ". Sum over all dimensions but that of the samples"
             if found.dim() == 0:
-                hint = "; fastjac takes the mean over the samples itself (reduction)"
+                hint = ". fastjac takes the mean over the samples itself (reduction)"
             elif found.dim() == 1:
                 hint = ""
-        raise TypeError(
+        raise _wrong(found)(
             f"{name}.per_sample returned {shown(found)}: it must return a tensor of shape [{n}], "
             f"one number for each sample{hint}"
         )
@@ -105,7 +99,7 @@ class Checked(Pullback):
         def checked(output: Tensor) -> Tensor:
             found = f(output)
             if not isinstance(found, Tensor) or found.dim() == 0 or found.shape[0] != n:
-                raise TypeError(
+                raise _wrong(found)(
                     f"the function that {self.name} passes to pull.then returned {shown(found)}: "
                     f"it must return a tensor of shape [{n}, ...], with the same samples as output"
                 )
@@ -127,11 +121,16 @@ class Checked(Pullback):
             hint = ""
             if isinstance(t, Tensor) and t.shape == shape:
                 hint = f"; for K = 1 pass {name}.unsqueeze(0)"
-            raise TypeError(
+            raise _wrong(t)(
                 f"pull.{call} in {self.name} was given {shown(t)}: {name} must be a tensor of "
                 f"shape [K, *{other}.shape] with K of at least 1, here [{wanted}]{hint}"
             )
-        arguments.like(f"{name} of pull.{call} in {self.name}", t, other, like)
+        _like(f"{name} of pull.{call} in {self.name}", name, t, other, like)
+        if not torch.is_grad_enabled():
+            raise RuntimeError(
+                f"pull.{call} was called under torch.no_grad() in {self.name}, so the value would "
+                "have no gradient: call it with gradients on"
+            )
 
 
 def cotangents(penalty: Any, found: Any, logits: Tensor) -> tuple[Tensor, Any]:
@@ -145,8 +144,8 @@ def cotangents(penalty: Any, found: Any, logits: Tensor) -> tuple[Tensor, Any]:
         raise TypeError(f"{name}.cotangents returned {shown(found)}: {must}")
     w, scale = found
     if not isinstance(w, Tensor) or w.dim() != 3 or w.shape[1:] != (n, m) or w.shape[0] == 0:
-        raise TypeError(f"{name}.cotangents returned {shown(w)} as w: {must}")
-    arguments.like(f"w of {name}.cotangents", w, "output", logits)
+        raise _wrong(w)(f"{name}.cotangents returned {shown(w)} as w: {must}")
+    _like(f"w of {name}.cotangents", "w", w, "output", logits)
     one = isinstance(scale, Tensor) and scale.shape in ((), (n,))
     if not one and (isinstance(scale, bool) or not isinstance(scale, int | float)):
         raise TypeError(f"{name}.cotangents returned {shown(scale)} as scale: {must}")
@@ -157,11 +156,12 @@ def draw(penalty: Any, found: Any, k: int, logits: Tensor) -> Tensor:
     """What ``draw`` returns, if that is a tensor ``[k, N, m]`` or ``[k, 1, m]``."""
     n, m = logits.shape
     if not isinstance(found, Tensor) or found.shape not in ((k, n, m), (k, 1, m)):
-        raise TypeError(
+        raise _wrong(found)(
             f"{type(penalty).__name__}.draw returned {shown(found)}: it must return a tensor of "
             f"shape [k, N, m], here [{k}, {n}, {m}], or [k, 1, m] if the samples share it"
         )
-    arguments.same_device(f"what {type(penalty).__name__}.draw returned", found, "output", logits)
+    found = found.to(logits.dtype)  # the caller does this too
+    _like(f"w of {type(penalty).__name__}.draw", "w", found, "output", logits)
     return found
 
 

@@ -62,6 +62,7 @@ class LayerPenalty(LayerStatistic, ModelPenalty):
 
     needs_grad = False
     needs_weights_afterwards = False  # a weight is read while its layer runs
+    _how_to_call = "value = penalty() after model(x)"
 
     def __init__(self, *, include_output: bool = False, **options: Unpack[PenaltyOptions]) -> None:
         super().__init__(**options)

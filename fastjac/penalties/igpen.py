@@ -53,13 +53,18 @@ class IGPen(ProjectionPenalty):
     ) -> None:
         super().__init__(**options)
         if loss_fn is not None and not callable(loss_fn):
-            raise TypeError(f"loss_fn is {type(loss_fn).__name__}: it must be callable")
+            raise TypeError(f"loss_fn is {loss_fn!r}: it must be a function (output, *targets)")
         self.loss_fn = loss_fn
 
     def cotangents(self, logits: Tensor, *targets: Any) -> tuple[Tensor, float]:
         return logits.new_ones(1, *logits.shape), 1.0
 
     def per_sample(self, pull: Pullback, *targets: Any, **named: Any) -> Tensor:
+        if self.loss_fn is None and not (targets or named):
+            raise TypeError(
+                "IGPen needs target, since its loss is the cross-entropy: call it with (model, x, "
+                "target) or (x, output, target), or set loss_fn"
+            )
         loss_fn = self.loss_fn or partial(F.cross_entropy, reduction="none")
         n = pull.output.shape[0]
 

@@ -272,7 +272,7 @@ class _Chain(torch.autograd.Function):
         if chain is None:
             raise RuntimeError(
                 "backward ran through the penalty a second time, and its tensors have been freed: "
-                "pass retain_graph=True the first time"
+                "call backward() once, of loss + value, or pass retain_graph=True the first time"
             )
         keep = torch_private.backward_retains_graph()
         if not keep:  # before it runs: if it is interrupted, a part of the state is gone
