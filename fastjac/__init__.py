@@ -1,6 +1,7 @@
 """fastjac: fused kernels for Jacobian and gradient-norm regularisation in PyTorch."""
 
-from typing import TYPE_CHECKING, Any
+from importlib import import_module
+from typing import Any
 
 from fastjac import nn, penalties, presets, reference, schedules
 from fastjac._version import __version__
@@ -42,6 +43,14 @@ __all__ = [
     *_penalties,
 ]
 
-if TYPE_CHECKING:
 
-    def __getattr__(name: str) -> Any: ...
+def __getattr__(name: str) -> Any:
+    if name != "bench_model":
+        raise AttributeError(f"module 'fastjac' has no attribute {name!r}")
+    # Imported when it is asked for, and not in __all__: it needs rich, and imports this module.
+    try:
+        return import_module("fastjac.bench.model").bench_model
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            f'fastjac.bench_model needs {error.name}: pip install "fastjac[bench]"'
+        ) from error

@@ -22,8 +22,8 @@ OBSERVERS: list[Callable[..., Tensor | None]] = []
 this activation, otherwise ``a``, which is None or the result of an earlier observer."""
 
 
-# For code of torch.compile, which imports no modules: the function of each row, and its options.
-_TORCH = {
+# The function of torch of each row, and its options. Code of torch.compile cannot import modules.
+TORCH = {
     name: (row.torch_function_object(), {**row.torch_kwargs, **row.params})
     for name, row in TABLE.items()
 }
@@ -46,7 +46,7 @@ def activate(z: Tensor, fn: str, impl: str, params: dict[str, Any]) -> Tensor:
         return a
     if impl == "auto" and isinstance(z, Tensor) and not pays(z, fn):
         if torch.compiler.is_compiling():
-            function, options = _TORCH[fn]
+            function, options = TORCH[fn]
             return function(z, **{**options, **params})
         return _torch_function(fn)(z) if not params else TABLE[fn].torch_function(**params)(z)
     return act(z, fn=fn, impl=impl, **params)

@@ -19,6 +19,7 @@ from fastjac.bench import contestants
 from fastjac.bench import records as storage
 from fastjac.bench.contestants import Contestant
 from fastjac.cli import __main__ as entry
+from fastjac.cli import bench as command
 from fastjac.cli import commands
 
 
@@ -35,12 +36,12 @@ def flat(result) -> str:
 def tiny_registry(monkeypatch):
     cases = (tiny_case("spectreg"), tiny_case("dreg"), tiny_op("gelu", "double"))
     monkeypatch.setattr("fastjac.bench.cases.all_cases", lambda: cases)
-    monkeypatch.setattr(commands, "_options", lambda quick, threads, device, dtype: FAST)
+    monkeypatch.setattr(command, "_options", lambda quick, threads, device, dtype: FAST)
 
 
 @pytest.fixture
 def nothing_is_measured(monkeypatch):
-    monkeypatch.setattr(commands, "_run", lambda *_: pytest.fail("measured before the check"))
+    monkeypatch.setattr(command, "_run", lambda *_: pytest.fail("measured before the check"))
 
 
 @pytest.fixture
@@ -66,7 +67,7 @@ def test_files_are_written_and_shown_again(tmp_path, monkeypatch):
     kinds = sorted(path.name.partition("-")[0] for path in (tmp_path / "p").iterdir())
     assert kinds == ["bandwidth", "memory", "overhead", "roofline", "speedup"]
     assert "vs eager" in result.stdout and "overhead-cpu-float32" in result.stdout
-    monkeypatch.setattr(commands, "_run", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr(command, "_run", lambda *_: pytest.fail("measured again"))
     result = invoke("bench", "--from", tmp_path / "r.csv", "--plot", tmp_path / "q")
     assert result.exit_code == 0, result.output
     assert "dreg-tiny" in result.stdout and list((tmp_path / "q").glob("overhead-*.png"))
@@ -212,10 +213,10 @@ def test_what_the_machine_lacks_is_said_in_one_line(monkeypatch):
 
 def test_options_reach_the_run(monkeypatch):
     monkeypatch.undo()
-    cpu, dtype = commands.Device.cpu, commands.Dtype
-    options = commands._options(True, 1, cpu, dtype.bfloat16)
+    cpu, dtype = command.Device.cpu, command.Dtype
+    options = command._options(True, 1, cpu, dtype.bfloat16)
     assert (options.quick, options.threads, options.dtype) == (True, 1, torch.bfloat16)
-    assert options.budget_s < commands._options(False, 1, cpu, dtype.float32).budget_s
+    assert options.budget_s < command._options(False, 1, cpu, dtype.float32).budget_s
 
 
 def test_info_as_json_and_as_text():
@@ -285,3 +286,95 @@ def test_python_m_runs_the_command():
     result = subprocess.run(program, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert "dreg-resnet" in result.stdout and "act-stats-gelu-forward" in result.stdout
+
+
+# ---- --model
+
+MODULE = """
+import torch
+from torch import nn
+
+def make():
+    return nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 3))
+
+model = make()
+
+def with_batch():
+    return make(), torch.zeros(5, 6), torch.zeros(5, dtype=torch.int64)
+
+def number():
+    return 3
+
+def broken():
+    raise KeyError("weights.pt")
+
+def wrong():
+    return make(), torch.zeros(5, 7)
+"""
+
+
+@pytest.fixture
+def mymodule(tmp_path, monkeypatch):
+    (tmp_path / "mymodule_of_a_user.py").write_text(MODULE)
+    monkeypatch.chdir(tmp_path)
+    yield "mymodule_of_a_user"
+    sys.modules.pop("mymodule_of_a_user", None)
+    sys.path[:] = [path for path in sys.path if path != str(tmp_path)]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("make", "--input", "5,6", "--target", "classes:3", "--penalty", "datagrad"),
+        ("model", "--input", "5,6", "--target", "values:3"),
+        ("with_batch", "--penalty", "dreg"),
+    ],
+)
+def test_a_model_of_the_user(mymodule, tmp_path, options):
+    ways = ("--contestant", "eager", "--contestant", "fastjac")
+    files = ("--csv", tmp_path / "r.csv", "--json", tmp_path / "r.json")
+    result = invoke("bench", "--model", f"{mymodule}:{options[0]}", *options[1:], *ways, *files)
+    assert result.exit_code == 0, result.output
+    penalties = {"datagrad", "dreg"} & {*options} or {"spectreg", "dreg"}
+    for name in ("r.csv", "r.json"):
+        found = storage.load(tmp_path / name)
+        assert {r.penalty for r in found} == penalties and len(found) == 3 * len(penalties)
+    assert "Write this" in result.stdout and "% GEMM" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (("--model", "{}"), "it must be MODULE:FUNCTION, such as mymodule:make_model"),
+        (("--model", "nothing_of_a_user:make"), "there is no module nothing_of_a_user"),
+        (("--model", "{}:mkae"), "has no function mkae"),
+        (("--model", "{}:number", "--input", "5"), "it returned int: it must return an nn.Module"),
+        (("--model", "{}:make"), "--input is missing: give the shape of a batch, such as --input"),
+        (("--model", "{}:make", "--input", "5;6"), "--input 5;6: it must be the shape of a batch"),
+        (("--model", "{}:make", "--input", "0,6"), "--input 0,6: it must be the shape of a batch"),
+        (("--model", "{}:with_batch", "--input", "5,6"), "returns the input itself"),
+        (("--model", "{}:with_batch", "--target", "classes:3"), "returns the target itself"),
+        (
+            ("--model", "{}:make", "--input", "5,6", "--target", "3"),
+            "--target 3: it must be classes:K",
+        ),
+        (("--model", "{}:with_batch", "--penalty", "drag"), "The penalty 'drag' does not exist."),
+        (("--model", "{}:make", "--input", "5,6", "--penalty", "datagrad"), "needs class indices"),
+        (("--model", "{}:wrong"), "cannot be multiplied (5x7 and 6x8)"),
+        (("--model", "{}:make", "--suite", "host"), "leave out --case, --suite, --list"),
+        (("--input", "5,6"), "belong to --model"),
+    ],
+)
+def test_wrong_options_of_a_model_exit_2(mymodule, options, text):
+    result = invoke("bench", *(option.format(mymodule) for option in options))
+    assert result.exit_code == 2 and text in flat(result), result.output
+
+
+def test_an_error_of_the_users_function_keeps_its_traceback(mymodule):
+    result = invoke("bench", "--model", f"{mymodule}:broken")
+    assert isinstance(result.exception, KeyError)
+
+
+def test_version():
+    result = invoke("--version")
+    assert result.exit_code == 0 and result.output == f"fastjac {fastjac.__version__}\n"

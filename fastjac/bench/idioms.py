@@ -1,8 +1,9 @@
 """The penalties in plain torch, as its users write them today: eager and under torch.compile.
 
-Nothing here calls fastjac. :data:`IDIOMS` states each penalty on the input Jacobian once, as the
-cotangents ``w`` of the network's output and the per-sample value of ``v = J^T w``. The contestants
-differ only in how they compute ``v``.
+Nothing here calls fastjac, except that it finds the layers of a user's model (`plain_dreg`).
+:data:`IDIOMS` states each penalty on the input Jacobian once, as the cotangents ``w`` of the
+network's output and the per-sample value of ``v = J^T w``. The contestants differ only in how they
+compute ``v``.
 
 The layer-wise penalty is ``R_n = Σ_l Σ_p Σ_c φ'(y_lnpc)² k_lc² ‖W_l[c]‖²`` over the hidden layers
 and their positions p, where ``y`` is the input of the activation. With a BatchNorm between layer
@@ -15,15 +16,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import zip_longest
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastjac.bench.networks import ResidualBlock, TransformerClassifier
+from fastjac.bench.plain_dreg import PlainDreg
 from fastjac.bench.problems import StepProblem
+from fastjac.model_output import part_of
 
 
 @dataclass(frozen=True)
@@ -52,28 +57,36 @@ class InputJacobian:
     def eager(self, problem: StepProblem, model: nn.Module) -> Callable[[], tuple[Tensor, Tensor]]:
         """``() -> (output, penalty)`` by ``autograd.grad(create_graph=True)``."""
 
+        run = runner(problem, model)
+
         def forward() -> tuple[Tensor, Tensor]:
-            x = problem.x.detach().requires_grad_()
-            output = model(x)
-            w = self.cotangents(output, problem.target, problem.projection)
+            x, output = run()
+            flat = output.flatten(1)
+            w = self.cotangents(flat, problem.target, problem.projection)
             v = torch.stack(
-                [torch.autograd.grad(output, x, row, create_graph=True)[0].flatten(1) for row in w]
+                [torch.autograd.grad(flat, x, row, create_graph=True)[0].flatten(1) for row in w]
             )
             return output, self.per_sample(v).mean()
 
         return forward
 
-    def functional(self, model: nn.Module) -> Callable[..., tuple[Tensor, Tensor]]:
+    def functional(
+        self, problem: StepProblem, model: nn.Module
+    ) -> Callable[..., tuple[Tensor, Tensor]]:
         """``(parameters, x, target, projection) -> (output, penalty)``, to compile."""
 
         def forward(
             parameters: dict[str, Tensor], x: Tensor, target: Tensor, projection: Tensor
         ) -> tuple[Tensor, Tensor]:
+            def run(x: Tensor) -> tuple[Tensor, Tensor]:
+                with attention_twice(problem):
+                    whole = torch.func.functional_call(model, parameters, (x,))
+                output = part_of(whole, problem.output)
+                return output.flatten(1), output
+
             pullback: Callable[[Tensor], tuple[Tensor]]
-            output, pullback = torch.func.vjp(  # type: ignore[misc]  # no has_aux: two values
-                lambda x: torch.func.functional_call(model, parameters, (x,)), x
-            )
-            w = self.cotangents(output, target, projection)
+            flat, pullback, output = torch.func.vjp(run, x, has_aux=True)  # type: ignore[misc]
+            w = self.cotangents(flat, target, projection)
             if len(w) == 1:
                 v = pullback(w[0])[0].unsqueeze(0)
             else:
@@ -90,9 +103,8 @@ class InputJacobian:
         the value of the other contestants. JacReg is JacobianReg of the probabilities.
         """
         assert self.jacobian_reg is not None
-        x = problem.x.detach().requires_grad_()
-        output = model(x)
-        y = self.jacobian_reg(output)
+        x, output = runner(problem, model)()
+        y = self.jacobian_reg(output.flatten(1))
         given = problem.projection if "projection" in self.takes else None
         passes = y.shape[1] if given is None else len(given)
         value = x.new_zeros(())
@@ -105,6 +117,29 @@ class InputJacobian:
             (jv,) = torch.autograd.grad(y.reshape(-1), x, v.reshape(-1), create_graph=True)
             value = value + 0.5 * jv.norm() ** 2 / len(y)
         return output, 2 * value / (1 if given is None else passes)
+
+
+def attention_twice(problem: StepProblem) -> AbstractContextManager[object]:
+    """What users of ``scaled_dot_product_attention`` need: only one of its kernels differentiates
+    twice."""
+    return sdpa_kernel(SDPBackend.MATH) if problem.own else nullcontext()
+
+
+def runner(problem: StepProblem, model: nn.Module) -> Callable[[], tuple[Tensor, Tensor]]:
+    """``() -> (x, output)``: a run of the model, and what its output is differentiated with."""
+    if problem.at is not None:
+        hidden: list[Tensor] = []
+        module = model.get_submodule(problem.at)
+        module.register_forward_hook(lambda module, inputs, output: hidden.append(output))
+
+    def run() -> tuple[Tensor, Tensor]:
+        x = problem.x.detach()
+        x = x.requires_grad_() if problem.at is None else x
+        with attention_twice(problem):
+            whole = model(x)
+        return x if problem.at is None else hidden.pop(), part_of(whole, problem.output)
+
+    return run
 
 
 def _cross_entropy_gradient(output: Tensor, target: Tensor, projection: Tensor) -> Tensor:
@@ -279,10 +314,14 @@ class LayerWise:
 
     def eager(self, problem: StepProblem, model: nn.Module) -> Callable[[], tuple[Tensor, Tensor]]:
         """``() -> (output, mean_n R_n)`` by forward hooks."""
+        if problem.own:
+            return PlainDreg.eager(problem, model)
         layers = EagerDreg(model)
         return lambda: layers(problem.x)
 
-    def functional(self, model: nn.Module) -> Callable[..., tuple[Tensor, Tensor]]:
+    def functional(
+        self, problem: StepProblem, model: nn.Module
+    ) -> Callable[..., tuple[Tensor, Tensor]]:
         """``(parameters, x, target, projection) -> (output, mean_n R_n)``, to compile."""
         layers = WrittenOutDreg(model)
 

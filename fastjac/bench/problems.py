@@ -11,12 +11,14 @@ import functools
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastjac.activations import TABLE
+from fastjac.model_output import Part, part_of
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -33,6 +35,9 @@ class StepProblem:
         penalty: A key of :data:`fastjac.bench.idioms.IDIOMS`.
         projection: The cotangents ``w``, ``[K, N, m]``, given so that every contestant of a penalty
             that draws them projects on the same numbers.
+        output: Which part of what the model returns is the output; see `fastjac.Penalty`.
+        at: The submodule whose output takes the place of ``x``; see `fastjac.InputPenalty`.
+        own: Whether the network is not one of the benchmark's, but a user's.
         weight: The factor of the penalty. The gate sets it so that the gradients of penalty and
             loss have similar norm. With a small weight, a wrong second-order term would be smaller
             than the tolerance of the gate.
@@ -44,15 +49,22 @@ class StepProblem:
     loss: Loss
     penalty: str
     projection: Tensor
+    output: Part = None
+    at: str | None = None
+    own: bool = False
     weight: float = 1.0
 
+    def task_loss(self, whole: Any) -> Tensor:
+        """The task loss of what the model returned."""
+        return self.loss(part_of(whole, self.output), self.target)
+
     def double(self) -> StepProblem:
-        """The same problem in float64; class indices stay integers."""
+        """The same problem in float64; integers stay integers."""
         return replace(
             self,
             model=copy.deepcopy(self.model).double(),
-            x=self.x.double(),
-            target=self.target.double() if self.target.is_floating_point() else self.target,
+            x=_wide(self.x),
+            target=_wide(self.target),
             projection=self.projection.double(),
         )
 
@@ -64,8 +76,13 @@ class StepProblem:
     def ceiling(self) -> Callable[[], object]:
         """A large square product in the dtype of the step, into memory that exists."""
         shape, generator = (self.gemm_size, self.gemm_size), torch.Generator().manual_seed(0)
-        a, b = (torch.randn(shape, generator=generator).to(self.x) for _ in range(2))
+        like = self.projection
+        a, b = (torch.randn(shape, generator=generator).to(like) for _ in range(2))
         return functools.partial(torch.mm, a, b, out=torch.empty_like(a))
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.double() if tensor.is_floating_point() else tensor
 
 
 #: Phase of an op -> the number of tensors that any implementation must read or write.

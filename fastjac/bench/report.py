@@ -17,10 +17,10 @@ from fastjac.bench.measure import Options
 from fastjac.bench.records import Record, by_run
 
 TITLES = {
-    "step": "Training step",
+    "elementwise": "Elementwise op (plain is torch's forward kernel)",
     "host": "Host cost: a training step with batch 2 and width 4, on one thread\n"
     "Launches are the dispatched operations that are not views. Compiled code does not dispatch.",
-    "elementwise": "Elementwise op (plain is torch's forward kernel)",
+    "step": "Training step",
 }
 
 
@@ -82,26 +82,51 @@ COLUMNS: dict[str, Callable[[Record], str | Text]] = {
     "rel err": lambda r: "" if r.rel_err is None else f"{r.rel_err:.1e}",
     "compile s": lambda r: "" if r.compile_s is None else f"{r.compile_s:.1f}",
 }
+#: What the columns mean.
+LEGEND = {
+    "ms": "the median time of a step or an op",
+    "µs": "the median time of a step",
+    "p20 - p80": "the middle 60% of the times",
+    "× plain": "the time divided by that of the step without penalty, in eager PyTorch",
+    "% GEMM": "the share of the speed of a large matrix product that the step reaches",
+    "GB/s": "the bytes that the op must read and write, divided by its time",
+    "% copy": "the share of the speed of a copy that the op reaches",
+    "vs eager": "how many times as fast as eager PyTorch",
+    "peak MB": "the memory that a step allocates at its peak, without parameters and inputs",
+    "launches": "the operations that a step starts",
+    "rel err": "the error of the gradients, relative to float64",
+    "compile s": "the time of the first call, which compiles",
+}
 #: The columns that a terminal narrower than WIDE_FROM does not show; launches it shows of the host.
 WIDE = ("p20 - p80", "% GEMM", "launches", "rel err", "compile s")
 WIDE_FROM = 130
 
 
 def render(records: Sequence[Record], console: Console) -> None:
-    """Print a table of the steps and one of the elementwise ops, then what was wrong."""
+    """Print a table for each kind of case, the meaning of the columns, and what was wrong."""
     if not records:
         console.print("no records")
+    shown: set[str] = set()
     for mine in by_run(records).values():
         where = (place(mine[0]), "bold")
         console.print(Text.assemble("\n", where, f", {mine[0].dtype} ({versions_of(mine[0])})"))
         for kind in TITLES:
             rows = [record for record in mine if record.kind == kind]
             if rows:
-                console.print(_table(kind, rows, console))
-    for record in records:
-        if record.status != "ok":
-            what = f"{record.case}, {record.contestant}: {record.message}"
-            console.print(Text.assemble((f"{record.status.upper()} ", "bold red"), what))
+                table = _table(kind, rows, console)
+                console.print(table)
+                shown |= {str(column.header) for column in table.columns}
+    if records:
+        for heading, meaning in LEGEND.items():
+            if heading in shown:
+                console.print(Text.assemble((f"{heading:>9}", "bold"), f"  {meaning}"))
+    bad: dict[tuple[str, str, str], list[str]] = {}
+    for r in records:
+        if r.status != "ok":
+            bad.setdefault((r.status, r.case, r.message), []).append(r.contestant)
+    for (status, case, message), names in bad.items():
+        what = f"{case}, {', '.join(names)}: {message}"
+        console.print(Text.assemble((f"{status.upper()} ", "bold red"), what))
 
 
 def _table(kind: str, records: Sequence[Record], console: Console) -> Table:

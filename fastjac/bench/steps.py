@@ -5,13 +5,16 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import fastjac
 from fastjac.bench.idioms import IDIOMS, InputJacobian, LayerWise
+from fastjac.bench.plain_dreg import PlainDreg
 from fastjac.bench.problems import StepProblem
+from fastjac.model_output import part_of
 from fastjac.torch_private import dynamo_config
 
 
@@ -88,7 +91,7 @@ def graphed(problem: StepProblem, of: str) -> Prepared:
 def plain(problem: StepProblem) -> Prepared:
     """Forward, loss, backward."""
     model = copy.deepcopy(problem.model)
-    return training_step(model, lambda: problem.loss(model(problem.x), problem.target).backward())
+    return training_step(model, lambda: problem.task_loss(model(problem.x)).backward())
 
 
 def _penalised(
@@ -131,7 +134,10 @@ def compiled(problem: StepProblem, backend: str = "inductor") -> Prepared:
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.running_mean = module.running_var = module.num_batches_tracked = None
-    forward = IDIOMS[problem.penalty].functional(model)
+    idiom = IDIOMS[problem.penalty]
+    if problem.own and isinstance(idiom, LayerWise):
+        return _compiled_step(problem, model, PlainDreg(model), backend)
+    forward = idiom.functional(problem, model)
     loss, weight = problem.loss, problem.weight
 
     def objective(
@@ -157,24 +163,49 @@ def plain_compiled(problem: StepProblem) -> Prepared:
     model = copy.deepcopy(problem.model)
 
     def step(x: Tensor, target: Tensor) -> None:
-        problem.loss(model(x), target).backward()
+        problem.loss(part_of(model(x), problem.output), target).backward()
 
-    run = torch.compile(step, fullgraph=True)
+    return _whole_step(problem, model, torch.compile(step, fullgraph=True))
+
+
+def _whole_step(
+    problem: StepProblem, model: nn.Module, run: Callable[[Tensor, Tensor], None]
+) -> Prepared:
+    """A compiled function of ``(x, target)`` that has the backward in it."""
 
     def backward() -> None:
-        with dynamo_config().patch(trace_autograd_ops=True):
+        with dynamo_config().patch(trace_autograd_ops=True, allow_rnn=True):
             run(problem.x, problem.target)
 
     return training_step(model, backward)
+
+
+def _compiled_step(
+    problem: StepProblem, model: nn.Module, attached: PlainDreg, backend: str
+) -> Prepared:
+    """``torch.compile`` of a step with a layer-wise penalty in plain torch, as one graph."""
+
+    def step(x: Tensor, target: Tensor) -> None:
+        output = part_of(model(x), problem.output)
+        (problem.loss(output, target) + problem.weight * attached()).backward()
+
+    run = torch.compile(step, fullgraph=True, backend=backend)
+    return replace(_whole_step(problem, model, run), close=attached.detach)
+
+
+def _penalty(problem: StepProblem, attached_to: Sequence[nn.Module] = ()) -> Any:
+    """The public penalty of a problem."""
+    options: dict[str, Any] = {"weight": problem.weight, "output": problem.output}
+    if not attached_to:
+        options["at"] = problem.at
+    return getattr(fastjac, IDIOMS[problem.penalty].ours)(*attached_to, **options)
 
 
 def ours_compiled(problem: StepProblem, backend: str = "inductor") -> Prepared:
     """``fastjac.compile`` of the step with the public penalty and its backward."""
     idiom = IDIOMS[problem.penalty]
     model = copy.deepcopy(problem.model)
-    penalty = getattr(fastjac, idiom.ours)(
-        *([model] if isinstance(idiom, LayerWise) else []), weight=problem.weight
-    )
+    penalty = _penalty(problem, [model] if isinstance(idiom, LayerWise) else [])
     named = {name: getattr(problem, name) for name in getattr(idiom, "takes", ())}
 
     def step(x: Tensor, target: Tensor, named: dict[str, Tensor]) -> None:
@@ -183,7 +214,7 @@ def ours_compiled(problem: StepProblem, backend: str = "inductor") -> Prepared:
             value = penalty()
         else:
             output, value = penalty(model, x, **named)
-        (problem.loss(output, target) + value).backward()
+        (problem.loss(part_of(output, problem.output), target) + value).backward()
 
     run = fastjac.compile(step, backend=backend)
     prepared = training_step(model, lambda: run(problem.x, problem.target, named))
@@ -198,18 +229,25 @@ def ours(problem: StepProblem, impl: str = "auto", engine: str = "auto") -> Prep
     activations of its layers itself, so it needs ``fuse`` only to pass on a named ``impl``.
     """
     idiom = IDIOMS[problem.penalty]
-    made = getattr(fastjac, idiom.ours)
     model = copy.deepcopy(problem.model)
     if isinstance(idiom, LayerWise):
         if impl != "auto":
             model = fastjac.fuse(model, impl=impl)
-        attached = made(model, weight=problem.weight)
-        layerwise = _penalised(problem, model, lambda: (model(problem.x), attached()))
-        return replace(layerwise, close=attached.detach)
+        attached = _penalty(problem, [model])
+
+        def layerwise() -> tuple[Tensor, Tensor]:
+            output = part_of(model(problem.x), problem.output)
+            return output, attached()
+
+        return replace(_penalised(problem, model, layerwise), close=attached.detach)
     model = fastjac.fuse(model, impl=impl)
-    penalty = made(weight=problem.weight)
+    penalty = _penalty(problem)
     penalty.engine = engine
     named = {name: getattr(problem, name) for name in idiom.takes}
     ran = penalty.explain_engine(model, problem.x).splitlines()[0].removeprefix("engine: ")
-    prepared = _penalised(problem, model, lambda: penalty(model, problem.x, **named))
-    return replace(prepared, engine=ran)
+
+    def forward() -> tuple[Tensor, Tensor]:
+        whole, value = penalty(model, problem.x, **named)
+        return part_of(whole, problem.output), value
+
+    return replace(_penalised(problem, model, forward), engine=ran)
