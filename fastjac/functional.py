@@ -65,7 +65,7 @@ def gelu(z: Tensor, approximate: str = "none", *, impl: str = "auto") -> Tensor:
     ValueError if ``approximate`` is neither "none" nor "tanh".
     """
     if approximate not in ("none", "tanh"):
-        raise ValueError(f"approximate is {approximate!r}; it must be 'none' or 'tanh'")
+        raise ValueError(f"approximate is {approximate!r}: it must be 'none' or 'tanh'")
     return activate(z, "gelu" if approximate == "none" else "gelu_tanh", impl, {})
 
 

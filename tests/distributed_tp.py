@@ -25,7 +25,7 @@ from distributed_run import Here
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     RowwiseParallel,
@@ -178,3 +178,21 @@ def refusals(here: Here) -> None:
     model = parallel(model, PLANS["columns, rows"](), here)
     raises("attach the penalty after parallelize_module", lambda: model(x))
     penalty.detach()
+
+    mesh = init_device_mesh(here.device.type, (here.world,))
+    whole = distribute_tensor(x, mesh, [Replicate()]).requires_grad_()
+    model = sharded(net(width=8), {"0": ColwiseParallel(use_local_output=False)})[0]
+    raises(
+        "cannot differentiate their redistribution twice",
+        lambda: fastjac.spectreg(whole, model(whole)),
+    )
+
+    model = sharded(net(width=8))
+    model[0].register_forward_hook(lambda module, args, output: output.clone())
+    raises("call the activation directly after to_local", lambda: called(model, x))
+
+    convolution = nn.Sequential(nn.Conv1d(4, 8, 1), nn.GELU()).to(here.device)
+    for name, p in list(convolution[0].named_parameters()):
+        setattr(convolution[0], name, nn.Parameter(distribute_tensor(p.data, mesh, [Replicate()])))
+    positions = distribute_tensor(torch.ones(len(x), 4, 3, device=here.device), mesh, [Replicate()])
+    raises("only Linear layers support that", lambda: called(convolution, positions))

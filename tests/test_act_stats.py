@@ -303,22 +303,22 @@ def test_same_bits_for_any_number_of_threads():
         (
             lambda z: fastjac.act_stats(z[0]),
             ValueError,
-            r"z has shape \(4,\); it must have",
+            r"z has shape \(4,\): it must have",
         ),
         (lambda z: fastjac.act_stats(z.long()), TypeError, "z has dtype torch.int64"),
-        (lambda z: fastjac.act_stats(z, dim=0), ValueError, "dim is 0; it must be 1 or the last"),
+        (lambda z: fastjac.act_stats(z, dim=0), ValueError, "dim is 0: it must be 1 or the last"),
         (lambda z: fastjac.act_stats(z, dim=7), ValueError, "dim is 7"),
         (
             lambda z: fastjac.act_stats(z, per="row"),
             ValueError,
-            "per is 'row'; it must be",
+            "per is 'row': it must be",
         ),
         (lambda z: fastjac.act_stats(z, "sin"), ValueError, "sin"),
         (lambda z: fastjac.act_stats(z, impl="best"), ValueError, "impl='best' is not"),
         (
             lambda z: fastjac.act_stats(z, weights=torch.ones(4)),
             ValueError,
-            r"weights has shape \(4,\); with per='channel' .* one number for each sample: \[3\]",
+            r"weights has shape \(4,\): with per='channel' .* one number for each sample: \[3\]",
         ),
         (
             lambda z: fastjac.act_stats(z, weights=torch.ones(3).double()),
@@ -328,7 +328,7 @@ def test_same_bits_for_any_number_of_threads():
         (
             lambda z: fastjac.act_stats(z, weights=3.0),
             TypeError,
-            "weights must be a tensor or None, got float",
+            "weights is float: it must be a torch.Tensor or None",
         ),
         (lambda z: fastjac.act_stats(z, impl="cuda"), RuntimeError, "impl='cuda' cannot run"),
     ],

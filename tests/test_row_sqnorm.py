@@ -130,7 +130,7 @@ def test_torch_func():
         ([torch.ones(())], ValueError, r"weights\[0\] is a scalar"),
         ([torch.ones(2), torch.ones(2).double()], TypeError, r"weights\[1\] has dtype"),
         ([torch.ones(2), None], TypeError, r"weights\[1\] is NoneType"),
-        (torch.ones(2, 3), TypeError, "weights is Tensor; it must be a list of tensors"),
+        (torch.ones(2, 3), TypeError, "weights is Tensor: it must be a list of tensors"),
     ],
 )
 def test_refusals(weights, error, message):

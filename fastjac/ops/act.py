@@ -119,33 +119,34 @@ def act(
 
 def check_z(z: Tensor) -> None:
     if not isinstance(z, Tensor):
-        raise TypeError(f"z must be a tensor, got {type(z).__name__}")
+        raise TypeError(f"z is {type(z).__name__}: it must be a torch.Tensor")
     if not z.is_floating_point():
         raise TypeError(
-            f"z has dtype {z.dtype}; it must have a floating-point dtype (for token ids, pass the"
+            f"z has dtype {z.dtype}: it must have a floating-point dtype (for token ids, pass the"
             " embeddings)"
         )
     if z.layout != torch.strided or z.is_nested:
         kind = "nested" if z.is_nested else z.layout
-        raise TypeError(f"z is a {kind} tensor; it must be dense: pass z.to_dense()")
+        dense = "z.to_padded_tensor(0.0)" if z.is_nested else "z.to_dense()"
+        raise TypeError(f"z is a {kind} tensor: it must be dense, pass {dense}")
 
 
 def _check(z: Tensor, g: Tensor | None, order: int) -> None:
     check_z(z)
     if not isinstance(order, int) or not 0 <= order <= MAX_ORDER:
-        raise ValueError(f"order is {order!r}; it must be an integer from 0 to {MAX_ORDER}")
+        raise ValueError(f"order is {order!r}: it must be an integer from 0 to {MAX_ORDER}")
     if g is None:
         return
     if not isinstance(g, Tensor):
-        raise TypeError(f"g must be a tensor or None, got {type(g).__name__}")
+        raise TypeError(f"g is {type(g).__name__}: it must be a torch.Tensor or None")
     if g.shape != z.shape:
         raise ValueError(
-            f"g has shape {tuple(g.shape)} and z has {tuple(z.shape)}; expand g to the shape of z"
+            f"g has shape {tuple(g.shape)} and z has {tuple(z.shape)}: pass g.expand_as(z)"
         )
     if g.dtype != z.dtype:
-        raise TypeError(f"g has dtype {g.dtype} and z has {z.dtype}; convert one of them")
+        raise TypeError(f"g has dtype {g.dtype} and z has {z.dtype}: pass g.to(z.dtype)")
     if g.device != z.device:
-        raise ValueError(f"g is on {g.device} and z is on {z.device}; move one of them")
+        raise ValueError(f"g is on {g.device} and z is on {z.device}: pass g.to(z.device)")
 
 
 def _reference(
@@ -174,7 +175,7 @@ def _derivative(z, g, order, fn, *rest):
     if order > MAX_ORDER:
         raise RuntimeError(
             f"act: a derivative of order {order} of {row.name!r} is needed, and the kernels compute"
-            f" orders 0 to {MAX_ORDER}; use impl='reference', which computes any order"
+            f" orders 0 to {MAX_ORDER}: use impl='reference', which computes any order"
         )
     return _Act.apply(z, g, order, fn, *rest)
 

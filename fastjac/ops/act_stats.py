@@ -125,7 +125,7 @@ def act_stats(
     dim = _check(z, dim, per, weights)
     values = row.param_values(params)
     if not isinstance(scale, (int, float, torch.SymInt, torch.SymFloat, type(None))):
-        raise TypeError(f"scale is {type(scale).__name__}; it must be a number, or None")
+        raise TypeError(f"scale is {type(scale).__name__}: it must be a number, or None")
     if isinstance(scale, int) and abs(scale) > sys.float_info.max:
         raise ValueError("scale is an integer too large for a float")
     chosen = _OP.select(impl, z.device, z.dtype)
@@ -146,23 +146,23 @@ def _check(z: Tensor, dim: int, per: str, weights: Tensor | None) -> int:
     check_z(z)
     if z.dim() < 2:
         raise ValueError(
-            f"z has shape {tuple(z.shape)}; it must have samples and channels: [N, ..., C]"
+            f"z has shape {tuple(z.shape)}: it must have samples and channels: [N, ..., C]"
         )
     if not isinstance(dim, int):
-        raise TypeError(f"dim is {type(dim).__name__}; it must be 1 or the last dimension, -1")
+        raise TypeError(f"dim is {type(dim).__name__}: it must be 1 or the last dimension, -1")
     wanted, dim = dim, dim % z.dim() if -z.dim() <= dim < z.dim() else 0
     if dim not in (1, z.dim() - 1):
-        raise ValueError(f"dim is {wanted}; it must be 1 or the last dimension, -1")
+        raise ValueError(f"dim is {wanted}: it must be 1 or the last dimension, -1")
     if per not in ("channel", "sample"):
-        raise ValueError(f"per is {per!r}; it must be 'channel' or 'sample'")
+        raise ValueError(f"per is {per!r}: it must be 'channel' or 'sample'")
     if weights is None:
         return dim
     if not isinstance(weights, Tensor):
-        raise TypeError(f"weights must be a tensor or None, got {type(weights).__name__}")
+        raise TypeError(f"weights is {type(weights).__name__}: it must be a torch.Tensor or None")
     size = z.shape[0] if per == "channel" else z.shape[dim]
     if weights.shape != (size,):
         raise ValueError(
-            f"weights has shape {tuple(weights.shape)}; with per={per!r} it must have one number"
+            f"weights has shape {tuple(weights.shape)}: with per={per!r} it must have one number"
             f" for each {'sample' if per == 'channel' else 'channel'}: [{size}]"
         )
     if weights.dtype != accumulate_dtype(z.dtype):
@@ -171,7 +171,9 @@ def _check(z: Tensor, dim: int, per: str, weights: Tensor | None) -> int:
             f" weights.to({accumulate_dtype(z.dtype)})"
         )
     if weights.device != z.device:
-        raise ValueError(f"weights is on {weights.device} and z is on {z.device}; move one of them")
+        raise ValueError(
+            f"weights is on {weights.device} and z is on {z.device}: pass weights.to(z.device)"
+        )
     return dim
 
 

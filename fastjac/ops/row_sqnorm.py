@@ -70,7 +70,7 @@ def row_sqnorm(weights: Sequence[Tensor], *, impl: str = "auto") -> list[Tensor]
         True
     """
     if isinstance(weights, Tensor) or not isinstance(weights, Iterable):
-        raise TypeError(f"weights is {type(weights).__name__}; it must be a list of tensors")
+        raise TypeError(f"weights is {type(weights).__name__}: it must be a list of tensors")
     weights = list(weights)
     _check(weights)
     chosen = _OP.select(impl, weights[0].device, weights[0].dtype)
@@ -102,23 +102,23 @@ def tapped(weights: Sequence[Tensor], impl: str) -> tuple[list[Tensor], list[Ten
 
 def _check(weights: list[Tensor]) -> None:
     if not weights:
-        raise ValueError("weights is empty; it must have at least one tensor")
+        raise ValueError("weights is empty: it must have at least one tensor")
     first = weights[0]
     for i, w in enumerate(weights):
         if not isinstance(w, Tensor) or not w.is_floating_point():
             what = w.dtype if isinstance(w, Tensor) else type(w).__name__
-            raise TypeError(f"weights[{i}] is {what}; it must be a floating-point tensor")
+            raise TypeError(f"weights[{i}] is {what}: it must be a floating-point tensor")
         if w.dim() == 0:
-            raise ValueError(f"weights[{i}] is a scalar; it must have rows in dimension 0")
+            raise ValueError(f"weights[{i}] is a scalar: it must have rows in dimension 0")
         if w.dtype != first.dtype:
             raise TypeError(
-                f"weights[{i}] has dtype {w.dtype} and weights[0] has {first.dtype}; convert one of"
-                " them"
+                f"weights[{i}] has dtype {w.dtype} and weights[0] has {first.dtype}: all must have "
+                "one dtype"
             )
         if w.device != first.device:
             raise ValueError(
-                f"weights[{i}] is on {w.device} and weights[0] is on {first.device}; move one of"
-                " them"
+                f"weights[{i}] is on {w.device} and weights[0] is on {first.device}: all must "
+                "be on one device"
             )
 
 

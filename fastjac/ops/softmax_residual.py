@@ -67,17 +67,18 @@ def softmax_residual(logits: Tensor, target: Tensor, *, impl: str = "auto") -> T
     """
     if not isinstance(logits, Tensor) or not logits.is_floating_point():
         what = logits.dtype if isinstance(logits, Tensor) else type(logits).__name__
-        raise TypeError(f"logits is {what}; it must be a floating-point tensor")
+        raise TypeError(f"logits is {what}: it must be a floating-point tensor")
     if not isinstance(target, Tensor) or target.dtype != torch.int64:
         what = target.dtype if isinstance(target, Tensor) else type(target).__name__
-        raise TypeError(f"target is {what}; it must be an int64 tensor of class indices")
+        raise TypeError(f"target is {what}: it must be an int64 tensor of class indices")
     if logits.dim() != 2 or logits.shape[1] == 0:
-        raise ValueError(f"logits has shape {tuple(logits.shape)}; it must be [N, m], m >= 1")
+        raise ValueError(f"logits has shape {tuple(logits.shape)}: it must be [N, m], m >= 1")
     if target.shape != logits.shape[:1]:
-        raise ValueError(f"target has shape {tuple(target.shape)}; it must be [{logits.shape[0]}]")
+        raise ValueError(f"target has shape {tuple(target.shape)}: it must be [{logits.shape[0]}]")
     if target.device != logits.device:
         raise ValueError(
-            f"target is on {target.device} and logits is on {logits.device}; move one of them"
+            f"target is on {target.device} and logits is on {logits.device}: pass "
+            "target.to(logits.device)"
         )
     chosen = _OP.select(impl, logits.device, logits.dtype)
     # In a compiled region, the compiler fuses the formula with the operations around it.

@@ -59,16 +59,11 @@ class Network:
         self.places = [*matched.of_weights, *matched.of_biases]
         wanted = [leaf >= 0 for leaf in self.places]
         self.wanted = [_numbers([*wanted, of_x]) for of_x in (False, True)]
-        acts = {i for i, step in enumerate(matched.steps) if step[0] == net.ACT}
         linear = [step for step in matched.steps if step[0] == net.LINEAR]
         read = sorted({step[1] for step in linear} - {0})
-        needed = {step[1] for step in linear if matched.of_weights[step[3]] >= 0}
         self.saved = [p for place in matched.arguments for p in (place, -1, -1)]
-        for value in read:
-            place = matched.of_input.get(value, -1)
-            if place < 0 and value in needed - acts:
-                raise Other("the input of a layer was not saved")
-            self.saved.append(place)
+        # Torch saves the input of each layer whose weight requires grad.
+        self.saved += [matched.of_input.get(value, -1) for value in read]
         self.saved += matched.of_norms
         sizes: Counter[int] = Counter()  # the elements of the values of each kind
         for step, width in zip(matched.steps, matched.widths, strict=True):
@@ -120,8 +115,8 @@ class _Match:
         self.of_biases: list[int] = []
         for step in record.steps:
             self._values[step.node, 0] = self._step(step)
-        if self._values[record.end] != len(self.steps) - 1:
-            raise Other("the output is not the last value")
+        # All other steps lead to the end, so they come before it.
+        assert self._values[record.end] == len(self.steps) - 1
         if not any(step[0] == net.LINEAR for step in self.steps):
             raise Other("there is no Linear layer")
 
@@ -129,10 +124,9 @@ class _Match:
         """The number of the value of an operation."""
         node, sources = step.node, step.sources
         name, _, overload = type(node).__name__.partition("Backward")
-        values = [None if s is None else self._values.get(s) for s in sources]
-        inside: list[Any] = [v for v, s in zip(values, sources, strict=True) if s is not None]
-        if None in inside or not inside:
-            raise Other("an operation with several outputs")
+        # A norm has other outputs, which have no gradient; no other step has several.
+        values = [None if s is None else self._values[s] for s in sources]
+        inside: list[Any] = [v for v in values if v is not None]
         if isinstance(step.rule, Kernel):
             return self._activation(step, inside[0])
         if overload == "0" and name in ("Relu", "LeakyRelu", "Hardtanh", "Hardsigmoid"):

@@ -99,7 +99,7 @@ class Record:
         except Unsupported:
             raise
         except RuntimeError as error:  # of torch, if a tensor was modified after it was saved
-            raise Unsupported(str(error)) from error
+            raise Unsupported(str(error), "") from error
 
     def _add(self, node: Any, sources: tuple[Edge | None, ...], used: list[int]) -> None:
         kind = kind_of(node)
