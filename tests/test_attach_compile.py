@@ -112,3 +112,23 @@ def test_write_between_layer_and_activation_is_refused(how, no_stale_graphs):
     with pytest.raises(Exception, match="layer 0: its output was modified in place before the act"):
         compiled(torch.randn(3, 4))
     penalty.detach()
+
+
+def test_a_penalty_that_a_compiled_function_creates_is_refused(no_stale_graphs):
+    model, x, _ = problem()
+    step = torch.compile(lambda x: DREG()(model, x)[1], backend="aot_eager", fullgraph=True)
+    with pytest.raises(Exception, match="DREG was created inside a function of torch.compile"):
+        step(x)
+
+
+def test_an_exported_call_of_the_penalty_is_refused(no_stale_graphs):
+    class Step(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model, self.penalty = problem()[0], DREG()
+
+        def forward(self, x):
+            return self.penalty(self.model, x)
+
+    with pytest.raises(Exception, match="torch.export sees the plain model: export the model w"):
+        torch.export.export(Step(), (problem()[1],), strict=True)

@@ -244,7 +244,9 @@ def check_output(output: Tensor, n: int) -> None:
     """Raises if ``output`` is not a floating-point tensor with ``n`` samples that are not empty."""
     arguments.batch("output", output, "x", n)
     if not output.is_floating_point():
-        raise TypeError(f"output has dtype {output.dtype}: it must be floating point")
+        raise TypeError(
+            f"output has dtype {output.dtype}: it must be floating point (logits, not classes)"
+        )
     if output.numel() == 0 and n > 0:
         raise ValueError(f"output has shape {tuple(output.shape)}: it must not be empty")
 
@@ -315,8 +317,8 @@ def run_model(
         caught = catch.caught
     if len(caught) != 1:
         raise RuntimeError(
-            f"the submodule at={at!r} ran {len(caught)} times in one call of the model: it must "
-            "run exactly once"
+            f"the submodule at={at!r} ran {len(caught)} times in one call of the model: name one "
+            "that runs exactly once"
         )
     return caught[0], whole, output
 

@@ -56,7 +56,8 @@ class PenaltyTerm:
         name: str | None = None,
     ) -> None:
         if not isinstance(penalty, Penalty):
-            raise TypeError(f"penalty is {type(penalty).__name__}: it must be a fastjac.Penalty")
+            what = f"the class {penalty.__name__}" if isinstance(penalty, type) else repr(penalty)
+            raise TypeError(f"penalty is {what}: it must be a penalty, such as fastjac.SpectReg()")
         if penalty.reduction == "none":
             raise ValueError("penalty has reduction='none': it must be 'mean' or 'sum' in a loss")
         kind = type(penalty).__name__

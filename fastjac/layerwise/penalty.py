@@ -158,7 +158,8 @@ class LayerPenalty(LayerStatistic, ModelPenalty):
         if self.include_output and not seen.ends_in_layer:
             raise RuntimeError(
                 "include_output is True, but the output of the model is neither the output of a "
-                "Linear or convolution nor that of an activation after one"
+                "Linear or convolution nor that of an activation after one: set "
+                "include_output=False, or let the model return what its last layer returns"
             )
         if not seen.terms:
             reasons = "; ".join(f"{name}: {why}" for name, why in seen.left_out)
