@@ -3,6 +3,7 @@
 import csv
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,8 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import pytest
 import torch
+
+import fastjac
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -31,6 +34,16 @@ def sin():
 @pytest.fixture
 def digits():
     yield from loaded("digits")
+
+
+@pytest.fixture
+def weights():
+    yield from loaded("weights")
+
+
+@pytest.fixture
+def weights_page():
+    yield from loaded("weights_page")
 
 
 def rows_of(path):
@@ -121,8 +134,98 @@ def test_digits_learns(digits, name):
     assert test > 75
 
 
+def test_weights_writes_its_records(weights, weights_page, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(weights, "WEIGHTS", dict.fromkeys(weights.PENALTIES, (-2, -1)))
+    weights.main(quick=True, steps=3, jobs=1, out=tmp_path)
+    assert "64 trainings, of which 0 have outputs that are not finite" in capsys.readouterr().out
+    note, rows = weights_page.read("weights.csv", tmp_path)
+    assert "torch" in note and note.endswith(", 3 steps")
+    assert [*rows[0]] == weights.FIELDS
+    assert sorted({row["weight"] for row in rows}) == [0, 0.01, 0.03, 0.1]
+    assert len({(row["data"], row["penalty"], row["weight"], row["seed"]) for row in rows}) == 64
+    for row in rows:
+        share = row["weight"] * row["value_end"] / row["loss_end"]
+        assert row["share_end"] == pytest.approx(share, rel=2e-3)  # the records have four digits
+    # Without a weight, a penalty takes no part in the training.
+    plain = [row for row in rows if row["weight"] == 0 and row["data"] == "wine"]
+    assert len({(row["seed"], row["loss_end"], row["test"]) for row in plain}) == 2
+    scale = weights_page.read("weights_scale.csv", tmp_path)[1]
+    value = {(row["penalty"], row["varied"], row["size"]): row["value"] for row in scale}
+    assert value["DREG", "side", 32] / value["DREG", "side", 8] == pytest.approx(16, rel=0.1)
+
+
+def test_weights_the_penalty_is_minimised(weights):
+    plain, penalised = (weights.train("wine", "DREG", weight, 0, 30) for weight in (0.0, 0.1))
+    assert plain["value_start"] == penalised["value_start"]
+    assert penalised["value_end"] < 0.7 * plain["value_end"]
+
+
+def test_weights_page_is_that_of_the_records(weights_page):
+    page = (EXAMPLES.parent / "docs/WEIGHT.md").read_text()
+    assert weights_page.update(page) == page
+    with pytest.raises(ValueError, match="TABLE --> for scale"):
+        weights_page.update(page.replace("weights: scale", "none: scale"))
+
+
+def test_weights_page_draws_its_picture(weights_page, tmp_path):
+    rows = weights_page.read("weights.csv")[1]
+    weights_page.draw(weights_page.curves_of(rows), tmp_path / "weights.png")
+    assert_pictures(tmp_path, "weights.png")
+
+
+def test_weights_the_advice_is_that_of_the_tables(weights_page):
+    """The starts that the page advises, and what they lose, in its text and in its table."""
+    page = " ".join((EXAMPLES.parent / "docs/WEIGHT.md").read_text().split())
+    curves = weights_page.curves_of(weights_page.read("weights.csv")[1])
+
+    def lost(penalty, start):
+        return max(c.lost(start(c)) for (name, _), c in curves.items() if name == penalty)
+
+    tenth = lost("DREG", lambda curve: curve.start(weights_page.TENTH, 0.1))
+    losses = [f"{tenth:.1f} points (DREG)"]
+    for name in ("SpectReg", "FrobReg", "DataGrad"):
+        start = re.search(rf"{name} at ([\d.]*\d)", page)[1]
+        assert f"the weight {start} for all" in page
+        losses.append(f"{lost(name, lambda _curve, at=float(start): at):.1f} ({name})")
+    assert f"lose up to {', '.join(losses[:-1])} and {losses[-1]}" in page
+
+
+def test_weights_dreg_names_the_values_of_the_records(weights_page):
+    text = " ".join(fastjac.DREG.__doc__.split())
+    rows = weights_page.read("weights_scale.csv")[1]
+    sums, means = (
+        [
+            f"{float(format(row['value'], '.2g')):g}"
+            for row in rows
+            if row["penalty"] == name and row["varied"] == "side"
+        ]
+        for name in ("DREG", "DREG, mean")
+    )
+    assert "{}, {} and {} for 8, 32 and 64 pixels; ".format(*sums) in text
+    assert set(means) == {"2.2"} and "those of the mean are 2.2." in text
+
+
+def test_weights_as_good_is_paired_by_seed(weights_page):
+    """Three weights: the seeds differ much, the weights by 1 ± 2 and by 1 ± 0.1."""
+    tests = {0.0: (50, 70, 90), 0.03: (47, 69, 91), 0.3: (50, 70, 90), 1.0: (49.1, 69, 88.9)}
+    rows = [
+        {"weight": weight, "seed": seed, "test": test, "value_start": value, "loss_start": 2.0}
+        for weight, row in tests.items()
+        for seed, (test, value) in enumerate(zip(row, (5, 20, 80), strict=True))
+    ]
+    curve = weights_page.Curve(rows)
+    assert (curve.weights, curve.best, curve.low, curve.high) == ([0.03, 0.3, 1.0], 1, 0, 1)
+    assert curve.lost(0.3) == 0
+    assert curve.lost(0.3 * (1 / 0.3) ** 0.5) == pytest.approx(0.5)
+    assert curve.start(weights_page.TENTH, 0.1) == pytest.approx(0.1 * 2 / 20)
+    assert [curve.factor(0.9), curve.factor(0.1)] == pytest.approx([3, 3])
+    assert curve.lands(0.03) and curve.lands(1.0)
+    assert not curve.lands(0.02) and not curve.lands(1.1)
+    assert curve.harm(0.5) == pytest.approx(0.3 * (1 / 0.3) ** 0.5)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["sin", "digits"])
+@pytest.mark.parametrize("name", ["sin", "digits", "weights"])
 def test_command_with_two_processes(name, tmp_path):
     command = [sys.executable, str(EXAMPLES / f"{name}.py"), "--quick", "--steps", "2"]
     done = subprocess.run(
@@ -131,4 +234,4 @@ def test_command_with_two_processes(name, tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert f"wrote {name}.csv" in done.stdout
-    assert len(list(tmp_path.iterdir())) == 3
+    assert len(list(tmp_path.iterdir())) == (2 if name == "weights" else 3)

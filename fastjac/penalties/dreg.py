@@ -69,7 +69,9 @@ class DREG(SumOverLayers):
     Options:
         over: ``"sum"``, ``"units"`` to divide the term of a layer by the number of its units or
             output channels, or ``"elements"`` to divide it by the number of elements of W.
-        positions: ``"sum"`` or ``"mean"`` over the output positions.
+        positions: ``"sum"`` or ``"mean"`` over the output positions. The sum grows with the area of
+            an image, and a good weight shrinks: the values of the convolutional network of
+            docs/WEIGHT.md are 75, 1200 and 4800 for 8, 32 and 64 pixels; those of the mean are 2.2.
         layers: ``"sum"`` or ``"mean"`` over the layers.
         include_output: adds the output layer, with ``φ' = 1``.
         use_weight: False for ``φ'²`` without ``‖W‖²`` and without the ``γ/σ`` of a norm.
