@@ -7,11 +7,12 @@ from fastjac import nn, penalties, presets, reference, schedules
 from fastjac._version import __version__
 from fastjac.cli import check, info
 from fastjac.compiled import compile
+from fastjac.explain import explain
 from fastjac.functional import FUNCTIONS as _FUNCTIONS
-from fastjac.nn import Act, fuse, unfuse
+from fastjac.fusing import fuse, unfuse
+from fastjac.nn import Act
 from fastjac.ops import *  # noqa: F403
 from fastjac.ops import __all__ as _ops
-from fastjac.ops.dispatch import explain
 from fastjac.ops.native import backend as _backend
 from fastjac.penalties import *  # noqa: F403
 from fastjac.penalties import __all__ as _penalties

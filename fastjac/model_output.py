@@ -1,11 +1,13 @@
-"""Runs a model, and finds the tensor to penalise in what it returns."""
+"""Runs a model, and finds the tensor to penalise in what it returns; keeps the model's state."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from fastjac.torch_private import tree_leaves, tree_map
 
@@ -102,3 +104,39 @@ def with_tensors(whole: Any, tensors: list[Tensor]) -> Any:
     """What a model returned, with other tensors in place of those of `tensors_of`."""
     left = iter(tensors)
     return tree_map(lambda leaf: next(left) if isinstance(leaf, Tensor) else leaf, whole)
+
+
+def _modules_of(model: Any) -> list[nn.Module]:
+    """The model, or the modules that a function closes over, or whose method it is."""
+    if isinstance(model, nn.Module):
+        return [model]
+    held = [cell.cell_contents for cell in getattr(model, "__closure__", None) or ()]
+    held += [getattr(model, "__self__", None), getattr(model, "func", None)]
+    return [value for value in held if isinstance(value, nn.Module)]
+
+
+class State:
+    """The buffers of the model and the state of torch's random generators."""
+
+    def __init__(self, model: Any, x: Tensor) -> None:
+        # Those of a lazy module that has not run have no numbers.
+        self.buffers = [
+            (part._buffers, name, buffer, buffer.clone())
+            for module in _modules_of(model)
+            for part in module.modules()
+            for name, buffer in part._buffers.items()
+            if buffer is not None and not is_lazy(buffer)
+        ]
+        self.cuda = x.device if x.is_cuda else None
+        self.random = torch.get_rng_state()
+        self.cuda_random = None if self.cuda is None else torch.cuda.get_rng_state(self.cuda)
+
+    def restore(self) -> None:
+        for buffers, name, buffer, before in self.buffers:
+            buffers[name] = buffer
+            if not torch.equal(buffer, before):
+                # Without counting it as a write, since earlier graphs may hold the buffer.
+                buffer.data.copy_(before)
+        torch.set_rng_state(self.random)
+        if self.cuda is not None and self.cuda_random is not None:
+            torch.cuda.set_rng_state(self.cuda_random, self.cuda)

@@ -269,6 +269,13 @@ class Penalty(nn.Module):
         value = distributed.attached(value, whole)
         return value if graph else (whole, value)
 
+    def explain(self, *call: Any) -> str:
+        """A text on how ``penalty(model, x)`` runs; see `fastjac.explain`."""
+        raise TypeError(
+            f"{type(self).__name__} has no engines and no layers to explain: "
+            f"fastjac.explain({type(self).__name__!r}), without a model, shows its definition"
+        )
+
     def due(self) -> bool:
         """Whether this call computes the value (see ``every``)."""
         if self.every == 1 or not self.training:

@@ -91,12 +91,12 @@ def agrees(model: nn.Module, x: Tensor, **options: Any) -> None:
         for engine in ("chain", "auto"):
             found = run(model, x, spectreg(engine, **options), requires_grad=requires_grad)
             same(found, expected)
-    assert spectreg("chain").explain_engine(model, x).startswith("engine: chain")
+    assert spectreg("chain").explain(model, x).startswith("engine: chain")
 
 
 def falls_back(model: nn.Module, x: Tensor, reason: str) -> None:
     """With "auto" the model runs by autograd; "chain" raises with the reason."""
-    explained = spectreg("auto").explain_engine(model, x)
+    explained = spectreg("auto").explain(model, x)
     assert explained.startswith("engine: autograd\n") and re.search(reason, explained)
     expected = run(model, x, spectreg("autograd", reduction="none"))
     same(run(model, x, spectreg("auto", reduction="none")), expected)

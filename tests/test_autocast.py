@@ -112,7 +112,7 @@ def test_no_less_exact_than_autograd(name: str, low: torch.dtype) -> None:
             found.append(distance(result, truth))
             if engine == "auto":
                 with torch.autocast("cpu", low):
-                    assert SpectReg().explain_engine(mine, x).startswith("engine: chain")
+                    assert SpectReg().explain(mine, x).startswith("engine: chain")
     limit = 1.03 * statistics.mean(errors["autograd"])
     assert statistics.mean(errors["chain"]) <= limit
     assert statistics.mean(errors["auto"]) <= limit

@@ -121,7 +121,7 @@ def by_way(model: nn.Module, x: Tensor, way: str) -> nn.Module:
     """A model that the engine runs in the given way."""
     if way in ("links", "network"):
         model = Model(lambda m, x: m.net(x), net=model)
-    described = spectreg("chain").explain_engine(model, x)
+    described = spectreg("chain").explain(model, x)
     assert ("one C++ call" in described) == (way != "links")
     return model
 
@@ -340,10 +340,10 @@ def test_training_takes_the_same_path(make: Any) -> None:
 
 
 @pytest.mark.usefixtures("double")
-def test_explain_engine_lists_the_links_and_leaves_no_trace() -> None:
+def test_explain_lists_the_links_and_leaves_no_trace() -> None:
     model, x = convnet(), torch.randn(5, 4)
     before, state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
-    text = spectreg("auto").explain_engine(model, x)
+    text = spectreg("auto").explain(model, x)
     assert text.splitlines()[0] == "engine: chain"
     for word in ("Addmm", "Gelu", "Convolution", "NativeBatchNorm", "MaxPool2DWithIndices"):
         assert word in text
@@ -351,8 +351,8 @@ def test_explain_engine_lists_the_links_and_leaves_no_trace() -> None:
     for name, t in model.state_dict().items():
         assert torch.equal(t, before[name])
     model = three_layers(lambda m, x: m.c(F.gelu(m.a(x)).cumprod(1)))
-    assert "by autograd: Cumprod" in spectreg("chain").explain_engine(model, x)
-    assert "not chain: engine='autograd' is set" in spectreg("autograd").explain_engine(model, x)
+    assert "by autograd: Cumprod" in spectreg("chain").explain(model, x)
+    assert "not chain: engine='autograd' is set" in spectreg("autograd").explain(model, x)
 
 
 @pytest.mark.usefixtures("double")

@@ -140,7 +140,7 @@ def test_writes_to_a_part_that_are_linear(write: Any) -> None:
     agrees(three_layers(write), torch.randn(3, 4))
     penalty = SpectReg()
     for rows, engine in ((3, "autograd"), (select.LARGE // 4, "chain")):
-        text = penalty.explain_engine(three_layers(write), torch.randn(rows, 4))
+        text = penalty.explain(three_layers(write), torch.randn(rows, 4))
         assert text.startswith(f"engine: {engine}") and ("CopySlices" in text)
 
 

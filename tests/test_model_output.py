@@ -172,7 +172,7 @@ def test_part_that_is_alone(engine: str) -> None:
 
 def test_steady_state_is_the_chain_engine() -> None:
     """And it costs the launches of a model that returns the tensor itself."""
-    assert "engine: chain" in SpectReg(output="logits").explain_engine(Net(dict), X)
+    assert "engine: chain" in SpectReg(output="logits").explain(Net(dict), X)
     model, found = Net(dict), []
     model.below = nn.Sequential(*model.below, nn.Dropout(0.0))  # not swept in C++
     for output in ("logits", None):

@@ -3,6 +3,7 @@
 import copy
 import inspect
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -156,8 +157,22 @@ def test_fused_models_copy_and_pickle():
 def test_what_the_table_has_no_row_for_stays():
     model = nn.Sequential(nn.Hardshrink(), nn.GLU(), nn.Softmax(-1), nn.PReLU())
     before = list(model)
-    fastjac.fuse(model, impl=IMPL)
+    with pytest.warns(UserWarning, match="fuse: Sequential has no activation module that fastjac"):
+        fastjac.fuse(model, impl=IMPL)
     assert list(model) == before
+
+
+def test_fuse_warns_only_if_there_was_nothing_to_replace():
+    class Functional(nn.Linear):
+        def forward(self, x):
+            return F.gelu(super().forward(x))
+
+    with pytest.warns(UserWarning, match="F.gelu in a forward are replaced by hand"):
+        fastjac.fuse(Functional(3, 2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for model in (nn.ReLU(), nn.GELU(), nn.TransformerEncoderLayer(8, 2, 16)):
+            fastjac.fuse(fastjac.fuse(model))
 
 
 SLOWER = [nn.ReLU(), nn.LeakyReLU(), nn.ReLU6(), nn.Hardtanh(), nn.Hardswish()]

@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.overrides import TorchFunctionMode
 
 import fastjac
 from benchmarks.published_models.models import Published
 from benchmarks.published_models.pairs import count
+from fastjac.bench.gate import InDouble
 from fastjac.bench.measure import Options, Samples, interleave
 from fastjac.observers import OBSERVERS
 
@@ -152,28 +152,12 @@ def _engine(model: nn.Module, x: Tensor) -> tuple[str, str]:
         _steps_of(penalty, model, x)
     except Exception as error:
         first = error
-    text = penalty.explain_engine(model, x)
+    text = penalty.explain(model, x)
     if first is not None:
         raise first
     lines = [line.strip() for line in text.split("\n")]
     engine = lines[0].removeprefix("engine: ")
     return engine, "" if engine == "chain" else " ".join(lines[1:])
-
-
-class InDouble(TorchFunctionMode):
-    """In this block float64 replaces float32, which some models cast to in their norms.
-
-    Their rounding of 1e-7 would be 1e-2 in a difference. In float32 these casts do nothing.
-    """
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        def wider(value: Any) -> Any:
-            return torch.float64 if value is torch.float32 else value
-
-        named = {name: wider(value) for name, value in (kwargs or {}).items()}
-        if func is Tensor.float:
-            func = Tensor.double
-        return func(*map(wider, args), **named)
 
 
 def _error(model: nn.Module, x: Tensor) -> float:

@@ -21,6 +21,7 @@ from fastjac.bench.measure import Options, available_cores
 from fastjac.bench.own_model import OwnModel
 from fastjac.bench.records import Record
 from fastjac.bench.runner import run as run_cases
+from fastjac.bench.steps import fused
 from fastjac.model_output import Part
 
 #: One penalty on the input Jacobian and one on the layers.
@@ -186,12 +187,12 @@ def facts(own: OwnModel, penalty: str) -> list[str]:
         attached = getattr(fastjac, idiom.ours)(output=own.output)
         attached(problem.model, problem.x)
         return _layers(attached)
-    model = fastjac.fuse(problem.model)
-    fused = sum(isinstance(module, fastjac.Act) for module in model.modules())
+    model = fused(problem.model)
+    replaced = sum(isinstance(module, fastjac.Act) for module in model.modules())
     made = getattr(fastjac, idiom.ours)(output=own.output, at=own.at)
     named = {name: getattr(problem, name) for name in idiom.takes}
     made(model, problem.x, **named)
-    lines = [line.strip() for line in made.explain_engine(model, problem.x).splitlines()]
+    lines = [line.strip() for line in made.explain(model, problem.x).splitlines()]
     engine = lines[0].removeprefix("engine: ")
     text = [f"fastjac runs it by the {engine} engine."]
     if engine != "chain":
@@ -203,7 +204,7 @@ def facts(own: OwnModel, penalty: str) -> list[str]:
             "These operations have no rule of the chain engine, and are differentiated by "
             f"autograd, which is right but slower: {_counted(slow)}."
         )
-    modules = f"{fused or 'no'} activation module{'s' if fused > 1 else ''}"
+    modules = f"{replaced or 'no'} activation module{'s' if replaced > 1 else ''}"
     text.append(f"fastjac.fuse(model) replaces {modules}.")
     return text
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -222,6 +223,13 @@ def ours_compiled(problem: StepProblem, backend: str = "inductor") -> Prepared:
     return replace(prepared, close=close)
 
 
+def fused(model: nn.Module, impl: str = "auto") -> nn.Module:
+    """`fastjac.fuse`, which warns if the activations of the model are functions."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return fastjac.fuse(model, impl=impl)
+
+
 def ours(problem: StepProblem, impl: str = "auto", engine: str = "auto") -> Prepared:
     """The public penalty, called as its documentation says.
 
@@ -232,7 +240,7 @@ def ours(problem: StepProblem, impl: str = "auto", engine: str = "auto") -> Prep
     model = copy.deepcopy(problem.model)
     if isinstance(idiom, LayerWise):
         if impl != "auto":
-            model = fastjac.fuse(model, impl=impl)
+            model = fused(model, impl)
         attached = _penalty(problem, [model])
 
         def layerwise() -> tuple[Tensor, Tensor]:
@@ -240,11 +248,11 @@ def ours(problem: StepProblem, impl: str = "auto", engine: str = "auto") -> Prep
             return output, attached()
 
         return replace(_penalised(problem, model, layerwise), close=attached.detach)
-    model = fastjac.fuse(model, impl=impl)
+    model = fused(model, impl)
     penalty = _penalty(problem)
     penalty.engine = engine
     named = {name: getattr(problem, name) for name in idiom.takes}
-    ran = penalty.explain_engine(model, problem.x).splitlines()[0].removeprefix("engine: ")
+    ran = penalty.explain(model, problem.x).splitlines()[0].removeprefix("engine: ")
 
     def forward() -> tuple[Tensor, Tensor]:
         whole, value = penalty(model, problem.x, **named)

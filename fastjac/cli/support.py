@@ -13,7 +13,7 @@ from fastjac.activations import TABLE
 from fastjac.ops.act_sizes import never
 from fastjac.ops.dispatch import FLOAT_DTYPES, OPS
 from fastjac.penalties import PENALTIES, Example, InputPenalty, Penalty, PenaltySpec, Pullback
-from fastjac.penalty import ModelPenalty
+from fastjac.penalties.registry import call_forms
 
 BEGIN, END = "<!-- support table: begin -->", "<!-- support table: end -->"
 
@@ -25,22 +25,14 @@ def _table(*rows: tuple[str, ...]) -> list[str]:
     return [head, "|" + " --- |" * len(rows[0]), *body, ""]
 
 
-def _calls(cls: type[Penalty]) -> str:
-    """The call forms of a penalty, with what it takes after the first two arguments."""
-    _, _, *more = cls.call_parameters()
-    positional = [p for p in more if p.kind is not p.KEYWORD_ONLY]
-    rest = "".join(", …" if p.kind is p.VAR_POSITIONAL else f", {p.name}" for p in positional)
-    forms = ["model, x"] if issubclass(cls, ModelPenalty) else ["x, output", "model, x"]
-    return ", ".join(f"`({form}{rest})`" for form in forms)
-
-
 def markdown() -> str:
     """The tables of penalties, activations and fused ops, as they are registered."""
     penalties = [("penalty", "what it is", "called as", "source")]
     for name, spec in PENALTIES.items():
         doc = (spec.module.__doc__ or "").strip().splitlines()[0]
         title = f"`{spec.module.__name__}`, `{name}`"
-        penalties.append((title, doc.replace("``", "`"), _calls(spec.module), spec.source))
+        calls = ", ".join(f"`({form})`" for form in call_forms(spec.module))
+        penalties.append((title, doc.replace("``", "`"), calls, spec.source))
     activations = [("activation", "torch's", "parameters", "`fuse` replaces")]
     for name, row in TABLE.items():
         params = ", ".join(f"`{k}={v:g}`" for k, v in row.params.items())

@@ -51,7 +51,7 @@ class InputPenalty(Penalty):
     must run a model whose ``scaled_dot_product_attention`` torch cannot differentiate twice, the
     model runs under ``SDPBackend.MATH``; with ``"auto"`` its first call runs it a second time then,
     from the same random numbers and buffers.
-    ``explain_engine(model, x)`` returns which engine runs and why.
+    ``explain(model, x)`` returns which engine runs and why.
 
     Inside ``torch.compile`` (see `fastjac.compile`) the products are traced as those of autograd,
     and become a part of the graph of the step; the value is differentiable once, and so is that of
@@ -109,7 +109,7 @@ class InputPenalty(Penalty):
             raise RuntimeError(distributed.TENSOR_PARALLEL)
         return select.run(self._request(*targets, **named), model, x)
 
-    def explain_engine(self, model: Callable[..., Any], x: Tensor) -> str:
+    def explain(self, model: Callable[..., Any], x: Tensor) -> str:
         """Returns a text that says which engine ``penalty(model, x)`` would run, and why."""
         return select.explain(self._request(), model, x)
 

@@ -16,7 +16,6 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
 from fastjac import distributed, torch_private
@@ -36,7 +35,7 @@ from fastjac.input_jacobian.chain import (
 from fastjac.input_jacobian.pullback import Pullback
 from fastjac.input_jacobian.traced_mlp import TracedMlp
 from fastjac.input_jacobian.written_out import NormsWrittenOut
-from fastjac.model_output import Part, tensors_of, with_tensors
+from fastjac.model_output import Part, State, tensors_of, with_tensors
 
 ENGINES = ("auto", "chain", "autograd")
 
@@ -154,7 +153,7 @@ def _run(
     if reason is not None or known:
         with sdpa_kernel(SDPBackend.MATH):
             return _observed(request, model, x, steady, reason)
-    before = _State(model, x) if known is None else None
+    before = State(model, x) if known is None else None
     result = _observed(request, model, x, steady, None)
     if known is False and result[2] is None:
         return result
@@ -295,52 +294,16 @@ def _why_not(request: Request, x: Any) -> str | None:
     return None
 
 
-def modules_of(model: Any) -> list[nn.Module]:
-    """The model, or the modules that a function closes over, or whose method it is."""
-    if isinstance(model, nn.Module):
-        return [model]
-    held = [cell.cell_contents for cell in getattr(model, "__closure__", None) or ()]
-    held += [getattr(model, "__self__", None), getattr(model, "func", None)]
-    return [value for value in held if isinstance(value, nn.Module)]
-
-
-class _State:
-    """The buffers of the model and the state of torch's random generators."""
-
-    def __init__(self, model: Any, x: Tensor) -> None:
-        # Those of a lazy module that has not run have no numbers.
-        self.buffers = [
-            (part._buffers, name, buffer, buffer.clone())
-            for module in modules_of(model)
-            for part in module.modules()
-            for name, buffer in part._buffers.items()
-            if buffer is not None and not is_lazy(buffer)
-        ]
-        self.cuda = x.device if x.is_cuda else None
-        self.random = torch.get_rng_state()
-        self.cuda_random = None if self.cuda is None else torch.cuda.get_rng_state(self.cuda)
-
-    def restore(self) -> None:
-        for buffers, name, buffer, before in self.buffers:
-            buffers[name] = buffer
-            if not torch.equal(buffer, before):
-                # Without counting it as a write, since earlier graphs may hold the buffer.
-                buffer.data.copy_(before)
-        torch.set_rng_state(self.random)
-        if self.cuda is not None and self.cuda_random is not None:
-            torch.cuda.set_rng_state(self.cuda_random, self.cuda)
-
-
 def explain(request: Request, model: Any, x: Tensor) -> str:
     """A text that says which engine runs a call, and why; runs the model once."""
     engine = request.penalty.engine
     if distributed.is_sharded(model):
         return (
             f"engine: {engine}, inside the forward of fully_shard, which is not run here: "
-            "call explain_engine with the model before it is sharded"
+            "call explain with the model before it is sharded"
         )
     model = distributed.inside(model)
-    state = _State(model, x) if isinstance(model, nn.Module) else None
+    state = State(model, x) if isinstance(model, nn.Module) else None
     _, pull, reason, _ = _run(request, model, x, steady=True)
     if state is not None:
         state.restore()

@@ -18,8 +18,8 @@ from fastjac.layerwise.calls import Calls
 from fastjac.layerwise.layers import Table
 from fastjac.layerwise.passes import LayerStatistic, Pass, Term
 from fastjac.layerwise.watch import CalledWatch, Watch
-from fastjac.model_output import Picked, call_model
-from fastjac.penalty import ModelPenalty, PenaltyOptions
+from fastjac.model_output import Picked, State, call_model
+from fastjac.penalty import ModelPenalty, PenaltyOptions, options_of
 from fastjac.per_sample import attached_zeros
 from fastjac.torch_private import comptime, trace_again, traced_value
 
@@ -179,6 +179,41 @@ class LayerPenalty(LayerStatistic, ModelPenalty):
         # The mean over no samples would be 0/0.
         count = (values.count or 1) if self.reduction == "mean" else 1
         return values.total * (factor * values.factor / count)
+
+    def explain(self, model: Any = None, x: Any = None) -> str:
+        """Returns a text that says which layers are penalised, and which are not and why.
+
+        Each layer has its share of the value. Without arguments, these are the layers of the last
+        pass; with ``(model, x)``, those of a run of the model with the options of this penalty.
+        """
+        if model is None or x is None:
+            if not (self.layers_found or self.layers_left_out):
+                name = type(self).__name__
+                raise RuntimeError(
+                    f"{name} has not seen a run of a model: call it first (if it is attached, "
+                    "model(x) and then penalty()), or pass a model and a batch, explain(model, x)"
+                )
+            return self._explained()
+        options = {o.name: getattr(self, o.name) for o in options_of(type(self))}
+        called = type(self)(**options)
+        state = State(model, x)
+        called(model, x)
+        state.restore()
+        return called._explained()
+
+    def _explained(self) -> str:
+        name, found, left_out = type(self).__name__, self.layers_found, self.layers_left_out
+        lines = [f"{name} penalises {len(found)} of {len(found) + len(left_out)} layers:"]
+        values = [(layer, value.item()) for layer, value in self.layer_values]
+        total = sum(value for _, value in values)
+        width = max(len(layer) for layer in (*found, *(layer for layer, _ in left_out)))
+        for layer, value in values:
+            share = f"{value / total:7.1%}" if total else ""
+            lines.append(f"   {layer:<{width}}  {value:10.4g} {share}".rstrip())
+        if left_out:
+            lines.append("It does not penalise:")
+        lines += [f"   {layer:<{width}}  {reason}" for layer, reason in left_out]
+        return "\n".join(lines)
 
     # ---- attached
 

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from fastjac import torch_private
 from fastjac.distributed import is_dtensor, static_graph
+from fastjac.fusing import held_functions
 from fastjac.layerwise.calls import Calls
 from fastjac.layerwise.forwards import (
     Forward,
@@ -38,7 +39,6 @@ from fastjac.layerwise.layers import CONVOLUTION, LINEAR, Layer, Nonlinearity
 from fastjac.layerwise.outputs import Output, apart
 from fastjac.layerwise.passes import LayerStatistic, Pass, samples_of
 from fastjac.layerwise.sight import AGAIN, Sight
-from fastjac.nn import held_functions
 from fastjac.observers import OBSERVERS
 from fastjac.ops.autograd import refuse_inference
 

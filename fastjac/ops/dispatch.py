@@ -2,7 +2,7 @@
 
 The implementations are tried in order of preference. ``auto`` takes the first one that can run the
 call. An implementation that is asked for by name runs or raises an error that gives the reason; it
-never falls back to another one. `explain` shows the same list.
+never falls back to another one. `explain_op` shows the same list.
 """
 
 from __future__ import annotations
@@ -114,22 +114,17 @@ def _select_cached(op: str, impl: str, device_type: str, dtype: torch.dtype) -> 
     return impl
 
 
-def explain(op: str = "act", z: Tensor | None = None) -> str:
+def explain_op(op: str, z: Tensor | None = None) -> str:
     """Say which implementation of an op runs a tensor like ``z``, and why others cannot.
 
     Args:
-        op: the name of a fused op, a key of `OPS`.
+        op: the name of a fused op, which is a key of `OPS`.
         z: a tensor of the device and dtype in question; default: a float32 tensor on the CPU.
 
     Returns:
         A text with one line for each implementation, in order of preference. An arrow marks the
         one that ``auto`` takes.
-
-    Raises:
-        ValueError: there is no op of this name.
     """
-    if op not in OPS:
-        raise ValueError(f"op={op!r} is not a fused op; choose from {', '.join(OPS)}")
     z = torch.empty(0) if z is None else z
     lines = [f"{op} on {z.device.type}, {str(z.dtype).removeprefix('torch.')}:"]
     chosen = OPS[op].select("auto", z.device, z.dtype)

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from fastjac.penalty import Penalty
+from fastjac.penalty import ModelPenalty, Penalty
 from fastjac.signatures import functional_of
 
 Kind = Literal["layer-wise", "input-jacobian", "output"]
@@ -161,3 +161,12 @@ def walk(model: nn.Module, x: Tensor) -> list[tuple[Tensor, Tensor, nn.Module | 
 def sequential_layers(model: nn.Module, x: Tensor) -> list[tuple[Tensor, Tensor, nn.Module | None]]:
     """``(z, W, φ)`` of each linear layer of an :func:`mlp`."""
     return [(z, weight, phi) for z, weight, phi, _a in walk(model, x)]
+
+
+def call_forms(cls: type[Penalty]) -> list[str]:
+    """The arguments of each call form of a penalty, ``"x, output, target"``."""
+    _, _, *more = cls.call_parameters()
+    positional = [p for p in more if p.kind is not p.KEYWORD_ONLY]
+    rest = "".join(", …" if p.kind is p.VAR_POSITIONAL else f", {p.name}" for p in positional)
+    forms = ["model, x"] if issubclass(cls, ModelPenalty) else ["x, output", "model, x"]
+    return [form + rest for form in forms]
