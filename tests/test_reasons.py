@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from fastjac import FrobReg, SpectReg
 from fastjac.input_jacobian.chain import network
+from fastjac.ops import dispatch
 
 D = 6
 
@@ -127,6 +128,9 @@ NETWORKS: dict[str, Callable[[Parts, Tensor], Tensor]] = {
 }
 
 
+@pytest.mark.skipif(
+    dispatch.why_not("cpu", "cpu", torch.float32) is not None, reason="needs the CPU library"
+)
 @pytest.mark.parametrize("reason", NETWORKS)
 def test_a_run_that_is_no_network(reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[str] = []
