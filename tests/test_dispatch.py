@@ -41,7 +41,7 @@ def test_explain():
     text = fastjac.explain("act", torch.empty(2, dtype=torch.bfloat16))
     assert text.splitlines()[0] == "act on cpu, bfloat16:" and "-> cpu" in text
     assert "-> reference" in fastjac.explain("act", torch.empty(2, dtype=torch.float8_e5m2))
-    with pytest.raises(ValueError, match="'acts' is not a penalty or a fused op: did you mean 'act'"):
+    with pytest.raises(ValueError, match="'acts' is not a penalty or a fused op: did you"):
         fastjac.explain("acts")
 
 

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from fastjac.bench import verdict
 from fastjac.bench.records import Record, load
 from fastjac.bench.report import number, place, ratio, time_of
 
@@ -74,6 +75,10 @@ def sections(
         torch = " and ".join(dict.fromkeys(f"torch {record.torch}" for record in shown))
         commits = list(dict.fromkeys(record.commit for record in shown))
         built = f"{torch}, commit{'s' if len(commits) > 1 else ''} {', '.join(commits)}"
+        if rows is _claims:
+            sentences = verdict.of_cases(list(cases.values()))
+            lines += ["", f"{where}, {built}:", "", *(f"- {text}" for text in sentences)]
+            continue
         head, *body = [f"| {' | '.join(cells)} |" for cells in rows(cases)]
         rule = "|" + " --- |" * (head.count("|") - 1)
         lines += ["", f"{where}, {built}:", "", head, rule, *body]
@@ -174,9 +179,15 @@ def _elementwise(cases: Cases) -> Rows:
     return [["eager / fastjac, ms", *phases], *rows]
 
 
+def _claims(cases: Cases) -> Rows:
+    """Not a table: what that of ``summary`` says, in words."""
+    raise NotImplementedError
+
+
 #: Name of a table -> the arguments of :func:`sections` after the places.
 TABLES = {
     "summary": ("step", _summary, True),
+    "claims": ("step", _claims, True),
     "time": ("step", _time, False),
     "over-compiled": ("step", _over_compiled, True),
     "compile": ("step", _compile_seconds, True),

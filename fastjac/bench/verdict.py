@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import statistics
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from fastjac.bench.idioms import IDIOMS, LayerWise
 from fastjac.bench.records import Record
@@ -144,6 +145,64 @@ def of_machine(records: Sequence[Record]) -> str:
             "as fast as PyTorch's."
         )
     return " ".join(text)
+
+
+#: Penalties of the benchmark that cost about the same, by what they are called in a text.
+GROUPS = {
+    "one projection (SpectReg, DataGrad, GradientPenalty)": (
+        *("spectreg", "datagrad", "gradient-penalty"),
+    ),
+    "an exact penalty for ten classes (FrobReg, JacReg)": ("frobreg", "jacreg"),
+    "DREG": ("dreg",),
+}
+
+
+def of_cases(cases: Sequence[Mapping[str, Record]]) -> list[str]:
+    """What a table of training steps says, each case given as contestant -> record."""
+    text = []
+    for title, penalties in GROUPS.items():
+        mine = [found for found in cases if found["fastjac"].penalty in penalties]
+        ours, eager = (
+            [found[way].overhead or 0.0 for found in mine if way in found]
+            for way in ("fastjac", "eager")
+        )
+        if ours and eager:
+            text.append(
+                f"With {title}, a step takes {_range(ours)} as long as without a penalty, where "
+                f"eager PyTorch takes {_range(eager)}."
+            )
+    beside = [found for found in cases if "compiled" in found]
+    lost = [
+        found
+        for found in beside
+        if _over(found["fastjac"], found["compiled"]) > 1
+        and not same(found["fastjac"], found["compiled"])
+    ]
+    if beside:
+        text.append(
+            f"Without compiling, fastjac is slower than PyTorch's own code under torch.compile in "
+            f"{len(lost)} of {len(beside)} cases."
+        )
+    both = [found for found in cases if "fastjac+compile" in found]
+    over = []
+    for found in both:
+        others = [r for way, r in found.items() if way in NAMES and way != "fastjac+compile"]
+        best = min(others, key=lambda r: r.median_ms or math.inf)
+        over.append(_over(found["fastjac+compile"], best))
+    if over:
+        won = sum(f < 1 for f in over)
+        text.append(
+            f"fastjac inside fastjac.compile is the fastest of all in {won} of {len(over)}, and "
+            f"takes at most {max(over):.2f} times as long as the best of the others."
+        )
+    return text
+
+
+def _range(values: Sequence[float]) -> str:
+    low, high = f"{min(values):.2f}", f"{max(values):.2f}"
+    if low == high:
+        return f"{low} times"
+    return f"{low} to {high} times (median {statistics.median(values):.2f})"
 
 
 def same(one: Record, other: Record) -> bool:
