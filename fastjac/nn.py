@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -11,6 +13,7 @@ from fastjac import recognise
 from fastjac.activations import TABLE, get
 from fastjac.observers import activate
 from fastjac.ops.act import act
+from fastjac.signatures import no_option
 
 
 class Act(nn.Module):
@@ -110,6 +113,18 @@ def recognised(module: nn.Module) -> Act | None:
     return None if found is None else Act(found.fn)
 
 
+def _arguments_of(layer: type) -> list[str]:
+    return list(inspect.signature(layer).parameters)
+
+
+def _refuse_unknown(layer: nn.Module, given: Iterable[str], known: Iterable[str]) -> None:
+    """Raises for an option of a layer that neither it nor its activation has."""
+    known = list(known)
+    for name in given:
+        if name not in known:
+            raise no_option(type(layer).__name__, name, known)
+
+
 class LinearAct(nn.Linear):
     """``φ(x Wᵀ + b)``: ``nn.Linear`` with an activation. The GEMM is that of torch.
 
@@ -145,6 +160,8 @@ class LinearAct(nn.Linear):
         dtype: torch.dtype | None = None,
         **params: float,
     ) -> None:
+        own = [p for p in _arguments_of(LinearAct) if p != "params"]
+        _refuse_unknown(self, params, [*own, *get(fn).params])
         super().__init__(in_features, out_features, bias, device, dtype)
         self.act = Act(fn, impl=impl, **params)
 
@@ -186,6 +203,9 @@ class _ConvAct(nn.modules.conv._ConvNd):
         params: dict[str, float] | None = None,
         **options: Any,
     ) -> None:
+        of_torch = next(c for c in type(self).__mro__ if c.__module__.startswith("torch."))
+        own = [p for p in _arguments_of(_ConvAct) if p != "options"]
+        _refuse_unknown(self, options, dict.fromkeys([*own, *_arguments_of(of_torch)]))
         super().__init__(in_channels, out_channels, kernel_size, **options)
         self.act = Act(fn, impl=impl, **(params or {}))
 

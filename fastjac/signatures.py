@@ -8,6 +8,7 @@ so that a right call costs nothing.
 from __future__ import annotations
 
 import difflib
+import functools
 import inspect
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -133,6 +134,24 @@ def no_option(name: str, unknown: str, known: list[str]) -> TypeError:
         f"{name} has no option {unknown!r}{nearest(unknown, known)} Its options are "
         f"{', '.join(known)}"
     )
+
+
+def with_base_called(cls: type[Any], has: str) -> None:
+    """Makes a class raise if its ``__init__`` skips that of its base, which sets ``has``."""
+    init = vars(cls).get("__init__")
+    if init is None:
+        return
+
+    @functools.wraps(init)
+    def checked(self: Any, *args: Any, **options: Any) -> None:
+        init(self, *args, **options)
+        if has not in vars(self):
+            raise TypeError(
+                f"{cls.__name__}.__init__ did not call the __init__ of its base class: take "
+                "**options and begin with super().__init__(**options)"
+            )
+
+    cls.__init__ = checked
 
 
 # ---- arguments of a call

@@ -18,13 +18,13 @@ ROOMS = [
     ("compiled",),
     ("penalty",),
     ("distributed",),
-    ("per_sample", "arguments", "model_output", "fusing", "signatures"),
+    ("per_sample", "arguments", "model_output", "modes", "fusing"),
     ("nn",),
     ("functional",),
     ("observers",),
     ("kernels",),  # `ops` runs them by name
     ("ops", "recognise"),
-    ("activations", "reference", "codegen", "torch_private", "_version"),
+    ("activations", "reference", "codegen", "torch_private", "signatures", "_version"),
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(ROOMS) for room in rooms}
 

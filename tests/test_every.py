@@ -264,5 +264,5 @@ def test_what_is_refused() -> None:
         WeightSchedule(net(), Warmup("constant"))  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="factor is float: .*Warmup"):
         WeightSchedule(SpectReg(), 0.5)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="the value of factor is nan"):
+    with pytest.raises(ValueError, match="the value of factor at step 0 is nan"):
         WeightSchedule(SpectReg(), lambda step: float("nan"))
