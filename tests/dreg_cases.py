@@ -41,13 +41,13 @@ MODIFIED = "its output was modified in place"
 
 def taken(function: str, reason: str = NOT_FOLLOWED) -> str:
     """The reason for a layer whose output this function took."""
-    return reason.replace("no activation", f"{function}, and of no activation")
+    return f"{reason}, but {function}"
 
 
 def generic(reason: str | None) -> str | None:
     """The reason under torch.compile, where functions that are no activations are not looked at."""
     for known in (NOT_FOLLOWED, NOT_FOLLOWED_NORM):
-        if reason is not None and reason.startswith(known.removesuffix("no activation")):
+        if reason is not None and reason.partition(", but ")[0] == known:
             return known
     return reason
 

@@ -45,9 +45,7 @@ def left_out(layer: Case, norm: Case, act: Case, net: Net, x: Tensor) -> str | N
         return reason
     if act.left_out is None or norm.name in ("none", "2 z"):
         return act.left_out
-    return act.left_out.replace(
-        NOT_FOLLOWED.partition(" was")[0], NOT_FOLLOWED_NORM.partition(" was")[0]
-    )
+    return act.left_out.replace(NOT_FOLLOWED, NOT_FOLLOWED_NORM)
 
 
 def twin_of(net: Net) -> Net:

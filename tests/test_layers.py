@@ -49,8 +49,8 @@ def test_names_and_reasons() -> None:
     assert layers == seen
     assert set(left_out) == set(names) - set(seen)
     for name, function in {"added": "add", "mixed": "flatten", "written": "add_"}.items():
-        reason = f"was the input of torch.Tensor.{function}, and of no activation"
-        assert left_out[name] == f"its output, unchanged, {reason}"
+        reason = f"no activation that fastjac sees follows it, but torch.Tensor.{function}"
+        assert left_out[name] == reason
     assert left_out["head"] == "output layer (include_output=False)"
     assert left_out["unused"] == "was not called"
     assert value.shape == (3,)

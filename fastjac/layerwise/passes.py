@@ -301,8 +301,7 @@ class Pass:
                 if call.parent is None:
                     reason = NOT_FOLLOWED if call.norm is None else NOT_FOLLOWED_NORM
                     if call.taken:
-                        before, _, after = reason.partition("no activation")
-                        reason = f"{before}{call.taken}, and of no activation{after}"
+                        reason = f"{reason}, but {call.taken}"
                     elif sight is not None and not self.looks:
                         known = sight.reasons.get(call.name)
                         if known is None:

@@ -8,10 +8,10 @@ UNKNOWN_WEIGHT = (
     "the weight that it computed with is not known: its forward does not return, unchanged, the "
     "result of one call of F.linear, or of F.conv1d and the like"
 )
-NOT_FOLLOWED = "its output, unchanged, was the input of no activation"
-NOT_FOLLOWED_NORM = "the output of the norm was the input of no activation"
+NOT_FOLLOWED = "no activation that fastjac sees follows it"
+NOT_FOLLOWED_NORM = "no activation that fastjac sees follows its norm"
 HIDDEN = (
-    " that is a module (functions are not seen, because a part of the model is compiled by itself: "
+    " (functions are not seen, because a part of the model is compiled by itself: "
     "compile the whole model, or no part of it)"
 )
 
