@@ -107,7 +107,8 @@ def generator(value: Any) -> torch.Generator | None:
     """Check that a value is a generator, or None, which means the global generator of torch."""
     if value is not None and not isinstance(value, torch.Generator):
         raise TypeError(
-            f"generator is {type(value).__name__}: it must be a torch.Generator, or None"
+            f"generator is {type(value).__name__}: it must be a torch.Generator, or None; for a "
+            "seed pass torch.Generator(device).manual_seed(seed)"
         )
     return value
 
@@ -139,6 +140,11 @@ def tensor(argument: str, value: Any) -> Tensor:
 def floating(argument: str, value: Any) -> Tensor:
     """Check that a value is a dense floating-point tensor, so that it can have a gradient."""
     value = tensor(argument, value)
+    if value.dtype == torch.uint8:
+        raise TypeError(
+            f"{argument} has dtype torch.uint8, which cannot have a gradient: pass images as "
+            f"floating point, {argument}.float() / 255"
+        )
     if not value.is_floating_point():
         raise TypeError(
             f"{argument} has dtype {value.dtype}, which cannot have a gradient: for token or class "

@@ -180,6 +180,12 @@ class Penalty(nn.Module):
             names = names_of(type(self), isinstance(model_or_x, Tensor))
             tensors = [*zip(names, (model_or_x, x_or_output, *targets), strict=False)]
             refuse_inference(error, [*tensors, *named.items()], model_or_x)
+            if "a leaf Variable that requires grad" in str(error):
+                raise RuntimeError(
+                    "the model modifies x, or a parameter, in place (an activation with "
+                    "inplace=True, for instance), and autograd needs it: use the out-of-place "
+                    f"operation. The error of torch: {error}"
+                ) from error
             raise
         except TypeError as error:
             given = tuple(t for t in (model_or_x, x_or_output, *targets) if t is not MISSING)

@@ -76,9 +76,12 @@ class WeightSchedule:
             raise TypeError(
                 f"penalty is {what}: it must be a penalty of fastjac, such as fastjac.SpectReg()"
             )
-        if not callable(factor):
+        if not callable(factor) or isinstance(factor, type):
+            what = type(factor).__name__
+            if isinstance(factor, type):
+                what = f"the class {factor.__name__}"
             raise TypeError(
-                f"factor is {type(factor).__name__}: it must be a function of the step, such as "
+                f"factor is {what}: it must be a function of the step, such as "
                 "fastjac.Warmup('linear', steps=1000)"
             )
         weight, last = penalty.weight, penalty._scheduled

@@ -294,7 +294,7 @@ def test_include_output_needs_an_output_layer() -> None:
 def test_layer_weights_must_be_one_per_layer() -> None:
     model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 2))
     with pytest.raises(
-        ValueError, match="layer_weights has 2 numbers, but the model has 1 layers: 0"
+        ValueError, match="layer_weights has 2 numbers, but the model has 1 layer.s., 0"
     ):
         dreg(model, torch.randn(3, 4), layer_weights=[1.0, 2.0])
 

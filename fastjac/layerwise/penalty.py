@@ -105,6 +105,11 @@ class LayerPenalty(LayerStatistic, ModelPenalty):
         if not (args or named):
             return self._attached_value()
         watch = self._watch
+        if watch is not None and len(args) == 1 and isinstance(args[0], Tensor):
+            raise TypeError(
+                f"{type(self).__name__} is attached to a model and was called with a tensor: call "
+                "the model, output = model(x), and then penalty() without arguments"
+            )
         if watch is None:
             return super().forward(*args, **named)
         with watch.suspended():

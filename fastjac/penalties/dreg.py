@@ -139,8 +139,8 @@ class DREG(SumOverLayers):
         weights = [1.0] * count if self.layer_weights is None else self.layer_weights
         if len(weights) != count:
             raise ValueError(
-                f"layer_weights has {len(weights)} numbers, but the model has {count} layers: "
-                f"{', '.join(self.layers_found)}"
+                f"layer_weights has {len(weights)} numbers, but the model has {count} layer(s), "
+                f"{', '.join(self.layers_found)}: pass one number for each"
             )
         return [w / (count if self.layers == "mean" else 1) for w in weights]
 
