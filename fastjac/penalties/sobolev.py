@@ -18,7 +18,10 @@ from fastjac.per_sample import attached_zeros, measure, rows
 
 
 class Sobolev(InputPenalty):
-    """Sobolev training: ``R_n = ‖J_n − T_n‖_F²`` for given Jacobians ``T``.
+    """Sobolev training, force matching: ``R_n = ‖J_n − T_n‖_F²`` for given Jacobians ``T``.
+
+    For a model that returns an energy, the forces are ``F = −∇energy``: pass ``−F`` as T. The force
+    that the model predicts is minus the gradient of its output.
 
     Arguments:
         x: ``[N, ...]`` floating point, requires grad. output: ``[N, ...]``, flattened to
@@ -40,6 +43,10 @@ class Sobolev(InputPenalty):
         >>> w = model.weight
         >>> output, value = fastjac.Sobolev()(model, x, w.detach().expand(4, 2, 3))
         >>> value.item() == 0.0
+        True
+        >>> energy, forces = nn.Linear(3, 1), torch.randn(4, 3)
+        >>> output, value = fastjac.sobolev(energy, x, -forces)  # the mean of ‖∇energy + F‖²
+        >>> torch.allclose(value, (energy.weight + forces).square().sum(1).mean())
         True
     """
 
