@@ -16,11 +16,13 @@ import torch.nn.functional as F
 from penalty_cases import close, close_gradients, gradients
 from torch import Tensor, nn
 
+import fastjac
 from fastjac import FrobReg, SpectReg
 from fastjac.input_jacobian.chain import network
 from fastjac.ops import dispatch
 
 D = 6
+NO_LIBRARY = dispatch.why_not("cpu", "cpu", torch.float32) is not None
 
 
 class Marked(Tensor):
@@ -104,6 +106,16 @@ def test_a_batched_pass_that_torch_cannot_make() -> None:
     close(FrobReg(engine="autograd", chunk_size=1)(model, x)[1], x.cos().square().sum(1).mean())
 
 
+@pytest.mark.skipif(NO_LIBRARY, reason="needs the CPU library")
+def test_a_batched_pass_over_nothing() -> None:
+    """Not by `is_grads_batched`, which raises an IndexError of torch before."""
+    z = torch.randn(3, 4, requires_grad=True)
+    a = fastjac.gelu(z, impl="cpu")
+    pull = torch._vmap_internals._vmap(lambda w: torch.autograd.grad(a, z, w), 0, 0)
+    with pytest.raises(RuntimeError, match="a batched pass over no cotangents: pass at least one"):
+        pull(torch.ones(0, 3, 4))
+
+
 # ---- networks in C++
 
 
@@ -128,9 +140,7 @@ NETWORKS: dict[str, Callable[[Parts, Tensor], Tensor]] = {
 }
 
 
-@pytest.mark.skipif(
-    dispatch.why_not("cpu", "cpu", torch.float32) is not None, reason="needs the CPU library"
-)
+@pytest.mark.skipif(NO_LIBRARY, reason="needs the CPU library")
 @pytest.mark.parametrize("reason", NETWORKS)
 def test_a_run_that_is_no_network(reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[str] = []
