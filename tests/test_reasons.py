@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import fastjac
 from fastjac import FrobReg, SpectReg
-from fastjac.input_jacobian.chain import network
+from fastjac.input_jacobian.chain import network, signature
 from fastjac.ops import dispatch
 
 D = 6
@@ -61,8 +61,12 @@ REASONS: dict[str, Callable[[Tensor], Tensor]] = {
 SUBCLASS = marked_parameter()
 
 
+@pytest.mark.parametrize("read", [signature.read, signature.read_in_python])
 @pytest.mark.parametrize("reason", REASONS)
-def test_the_reason_is_told_and_the_value_is_right(reason: str) -> None:
+def test_the_reason_is_told_and_the_value_is_right(
+    reason: str, read: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(signature, "read", read)
     model, x = REASONS[reason], torch.randn(4, D)
     text = SpectReg().explain(model, x)
     assert text == f"engine: autograd\n   not chain: {reason}"
@@ -136,6 +140,11 @@ def strided_norm(m: Parts, h: Tensor) -> Tensor:
 
 
 NETWORKS: dict[str, Callable[[Parts, Tensor], Tensor]] = {
+    "a sum with broadcasting": lambda m, h: h + m.one(h),
+    "a concatenation of samples": lambda m, h: torch.cat([h, m.b(h)])[:4],
+    "a product of two values": lambda m, h: torch.addmm(m.b(h), h, m.b.weight.t()).tanh(),
+    "a scaled layer": lambda m, h: torch.addmm(m.b.bias, h, m.b.weight.t(), alpha=0.5).tanh(),
+    "a weight that is computed": lambda m, h: torch.mm(h, m.b.weight.permute(1, 0)).tanh(),
     "a weight that is not contiguous": strided_norm,
 }
 
