@@ -278,3 +278,8 @@ def refusals(here: Here) -> None:
     )
     raises("FullyShardedDataParallel", lambda: cases.spectreg("auto", old, x, w))
     raises("FullyShardedDataParallel", lambda: fastjac.DREG(old))
+
+    plain = net().to(here.device)
+    penalty = fastjac.DREG(plain)
+    step = torch.compile(lambda x: plain(x).sum() + penalty(), backend="aot_eager")
+    raises("run the model without torch.compile", lambda: step(x))
