@@ -7,6 +7,7 @@ import gc
 import io
 import pickle
 import re
+import warnings
 import weakref
 from collections import Counter
 from typing import Any
@@ -20,6 +21,7 @@ from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
 import fastjac
+from fastjac import reference
 from fastjac.layerwise import statistics
 from fastjac.observers import OBSERVERS
 from fastjac.penalties import DREG, AccumulatedDREG, Contractive, GuRigazio
@@ -437,3 +439,48 @@ def test_number_of_operations_does_not_grow_with_the_layers(monkeypatch: Any) ->
     assert ours["act_stats"] == ours["act_stats_backward"] == 6
     # Each layer saves the sum that the bias's gradient takes in the plain step.
     assert beyond_the_layers(6) - beyond_the_layers(2) == -4
+
+
+@pytest.mark.parametrize("when", ["before the first pass", "later"])
+@pytest.mark.parametrize("kind", ["sequential", "module"])
+def test_replaced_modules_are_said(kind: str, when: str) -> None:
+    x = torch.randn(4, 3)
+    layers = {"a": nn.Linear(3, 5), "act": nn.Tanh(), "b": nn.Linear(5, 6), "other": nn.Sigmoid()}
+    model: Any = Model(lambda m, x: m.other(m.b(m.act(m.a(x)))), **layers)
+    a, act, b, _ = layers
+    if kind == "sequential":
+        model, (a, act, b, _) = nn.Sequential(*layers.values()), "0123"
+    penalty = DREG(model)
+    if when == "later":
+        model(x)
+        penalty()
+    setattr(model, b, nn.Linear(5, 6))
+    with pytest.warns(UserWarning, match=f"were replaced after .* attached: {b}. Layers among"):
+        output = model(x)
+
+    def formula(phi: Any) -> Tensor:
+        z = getattr(model, a)(x)
+        slopes = [reference.derivative(phi, z).square()]
+        out = torch.sigmoid(getattr(model, b)(phi(z)))
+        slopes.append((out * (1 - out)).square())
+        rows = [getattr(model, name).weight.square().sum(1) for name in (a, b)]
+        return out, (slopes[0] @ rows[0]).mean(), (slopes[1] @ rows[1]).mean()
+
+    out, first, second = formula(torch.tanh)
+    close(output, out)
+    # The first pass looks at functions, and so do those after the one that warns.
+    close(penalty(), first + second if when == "before the first pass" else first)
+    assert (
+        b,
+        "was replaced in the model after the penalty was attached",
+    ) in penalty.layers_left_out
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*were replaced")  # once
+        for _ in range(3):
+            model(x)
+            close(penalty(), first + second)
+            assert penalty.layers_found == [a, b] and penalty.layers_left_out == []
+    setattr(model, act, nn.ReLU())
+    model(x)  # whose functions are looked at
+    _, first, second = formula(torch.relu)
+    close(penalty(), first + second)

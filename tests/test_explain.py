@@ -64,9 +64,17 @@ def test_a_layer_wise_penalty_on_a_model_and_attached() -> None:
     attached = fastjac.DREG(model)
     with pytest.raises(RuntimeError, match="has not seen a run"):
         fastjac.explain(attached)
-    model(X)
-    attached()
+    torch.manual_seed(0)
+    output = model(X)
+    value = attached()
     assert "penalises 2 of 3 layers" in fastjac.explain(attached)
+    # A run for an explanation is no pass of the attached penalty.
+    torch.manual_seed(0)
+    output = model(X)
+    assert "penalises 3 of 3 layers" in fastjac.DREG(include_output=True).explain(model, X)
+    assert "penalises 2 of 3 layers" in attached.explain(model, X)
+    torch.testing.assert_close(attached(), value)
+    assert output.requires_grad
 
 
 def test_a_penalty_of_the_user() -> None:

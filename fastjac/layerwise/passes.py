@@ -16,6 +16,7 @@ from fastjac.layerwise.norms import batch_normed
 from fastjac.layerwise.products import Product, refuse_unseen, refuse_written, version_of
 from fastjac.layerwise.reasons import (
     HIDDEN,
+    NOT_CALLED,
     NOT_FOLLOWED,
     NOT_FOLLOWED_NORM,
     UNKNOWN_WEIGHT,
@@ -317,7 +318,7 @@ class Pass:
                 call.release()
         if len(ran) < len(self.layers):
             missing = [name for module, name in self.layers.items() if module not in ran]
-            left_out += [(name, "was not called") for name in missing]
+            left_out += [(name, NOT_CALLED) for name in missing]
         if any(a is t for a in self.activated for t in outputs):
             self.ends_in_layer = True
         self.activated = []

@@ -202,7 +202,8 @@ class LayerPenalty(LayerStatistic, ModelPenalty):
         options = {o.name: getattr(self, o.name) for o in options_of(type(self))}
         called = type(self)(**options)
         state = State(model, x)
-        called(model, x)
+        with torch.no_grad():  # which makes it no pass of an attached penalty
+            called(model, x)
         state.restore()
         return called._explained()
 

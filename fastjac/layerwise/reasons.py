@@ -10,6 +10,8 @@ UNKNOWN_WEIGHT = (
 )
 NOT_FOLLOWED = "no activation that fastjac sees follows it"
 NOT_FOLLOWED_NORM = "no activation that fastjac sees follows its norm"
+NOT_CALLED = "was not called"
+REPLACED = "was replaced in the model after the penalty was attached"
 HIDDEN = (
     " (functions are not seen, because a part of the model is compiled by itself: "
     "compile the whole model, or no part of it)"

@@ -10,6 +10,8 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
+from fastjac.layerwise.reasons import REPLACED
+
 AGAIN = 64
 """So many passes that do not look follow one another at most."""
 
@@ -42,3 +44,17 @@ class Sight:
                 )
         self.looks = bool(seen.functions or self.unknown)
         self.blind = 0 if not self.unknown else self.blind
+
+    def replaced(self, names: list[str], seen: Any) -> None:
+        """Called if modules of the model are others than when the penalty was attached.
+
+        Their forwards do not report, but the functions that they call are seen by passes that look.
+        """
+        seen.left_out = [(n, REPLACED if n in names else why) for n, why in seen.left_out]
+        self.looks, self.blind = True, 0
+        warnings.warn(
+            "modules of the model were replaced after the penalty was attached: "
+            f"{', '.join(names)}. Layers among them count from the next pass on, and cost more: "
+            "detach() the penalty, and attach a new one",
+            stacklevel=6,
+        )

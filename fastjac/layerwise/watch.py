@@ -79,6 +79,7 @@ class Watch:
         self.owners = owners_of(model)
         self.products: dict[Any, Layer] = {}
         self.sight = Sight()
+        self.left_out: list[tuple[str, str]] = []  # of the last pass
         self.undo: list[Callable[[], Any]] = []
 
     # ---- the forwards
@@ -152,6 +153,8 @@ class Watch:
             else:
                 output = forward(*args, **kwargs)
             seen.complete(statistic, output)
+            if seen.left_out != self.left_out:
+                self._look_for_replaced(seen)
         except RuntimeError as error:
             given = [("an input of the model", a) for a in args]
             refuse_inference(error, [*given, *kwargs.items()], self.model)
@@ -162,6 +165,21 @@ class Watch:
         self.passes.append((seen, Output(output)))
         self.whole = seen.whole
         return output
+
+    def _look_for_replaced(self, seen: Pass) -> None:
+        self.left_out = list(seen.left_out)
+        now = dict(self.model.named_modules())
+        replaced = {
+            name: module
+            for module, name in self.names.items()
+            if forward_of(module) and now.get(name, module) is not module
+        }
+        if replaced:
+            for module in replaced.values():
+                del self.names[module]
+                self.layers.pop(module, None)
+            self.owners = owners_of(self.model)
+            self.sight.replaced([*replaced], seen)
 
     @contextmanager
     def suspended(self) -> Iterator[None]:
