@@ -302,6 +302,9 @@ model = make()
 def with_batch():
     return make(), torch.zeros(5, 6), torch.zeros(5, dtype=torch.int64)
 
+def narrow():
+    return make().bfloat16()
+
 def number():
     return 3
 
@@ -339,7 +342,20 @@ def test_a_model_of_the_user(mymodule, tmp_path, options):
     for name in ("r.csv", "r.json"):
         found = storage.load(tmp_path / name)
         assert {r.penalty for r in found} == penalties and len(found) == 3 * len(penalties)
-    assert "Write this" in result.stdout and "% GEMM" in result.stdout
+    assert "Write this" in result.stdout or "For speed, keep" in result.stdout
+    assert "% GEMM" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("asked", "dtype"), [((), "bfloat16"), (("--dtype", "float32"), "float32")]
+)
+def test_a_model_of_the_user_keeps_its_dtype(mymodule, tmp_path, asked, dtype):
+    options = ("--input", "5,6", "--penalty", "dreg", "--contestant", "fastjac", "--quick", *asked)
+    result = invoke(
+        *("bench", "--model", f"{mymodule}:narrow", *options, "--json", tmp_path / "r.json")
+    )
+    assert result.exit_code == 0, result.output
+    assert {r.dtype for r in storage.load(tmp_path / "r.json")} == {dtype}
 
 
 @pytest.mark.parametrize(

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
 import math
+import statistics
 import time
 import traceback
 from collections.abc import Sequence
@@ -18,10 +18,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import flop_registry
 
 from fastjac.bench.contestants import Contestant, setup_of
-from fastjac.bench.problems import Problem, StepProblem
+from fastjac.bench.problems import Problem, StepProblem, copied
 from fastjac.bench.records import Record
 from fastjac.bench.steps import Prepared
-from fastjac.torch_private import TorchDispatchMode, fresh_cache
+from fastjac.torch_private import TorchDispatchMode, fresh_cache, tree_leaves, tree_map
 
 
 @dataclass(frozen=True)
@@ -46,10 +46,16 @@ class Expected:
 
 @dataclass(frozen=True)
 class Gate:
-    """What is expected of ``plain`` (a step without penalty, or ``φ(z)``) and of the others."""
+    """What is expected of ``plain`` (a step without penalty, or ``φ(z)``) and of the others.
+
+    Attributes:
+        plain, full: Of the problem.
+        nearby: Of a user's model, other problems and their gates; see `open_gate`.
+    """
 
     plain: Expected
     full: Expected
+    nearby: Sequence[tuple[Problem, Gate]] = ()
 
     def of(self, contestant: str) -> Expected:
         return self.plain if contestant in ("plain", "plain-compiled") else self.full
@@ -89,10 +95,14 @@ class FlopCounter(TorchDispatchMode):
         return out
 
 
-class InDouble(TorchFunctionMode):
-    """In this block float64 replaces float32, which some models cast to in their norms.
+NARROW = (torch.float32, torch.bfloat16, torch.float16)
 
-    Their rounding would be an error of the truth. Tensors that a model creates are float64 too.
+
+class InDouble(TorchFunctionMode):
+    """In this block float64 replaces the narrower dtypes that some models cast to in their norms.
+
+    Their rounding would be an error of the truth. Tensors that a model creates are float64 too, and
+    so are those that meet a float64 tensor in a function, such as the weight of a loss.
     """
 
     def __enter__(self) -> InDouble:
@@ -105,24 +115,36 @@ class InDouble(TorchFunctionMode):
         torch.set_default_dtype(self.default)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = (args, kwargs or {})
+        wide = any(isinstance(v, Tensor) and v.dtype == torch.float64 for v in tree_leaves(given))
+        mixed = wide and not _writes(func, given[1])
+
         def wider(value: Any) -> Any:
-            return torch.float64 if value is torch.float32 else value
+            if isinstance(value, Tensor):
+                return value.double() if mixed and value.dtype in NARROW else value
+            return torch.float64 if value in NARROW else value
 
-        named = {name: wider(value) for name, value in (kwargs or {}).items()}
-        if func is Tensor.float:
-            func = Tensor.double
-        return func(*map(wider, args), **named)
+        args, named = tree_map(wider, given)
+        casts = (Tensor.float, Tensor.bfloat16, Tensor.half)
+        return (Tensor.double if func in casts else func)(*args, **named)
 
 
-def moved_by_rounding(problem: StepProblem, seed: int) -> StepProblem:
-    """The problem, whose parameters and input are changed by about one unit in the last place."""
-    model, x = copy.deepcopy(problem.model), problem.x.clone()
+def _writes(func: Any, named: dict[str, Any]) -> bool:
+    """Whether a function writes to a tensor, so that it must get that one and no copy."""
+    name = getattr(func, "__name__", "")
+    return name.rstrip("_") + "_" == name or name in ("__set__", "__setitem__") or "out" in named
+
+
+def nearby(problem: StepProblem, seed: int) -> StepProblem:
+    """The problem with parameters and input that are changed by about 0.1%."""
+    model, x = copied(problem.model), problem.x.clone()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for tensor in (*model.parameters(), x):
             if tensor.is_floating_point():
                 noise = torch.randn(tensor.shape, generator=generator).to(tensor)
-                tensor.addcmul_(tensor, noise, value=torch.finfo(tensor.dtype).eps)
+                scale = max(1e-3, 2 * torch.finfo(tensor.dtype).eps)
+                tensor.addcmul_(tensor, noise, value=scale)
     return replace(problem, model=model, x=x)
 
 
@@ -131,37 +153,49 @@ def open_gate(problem: Problem, dtype: torch.dtype) -> Gate:
 
     The networks of the benchmark are smooth, or their inputs are away from the kinks of their
     activations. That of a user may have kinks. If a unit of a ReLU is within rounding of 0, two
-    correct contestants may take different branches, and their gradients differ. So the error that
-    the limit is taken from is there the largest of four runs of plain torch, three of them with
-    parameters that are changed by rounding; and in float32 the limit is at least 1e-3, since
-    compiled code rounds in other places. The loss of a second-order term is of order 1, because the
-    gradients of loss and penalty have the same norm.
+    correct contestants may take different branches, and their gradients differ. So the gate of a
+    user's model has two more problems nearby, whose units are elsewhere. The limit is taken from
+    the median of the errors of plain torch, and a contestant passes if it is right on one of the
+    three: a missing term is missing on all.
+
+    Raises:
+        ValueError: Loss or penalty has no gradient that can be compared.
     """
-    wide = problem.double()
-    runs: list[Problem] = [problem]
     own = isinstance(problem, StepProblem) and problem.own
     in_double: Any = InDouble() if own else contextlib.nullcontext()
     if isinstance(problem, StepProblem):
-        assert isinstance(wide, StepProblem)
         with in_double:
-            problem.weight = wide.weight = _balanced_weight(wide)
-        if problem.own:
-            runs += [moved_by_rounding(problem, seed) for seed in range(3)]
+            problem.weight = _balanced_weight(problem.double())
+    looks: list[Problem] = [problem]
+    if isinstance(problem, StepProblem) and own:
+        looks += [nearby(problem, seed) for seed in range(2)]
     # 8 eps of float32: the difference between two sums of the same rounded terms in another order.
-    # A 16-bit contestant must stay within twice eager's error.
-    floor = 1e-12 if dtype == torch.float64 else 1e-3 if own else 1e-6
+    # A 16-bit contestant must stay within twice eager's error. A user's model may be conditioned
+    # worse; the smallest fault that was planted in one layer of a deep network is 1e-3.
+    double = dtype == torch.float64
+    floor = (1e-9 if double else 1e-4) if own else 1e-12 if double else 1e-6
 
-    def expected(form: str) -> Expected:
-        with in_double:
-            truth = setup_of(form)(wide).gradients()
-        prepared = [setup_of(form)(run) for run in runs]
-        with FlopCounter() as counter:
-            gradients = prepared[0].gradients()
-        others = [one.gradients() for one in prepared[1:]]
-        error = max(relative_error(found, truth) for found in (gradients, *others))
-        return Expected(truth, max(2 * error, floor), counter.total / 1e9)
+    def expected(form: str) -> list[Expected]:
+        truths, errors = [], []
+        counter = FlopCounter()
+        for look in looks:
+            with in_double:
+                truths.append(setup_of(form)(look.double()).gradients())
+            prepared = setup_of(form)(look)
+            with counter if look is problem else contextlib.nullcontext():
+                gradients = prepared.gradients()
+            errors.append(relative_error(gradients, truths[-1]))
+            prepared.close()
+        error = statistics.median(errors)
+        if not error < 0.25:
+            raise ValueError(
+                f"the gradients of PyTorch in {dtype} differ from those in float64 by "
+                f"{error:.2g} of their norm, so that a fault could not be told from rounding"
+            )
+        return [Expected(truth, max(2 * error, floor), counter.total / 1e9) for truth in truths]
 
-    return Gate(expected("plain"), expected("eager"))
+    gates = [Gate(*both) for both in zip(expected("plain"), expected("eager"), strict=True)]
+    return replace(gates[0], nearby=[*zip(looks, gates, strict=True)][1:])
 
 
 def _balanced_weight(wide: StepProblem) -> float:
@@ -170,11 +204,12 @@ def _balanced_weight(wide: StepProblem) -> float:
     both = setup_of("eager")(wide).gradients()  # its weight is 1
     penalty = sum(float((b - a).square().sum()) for a, b in zip(loss, both, strict=True)) ** 0.5
     own = sum(float(a.square().sum()) for a in loss) ** 0.5
-    if not 0 < penalty < math.inf or not 0 < own < math.inf:
-        raise ValueError(
-            f"the gradient of the loss has norm {own:.3g}, and that of the penalty {penalty:.3g}; "
-            "both must be finite and not 0"
-        )
+    for what, norm in (("loss", own), ("penalty", penalty)):
+        if not 0 < norm < math.inf:
+            raise ValueError(
+                f"the gradient of the {what} with respect to all parameters that require grad has "
+                f"norm {norm:.3g} on this batch: it must be finite and not 0"
+            )
     return float(2.0 ** round(math.log2(own / penalty)))
 
 
@@ -197,10 +232,16 @@ def admit(
             ends.callback(prepared.close)
             gradients = prepared.gradients()
             took = time.perf_counter() - began
-        expected = gate.of(contestant.name)
+            expected = gate.of(contestant.name)
+            error = expected.error(gradients)
+            for other, its_gate in gate.nearby:
+                if error > expected.limit:
+                    again = contestant.setup(other)
+                    error = min(error, its_gate.of(contestant.name).error(again.gradients()))
+                    again.close()
         record.compile_s = took if contestant.compiler else None
         record.engine = prepared.engine
-        record.rel_err, record.rel_err_limit = expected.error(gradients), expected.limit
+        record.rel_err, record.rel_err_limit = error, expected.limit
     except Exception as error:
         record.status, record.message = "failed", short(error)
         return None

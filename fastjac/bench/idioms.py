@@ -61,7 +61,7 @@ class InputJacobian:
 
         def forward() -> tuple[Tensor, Tensor]:
             x, output = run()
-            flat = output.flatten(1)
+            flat = output.reshape(len(output), -1)
             w = self.cotangents(flat, problem.target, problem.projection)
             v = torch.stack(
                 [torch.autograd.grad(flat, x, row, create_graph=True)[0].flatten(1) for row in w]
@@ -82,7 +82,7 @@ class InputJacobian:
                 with attention_twice(problem):
                     whole = torch.func.functional_call(model, parameters, (x,))
                 output = part_of(whole, problem.output)
-                return output.flatten(1), output
+                return output.reshape(len(output), -1), output
 
             pullback: Callable[[Tensor], tuple[Tensor]]
             flat, pullback, output = torch.func.vjp(run, x, has_aux=True)  # type: ignore[misc]
@@ -130,7 +130,14 @@ def runner(problem: StepProblem, model: nn.Module) -> Callable[[], tuple[Tensor,
     if problem.at is not None:
         hidden: list[Tensor] = []
         module = model.get_submodule(problem.at)
-        module.register_forward_hook(lambda module, inputs, output: hidden.append(output))
+
+        def keep(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            # The output of a frozen embedding is a constant.
+            output = output if output.requires_grad else output.detach().requires_grad_()
+            hidden.append(output)
+            return output
+
+        module.register_forward_hook(keep)
 
     def run() -> tuple[Tensor, Tensor]:
         x = problem.x.detach()

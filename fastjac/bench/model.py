@@ -39,6 +39,7 @@ class ModelBench:
         errors: For each penalty that fastjac cannot run on this model, the error.
         notes: What was changed for the comparison.
         output, at: As they were given.
+        picked: The expression for the output in what the model returns, see `OwnModel`.
         interrupted: Ctrl-C ended the run.
     """
 
@@ -48,6 +49,7 @@ class ModelBench:
     notes: list[str]
     output: Part = None
     at: str | None = None
+    picked: str = "output"
     interrupted: bool = False
 
     @property
@@ -74,7 +76,7 @@ class ModelBench:
             mine = [r for r in self.records if r.penalty == penalty]
             if not mine:
                 continue
-            what, code = verdict.advice(mine, self.output, self.at)
+            what, code = verdict.advice(mine, self.output, self.at, self.picked)
             paragraph = " ".join([verdict.of_case(mine), *facts])
             console.print(f"{paragraph}\n\n{what}\n", highlight=False, markup=False)
             if code:
@@ -104,8 +106,9 @@ def bench_model(
 
     Args:
         model: an nn.Module. It is copied, and not changed. Its parameters have the device and the
-            dtype of the run.
-        x: a batch, ``[N, ...]``.
+            dtype of the run. If it is in training mode, its parts in eval mode stay so; else all of
+            it is put into training mode.
+        x: a batch, ``[N, ...]``. The model is called with it alone.
         target: the second argument of the loss: class indices (int64), or numbers.
         loss: ``loss(output, target)``, a mean over the batch. The default is the cross entropy for
             class indices, the mean squared error for numbers, and the mean square of the output
@@ -125,11 +128,12 @@ def bench_model(
 
     Raises:
         ImportError: rich is not installed (``pip install "fastjac[bench]"``).
-        TypeError, ValueError: an argument is wrong, or the model draws random numbers in eval mode.
+        TypeError, ValueError: an argument is wrong; the model or the loss raises, or cannot be
+            copied; or the model draws random numbers in eval mode.
 
     A model with dropout is run without it, and the result says so. A way that does not run, or has
-    wrong gradients, is shown with the reason and is not timed. The error of a gradient may be twice
-    that of PyTorch in the dtype of the model.
+    wrong gradients, is shown with the reason and is not timed. The error of the gradients may be
+    twice that of PyTorch in the dtype of the model, and at least 1e-4 (1e-9 in float64).
 
     Example:
 
@@ -158,7 +162,7 @@ def run(
     console: Console | None = None,
 ) -> ModelBench:
     """`bench_model` with the options of the command; the console shows the progress."""
-    result = ModelBench([], {}, {}, own.notes, own.output, own.at)
+    result = ModelBench([], {}, {}, own.notes, own.output, own.at, own.picked)
     cases = []
     for penalty in dict.fromkeys(penalties):
         cases.append(own.case(penalty))
@@ -186,10 +190,10 @@ def facts(own: OwnModel, penalty: str) -> list[str]:
     if isinstance(idiom, LayerWise):
         attached = getattr(fastjac, idiom.ours)(output=own.output)
         attached(problem.model, problem.x)
-        return _layers(attached)
+        return _layers(attached, own.inside)
     model = fused(problem.model)
     replaced = sum(isinstance(module, fastjac.Act) for module in model.modules())
-    made = getattr(fastjac, idiom.ours)(output=own.output, at=own.at)
+    made = getattr(fastjac, idiom.ours)(output=own.output, at=problem.at)
     named = {name: getattr(problem, name) for name in idiom.takes}
     made(model, problem.x, **named)
     lines = [line.strip() for line in made.explain(model, problem.x).splitlines()]
@@ -209,8 +213,9 @@ def facts(own: OwnModel, penalty: str) -> list[str]:
     return text
 
 
-def _layers(penalty: Any) -> list[str]:
-    found, left_out = penalty.layers_found, penalty.layers_left_out
+def _layers(penalty: Any, inside: str) -> list[str]:
+    found = [name.removeprefix(inside) for name in penalty.layers_found]
+    left_out = [(name.removeprefix(inside), reason) for name, reason in penalty.layers_left_out]
     total = len(found) + len(left_out)
     text = [f"It penalises {len(found)} of {total} layers: {_shortened(found)}."]
     reasons: dict[str, list[str]] = {}

@@ -18,6 +18,7 @@ from fastjac.layerwise.passes import Pass, Term
 from fastjac.model_output import part_of
 from fastjac.observers import TORCH
 from fastjac.penalties.dreg import DREG
+from fastjac.torch_private import saved_tensor_hooks
 
 
 class PlainDreg(DREG):
@@ -47,7 +48,10 @@ class PlainDreg(DREG):
         function = _function(phi)
         if a is None:
             a = function(y)
-        if torch.compiler.is_compiling():
+        # Eager, autograd.grad is faster. In a checkpoint it would recompute at once, and y has no
+        # gradient if all layers up to here are frozen.
+        compiling = torch.compiler.is_compiling()
+        if compiling or saved_tensor_hooks() is not None or not y.requires_grad:
             slope = torch.func.jvp(function, (y,), (torch.ones_like(y),))[1]
         else:
             (slope,) = torch.autograd.grad(a, y, torch.ones_like(a), create_graph=True)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from fastjac.activations import TABLE
 from fastjac.model_output import Part, part_of
+from fastjac.torch_private import tree_leaves
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -62,7 +63,7 @@ class StepProblem:
         """The same problem in float64; integers stay integers."""
         return replace(
             self,
-            model=copy.deepcopy(self.model).double(),
+            model=copied(self.model).double(),
             x=_wide(self.x),
             target=_wide(self.target),
             projection=self.projection.double(),
@@ -79,6 +80,20 @@ class StepProblem:
         like = self.projection
         a, b = (torch.randn(shape, generator=generator).to(like) for _ in range(2))
         return functools.partial(torch.mm, a, b, out=torch.empty_like(a))
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """A deep copy of a model, also of one that keeps a tensor which it has computed.
+
+    The copy of such a tensor is a constant. ``copy.deepcopy`` alone refuses it; among others
+    ``torch.nn.utils.weight_norm`` and ``prune`` keep the weight, which they compute in each call.
+    """
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for value in tree_leaves(vars(module)):
+            if isinstance(value, Tensor) and not value.is_leaf:
+                memo[id(value)] = value.detach().clone()
+    return copy.deepcopy(model, memo)
 
 
 def _wide(tensor: Tensor) -> Tensor:

@@ -118,7 +118,7 @@ def _run_case(
         problem = case.build(options.device, options.dtype)
         gate = open_gate(problem, options.dtype)
     except Exception as error:
-        _fail(mine.values(), f"float64 reference: {short(error)}")
+        _fail(mine.values(), f"plain PyTorch, which all are compared with, raised {short(error)}")
         records.extend(mine.values())
         return
     samples = Samples()

@@ -24,6 +24,10 @@ OURS = ("fastjac", "fastjac+compile")
 
 #: Two times that differ by less are called equal, however small the measured noise is.
 SAME = 0.02
+#: Times that are less certain are said to be so: twice the standard error of the log of a ratio.
+NOISY = 0.1
+#: Less memory, in MB, is not worth a sentence.
+LITTLE = 0.1
 
 
 def of_case(records: Sequence[Record]) -> str:
@@ -55,16 +59,16 @@ def of_case(records: Sequence[Record]) -> str:
     others = [r for r in ways if r not in shown]
     if others:
         text.append(_sentence(_and([f"{_name(r)} takes {_ratio(r)}" for r in others])) + ".")
-    text += [*_memory(by_name), *_compiling(by_name), *failed]
+    text += [*_noise([plain, *ways]), *_memory(by_name), *_compiling(by_name), *failed]
     return " ".join(text)
 
 
 def advice(
-    records: Sequence[Record], output: Part = None, at: str | None = None
+    records: Sequence[Record], output: Part = None, at: str | None = None, picked: str = "output"
 ) -> tuple[str, str]:
     """What to do, in a sentence, and the code to write (empty if fastjac is not faster).
 
-    The code has the options ``output`` and ``at`` of the penalty.
+    The code has the options ``output`` and ``at`` of the penalty; ``picked`` is what the loss gets.
     """
     by_name = {r.contestant: r for r in records if r.median_ms is not None}
     ways = sorted((r for n, r in by_name.items() if n in NAMES), key=lambda r: r.median_ms or 0.0)
@@ -81,13 +85,23 @@ def advice(
     # The way without compiling, if it is as fast.
     chosen = next((r for r in mine if r.contestant == "fastjac" and same(mine[0], r)), mine[0])
     idiom = by_name.get("eager")
-    gain = f", {_faster(idiom, chosen)} as {NAMES['eager']}" if idiom else ""
+    gain = ""
+    if idiom and same(idiom, chosen):
+        gain = f", which is as fast as {NAMES['eager']} within the noise"
+    elif idiom:
+        gain = f", {_faster(idiom, chosen)} as {NAMES['eager']}"
     compiled = chosen.contestant == "fastjac+compile"
-    return f"Write this{gain}:", code(records[0].penalty, compiled, output, at)
+    return f"Write this{gain}:", code(records[0].penalty, compiled, output, at, picked)
 
 
-def code(penalty: str, compiled: bool, output: Part = None, at: str | None = None) -> str:
-    """The lines that use a penalty of the benchmark."""
+def code(
+    penalty: str,
+    compiled: bool,
+    output: Part = None,
+    at: str | None = None,
+    picked: str = "output",
+) -> str:
+    """The lines that use a penalty of the benchmark. A function as output is called ``part``."""
     idiom = IDIOMS[penalty]
     layer_wise = isinstance(idiom, LayerWise)
     target = ", y" if "target" in getattr(idiom, "takes", ()) else ""
@@ -95,9 +109,8 @@ def code(penalty: str, compiled: bool, output: Part = None, at: str | None = Non
     value = "penalty()" if layer_wise else "value"
     options = "" if at is None or layer_wise else f", at={at!r}"
     if output is not None and not layer_wise:
-        options += f", output={'...' if callable(output) else repr(output)}"
+        options += f", output={'part' if callable(output) else repr(output)}"
     made = f"penalty = fastjac.{idiom.ours}({'model, ' if layer_wise else ''}weight=...{options})"
-    picked = "output" if output is None or callable(output) else f"output[{output!r}]"
     body = f"{run}\nloss = criterion({picked}, y) + {value}\nloss.backward()"
     if not compiled:
         fuse = "" if layer_wise else "fastjac.fuse(model)  # once\n"
@@ -213,9 +226,21 @@ def same(one: Record, other: Record) -> bool:
     return abs(math.log(one.ratio / other.ratio)) <= max(SAME, 2 * error)
 
 
+def _noise(records: Sequence[Record]) -> list[str]:
+    error = max(2 * (r.ratio_se or 0.0) for r in records)
+    if error <= NOISY:
+        return []
+    return [
+        f"The ratios are uncertain by a factor of up to {math.exp(error):.1f}, because the times "
+        "of the steps vary: leave the machine to the benchmark, and run it again."
+    ]
+
+
 def _memory(by_name: dict[str, Record]) -> list[str]:
     ours, eager = by_name.get("fastjac"), by_name.get("eager")
     if ours is None or eager is None or ours.peak_mb is None or eager.peak_mb is None:
+        return []
+    if max(ours.peak_mb, eager.peak_mb) < LITTLE:
         return []
     compiled = by_name.get("fastjac+compile")
     also = f" ({number(compiled.peak_mb)} MB compiled)" if compiled and compiled.peak_mb else ""

@@ -111,8 +111,16 @@ def bench(
             min=1, help="CPU threads; the default is all available cores. The suite host has one."
         ),
     ] = None,
-    device: Annotated[Device, typer.Option(help="The device to run on.")] = Device.cpu,
-    dtype: Annotated[Dtype, typer.Option(help="The dtype of networks and data.")] = Dtype.float32,
+    device: Annotated[
+        Device | None,
+        typer.Option(help="The device to run on; the default is cpu, or that of your model."),
+    ] = None,
+    dtype: Annotated[
+        Dtype | None,
+        typer.Option(
+            help="The dtype of networks and data; the default is float32, or that of your model."
+        ),
+    ] = None,
     json_file: JsonOption = None,
     csv_file: Annotated[
         Path | None, typer.Option("--csv", metavar="FILE", help="Add the records to this CSV file.")
@@ -169,7 +177,7 @@ def bench(
         usage_error(error)
     if model is not None:
         _warn_if_busy(options, Console(stderr=True))
-        batch = Batch(input_shape, target, output, at)
+        batch = Batch(input_shape, target, output, at, device is None, dtype is None)
         found = bench_model(model, batch, penalty, options, contestants, _appending(csv_file))
         found.render(console)
         if json_file is not None:
@@ -205,13 +213,15 @@ def bench(
         raise typer.Exit(1)
 
 
-def _options(quick: bool, threads: int | None, device: Device, dtype: Dtype) -> Options:
+def _options(
+    quick: bool, threads: int | None, device: Device | None, dtype: Dtype | None
+) -> Options:
     if device is Device.cuda and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch finds no CUDA device; use --device cpu.")
     pace: dict[str, Any] = {"budget_s": 0.2, "max_rounds": 40, "min_rounds": 5} if quick else {}
     return Options(
-        device=torch.device(device.value),
-        dtype=getattr(torch, dtype.value),
+        device=torch.device((device or Device.cpu).value),
+        dtype=getattr(torch, (dtype or Dtype.float32).value),
         threads=threads or available_cores(),
         quick=quick,
         **pace,

@@ -37,7 +37,12 @@ def bench_model(
     made = make()  # what it raises is not ours, and needs its traceback
     try:
         own = own_model(name, made, batch)
-        options = replace(options, keep_going=True)
+        options = replace(
+            options,
+            keep_going=True,
+            device=own.device if batch.keeps_device else options.device,
+            dtype=own.dtype if batch.keeps_dtype else options.dtype,
+        )
         chosen = penalties or DEFAULT_PENALTIES
         return run(own, chosen, options, contestants, save, Console(stderr=True))
     except (ValueError, TypeError, RuntimeError) as error:
@@ -45,12 +50,17 @@ def bench_model(
 
 
 class Batch(NamedTuple):
-    """The options of the command on the batch, as they were given."""
+    """The options of the command on the batch, as they were given.
+
+    ``keeps_device`` and ``keeps_dtype`` say that the model runs as it was made.
+    """
 
     input_shape: str | None = None
     target: str | None = None
     output: str | None = None
     at: str | None = None
+    keeps_device: bool = True
+    keeps_dtype: bool = True
 
 
 def function_of(name: str) -> Callable[[], Any]:
@@ -106,6 +116,10 @@ def own_model(name: str, made: Any, batch: Batch) -> OwnModel:
     generator = torch.Generator().manual_seed(0)
     x = given[1] if len(given) > 1 else _batch(batch.input_shape or "", generator)
     y = given[2] if len(given) == 3 else _target(batch.target, x, generator)
+    like = next((p for p in given[0].parameters() if p.is_floating_point()), None)
+    if like is not None:  # what was made here
+        x = x.to(like) if len(given) == 1 else x
+        y = y if y is None or len(given) == 3 else y.to(like if y.is_floating_point() else x.device)
     part = batch.output
     index = part is not None and part.lstrip("-").isdigit()
     return OwnModel(given[0], x, y, None, int(part or 0) if index else part, batch.at)
