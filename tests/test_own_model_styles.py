@@ -77,8 +77,8 @@ def words() -> nn.Sequential:
     return nn.Sequential(nn.Embedding(9, 6), nn.Flatten(), nn.Linear(24, 8), nn.GELU(), mlp_head())
 
 
-def mlp_head() -> nn.Module:
-    return nn.Linear(8, 3)
+def mlp_head(features: int = 8) -> nn.Module:
+    return nn.Linear(features, 3)
 
 
 def bf16_body() -> nn.Module:
@@ -116,6 +116,10 @@ STYLES: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
     "bfloat16": (lambda: mlp().bfloat16(), {"x": X.bfloat16()}),
     "a tensor that is no buffer": (
         lambda: Model(lambda m, x: m.net(x @ m.kept), net=mlp(), kept=torch.eye(6) + 0.1),
+        {},
+    ),
+    "as many samples as features": (
+        lambda: nn.Sequential(nn.Linear(6, 5), nn.LayerNorm(5, 0.1, False), nn.GELU(), mlp_head(5)),
         {},
     ),
     "loss with a weight": (mlp, {"loss": nn.CrossEntropyLoss(weights)}),

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from fastjac.bench.problems import StepProblem
 from fastjac.layerwise.layers import LayerCall, Nonlinearity
 from fastjac.layerwise.passes import Pass, Term
+from fastjac.layerwise.penalty import Sum
 from fastjac.model_output import part_of
 from fastjac.observers import TORCH
 from fastjac.penalties.dreg import DREG
@@ -24,7 +25,9 @@ from fastjac.torch_private import saved_tensor_hooks
 class PlainDreg(DREG):
     """``Σ_n R_n / N`` with ``R_n = Σ_l Σ_p Σ_c φ'(y_lnpc)² k² ‖W_lc‖²``, see `fastjac.DREG`.
 
-    ``k`` is the factor of a norm between the layer and its activation.
+    ``k`` is the factor of a norm between the layer and its activation. The sum is over all samples
+    at once, as the eager idiom of the benchmark's own networks has it, so there is no value for
+    each sample.
     """
 
     @classmethod
@@ -55,17 +58,19 @@ class PlainDreg(DREG):
             slope = torch.func.jvp(function, (y,), (torch.ones_like(y),))[1]
         else:
             (slope,) = torch.autograd.grad(a, y, torch.ones_like(a), create_graph=True)
-        square = slope.square() * call.factor**2
+        square = slope.square()
         dim = call.dim % y.dim()
-        k = _gain(call, y.dim(), dim)
-        square = square if k is None else square * k
         rows = call.rows.flatten(1).square().sum(1)
-        positions = [d for d in range(y.dim()) if d not in (0, dim)]
-        s = square.sum(positions) if positions else square  # [N, C]
-        return a, Term(call, s @ rows)
+        k = _gain(call, y.dim(), dim)
+        if k is not None and k.numel() == k.shape[dim]:
+            rows = rows * k.flatten()  # a pass over [C] instead of one over y
+        elif k is not None:
+            square = square * k
+        s = square.sum([d for d in range(y.dim()) if d != dim])  # [C]
+        return a, Term(call, (s * rows).sum() * call.factor**2)
 
-    def finish(self, seen: Pass, batch: int) -> Tensor:
-        return torch.stack([term.result for term in seen.terms]).sum(0)
+    def finish(self, seen: Pass, batch: int) -> Sum:
+        return Sum(torch.stack([term.result for term in seen.terms]).sum(), batch)
 
 
 def _function(phi: Nonlinearity) -> Any:
