@@ -258,6 +258,7 @@ def test_passes_that_do_not_count() -> None:
     refused("penalty(): the model has not run since")
 
 
+@pytest.mark.filterwarnings("ignore:.*has not been called yet")
 def test_passes_from_before_an_optimiser_step_are_forgotten() -> None:
     """Autograd could not go back through them: the weights have changed."""
     model, x = mlp(), torch.randn(7, 4)
@@ -274,6 +275,7 @@ def test_passes_from_before_an_optimiser_step_are_forgotten() -> None:
     value.backward()
 
 
+@pytest.mark.filterwarnings("ignore:.*has not been called yet")
 def test_spent_passes_are_forgotten_though_no_weight_changed() -> None:
     model, x = mlp(), torch.randn(7, 4)
     penalty = DREG(model)
@@ -484,3 +486,34 @@ def test_replaced_modules_are_said(kind: str, when: str) -> None:
     model(x)  # whose functions are looked at
     _, first, second = formula(torch.relu)
     close(penalty(), first + second)
+
+
+def test_a_penalty_that_is_never_called_is_said_once() -> None:
+    x, model = torch.randn(4, 4), mlp()
+    penalty = DREG(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def step(*terms: Any) -> None:
+        optimizer.zero_grad()
+        (model(x).square().mean() + sum(term() for term in terms)).backward()
+        optimizer.step()
+
+    step()
+    step()
+    with pytest.warns(UserWarning, match="has not been called yet, and 2 forward passes have had"):
+        step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(3):
+            step()
+        penalty.detach()
+        for every in (1, 3):  # a training that has called it once
+            known = DREG(model, every=every)
+            step(known)
+            for _ in range(3):
+                step()
+            known.detach()
+        cleared = DREG(model)
+        cleared.clear()
+        for _ in range(3):
+            step()

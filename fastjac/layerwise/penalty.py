@@ -14,14 +14,15 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from fastjac import arguments, distributed
+from fastjac.layerwise.called import install
 from fastjac.layerwise.calls import Calls
 from fastjac.layerwise.layers import Table
 from fastjac.layerwise.passes import LayerStatistic, Pass, Term
-from fastjac.layerwise.watch import CalledWatch, Watch
+from fastjac.layerwise.watch import Watch
 from fastjac.model_output import Picked, State, call_model
 from fastjac.penalty import ModelPenalty, PenaltyOptions, options_of
 from fastjac.per_sample import attached_zeros
-from fastjac.torch_private import comptime, trace_again, traced_value
+from fastjac.torch_private import comptime
 
 
 class LayerOptions(PenaltyOptions, total=False):
@@ -72,7 +73,7 @@ class LayerPenalty(LayerStatistic, ModelPenalty):
         # Of each pass its number of samples, and (name, v, f) of its layers, whose share is f Σ v.
         self._shares: list[tuple[int, list[tuple[str, Tensor | Table, float]]]] = []
         self._watch: Watch | None = None
-        # Of the called form inside torch.compile; see `CalledWatch`.
+        # Of the called form inside torch.compile; see `called`.
         self.calling = False
         self.seen: Pass | None = None
 
@@ -142,7 +143,7 @@ class LayerPenalty(LayerStatistic, ModelPenalty):
         Dynamo does not trace what `Watch.install` does to the model. So the first trace does it,
         and the forwards stay until the penalty is deleted.
         """
-        comptime(_install)
+        comptime(install)
         self.calling = True
         whole, output = call_model(model, x, self.output)
         seen, self.seen, self.calling = self.seen, None, False
@@ -257,7 +258,7 @@ class LayerPenalty(LayerStatistic, ModelPenalty):
         """Forgets the forward passes since the last ``penalty()``."""
         if self._watch is not None:
             self._watch.passes.clear()
-            self._watch.dropped = 0
+            self._watch.dropped, self._watch.asked = 0, True
 
     def _attached_value(self) -> Tensor:
         if self._watch is None:
@@ -266,6 +267,7 @@ class LayerPenalty(LayerStatistic, ModelPenalty):
                 "or call it with (model, x)"
             )
         watch = self._watch
+        watch.asked = True
         watch.forget_dropped()
         passes, watch.passes = watch.passes, []
         if not passes:
@@ -325,21 +327,6 @@ class LayerPenalty(LayerStatistic, ModelPenalty):
             )
         if model is not None:
             self._attach(model)
-
-
-def _install(context: Any) -> None:
-    """A `comptime` function for `LayerPenalty._traced_form`."""
-    penalty, model = (traced_value(context, name) for name in ("self", "model"))
-    if "calling" not in vars(penalty):
-        raise RuntimeError(
-            f"{type(penalty).__name__} was created inside a function of torch.compile: create it "
-            "outside, where it can prepare the model"
-        )
-    if not CalledWatch.of(penalty, model):
-        watch = CalledWatch(model, penalty)
-        watch.install(attach=False)
-        watch.undo.append(weakref.finalize(penalty, watch.remove).detach)
-        trace_again()
 
 
 def _together(results: Sequence[Tensor | Sum]) -> Tensor | Sum:

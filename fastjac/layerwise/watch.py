@@ -74,6 +74,8 @@ class Watch:
         self.ddp: Any = None  # see `distributed.static_graph`
         # Of the last pass that did not count: whether in training mode, and in inference mode.
         self.skipped: tuple[bool, bool] | None = None
+        self.asked = False  # whether penalty() has been called
+        self.unasked = 0  # the number of passes before that whose backward has run
         self.dropped = 0  # the number of passes since the last penalty() that were dropped
         self.called = 0  # the number of call forms that are running
         self.owners = owners_of(model)
@@ -194,8 +196,24 @@ class Watch:
     def forget_stale(self) -> None:
         """Drops the passes that autograd can no longer go back through, or that nobody wants to."""
         if self.passes and not torch.compiler.is_compiling():
+            before = sum(p[0] is not None for p in self.passes)
             self.passes = [p for p in self.passes if p[0] is not None and not p[0].spent()]
+            if not self.asked and len(self.passes) < before:
+                self._warn_unasked(before - len(self.passes))
             self._forget(self.passes)
+
+    def _warn_unasked(self, spent: int) -> None:
+        """Warns once if two passes were differentiated, and penalty() was never called."""
+        self.unasked += spent
+        if self.unasked >= 2:
+            self.asked = True
+            name = type(self.statistic()).__name__
+            warnings.warn(
+                f"{name} is attached to the model, but penalty() has not been called yet, and "
+                f"{self.unasked} forward passes have had their backward without it: add penalty() "
+                "to the loss, or detach() the penalty",
+                stacklevel=6,
+            )
 
     def forget_dropped(self) -> None:
         """Drops the passes whose output the program has dropped, except the latest."""
@@ -323,40 +341,6 @@ class Watch:
         if running is None or call is None:
             return a
         return running.activate(call, Nonlinearity(fn, impl, params), a)
-
-
-class CalledWatch(Watch):
-    """The observer of a model for the called form inside ``torch.compile``.
-
-    The forwards stay on the model, since dynamo does not trace their installation. A run of the
-    model is a pass if the penalty is ``calling``, which then has it as ``seen``. Dynamo guards on
-    what it reads, so that the code found for one model does not depend on other models.
-    """
-
-    stays = True
-
-    @staticmethod
-    def of(statistic: Any, model: nn.Module) -> bool:
-        """Whether the model has forwards of a statistic already."""
-        forward = vars(model).get("forward")
-        while isinstance(forward, Forward):
-            watch = forward.observer
-            if isinstance(watch, CalledWatch) and watch.statistic() is statistic:
-                return True
-            forward = forward.previous
-        return False
-
-    def model_called(self, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        statistic: Any = self.statistic()
-        if statistic is None or not statistic.calling:
-            return forward(*args, **kwargs)
-        statistic.calling = False  # the model may call itself
-        with self.one_pass() as seen:
-            seen.batch = samples_of(args, kwargs)
-            with Calls(seen):
-                output = forward(*args, **kwargs)
-        statistic.seen = seen
-        return output
 
 
 def compiled_by_itself(module: nn.Module) -> bool:
