@@ -51,7 +51,9 @@ def explain(what: str | type[Penalty] | Penalty = "act", *call: Any) -> str:
     text = [_described(cls, penalty)]
     if call or getattr(penalty, "attached", False):
         if len(call) not in (0, 2):
-            raise TypeError("after a penalty, explain takes a model and a batch, or nothing")
+            raise TypeError(
+                "after a penalty, explain takes a model and a batch, without targets, or nothing"
+            )
         text.append((cls() if penalty is None else penalty).explain(*call))
     return "\n".join(text)
 
@@ -69,7 +71,8 @@ def _class_of(what: Any) -> type[Penalty]:
     near = difflib.get_close_matches(str(what), [*known, *PENALTIES], n=2, cutoff=0.5)
     hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
     raise ValueError(
-        f"explain: {what!r} is not a penalty or a fused op: {hint}choose from {', '.join(known)}"
+        f"explain: {what!r} is not a penalty or a fused op: {hint}choose from {', '.join(known)}, "
+        "or pass the class of a penalty of your own"
     )
 
 
@@ -92,5 +95,6 @@ def _described(cls: type[Penalty], penalty: Penalty | None) -> str:
         lines += [
             f"   reference fastjac.reference.{spec.name}, in plain PyTorch",
             f"   source    {spec.source}",
+            f"   more      help(fastjac.{cls.__name__}) explains the options",
         ]
     return "\n".join(lines)

@@ -18,11 +18,12 @@ def check_modes() -> None:
     if torch.is_grad_enabled():  # also False in inference mode
         return
     inference = not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
-    mode = "inference mode" if inference else "torch.no_grad()"  # dynamo cannot tell
+    mode, use = "torch.no_grad()", "inside torch.enable_grad()"  # dynamo cannot tell
+    if inference:
+        mode, use = "inference mode", "use torch.no_grad() in its place"
     raise RuntimeError(
         f"the penalty needs the gradient of output with respect to x, but {mode} is active: call "
-        "model and penalty outside of it, or under torch.inference_mode(False) and "
-        "torch.enable_grad()"
+        f"model and penalty outside of it, or {use}"
     )
 
 

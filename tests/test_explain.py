@@ -103,7 +103,7 @@ def test_a_penalty_of_the_user() -> None:
             TypeError,
             "after the name of an op, 'act', explain takes a tensor or nothing",
         ),
-        (("DREG", X), TypeError, "after a penalty, explain takes a model and a batch, or nothing"),
+        (("DREG", X), TypeError, "after a penalty, explain takes a model and a batch, without"),
         (("ConfidencePenalty", cnn(), X), TypeError, "has no engines and no layers to explain"),
     ],
 )

@@ -186,6 +186,47 @@ def test_slips_are_named_by_every_engine(
             way(slipping(slip)(), net, x)
 
 
+class ByHand(InputPenalty):
+    def per_sample(self, pull: Any) -> Tensor:
+        (g,) = torch.autograd.grad(pull.output.sum(), pull.x, create_graph=True)
+        return g.square().sum(1)
+
+
+@pytest.mark.parametrize("plain", [True, False])
+def test_what_is_differentiated_by_hand_is_right(plain: bool) -> None:
+    """By autograd in each call, also in those that the chain engine would run."""
+    net, x, _ = problem()
+    net = nn.Sequential(nn.Linear(3, 5), nn.GELU(), nn.Linear(5, 2)).to(x) if plain else net
+    penalty = ByHand()
+    leaf = x.detach().requires_grad_()
+    (g,) = torch.autograd.grad(net(leaf).sum(), leaf, create_graph=True)
+    truth = torch.autograd.grad(g.square().sum(1).mean(), [*net.parameters()], allow_unused=True)
+    for _ in range(4):
+        _, value = penalty(net, x)
+        found = torch.autograd.grad(value, [*net.parameters()], allow_unused=True)
+        torch.testing.assert_close(found, truth)
+    assert "per_sample differentiates pull.output itself" in penalty.explain(net, x)
+    torch.testing.assert_close(penalty(leaf, net(leaf)), g.square().sum(1).mean())
+    with pytest.raises(RuntimeError, match=r"ByHand.per_sample differentiates .* use the products"):
+        ByHand(engine="chain")(net, x)
+
+
+def test_writes_and_misspelt_attributes_are_named() -> None:
+    class Writes(InputPenalty):
+        def per_sample(self, pull: Any) -> Tensor:
+            return pull.output.mul_(2).sum(1)
+
+    class Misspelt(InputPenalty):
+        def per_sample(self, pull: Any) -> Tensor:
+            return pull.ouput.sum(1)
+
+    net, x = nn.Sequential(nn.Linear(3, 2)), torch.randn(4, 3)
+    with pytest.raises(RuntimeError, match="Writes.per_sample writes to pull.output or pull.x in"):
+        Writes(engine="chain")(net, x)
+    with pytest.raises(AttributeError, match="Misspelt.per_sample .* no attribute 'ouput': it has"):
+        Misspelt()(net, x)
+
+
 @pytest.mark.slow
 def test_compiled(no_stale_graphs: None) -> None:
     net, x, target = problem()

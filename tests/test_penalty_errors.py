@@ -117,9 +117,9 @@ CALLS: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (
         lambda: p.IGPen(lambda o: o.mean())(X, OUT),
         ValueError,
-        r"loss_fn returned \[\].*one loss per sample",
+        r"loss_fn returned a tensor of shape \[\].*one loss per sample",
     ),
-    (lambda: p.IGPen(lambda o: o)(X, OUT), ValueError, r"loss_fn returned \[3, 5\]"),
+    (lambda: p.IGPen(lambda o: o)(X, OUT), ValueError, r"returned a tensor of shape \[3, 5\]"),
     (lambda: p.IGPen(lambda o: 1.0)(X, OUT), ValueError, "loss_fn returned float"),
     (lambda: p.IGPen(lambda o: o.detach().sum(1))(X, OUT), RuntimeError, "loss_fn"),
     (

@@ -60,6 +60,7 @@ class InputPenalty(Penalty):
     """
 
     uses_jvp = False  # whether `per_sample` calls `Pullback.jvp`
+    by_hand = False  # whether `per_sample` was seen to call torch.autograd.grad itself
 
     def __init__(
         self, *, at: str | None = None, engine: str = "auto", **options: Unpack[PenaltyOptions]

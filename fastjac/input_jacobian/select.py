@@ -48,6 +48,7 @@ class Asks(Protocol):
     output: Part
     uses_jvp: bool
     _outside: bool
+    by_hand: bool
 
     def per_sample(self, pull: Pullback, *targets: Any, **named: Any) -> Tensor: ...
 
@@ -68,7 +69,13 @@ def run(request: Request, model: Callable[..., Any], x: Tensor) -> tuple[Any, Te
         pull.definition = lambda pull: _again(request, pull)
         picked = pull.run.output
         if penalty._outside:
-            found = slips.values(penalty, pull, targets, named)
+            try:
+                found = slips.values(penalty, pull, targets, named)
+            except slips.ByHand:
+                if penalty.engine == "chain":
+                    raise
+                penalty.by_hand = True  # this call runs the model again, and later ones once
+                return run(request, model, x)
         else:
             found = penalty.per_sample(pull, *targets, **named)
         output, values = pull.values(found)
@@ -277,6 +284,8 @@ def _why_not(request: Request, x: Any) -> str | None:
     """Why the chain engine does not run this call, as far as this is known before it; else None."""
     if request.penalty.engine == "autograd":
         return "engine='autograd' is set"
+    if request.penalty.by_hand:
+        return "per_sample differentiates pull.output itself"
     if torch_private.transforms_active():
         return "a torch.func transform is active"
     if torch_private.make_fx_traces():

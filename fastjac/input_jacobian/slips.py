@@ -35,11 +35,36 @@ def _like(what: str, name: str, t: Tensor, other: str, like: Tensor) -> None:
             )
 
 
+NOT_IN_THE_GRAPH = ("does not require grad", "to not have been used in the graph")
+"""In the errors of ``torch.autograd.grad``."""
+
+
+class ByHand(RuntimeError):
+    """``per_sample`` differentiates the output without the pullback: a call for autograd."""
+
+
 def values(penalty: Any, pull: Pullback, targets: tuple[Any, ...], named: dict[str, Any]) -> Tensor:
     """What ``per_sample`` returns, if that is a tensor ``[N]`` in the graph of the model."""
     name, n = type(penalty).__name__, pull.output.shape[0]
     checked = Checked(pull, name)
-    found = penalty.per_sample(checked, *targets, **named)
+    if torch.compiler.is_compiling():  # which cannot leave a block with try in its middle
+        found = penalty.per_sample(checked, *targets, **named)
+    else:
+        try:
+            found = penalty.per_sample(checked, *targets, **named)
+        except RuntimeError as error:
+            if any(words in str(error) for words in NOT_IN_THE_GRAPH):
+                raise ByHand(
+                    f"{name}.per_sample differentiates pull.output with respect to pull.x itself, "
+                    "and they are not in one graph with engine='chain': use the products "
+                    "pull.vjp(w), pull.jvp(u) and pull.squared_norms(w)"
+                ) from error
+            if "used in an in-place operation" in str(error):
+                raise RuntimeError(
+                    f"{name}.per_sample writes to pull.output or pull.x in place: use the "
+                    "out-of-place operation"
+                ) from error
+            raise
     if not isinstance(found, Tensor) or found.shape != (n,):
         hint = ""
         if found is None:
@@ -78,6 +103,12 @@ class Checked(Pullback):
     @property
     def x(self) -> Tensor:  # type: ignore[override]
         return self.pull.x
+
+    def __getattr__(self, attribute: str) -> Any:
+        raise AttributeError(
+            f"the pullback that {vars(self).get('name')}.per_sample is given has no attribute "
+            f"{attribute!r}: it has x, output, vjp(w), jvp(u), squared_norms(w) and then(f)"
+        )
 
     def vjp(self, w: Tensor, chunk_size: int | None = None) -> Tensor:
         self._check("vjp(w)", "w", w, "output", self.output, chunk_size)

@@ -161,9 +161,11 @@ class PenaltyTerm:
             return self.penalty()
         for place, seen in ((f"module={self.module!r}", outputs), (f"at={self.at!r}", inputs)):
             if len(seen) != 1:
+                whole = " (the whole model)" if place == "module=''" else ""
                 raise RuntimeError(
-                    f"{place} ran {len(seen)} times with gradients on in this training step: it "
-                    "must run exactly once; pass the name of another submodule, or call the "
+                    f"{place}{whole} ran {len(seen)} times with gradients on in this training "
+                    "step: it must run exactly once; pass the name of another submodule, such as "
+                    f"PenaltyTerm({type(self.penalty).__name__}(), module='net'), or call the "
                     "penalty in the training step"
                 )
         output, version = outputs[0]

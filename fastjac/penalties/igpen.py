@@ -14,6 +14,7 @@ from fastjac import reference
 from fastjac.input_jacobian.projections import ProjectionOptions, ProjectionPenalty
 from fastjac.input_jacobian.pullback import Pullback
 from fastjac.penalties.registry import PenaltySpec, classifier_example
+from fastjac.signatures import shown
 
 
 class IGPen(ProjectionPenalty):
@@ -71,10 +72,9 @@ class IGPen(ProjectionPenalty):
         def losses(output: Tensor) -> Tensor:
             loss = loss_fn(output, *targets, **named)
             if not isinstance(loss, Tensor) or loss.shape != (n,):
-                shape = list(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
                 raise ValueError(
-                    f"loss_fn returned {shape}: it must return one loss per sample, [{n}] (with "
-                    "reduction='none' for the losses of torch)"
+                    f"loss_fn returned {shown(loss)}: it must return one loss per sample, [{n}] "
+                    "(with reduction='none' for the losses of torch)"
                 )
             if not loss.requires_grad:
                 raise RuntimeError(
