@@ -52,7 +52,7 @@ def test_names_and_reasons() -> None:
         reason = f"no activation that fastjac sees follows it, but torch.Tensor.{function}"
         assert left_out[name] == reason
     assert left_out["head"] == "output layer (include_output=False)"
-    assert left_out["unused"] == "was not called"
+    assert left_out["unused"] == "was not called as a module"
     assert value.shape == (3,)
     layers, left_out, _ = found(model, torch.randn(3, 4), include_output=True)
     assert layers == [*seen, "head"]

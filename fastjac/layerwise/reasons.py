@@ -10,7 +10,7 @@ UNKNOWN_WEIGHT = (
 )
 NOT_FOLLOWED = "no activation that fastjac sees follows it"
 NOT_FOLLOWED_NORM = "no activation that fastjac sees follows its norm"
-NOT_CALLED = "was not called"
+NOT_CALLED = "was not called as a module"
 REPLACED = "was replaced in the model after the penalty was attached"
 HIDDEN = (
     " (functions are not seen, because a part of the model is compiled by itself: "
