@@ -18,7 +18,8 @@ from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 
 import fastjac
-from fastjac.bench.gate import InDouble
+from fastjac.bench import steps
+from fastjac.bench.gate import InDouble, open_gate
 from fastjac.bench.model import ModelBench, run
 from fastjac.bench.own_model import OwnModel
 
@@ -167,6 +168,42 @@ def test_all_ways_are_right(style: str) -> None:
     assert ("The model draws random numbers" in str(result)) == drawn
     if style == "dropout in the model itself":
         assert "penalises 1 of 2 layers: body. Not penalised: head (" in str(result)
+
+
+def inplace() -> nn.Module:
+    norm = nn.BatchNorm1d(8)
+    torch.nn.init.uniform_(norm.running_mean, -1, 0)
+    model = nn.Sequential(nn.Linear(6, 8), norm, nn.ReLU(inplace=True), nn.Linear(8, 3))
+    norm.eval()
+    return model
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("penalty", ["spectreg", "dreg"])
+@pytest.mark.parametrize("style", ["frozen layer", "BatchNorm in eval mode and ReLU in place"])
+def test_the_compiled_idiom_is_right(style: str, penalty: str) -> None:
+    torch.manual_seed(0)
+    problem = OwnModel(STYLES.get(style, (inplace,))[0](), X, Y).problem(penalty)
+    gate = open_gate(problem, torch.float32)
+    prepared = steps.compiled(problem, backend="aot_eager")
+    assert gate.full.error(prepared.gradients()) < 1e-5
+    prepared.close()
+
+
+@pytest.mark.slow
+def test_a_way_that_does_not_compile_leaves_the_others_alone() -> None:
+    problem = OwnModel(STYLES["checkpoint"][0](), X, Y).problem("spectreg")
+    with pytest.raises(RuntimeError, match="don't yet support saved tensor hooks"):
+        steps.compiled(problem)
+    steps.plain(problem).gradients()
+
+
+@pytest.mark.parametrize("style", ["weight_norm", "keeps its last output", "frozen layer"])
+def test_what_torch_compile_refuses_is_said(style: str) -> None:
+    notes = " ".join(OwnModel(STYLES[style][0](), X, Y).notes)
+    kept = {"weight_norm": "(0.weight, 2.weight)", "keeps its last output": "(last)"}.get(style)
+    assert kept is None or f"tensors that it computes in forward {kept}. torch.compile" in notes
+    assert bool(notes) == (kept is not None)
 
 
 def test_the_generators_are_as_before() -> None:

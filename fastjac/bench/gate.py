@@ -122,7 +122,7 @@ class InDouble(TorchFunctionMode):
         def wider(value: Any) -> Any:
             if isinstance(value, Tensor):
                 return value.double() if mixed and value.dtype in NARROW else value
-            return torch.float64 if value in NARROW else value
+            return torch.float64 if isinstance(value, torch.dtype) and value in NARROW else value
 
         args, named = tree_map(wider, given)
         casts = (Tensor.float, Tensor.bfloat16, Tensor.half)
@@ -256,8 +256,10 @@ def admit(
 
 
 def short(error: Exception) -> str:
-    """The first line of an error as a traceback shows it."""
-    return traceback.format_exception_only(error)[-1].strip().split("\n")[0][:300]
+    """The first line of an error as a traceback shows it, and the next if it ends with a colon."""
+    first, *rest = traceback.format_exception_only(error)[-1].strip().split("\n")
+    text = f"{first} {rest[0].strip()}" if rest and first.endswith(":") else first
+    return text[:300]
 
 
 @functools.cache

@@ -16,12 +16,17 @@ from fastjac import arguments
 from fastjac.bench.cases import Case, unknown
 from fastjac.bench.gate import short
 from fastjac.bench.idioms import IDIOMS, LayerWise
-from fastjac.bench.problems import Loss, StepProblem, copied
+from fastjac.bench.problems import Loss, StepProblem, computed, copied
 from fastjac.bench.random_numbers import InEval, draws, unchanged_generators, without_dropout
 from fastjac.model_output import Part, part_of
 
 #: Of a user's model. JacobianReg is a loop over the eager idiom, and JAX cannot run the model.
 CONTESTANTS = ("plain", "plain-compiled", "eager", "compiled", "fastjac", "fastjac+compile")
+
+NO_COMPILED = (
+    "With at=, the PyTorch idiom under torch.compile takes no part: torch.func would need the model "
+    "in two parts."
+)
 
 
 @dataclass
@@ -74,10 +79,20 @@ class OwnModel:
             ) from error
         if not self.model.training:
             self.model.train()
+        parts = [name for name, _ in self.model.named_modules() if name]
+        if self.at is not None and self.at not in parts:
+            raise ValueError(unknown("submodule at", self.at, parts))
         with unchanged_generators():
             self._run()
             if draws(self.problem("plain"), advancing=True):
                 self._without_random_numbers()
+        if self.keeps:
+            self.notes.append(
+                f"The model keeps tensors that it computes in forward ({', '.join(self.keeps)}). "
+                "torch.compile refuses a whole step of such a model. Instead of "
+                "torch.nn.utils.weight_norm and spectral_norm use those of "
+                "torch.nn.utils.parametrizations."
+            )
 
     def _without_random_numbers(self) -> None:
         self.model = without_dropout(self.model)
@@ -98,8 +113,9 @@ class OwnModel:
     def _run(self) -> None:
         """Run the model and the loss once, and see what they return."""
         given = f"x of shape {list(self.x.shape)} and {self.x.dtype}"
+        model = copied(self.model)
         try:
-            whole = copied(self.model)(self.x)
+            whole = model(self.x)
         except Exception as error:
             raise ValueError(
                 f"model(x) raised {_said(error)}. It was called with {given}, and nothing else: a "
@@ -107,6 +123,7 @@ class OwnModel:
             ) from error
         output = arguments.batch("output", part_of(whole, self.output), "x", len(self.x))
         arguments.floating("output", output)
+        self.keeps = [name.removeprefix(self.inside) for name, _ in computed(model)]
         self.shape, self.output_dtype = output.shape, output.dtype
         if callable(self.output):
             self.picked = "part(output)"
@@ -195,6 +212,8 @@ class OwnModel:
         # torch.func.vjp differentiates with respect to an argument of the model.
         split = self.at is not None and not layer_wise
         ways = tuple(name for name in CONTESTANTS if not (split and name == "compiled"))
+        if split and NO_COMPILED not in self.notes:
+            self.notes.append(NO_COMPILED)
         return Case(
             f"{penalty}-{self.name}"[:24],  # so that the table fits on a terminal
             penalty,

@@ -88,12 +88,19 @@ def copied(model: nn.Module) -> nn.Module:
     The copy of such a tensor is a constant. ``copy.deepcopy`` alone refuses it; among others
     ``torch.nn.utils.weight_norm`` and ``prune`` keep the weight, which they compute in each call.
     """
-    memo: dict[int, Any] = {}
-    for module in model.modules():
-        for value in tree_leaves(vars(module)):
-            if isinstance(value, Tensor) and not value.is_leaf:
-                memo[id(value)] = value.detach().clone()
+    memo: dict[int, Any] = {id(t): t.detach().clone() for _, t in computed(model)}
     return copy.deepcopy(model, memo)
+
+
+def computed(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """The tensors that a model has computed and keeps, with the names of the attributes."""
+    return [
+        (f"{path}.{name}" if path else name, tensor)
+        for path, module in model.named_modules()
+        for name, value in vars(module).items()
+        for tensor in tree_leaves(value)
+        if isinstance(tensor, Tensor) and not tensor.is_leaf
+    ]
 
 
 def _wide(tensor: Tensor) -> Tensor:

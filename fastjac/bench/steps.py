@@ -129,15 +129,40 @@ def compiled(problem: StepProblem, backend: str = "inductor") -> Prepared:
 
     The running statistics of BatchNorm are removed from the model, because torch.func refuses to
     update them in a transform. In training mode the outputs do not depend on them.
+
+    A user's model is first run without the compiler. What torch.func refuses raises a short error
+    then. While compiling (torch 2.13) it would leave hooks on saved tensors disabled, and other
+    ways that use a checkpoint would raise too.
     """
-    model = copied(problem.model)
+    model, idiom = copied(problem.model), IDIOMS[problem.penalty]
     for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
             module.running_mean = module.running_var = module.num_batches_tracked = None
-    idiom = IDIOMS[problem.penalty]
+        if problem.own and isinstance(idiom, LayerWise) and getattr(module, "inplace", False):
+            # The layer before it is not found while compiling. Inductor fuses it all the same.
+            vars(module)["inplace"] = False
     if problem.own and isinstance(idiom, LayerWise):
         return _compiled_step(problem, model, PlainDreg(model), backend)
-    forward = idiom.functional(problem, model)
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    given = (
+        {name: parameter.detach() for name, parameter in parameters.items()},
+        *(problem.x, problem.target, problem.projection),
+    )
+    if problem.own:
+        _gradients(problem, copied(model))(*given)
+    run = torch.compile(_gradients(problem, model), fullgraph=True, backend=backend)
+
+    def backward() -> None:
+        grads = run(*given)
+        for name, parameter in parameters.items():
+            parameter.grad = grads[name]
+
+    return training_step(model, backward)
+
+
+def _gradients(problem: StepProblem, model: nn.Module) -> Callable[..., dict[str, Tensor]]:
+    """``(parameters, x, target, projection) -> gradients`` of the objective, by torch.func."""
+    forward = IDIOMS[problem.penalty].functional(problem, model)
     loss, weight = problem.loss, problem.weight
 
     def objective(
@@ -146,16 +171,7 @@ def compiled(problem: StepProblem, backend: str = "inductor") -> Prepared:
         output, value = forward(values, x, target, projection)
         return loss(output, target) + weight * value
 
-    grad = torch.compile(torch.func.grad(objective), fullgraph=True, backend=backend)
-    parameters = dict(model.named_parameters())
-    values = {name: parameter.detach() for name, parameter in parameters.items()}
-
-    def backward() -> None:
-        grads = grad(values, problem.x, problem.target, problem.projection)
-        for name, parameter in parameters.items():
-            parameter.grad = grads[name]
-
-    return training_step(model, backward)
+    return torch.func.grad(objective)
 
 
 def plain_compiled(problem: StepProblem) -> Prepared:
