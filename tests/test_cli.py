@@ -342,7 +342,8 @@ def test_a_model_of_the_user(mymodule, tmp_path, options):
     for name in ("r.csv", "r.json"):
         found = storage.load(tmp_path / name)
         assert {r.penalty for r in found} == penalties and len(found) == 3 * len(penalties)
-    assert "Write this" in result.stdout or "For speed, keep" in result.stdout
+    verdicts = ("Write this", "Not worth it", "The times vary too much")  # of three rounds
+    assert any(words in result.stdout for words in verdicts)
     assert "% GEMM" in result.stdout
 
 

@@ -19,6 +19,8 @@ from fastjac.bench.model import ModelBench, run
 from fastjac.bench.own_model import OwnModel
 from fastjac.bench.plain_dreg import PlainDreg
 
+pytestmark = pytest.mark.filterwarnings("ignore:Other work is running")
+
 
 def mlp() -> nn.Module:
     return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 7), nn.Tanh(), nn.Linear(7, 3))

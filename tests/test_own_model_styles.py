@@ -23,6 +23,8 @@ from fastjac.bench.gate import InDouble, open_gate
 from fastjac.bench.model import ModelBench, run
 from fastjac.bench.own_model import OwnModel
 
+pytestmark = pytest.mark.filterwarnings("ignore:Other work is running")
+
 
 class Model(nn.Module):
     """The modules, and the forward ``f(self, x)``."""

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import io
+import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from rich.console import Console
 from torch import Tensor, nn
 
@@ -17,7 +19,7 @@ from fastjac import arguments
 from fastjac.bench import report, verdict
 from fastjac.bench.contestants import Contestant, select_contestants
 from fastjac.bench.idioms import IDIOMS, LayerWise
-from fastjac.bench.measure import Options, available_cores
+from fastjac.bench.measure import Options, busy
 from fastjac.bench.own_model import OwnModel
 from fastjac.bench.records import Record
 from fastjac.bench.runner import run as run_cases
@@ -119,7 +121,7 @@ def bench_model(
             `fastjac.Penalty`.
         at: the submodule whose output takes the place of x, for token indices; see
             `fastjac.InputPenalty`. The compiled idiom of PyTorch then takes no part.
-        threads: the number of CPU threads; the default is all available cores.
+        threads: the number of CPU threads; the default is ``torch.get_num_threads()``.
         budget_s: the seconds of timing for each way and penalty.
 
     Returns:
@@ -146,10 +148,13 @@ def bench_model(
     options = Options(
         device=own.device,
         dtype=own.dtype,
-        threads=available_cores() if threads is None else arguments.count("threads", threads),
+        threads=arguments.count("threads", threads or torch.get_num_threads()),
         budget_s=budget_s,
         keep_going=True,
     )
+    warning = busy(options.threads) if own.device.type == "cpu" else None
+    if warning is not None:
+        warnings.warn(warning, stacklevel=2)
     return run(own, penalties, options, select_contestants())
 
 

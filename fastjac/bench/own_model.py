@@ -24,8 +24,8 @@ from fastjac.model_output import Part, part_of
 CONTESTANTS = ("plain", "plain-compiled", "eager", "compiled", "fastjac", "fastjac+compile")
 
 NO_COMPILED = (
-    "With at=, the PyTorch idiom under torch.compile takes no part: torch.func would need the model "
-    "in two parts."
+    "With at=, the PyTorch idiom under torch.compile takes no part: torch.func would need the "
+    "model in two parts."
 )
 
 
@@ -231,8 +231,9 @@ class OwnModel:
             self.target is None or self.target.dtype != torch.int64 or len(self.shape) != 2
         ):
             raise ValueError(
-                f"penalty datagrad needs class indices [{len(self.x)}] as target, and an output "
-                f"[{len(self.x)}, classes]; the output has shape {list(self.shape)}"
+                f"penalty datagrad needs class indices [{len(self.x)}] as target (on the command "
+                f"line --target classes:K), and an output [{len(self.x)}, K]; the output has shape "
+                f"{list(self.shape)}"
             )
 
 

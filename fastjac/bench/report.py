@@ -88,7 +88,8 @@ LEGEND = {
     "µs": "the median time of a step",
     "p20 - p80": "the middle 60% of the times",
     "× plain": "the time divided by that of the step without penalty, in eager PyTorch",
-    "% GEMM": "the share of the speed of a large matrix product that the step reaches",
+    "% GEMM": "the share of the speed of a large matrix product that the step reaches; above "
+    "100% if its products are faster than PyTorch's",
     "GB/s": "the bytes that the op must read and write, divided by its time",
     "% copy": "the share of the speed of a copy that the op reaches",
     "vs eager": "how many times as fast as eager PyTorch",
@@ -96,6 +97,17 @@ LEGEND = {
     "launches": "the operations that a step starts",
     "rel err": "the error of the gradients, relative to float64",
     "compile s": "the time of the first call, which compiles",
+}
+#: What the contestants are; those of one implementation or engine are named after it.
+WAYS = {
+    "plain": "a step without penalty (of an op: PyTorch's forward)",
+    "plain-compiled": "the same under torch.compile",
+    "eager": "the PyTorch idiom: torch.autograd.grad(..., create_graph=True); for DREG, the slopes",
+    "compiled": "the PyTorch idiom under torch.compile, by torch.func (fastjac/bench/idioms.py)",
+    "jacobianreg": "the algorithm of facebookresearch's jacobian_regularizer",
+    "jax": "the same step in JAX, under jax.jit",
+    "fastjac": "the penalty of fastjac",
+    "fastjac+compile": "the penalty of fastjac in a step under fastjac.compile",
 }
 #: The columns that a terminal narrower than WIDE_FROM does not show; launches it shows of the host.
 WIDE = ("p20 - p80", "% GEMM", "launches", "rel err", "compile s")
@@ -116,16 +128,17 @@ def render(records: Sequence[Record], console: Console) -> None:
                 table = _table(kind, rows, console)
                 console.print(table)
                 shown |= {str(column.header) for column in table.columns}
-    if records:
-        for heading, meaning in LEGEND.items():
-            if heading in shown:
-                console.print(Text.assemble((f"{heading:>9}", "bold"), f"  {meaning}"))
+    names = {record.contestant for record in records}
+    for legend in (WAYS, LEGEND):
+        for name, meaning in legend.items():
+            if name in names | shown:
+                console.print(Text.assemble((f"{name:>15}", "bold"), f"  {meaning}"))
     bad: dict[tuple[str, str, str], list[str]] = {}
     for r in records:
         if r.status != "ok":
             bad.setdefault((r.status, r.case, r.message), []).append(r.contestant)
-    for (status, case, message), names in bad.items():
-        what = f"{case}, {', '.join(names)}: {message}"
+    for (status, case, message), ways in bad.items():
+        what = f"{case}, {', '.join(ways)}: {message}"
         console.print(Text.assemble((f"{status.upper()} ", "bold red"), what))
 
 

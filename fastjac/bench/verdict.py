@@ -26,6 +26,8 @@ OURS = ("fastjac", "fastjac+compile")
 SAME = 0.02
 #: Times that are less certain are said to be so: twice the standard error of the log of a ratio.
 NOISY = 0.1
+#: Times that are less certain have no verdict: a factor of 1.5.
+TOO_NOISY = 0.4
 #: Less memory, in MB, is not worth a sentence.
 LITTLE = 0.1
 
@@ -40,58 +42,72 @@ def of_case(records: Sequence[Record]) -> str:
         if r.status != "ok":
             causes.setdefault(r.message, []).append(NAMES.get(r.contestant, r.contestant))
     failed = [f"Not timed: {_and(names)}, because {cause}." for cause, names in causes.items()]
-    ways = sorted((r for n, r in by_name.items() if n in NAMES), key=lambda r: r.median_ms or 0.0)
+    ways = _sorted(by_name)
     if plain is None or not ways:
         return " ".join([f"{title}:", *failed])
-    best = ways[0]
-    equals = [r for r in ways[1:] if same(best, r)]
+    with_it = ", ".join(f"{_name(r)} {number(r.median_ms)} ms ({_ratio(r)})" for r in ways)
     text = [
-        f"{title}: a step without the penalty takes {number(plain.median_ms)} ms.",
-        f"With it, {_and([_name(r) for r in (best, *equals)])} "
-        f"{'are equally' if equals else 'is the'} fast{'' if equals else 'est'}: {_times(best)}.",
+        f"{title}: a step without the penalty takes {number(plain.median_ms)} ms. With it: "
+        f"{with_it} the plain step.",
+        *_noise([plain, *ways]),
+        *_memory(by_name),
+        *failed,
     ]
-    shown = [best, *equals]
-    if best.compile_s and not any(r.compile_s is None for r in equals):
-        rest = [r for r in ways if r.compile_s is None]
-        if rest:
-            text.append(f"Without compiling, the fastest is {_name(rest[0])}: {_times(rest[0])}.")
-            shown.append(rest[0])
-    others = [r for r in ways if r not in shown]
-    if others:
-        text.append(_sentence(_and([f"{_name(r)} takes {_ratio(r)}" for r in others])) + ".")
-    text += [*_noise([plain, *ways]), *_memory(by_name), *_compiling(by_name), *failed]
     return " ".join(text)
 
 
 def advice(
     records: Sequence[Record], output: Part = None, at: str | None = None, picked: str = "output"
 ) -> tuple[str, str]:
-    """What to do, in a sentence, and the code to write (empty if fastjac is not faster).
+    """Whether fastjac is worth it, in sentences, and the code to write; empty if it is not.
 
     The code has the options ``output`` and ``at`` of the penalty; ``picked`` is what the loss gets.
     """
     by_name = {r.contestant: r for r in records if r.median_ms is not None}
-    ways = sorted((r for n, r in by_name.items() if n in NAMES), key=lambda r: r.median_ms or 0.0)
+    ways = _sorted(by_name)
     mine = [r for r in ways if r.contestant in OURS]
+    others = [r for r in ways if r.contestant not in OURS]
     if not mine:
         return "fastjac did not run this step, so there is nothing to replace.", ""
-    best = ways[0]
-    if best.contestant not in OURS and not same(best, mine[0]):
-        return (
-            f"For speed, keep {_name(best)}: it is {_faster(mine[0], best)} as "
-            f"{_name(mine[0])} here.",
-            "",
-        )
     # The way without compiling, if it is as fast.
     chosen = next((r for r in mine if r.contestant == "fastjac" and same(mine[0], r)), mine[0])
-    idiom = by_name.get("eager")
-    gain = ""
-    if idiom and same(idiom, chosen):
-        gain = f", which is as fast as {NAMES['eager']} within the noise"
-    elif idiom:
-        gain = f", {_faster(idiom, chosen)} as {NAMES['eager']}"
-    compiled = chosen.contestant == "fastjac+compile"
-    return f"Write this{gain}:", code(records[0].penalty, compiled, output, at, picked)
+    write = code(records[0].penalty, chosen.contestant != "fastjac", output, at, picked)
+    if not others:
+        return "Nothing else was timed. Write this:", write
+    best, eager, ours = others[0], by_name.get("eager"), by_name.get("fastjac")
+    if _uncertain(chosen, best) > TOO_NOISY:
+        return "The times vary too much for a verdict: run it again on a quiet machine.", ""
+    if same(chosen, best):
+        text = f"No gain in speed: {_name(chosen)} and {_name(best)} are equally fast"
+        if chosen.contestant == "fastjac" and best.compile_s:
+            return f"{text}, but fastjac compiles nothing. Write this:", write
+        return f"{text}. It saves you the code:", write
+    if _over(chosen, best) > 1:
+        text = (
+            f"Not worth it for speed: {_name(best)} is {_faster(chosen, best)} as {_name(chosen)}."
+        )
+        if not (ours and eager and best.compile_s) or _over(eager, ours) < 1 or same(eager, ours):
+            return text, ""
+        write = code(records[0].penalty, False, output, at, picked)
+        faster = f"{_faster(eager, ours)} as {_name(eager)}"
+        return f"{text} If you do not compile, fastjac is {faster}:", write
+    text = f"Worth it: {_name(chosen)} is {_faster(best, chosen)} as {_name(best)}"
+    if eager and best is not eager:
+        text += f", and {_faster(eager, chosen)} as {_name(eager)}"
+    if chosen.compile_s and ours:
+        text += f". {_pays(ours, chosen)}"
+    return f"{text}. Write this:", write
+
+
+def _pays(eager: Record, compiled: Record) -> str:
+    """What the compilation of fastjac takes, and when it pays."""
+    assert eager.median_ms and compiled.median_ms and compiled.compile_s
+    saved = eager.median_ms - compiled.median_ms
+    steps = float(f"{1e3 * compiled.compile_s / saved:.1e}")  # two digits
+    return (
+        f"It compiles for {number(compiled.compile_s)} s, which pays after about {steps:,.0f} "
+        f"steps, compared with fastjac without compiling ({number(eager.median_ms)} ms)"
+    )
 
 
 def code(
@@ -127,20 +143,20 @@ def of_machine(records: Sequence[Record]) -> str:
             cases.setdefault(r.case, []).append(r)
     text, won, beside, factors = [], 0, 0, []
     for mine in cases.values():
-        ways = sorted((r for r in mine if r.contestant in NAMES), key=lambda r: r.median_ms or 0.0)
+        by_name = {r.contestant: r for r in mine}
+        ways = _sorted(by_name)
         ours = [r for r in ways if r.contestant in OURS]
-        if not ours or len(ways) == len(ours):
+        if not ours:
             continue
-        beside += 1
-        won += ours[0] is ways[0] or same(ours[0], ways[0])
-        eager = next((r for r in ways if r.contestant == "eager"), None)
-        plain = next((r for r in ways if r.contestant == "fastjac"), None)
-        if eager and plain:
-            factors.append(_over(eager, plain))
+        if "compiled" in by_name:
+            beside += 1
+            won += ours[0] is ways[0] or same(ours[0], ways[0])
+        if "eager" in by_name and "fastjac" in by_name:
+            factors.append(_over(by_name["eager"], by_name["fastjac"]))
     if beside:
         text.append(
             f"On {place(records[0])}, fastjac is the fastest way, or as fast within the noise, in "
-            f"{won} of {beside} training steps."
+            f"{won} of the {beside} training steps in which PyTorch's compiled code takes part."
         )
     if factors:
         text.append(
@@ -222,8 +238,12 @@ def same(one: Record, other: Record) -> bool:
     """Whether two steps of one run are equally fast within the noise."""
     if not one.ratio or not other.ratio:
         return False
-    error = math.hypot(one.ratio_se or 0.0, other.ratio_se or 0.0)
-    return abs(math.log(one.ratio / other.ratio)) <= max(SAME, 2 * error)
+    return abs(math.log(one.ratio / other.ratio)) <= max(SAME, _uncertain(one, other))
+
+
+def _uncertain(one: Record, other: Record) -> float:
+    """Twice the standard error of the logarithm of the ratio of two times."""
+    return 2 * math.hypot(one.ratio_se or 0.0, other.ratio_se or 0.0)
 
 
 def _noise(records: Sequence[Record]) -> list[str]:
@@ -250,19 +270,6 @@ def _memory(by_name: dict[str, Record]) -> list[str]:
     ]
 
 
-def _compiling(by_name: dict[str, Record]) -> list[str]:
-    eager, compiled = by_name.get("fastjac"), by_name.get("fastjac+compile")
-    if eager is None or compiled is None or compiled.compile_s is None:
-        return []
-    text = f"fastjac.compile took {number(compiled.compile_s)} s"
-    assert eager.median_ms is not None and compiled.median_ms is not None
-    saved = eager.median_ms - compiled.median_ms
-    if saved <= 0 or same(eager, compiled):
-        return [f"{text} and saves no time here."]
-    steps = float(f"{1e3 * compiled.compile_s / saved:.1e}")  # two digits
-    return [f"{text}; that pays after about {steps:,.0f} steps."]
-
-
 def _over(one: Record, other: Record) -> float:
     assert one.median_ms is not None and other.median_ms is not None
     return one.median_ms / other.median_ms
@@ -277,16 +284,14 @@ def _name(record: Record) -> str:
 
 
 def _ratio(record: Record) -> str:
-    return f"{record.overhead or math.nan:.2f} times the plain step"
+    return f"{record.overhead or math.nan:.2f} times"
 
 
-def _times(record: Record) -> str:
-    return f"{number(record.median_ms)} ms, {_ratio(record)}"
+def _sorted(by_name: Mapping[str, Record]) -> list[Record]:
+    """The ways to compute the penalty, the fastest first."""
+    ways = [record for name, record in by_name.items() if name in NAMES]
+    return sorted(ways, key=lambda record: record.median_ms or 0.0)
 
 
 def _and(parts: Sequence[str]) -> str:
     return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
-
-
-def _sentence(text: str) -> str:
-    return text if text.startswith("fastjac") else text[:1].upper() + text[1:]

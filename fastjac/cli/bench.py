@@ -108,7 +108,7 @@ def bench(
     threads: Annotated[
         int | None,
         typer.Option(
-            min=1, help="CPU threads; the default is all available cores. The suite host has one."
+            min=1, help="CPU threads; the default is all available cores, and 1 for the suite host."
         ),
     ] = None,
     device: Annotated[
