@@ -84,6 +84,10 @@ def mlp_head(features: int = 8) -> nn.Module:
     return nn.Linear(features, 3)
 
 
+def parts() -> dict[str, nn.Module]:
+    return {"body": nn.Linear(6, 8), "head": mlp_head()}
+
+
 def bf16_body() -> nn.Module:
     def forward(self: Any, x: Tensor) -> Tensor:
         return self.head(F.gelu(self.body(x.bfloat16())).float())
@@ -121,6 +125,10 @@ STYLES: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
         lambda: Model(lambda m, x: m.net(x @ m.kept), net=mlp(), kept=torch.eye(6) + 0.1),
         {},
     ),
+    "a multiple of a layer": (
+        lambda: Model(lambda m, x: m.head(F.gelu(m.body(x) / 3)), **parts()),
+        {},
+    ),
     "as many samples as features": (
         lambda: nn.Sequential(nn.Linear(6, 5), nn.LayerNorm(5, 0.1, False), nn.GELU(), mlp_head(5)),
         {},
@@ -130,7 +138,7 @@ STYLES: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
     "checkpoint": (
         lambda: Model(
             lambda m, x: m.head(checkpoint(m.body, x, use_reentrant=False)),
-            **{"body": nn.Sequential(nn.Linear(6, 8), nn.GELU()), "head": mlp_head()},
+            **{"body": nn.Sequential(*mlp(outputs=8), nn.Tanh()), "head": mlp_head()},
         ),
         {},
     ),
@@ -138,7 +146,7 @@ STYLES: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
     "dropout in the model itself": (
         lambda: Model(
             lambda m, x: m.head(F.dropout(F.gelu(m.body(x)), 0.5, m.training)),
-            **{"body": nn.Linear(6, 8), "head": mlp_head()},
+            **parts(),
         ),
         {},
     ),
@@ -242,7 +250,8 @@ class CentreLoss(nn.Module):
 def test_in_double() -> None:
     narrow, wide = torch.full((2,), 0.1), torch.ones(2, dtype=torch.float64)
     with InDouble():
-        assert (wide.float() + wide.half().bfloat16()).dtype == torch.float64
+        casts = [Tensor.float, Tensor.half, Tensor.bfloat16, lambda t: t.to(torch.float32)]
+        assert [cast(wide).dtype for cast in casts] == 4 * [torch.float64]
         assert torch.cat([narrow, wide]).dtype == torch.ones(1).dtype == torch.float64
         torch.testing.assert_close(narrow @ wide, narrow.double().sum())
         kept = narrow.clone()

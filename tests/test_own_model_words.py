@@ -56,6 +56,21 @@ def test_equal_times_need_no_compiling() -> None:
     assert "pays" not in text and "@fastjac.compile" not in text
 
 
+def test_the_compiled_way_counts_where_the_other_is_behind_pytorch() -> None:
+    base = record("plain", 1.0), record("compiled", 1.03, compile_s=9.0), record("fastjac", 1.08)
+    text = said(*base, record("fastjac+compile", 1.0, compile_s=5.0))
+    assert "Worth it: fastjac inside fastjac.compile is 1.03 times as fast" in text
+    assert "pays after about 62,000 steps" in text and "@fastjac.compile" in text
+    # As fast as fastjac without compiling within the noise, which does not make it slower.
+    text = said(*base, record("fastjac+compile", 1.0, compile_s=5.0, ratio_se=0.06))
+    equal = "fastjac inside fastjac.compile and the PyTorch idiom under torch.compile are equally"
+    assert f"No gain in speed: {equal} fast" in text and "@fastjac.compile" in text
+    text = said(*base[::2], record("eager", 3.0), record("fastjac+compile", 1.0, compile_s=5.0))
+    assert "pays after" in text
+    noisy = record("eager", 3.0), record("fastjac+compile", 1.0, compile_s=5.0, ratio_se=0.06)
+    assert "pays after" not in said(*base[::2], *noisy)
+
+
 def test_no_gain() -> None:
     text = said(record("plain", 1.0), record("eager", 1.21), record("fastjac", 1.2))
     assert "No gain in speed: fastjac and the PyTorch idiom are equally fast. It saves you" in text

@@ -69,12 +69,14 @@ def advice(
     others = [r for r in ways if r.contestant not in OURS]
     if not mine:
         return "fastjac did not run this step, so there is nothing to replace.", ""
-    # The way without compiling, if it is as fast.
-    chosen = next((r for r in mine if r.contestant == "fastjac" and same(mine[0], r)), mine[0])
+    # The way without compiling if it is as fast, unless the best of the others is faster than it.
+    chosen, ours = mine[0], by_name.get("fastjac")
+    if ours and same(chosen, ours) and not (others and _slower(ours, others[0])):
+        chosen = ours
     write = code(records[0].penalty, chosen.contestant != "fastjac", output, at, picked)
     if not others:
         return "Nothing else was timed. Write this:", write
-    best, eager, ours = others[0], by_name.get("eager"), by_name.get("fastjac")
+    best, eager = others[0], by_name.get("eager")
     if _uncertain(chosen, best) > TOO_NOISY:
         return "The times vary too much for a verdict: run it again on a quiet machine.", ""
     if same(chosen, best):
@@ -94,7 +96,7 @@ def advice(
     text = f"Worth it: {_name(chosen)} is {_faster(best, chosen)} as {_name(best)}"
     if eager and best is not eager:
         text += f", and {_faster(eager, chosen)} as {_name(eager)}"
-    if chosen.compile_s and ours:
+    if chosen.compile_s and ours and not same(ours, chosen):
         text += f". {_pays(ours, chosen)}"
     return f"{text}. Write this:", write
 
@@ -201,12 +203,7 @@ def of_cases(cases: Sequence[Mapping[str, Record]]) -> list[str]:
                 f"eager PyTorch takes {_range(eager)}."
             )
     beside = [found for found in cases if "compiled" in found]
-    lost = [
-        found
-        for found in beside
-        if _over(found["fastjac"], found["compiled"]) > 1
-        and not same(found["fastjac"], found["compiled"])
-    ]
+    lost = [found for found in beside if _slower(found["fastjac"], found["compiled"])]
     if beside:
         text.append(
             f"Without compiling, fastjac is slower than PyTorch's own code under torch.compile in "
@@ -239,6 +236,11 @@ def same(one: Record, other: Record) -> bool:
     if not one.ratio or not other.ratio:
         return False
     return abs(math.log(one.ratio / other.ratio)) <= max(SAME, _uncertain(one, other))
+
+
+def _slower(one: Record, other: Record) -> bool:
+    """Whether a step takes longer than another one, beyond the noise."""
+    return _over(one, other) > 1 and not same(one, other)
 
 
 def _uncertain(one: Record, other: Record) -> float:
