@@ -39,8 +39,10 @@ class Model(nn.Module):
         return self.f(self, x)
 
 
-def mlp(layer: Callable[..., nn.Module] = nn.Linear, outputs: int = 3) -> nn.Sequential:
-    return nn.Sequential(layer(6, 8), nn.GELU(), layer(8, outputs))
+def mlp(
+    layer: Callable[..., nn.Module] = nn.Linear, outputs: int = 3, inputs: int = 6
+) -> nn.Sequential:
+    return nn.Sequential(layer(inputs, 8), nn.GELU(), layer(8, outputs))
 
 
 def normed(norm: Callable[[nn.Module], nn.Module]) -> nn.Module:
@@ -77,7 +79,7 @@ def skips(draw: Callable[[], float]) -> nn.Module:
 
 
 def words() -> nn.Sequential:
-    return nn.Sequential(nn.Embedding(9, 6), nn.Flatten(), nn.Linear(24, 8), nn.GELU(), mlp_head())
+    return nn.Sequential(nn.Embedding(9, 6), nn.Flatten(), *mlp(inputs=24))
 
 
 def mlp_head(features: int = 8) -> nn.Module:
@@ -149,6 +151,13 @@ STYLES: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
             **parts(),
         ),
         {},
+    ),
+    "dropout beside an embedding": (
+        lambda: Model(
+            lambda m, x: m.net(F.dropout(m.words(x), 0.5, m.training)),
+            **{"words": nn.Embedding(9, 6), "net": nn.Sequential(nn.Flatten(), *mlp(inputs=24))},
+        ),
+        {"x": torch.ones(5, 4).long(), "at": "words"},
     ),
     "layers skipped by torch": (lambda: skips(lambda: torch.rand(()).item()), {}),
     "layers skipped by Python": (lambda: skips(random.random), {}),
@@ -236,6 +245,8 @@ def test_parts_in_eval_mode_stay_so_and_the_loss_is_copied() -> None:
     run(own, ["spectreg"], FAST, named("eager"))
     assert centres.centre.grad is None and centres.centre.dtype == torch.float32
     assert OwnModel(model.eval(), X, Y).problem("plain").model[1].training  # type: ignore[index]
+    made = OwnModel(model.train().append(nn.Dropout()), X, Y).problem("plain").model
+    assert made[1].training and not made[4].training  # type: ignore[index]
 
 
 class CentreLoss(nn.Module):

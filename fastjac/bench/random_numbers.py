@@ -49,16 +49,15 @@ def draws(problem: StepProblem, advancing: bool = False) -> bool:
     """
     asked: list[bool] = []
 
-    def run(seed: int) -> list[Tensor]:
+    def run() -> list[Tensor]:
         model = copied(problem.model)
-        torch.manual_seed(seed)
         before = [generator.read() for generator in generators()]
         problem.task_loss(model(problem.x)).backward()
         asked.append([generator.read() for generator in generators()] != before)
         return [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]
 
     with unchanged_generators():
-        first, *rest = map(run, range(4))
+        first, *rest = [run() for _ in range(4)]
     if advancing and any(asked):
         return True
     return any(relative_error(other, first) > 1e-3 for other in rest)
