@@ -20,7 +20,7 @@ from fastjac.bench import records as storage
 from fastjac.bench.contestants import Contestant
 from fastjac.cli import __main__ as entry
 from fastjac.cli import bench as command
-from fastjac.cli import commands
+from fastjac.cli import commands, own_model
 
 
 def invoke(*args: object):
@@ -305,6 +305,14 @@ def with_batch():
 def narrow():
     return make().bfloat16()
 
+class Pair(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = make()
+
+    def forward(self, x):
+        return x, self.net(x)
+
 def number():
     return 3
 
@@ -345,6 +353,14 @@ def test_a_model_of_the_user(mymodule, tmp_path, options):
     verdicts = ("Write this", "Not worth it", "The times vary too much")  # of three rounds
     assert any(words in result.stdout for words in verdicts)
     assert "% GEMM" in result.stdout
+
+
+def test_an_index_names_the_output_and_the_batch_is_seeded(mymodule):
+    function = own_model.function_of(f"{mymodule}:Pair")
+    batch = own_model.Batch("5,6", "classes:3", "1")
+    first, second = (own_model.own_model("name", function(), batch) for _ in range(2))
+    assert first.output == 1 and first.shape == (5, 3)
+    assert torch.equal(first.x, second.x) and torch.equal(first.target, second.target)
 
 
 @pytest.mark.parametrize(

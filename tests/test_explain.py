@@ -51,6 +51,7 @@ def test_a_layer_wise_penalty_on_a_model_and_attached() -> None:
     state, random = copy.deepcopy(model.state_dict()), torch.get_rng_state()
     text = fastjac.explain("DREG", model, X)
     assert "DREG penalises 2 of 3 layers:\n   0  " in text
+    assert "or attached, penalty = DREG(model) and then penalty()" in text
     assert "It does not penalise:\n   7  output layer (include_output=False)" in text
     shares = [float(line.split()[-1].rstrip("%")) for line in text.split("\n") if "%" in line]
     assert len(shares) == 2 and sum(shares) == pytest.approx(100, abs=0.2)
@@ -103,6 +104,7 @@ def test_a_penalty_of_the_user() -> None:
             TypeError,
             "after the name of an op, 'act', explain takes a tensor or nothing",
         ),
+        (("act", X, X), TypeError, "explain takes a tensor or nothing"),
         (("DREG", X), TypeError, "after a penalty, explain takes a model and a batch, without"),
         (("ConfidencePenalty", cnn(), X), TypeError, "has no engines and no layers to explain"),
     ],

@@ -67,8 +67,6 @@ def test_the_compiled_way_counts_where_the_other_is_behind_pytorch() -> None:
     assert f"No gain in speed: {equal} fast" in text and "@fastjac.compile" in text
     text = said(*base[::2], record("eager", 3.0), record("fastjac+compile", 1.0, compile_s=5.0))
     assert "pays after" in text
-    noisy = record("eager", 3.0), record("fastjac+compile", 1.0, compile_s=5.0, ratio_se=0.06)
-    assert "pays after" not in said(*base[::2], *noisy)
 
 
 def test_no_gain() -> None:
@@ -105,6 +103,8 @@ def test_pytorch_is_the_fastest() -> None:
     assert "penalty =" in text and "@fastjac.compile" not in text
     text = said(*BASE, record("fastjac", 3.5), record("fastjac+compile", 2.5, compile_s=1.0))
     assert f"{slower} as fastjac inside fastjac.compile." in text and "penalty =" not in text
+    text = said(*BASE, record("fastjac", 2.95))  # as fast as the idiom
+    assert "as fastjac." in text and "penalty =" not in text
 
 
 def test_what_was_not_timed_is_said_once() -> None:
@@ -129,6 +129,9 @@ def test_the_advised_code_runs(penalty: str, way: str) -> None:
         code += "\nstep(x, y)"
     names = {"fastjac": fastjac, "model": model, "x": X, "y": y, "criterion": criterion}
     exec(code, names)
+    # What was timed: a fused model if not compiled, but for DREG.
+    fused = way == "eager" and penalty != "dreg"
+    assert isinstance(model[1], fastjac.Act) == fused
     assert all(p.grad is not None for p in model.parameters())
 
 

@@ -86,7 +86,8 @@ def advice(
         return f"{text}. It saves you the code:", write
     if _over(chosen, best) > 1:
         text = (
-            f"Not worth it for speed: {_name(best)} is {_faster(chosen, best)} as {_name(chosen)}."
+            f"Not worth it for speed: {_name(best)} is {_faster(chosen, best)} as {_name(chosen)}. "
+            "Its code is in fastjac/bench/idioms.py."
         )
         if not (ours and eager and best.compile_s) or _over(eager, ours) < 1 or same(eager, ours):
             return text, ""
@@ -96,7 +97,7 @@ def advice(
     text = f"Worth it: {_name(chosen)} is {_faster(best, chosen)} as {_name(best)}"
     if eager and best is not eager:
         text += f", and {_faster(eager, chosen)} as {_name(eager)}"
-    if chosen.compile_s and ours and not same(ours, chosen):
+    if chosen.compile_s and ours:
         text += f". {_pays(ours, chosen)}"
     return f"{text}. Write this:", write
 
