@@ -211,6 +211,25 @@ def test_what_is_differentiated_by_hand_is_right(plain: bool) -> None:
         ByHand(engine="chain")(net, x)
 
 
+@pytest.mark.parametrize("way", ["model form", "graph form"])
+@pytest.mark.parametrize("slip", ["no create_graph", "detached", "of the output"])
+def test_what_is_differentiated_by_hand_and_detached_raises(slip: str, way: str) -> None:
+    class Detached(InputPenalty):
+        def per_sample(self, pull: Any) -> Tensor:
+            if slip == "of the output":
+                return pull.output.detach().square().sum(1)
+            (g,) = torch.autograd.grad(
+                pull.output.sum(), pull.x, retain_graph=True, create_graph=slip == "detached"
+            )
+            return g.square().sum(1).detach()
+
+    net, x, _ = problem()
+    penalty, leaf = Detached(), x.detach().requires_grad_()
+    for _ in range(3):
+        with pytest.raises(RuntimeError, match="does not require grad.*needs create_graph=True"):
+            penalty(net, x) if way == "model form" else penalty(leaf, net(leaf))
+
+
 def test_writes_and_misspelt_attributes_are_named() -> None:
     class Writes(InputPenalty):
         def per_sample(self, pull: Any) -> Tensor:
@@ -241,7 +260,7 @@ def test_compiled(no_stale_graphs: None) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("where", ["the model", "a part", "a function", "its method"])
+@pytest.mark.parametrize("where", ["the model", "a part", "a function", "its method", "ours"])
 def test_a_compiled_model_is_refused_at_the_call(where: str, no_stale_graphs: None) -> None:
     net, x, _ = problem()
     model: Any = torch.compile(net, backend="aot_eager")
@@ -249,6 +268,8 @@ def test_a_compiled_model_is_refused_at_the_call(where: str, no_stale_graphs: No
         model = nn.Sequential(nn.Linear(3, 3).double(), model)
     elif where == "a function":
         model = torch.compile(lambda x: net(x), backend="aot_eager")
+    elif where == "ours":  # whose backend overwrites what the second derivative needs
+        model = fastjac.compile(net)
     elif where == "its method":
         model = net
         model.compile(backend="aot_eager")
@@ -272,6 +293,8 @@ def test_a_compiled_model_is_refused_at_the_call(where: str, no_stale_graphs: No
             if engine == "auto":
                 with pytest.raises(RuntimeError, match=message):
                     penalty(x, model(x), *extra)
+    if where == "ours":  # code of inductor keeps nothing for the second of two backwards
+        return
     # Its gradient once is no derivative of compiled code twice.
     _, value = fastjac.finite_difference_datagrad(model, x, torch.zeros(4).long())
     value.backward()

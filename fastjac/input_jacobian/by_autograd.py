@@ -203,17 +203,23 @@ def _passes(
 ) -> Tensor:
     if operations.foreign or operations.wrong_batched:
         size = min(size, 1)
-    if size == 0:
-        v = _pass(output, x, w)
-    elif size == 1:
-        v = torch.stack([_pass(output, x, part) for part in w])
-    else:
-        v = torch.cat([_pass(output, x, part, True) for part in w.split(size)])
     if operations.compiled:
+        with guards.compiled_refused():
+            v = _in_parts(output, x, w, size)
         guards.refuse_compiled(v)
+    else:
+        v = _in_parts(output, x, w, size)
     if guarded:
         guards.check_backward(v, operations)
     return v
+
+
+def _in_parts(output: Tensor, x: Tensor, w: Tensor, size: int) -> Tensor:
+    if size == 0:
+        return _pass(output, x, w)
+    if size == 1:
+        return torch.stack([_pass(output, x, part) for part in w])
+    return torch.cat([_pass(output, x, part, True) for part in w.split(size)])
 
 
 def _pass(output: Tensor, x: Tensor, w: Tensor, batched: bool = False) -> Tensor:

@@ -7,6 +7,8 @@ the value of a penalty is right in all cases, it is the gradient that is not.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -159,6 +161,17 @@ def check_backward(v: Tensor, operations: Operations, of_jvp: str = "") -> None:
             _refuse_backward(v, f"{JVP_OF_NORM.format(norm)}{of_jvp}")
         else:
             _refuse_backward(v, THIRD.format(norm), third=True)
+
+
+@contextlib.contextmanager
+def compiled_refused() -> Iterator[None]:
+    """Replaces an error of compiled code that overwrites what a second derivative needs."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "donated buffers" in str(error):
+            raise RuntimeError(f"{COMPILED}: {COMPILED_ADVICE}") from error
+        raise
 
 
 def refuse_compiled(v: Tensor) -> None:

@@ -84,11 +84,15 @@ def values(penalty: Any, pull: Pullback, targets: tuple[Any, ...], named: dict[s
             f"{name}.per_sample returned a tensor of dtype {found.dtype}: it must return a "
             "floating-point tensor"
         )
-    if not found.requires_grad and any(product.requires_grad for product in checked.products):
+    lost = any(product.requires_grad for product in checked.products)
+    if not checked.products and not torch.compiler.is_compiling():
+        # Without products a value of 0 is that of a penalty that begins later.
+        lost = pull.output.requires_grad and bool(found.detach().any())
+    if lost and not found.requires_grad:
         raise RuntimeError(
             f"{name}.per_sample returned a tensor that does not require grad: it must return a "
             "differentiable function of pull.output and of the products, without detach(), item() "
-            "and torch.no_grad()"
+            "and torch.no_grad(); torch.autograd.grad needs create_graph=True"
         )
     return found
 

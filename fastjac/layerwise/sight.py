@@ -50,6 +50,8 @@ class Sight:
 
         Their forwards do not report, but the functions that they call are seen by passes that look.
         """
+        if seen.looks:  # it has seen them
+            seen.left_out = [(n, why) for n, why in seen.left_out if n not in names]
         seen.left_out = [(n, REPLACED if n in names else why) for n, why in seen.left_out]
         self.looks, self.blind = True, 0
         warnings.warn(
