@@ -310,3 +310,14 @@ def test_inference_mode(penalty: type[nn.Module]) -> None:
     model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 2))
     with torch.inference_mode(), pytest.raises(RuntimeError, match="inference mode"):
         penalty()(model, torch.randn(3, 4))
+
+
+def test_a_layer_that_another_layer_follows_names_no_op() -> None:
+    second = nn.Sequential(nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 3), nn.Tanh())
+    model = Model(lambda m, x: m.second(m.first(x)), first=nn.Linear(4, 5), second=second)
+    penalty = DREG(model)
+    for _ in range(2):
+        model(torch.randn(6, 4))
+        penalty()
+        reason = dict(penalty.layers_left_out)["first"]
+        assert reason == "no activation that fastjac sees follows it, but another layer"

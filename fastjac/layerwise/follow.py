@@ -38,6 +38,8 @@ def note(seen: Pass, func: Any, args: Any, y: Any) -> None:
 def name_of(func: Any) -> str:
     """As in a program: F.softmax, torch.Tensor.view."""
     name = resolve_name(func) or getattr(func, "__name__", repr(func))
+    if name.startswith("fastjac."):  # layers and their activations as one op
+        return "another layer"
     return name.replace("torch.nn.functional.", "F.").removesuffix(".__get__")
 
 
