@@ -144,6 +144,9 @@ def of_machine(records: Sequence[Record]) -> str:
     for r in records:
         if r.kind == "step" and r.median_ms is not None:
             cases.setdefault(r.case, []).append(r)
+    noise = [2 * (r.ratio_se or 0.0) for mine in cases.values() for r in mine]
+    if max(noise, default=0.0) > TOO_NOISY:
+        return "The times of the steps vary too much for a verdict: run it on a quiet machine."
     text, won, beside, factors = [], 0, 0, []
     for mine in cases.values():
         by_name = {r.contestant: r for r in mine}
