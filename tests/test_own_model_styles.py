@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from bench_cases import FAST, named
+from layer_cases import Model
 from torch import Tensor, nn
 from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
@@ -24,19 +25,6 @@ from fastjac.bench.model import ModelBench, run
 from fastjac.bench.own_model import OwnModel
 
 pytestmark = pytest.mark.filterwarnings("ignore:Other work is running")
-
-
-class Model(nn.Module):
-    """The modules, and the forward ``f(self, x)``."""
-
-    def __init__(self, f: Callable[[Any, Tensor], Any], **held: Any) -> None:
-        super().__init__()
-        self.f = f
-        for name, value in held.items():
-            setattr(self, name, value)
-
-    def forward(self, x: Tensor) -> Any:
-        return self.f(self, x)
 
 
 def mlp(

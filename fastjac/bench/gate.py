@@ -171,7 +171,7 @@ def open_gate(problem: Problem, dtype: torch.dtype) -> Gate:
         looks += [nearby(problem, seed) for seed in range(2)]
     # 8 eps of float32: the difference between two sums of the same rounded terms in another order.
     # A 16-bit contestant must stay within twice eager's error. A user's model may be conditioned
-    # worse; the smallest fault that was planted in one layer of a deep network is 1e-3.
+    # worse, but a fault in one layer of a deep network is small too (tests/test_own_model.py).
     double = dtype == torch.float64
     floor = (1e-9 if double else 1e-4) if own else 1e-12 if double else 1e-6
 
