@@ -1,0 +1,1 @@
+"""Empirical studies that anyone can run again: see ``studies/README.md``."""

@@ -1,0 +1,66 @@
+"""The declaration of the study: its runs and its report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from studies.data import SOURCES, found
+from studies.dreg import report
+from studies.dreg.cost import compare
+from studies.dreg.training import STRENGTHS, VARIANTS, Run, train
+from studies.experiment import Experiment, Study
+from studies.networks import ACTIVATIONS
+from studies.settings import cross
+from studies.tables import runs
+
+SCARCE = (0.1, 0.3)
+
+
+def experiments(quick: bool, data: Path | None) -> Sequence[Experiment]:
+    """The sweep of 960 runs, and the experiments beside it; with ``quick`` a sample of each."""
+    names = [*SOURCES, *(found(data) if data else ())]
+    activations = list(ACTIVATIONS)
+    steps = [1000]
+    seeds = range(5)
+    if quick:
+        names, activations, steps, seeds = ["digits", "cancer"], ["relu", "gelu"], [60], range(2)
+    every = {
+        "data": names,
+        "activation": activations,
+        "regularizer": list(STRENGTHS),
+        "seed": seeds,
+        "steps": steps,
+    }
+    some = every | {"data": names[:2] if quick else ["digits", "mnist1d", "segments", "words"]}
+    some["activation"] = [name for name in activations if name in ("tanh", "gelu")]
+    dreg = some | {"regularizer": ["DREG"]}
+    tuned = some | {"regularizer": ["weight decay", "dropout", "IGPen", "DREG"]}
+    cost = every | {"activation": ["relu", "gelu"], "seed": [0], "steps": [s // 5 for s in steps]}
+    extra = {"directory": data} if data else {}
+    return (
+        Experiment.of("sweep", train, cross(Run, **every), **extra),
+        Experiment.of("scarcity", train, cross(Run, **every, fraction=SCARCE), **extra),
+        Experiment.of("options", train, cross(Run, **dreg, variant=list(VARIANTS)[1:]), **extra),
+        Experiment.of("strengths", train, cross(Run, **tuned, scale=[0.1, 0.3, 3.0]), **extra),
+        Experiment.of("cost", compare, cross(Run, **cost), alone=True, **extra),
+    )
+
+
+STUDY = Study(
+    name="dreg",
+    title="The sweep of DREG (arXiv 2606.23942)",
+    experiments=experiments,
+    sections={
+        "runs": lambda frames, _pictures: runs(frames),
+        "claims": report.claims,
+        "accuracy": report.accuracy,
+        "activations": report.activations,
+        "noise": report.noise,
+        "scarcity": report.scarcity,
+        "options": report.options,
+        "strengths": report.strengths,
+        "gradients": report.gradients,
+        "cost": report.cost,
+    },
+)

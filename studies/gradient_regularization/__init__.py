@@ -1,0 +1,1 @@
+"""Varga, Csiszárik, Zombori 2017: ``python -m studies.gradient_regularization``."""

@@ -1,0 +1,290 @@
+"""The tables and figures of the paper, from the records alone, beside the paper's own numbers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from studies import plots
+from studies.experiment import Frames
+from studies.gradient_regularization.select import Choice, choose, where
+from studies.gradient_regularization.sin import GRID, samples
+from studies.tables import markdown
+
+MNIST = ("tables", "untuned", "hidden", "decays", "sizes")
+USUAL = {"size": 2000, "network": "dropout", "decay": 5e-4, "confidence": 0.0, "at": "input"}
+METHODS = ("none", "CP", "SpectReg", "DataGrad", "JacReg")
+LOOKS = plots.look(METHODS)
+
+# Mean accuracies of the paper, by table, row and column.
+PAPER = {
+    "table 1": {
+        "plain": {"none": 96.99, "SpectReg": 97.59, "DataGrad": 97.56},
+        "batch norm": {"none": 96.89, "SpectReg": 96.94, "DataGrad": 96.89},
+        "dropout": {"none": 97.29, "SpectReg": 97.65, "DataGrad": 97.98},
+    },
+    "table 2": {
+        "no CP": {"none": 97.39, "SpectReg": 97.79, "DataGrad": 97.89},
+        "CP": {"none": 97.57, "SpectReg": 97.89, "DataGrad": 98.07},
+    },
+    "table 4": {
+        "no weight decay": {"none": 97.25, "SpectReg": 97.69, "DataGrad": 97.95},
+        "weight decay 0.0005": {"none": 97.40, "SpectReg": 97.73, "DataGrad": 97.92},
+    },
+    "table 6": {"": {"SpectReg": 97.79, "JacReg": 97.63, "FrobReg": 97.76}},
+    "table 7": {
+        **{0.0: 16.6e-5, 0.001: 24.5e-5, 0.003: 2.5e-5, 0.01: 2.3e-5, 0.03: 1.6e-5, 0.1: 3.4e-5},
+        **{0.3: 74.9e-5, 1.0: 497.7e-5, 3.0: 1264.4e-5, 10.0: 2002.2e-5},
+    },
+}
+
+
+def lenet(frames: Frames) -> pd.DataFrame:
+    """The records of all runs of LeNet-5."""
+    found = [frames[name] for name in MNIST if name in frames and not frames[name].empty]
+    return pd.concat(found, ignore_index=True) if found else pd.DataFrame()
+
+
+def beside(table: str, choices: dict[str, dict[str, Choice | None]]) -> str:
+    """Ours with λ, and the paper's accuracy in brackets, by row and penalty."""
+    rows = {}
+    for row, cells in choices.items():
+        rows[row] = {
+            penalty: f"{choice or '–'} [{PAPER[table][row][penalty]:.2f}]"
+            for penalty, choice in cells.items()
+        }
+    return markdown(pd.DataFrame(rows).T)
+
+
+def table_1(frame: pd.DataFrame) -> dict[str, dict[str, Choice | None]]:
+    """Network × penalty."""
+    return {
+        network: {
+            penalty: choose(frame, **USUAL | {"network": network, "penalty": penalty})
+            for penalty in ("none", "SpectReg", "DataGrad")
+        }
+        for network in PAPER["table 1"]
+    }
+
+
+def table_2(frame: pd.DataFrame) -> dict[str, dict[str, Choice | None]]:
+    """Confidence penalty × penalty. The weight of CP is chosen without another penalty."""
+    confidence = best_confidence(frame)
+    rows = {"no CP": 0.0, "CP": confidence}
+    both = {}
+    for row, value in rows.items():
+        both[row] = {
+            penalty: choose(frame, **USUAL | {"confidence": value, "penalty": penalty})
+            for penalty in ("none", "SpectReg", "DataGrad")
+        }
+    # Beside another penalty CP ran with one weight, 0.03.
+    for penalty in ("SpectReg", "DataGrad"):
+        both["CP"][penalty] = choose(frame, **USUAL | {"confidence": 0.03, "penalty": penalty})
+    return both
+
+
+def best_confidence(frame: pd.DataFrame, size: int = 2000) -> float:
+    """The weight of the confidence penalty with the best accuracy on the development set."""
+    alone = where(frame, **USUAL | {"penalty": "none", "size": size})
+    alone = where(frame, size=size, network="dropout", decay=5e-4, at="input", penalty="none")
+    scores = alone[alone["confidence"] > 0].groupby("confidence")["dev"].mean()
+    return float(scores.idxmax()) if len(scores) else 0.0  # type: ignore[arg-type]
+
+
+def table_4(frame: pd.DataFrame) -> dict[str, dict[str, Choice | None]]:
+    """Weight decay × penalty."""
+    rows = {"no weight decay": 0.0, "weight decay 0.0005": 5e-4}
+    return {
+        row: {
+            penalty: choose(frame, **USUAL | {"decay": decay, "penalty": penalty})
+            for penalty in ("none", "SpectReg", "DataGrad")
+        }
+        for row, decay in rows.items()
+    }
+
+
+def table_6(frame: pd.DataFrame) -> dict[str, dict[str, Choice | None]]:
+    """One projection of the logits' Jacobian, all of the probabilities', all of the logits'."""
+    return {
+        "": {
+            penalty: choose(frame, **USUAL | {"penalty": penalty})
+            for penalty in ("SpectReg", "JacReg", "FrobReg")
+        }
+    }
+
+
+def tables(frames: Frames, _pictures: Path) -> str:
+    """Tables 1, 2, 4 and 6."""
+    frame = lenet(frames)
+    if frame.empty:
+        return ""
+    parts = []
+    made = {"table 1": table_1, "table 2": table_2, "table 4": table_4, "table 6": table_6}
+    for name, make in made.items():
+        parts.append(f"**{name.capitalize()}**\n\n{beside(name, make(frame))}")
+    return "\n\n".join(parts)
+
+
+def convergence(frames: Frames, pictures: Path) -> str:
+    """Test accuracy during training."""
+    frame = lenet(frames)
+    if frame.empty:
+        return ""
+    rows = []
+    for penalty in ("none", "SpectReg", "DataGrad"):
+        choice = choose(frame, **USUAL | {"penalty": penalty})
+        if choice is None:
+            continue
+        for _, run in where(frame, **USUAL, penalty=penalty, weight=choice.weight).iterrows():
+            values = [float(value) for value in run["curve"].split()]
+            for number, value in enumerate(values, 1):
+                step = run["iterations"] * number // len(values)
+                rows.append({"iteration": step, "accuracy": value, "penalty": penalty})
+    plots.lines(
+        pd.DataFrame(rows),
+        "iteration",
+        "accuracy",
+        "penalty",
+        pictures / "convergence.png",
+        title="Test accuracy, 2,000 training images",
+        y_label="accuracy, %",
+        looks=LOOKS,
+    )
+    return "![convergence](pictures/convergence.png)"
+
+
+def figure_2(frames: Frames, pictures: Path) -> str:
+    """Accuracy by the number of training images, each at its best weight."""
+    frame = lenet(frames)
+    if frames.get("sizes", frame).empty:
+        return ""
+    rows = []
+    for size in sorted(frames["sizes"]["size"].unique()):
+        confidence = best_confidence(frame, size)
+        for method in METHODS:
+            cell = USUAL | {"size": size, "penalty": "none" if method == "CP" else method}
+            cell["confidence"] = confidence if method == "CP" else 0.0
+            choice = choose(frame, **cell)
+            if choice is not None:
+                found = pd.DataFrame({"accuracy": choice.tests, "size": size, "method": method})
+                rows.append(found[found.index < 5])
+    long = pd.concat(rows)
+    plots.lines(
+        long,
+        "size",
+        "accuracy",
+        "method",
+        pictures / "figure_2.png",
+        title="Test accuracy by the number of training images",
+        x_label="training images",
+        y_label="accuracy, %",
+        log_x=True,
+        looks=LOOKS,
+    )
+    means = long.groupby(["method", "size"])["accuracy"].mean().unstack()
+    means = means.loc[[name for name in METHODS if name in means.index]]
+    return f"{markdown(means, '.2f')}\n\n![figure 2](pictures/figure_2.png)"
+
+
+def figure_4(frames: Frames, pictures: Path) -> str:
+    """The weight of DataGrad against accuracy and the sum of the squares of the parameters."""
+    frame = lenet(frames)
+    if frames.get("decays", frame).empty:
+        return ""
+    cell = {name: level for name, level in USUAL.items() if name != "decay"}
+    mine = where(frame, **cell)
+    mine = mine[mine["penalty"].isin(["none", "DataGrad"]) & (mine["seed"] < 5)]
+    decays = sorted(frames["decays"]["decay"].unique())
+    with plots.style():
+        figure = Figure(figsize=(4 * len(decays), 3.8))
+        for number, (axes, decay) in enumerate(
+            zip(figure.subplots(1, len(decays), sharey=True, squeeze=False)[0], decays, strict=True)
+        ):
+            part = where(mine, decay=decay, penalty="DataGrad").groupby("weight")
+            squares, accuracy = part["weight_loss"].mean(), part["test"].mean()
+            right = axes.twinx()
+            right.plot(squares.index, squares, color="black", marker="s", linestyle="--")
+            axes.plot(accuracy.index, accuracy, color=plots.COLORS[0], marker="o")
+            axes.set(xscale="log", xlabel="λ of DataGrad", title=f"weight decay {decay:g}")
+            right.spines["right"].set_visible(True)
+            right.set_ylim(0, None)
+            if number == 0:
+                axes.set_ylabel("test accuracy, % (circles)")
+            if number == len(decays) - 1:
+                right.set_ylabel("sum of squares (squares)")
+        plots.save(figure, pictures / "figure_4.png")
+    means = mine.groupby(["decay", "weight"])[["test", "weight_loss"]].mean()
+    text = {
+        f"{decay:g}": {
+            f"λ {weight:g}": f"{row['test']:.2f} ({row['weight_loss']:.0f})"
+            for weight, row in means.loc[decay].iterrows()
+        }
+        for decay in decays
+    }
+    shown = pd.DataFrame(text).T.reindex(
+        columns=[f"λ {weight:g}" for weight in sorted(mine["weight"].unique())]
+    )
+    return (
+        f"{markdown(shown.fillna('–'), corner='weight decay')}\n\n"
+        "![figure 4](pictures/figure_4.png)"
+    )
+
+
+def table_7(frames: Frames, pictures: Path) -> str:
+    """SIN and SIN2: the mean squared error by the weight of SpectReg, and the curves."""
+    frame = frames.get("sin", pd.DataFrame())
+    if frame.empty:
+        return ""
+    rows = {}
+    for (data, weight), part in frame.groupby(["data", "weight"]):
+        rows.setdefault(f"λ {weight:g}", {}).update(
+            {
+                f"{data}: MSE, 1e-5": f"{1e5 * part['mse'].median():.0f}",
+                **({"paper": f"{1e5 * PAPER['table 7'][weight]:.1f}"} if data == "SIN" else {}),
+                f"{data}: MSE at the samples": f"{part['train'].median():.2g}",
+                f"{data}: slope, grid / samples": (
+                    f"{(part['slope'] / part['slope_at_samples']).median():.2f}"
+                ),
+            }
+        )
+    names = [*(f"{d}.png" for d in ("figure_5", "figure_6"))]
+    _curves(frame, pictures / names[0], zoom=None)
+    _curves(frame, pictures / names[1], zoom=(0.0, 0.4))
+    shown = "\n\n".join(f"![{name}](pictures/{name})" for name in names)
+    return f"{markdown(pd.DataFrame(rows).T)}\n\n{shown}"
+
+
+def _curves(frame: pd.DataFrame, path: Path, zoom: tuple[float, float] | None) -> None:
+    """The functions that seed 0 learned, for a few weights, SIN above SIN2."""
+    chosen = [weight for weight in (0.0, 0.03, 1.0) if (frame["weight"] == weight).any()]
+    grid = GRID[::5, 0].numpy()
+    x, y = samples(0)
+    with plots.style():
+        figure = Figure(figsize=(9, 6.4))
+        for axes, data in zip(figure.subplots(2, 1, sharex=True), ("SIN", "SIN2"), strict=True):
+            axes.scatter(x[:, 0], y[:, 0], s=14, color="0.55", label="samples")
+            axes.plot(grid, np.sin(5 * grid), color="black", linestyle=":", label="sin(5x)")
+            for weight, color in zip(chosen, plots.COLORS, strict=False):
+                run = where(frame, data=data, weight=weight, seed=0)
+                if len(run):
+                    values = [float(value) for value in run["curve"].iloc[0].split()]
+                    axes.plot(grid, values, color=color, label=f"λ = {weight:g}")
+            axes.set(title=data, ylabel="output")
+            if zoom:
+                axes.set(xlim=zoom, ylim=(-0.4, 1.3))
+        axes.set_xlabel("x")
+        handles, labels = axes.get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside right upper", frameon=False)
+        plots.save(figure, path)
+
+
+def cifar_tables(frames: Frames, _pictures: Path) -> str:
+    """Tables 3 and 5, where somebody has CIFAR-10."""
+    frame = frames.get("cifar", pd.DataFrame())
+    if frame.empty:
+        return ""
+    by = frame.groupby(["size", "penalty", "weight", "confidence"])["test"]
+    return markdown(by.agg(["mean", "std", "count"]).reset_index().set_index("size"), ".4g")

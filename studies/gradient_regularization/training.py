@@ -1,0 +1,58 @@
+"""What the runs of this study share: the penalties, the schedule of the learning rate, the loop."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fastjac
+
+#: ``(model, x, y) -> (output, weighted penalty)``.
+Forward = Callable[[nn.Module, Tensor, Tensor], tuple[Tensor, Tensor]]
+LABELLED = (fastjac.DataGrad,)
+
+
+def forward_of(penalty: str, weight: float, at: str = "input") -> Forward:
+    """The forward of a penalty by its name in fastjac; with ``"none"`` the penalty is 0."""
+    if penalty == "none":
+        return lambda model, x, _y: (model(x), x.new_zeros(()))
+    kind = getattr(fastjac, penalty)
+    term = kind(weight=weight, **({} if at == "input" else {"at": at}))
+    if isinstance(term, LABELLED):
+        return lambda model, x, y: term(model, x, y)
+    return lambda model, x, _y: term(model, x)
+
+
+def negentropy(logits: Tensor) -> Tensor:
+    """The confidence penalty, ``(1/N) Σ_n Σ_i p_ni log p_ni``."""
+    log_p = F.log_softmax(logits, 1)
+    return (log_p.exp() * log_p).sum(1).mean()
+
+
+def batches(count: int, size: int, seed: int) -> Iterator[Tensor]:
+    """Indices of batches, epoch after epoch; the last samples of an epoch may be left out."""
+    generator = torch.Generator().manual_seed(seed)
+    size = min(size, count)
+    while True:
+        for batch in torch.randperm(count, generator=generator).split(size):
+            if len(batch) == size:
+                yield batch
+
+
+def steps(optimizer: torch.optim.Optimizer, iterations: int) -> Iterator[int]:
+    """Count the iterations, and divide the learning rate by 10 at 50% and 75% of them."""
+    marks = [iterations // 2, iterations * 3 // 4]
+    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, marks, gamma=0.1)
+    for step in range(iterations):
+        yield step
+        schedule.step()
+
+
+def finite(loss: Tensor, step: int) -> None:
+    """Raise FloatingPointError if the loss is not finite."""
+    if not math.isfinite(loss.item()):
+        raise FloatingPointError(f"the loss is {loss.item()} at step {step}")
