@@ -27,11 +27,11 @@ def check_modes() -> None:
     )
 
 
-def check_not_recomputed() -> None:
+def check_not_recomputed(what: str = "has every > 1") -> None:
     """Raises in the recomputation of a checkpoint, which would count the call twice."""
     if not torch.compiler.is_compiling() and torch_private.current_backward() != -1:
         raise RuntimeError(
-            "the penalty has every > 1 and was called inside a checkpointed function, whose "
+            f"the penalty {what} and was called inside a checkpointed function, whose "
             "recomputation would count the call twice: call the penalty outside of that function"
         )
 

@@ -115,11 +115,26 @@ def directions(
     return r
 
 
-def datagrad(x: Tensor, output: Tensor, target: Tensor, *, norm: str = "l2_squared") -> Tensor:
-    """``R_n = ‖J_nᵀ (softmax(g_n) − y_n)‖²``, from the input gradient of the cross-entropy."""
+def datagrad(
+    x: Tensor,
+    output: Tensor,
+    target: Tensor,
+    *,
+    norm: str = "l2_squared",
+    bound: float | None = None,
+) -> Tensor:
+    """``R_n = ‖J_nᵀ (softmax(g_n) − y_n)‖²``, from the input gradient of the cross-entropy.
+
+    With ``bound``, and a weight of 1, multiplied by ``min(1, bound / ℓ²)`` with the mean
+    cross-entropy ℓ of the batch, a constant.
+    """
     logits = flat(output)
     w = logits.softmax(1) - one_hot(target, logits)
-    return projected(x, output, w[None], norm)[0]
+    values = projected(x, output, w[None], norm)[0]
+    if bound is None:
+        return values
+    loss = F.cross_entropy(logits, target).detach()
+    return values * (bound / loss.square()).clamp(max=1)
 
 
 def igpen(

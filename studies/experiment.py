@@ -48,7 +48,7 @@ class Experiment:
         settings: Iterable[Setting],
         *,
         alone: bool = False,
-        **extra: Any,
+        **extra: object,
     ) -> Experiment:
         return cls(name, run, tuple(dict.fromkeys(settings)), alone, extra)
 

@@ -64,7 +64,7 @@ class LeNet5(nn.Sequential):
             "logits": [nn.Linear(84, 10)],
         }
         for name, layers in blocks.items():
-            self.add_module(name, nn.Sequential(*layers))
+            self.add_module(name, nn.Sequential(*layers))  # type: ignore[misc]
 
 
 class _Block(nn.Module):

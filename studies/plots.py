@@ -41,7 +41,7 @@ STYLE: Any = {
     "lines.markersize": 7,
 }
 
-Look = dict[str, str]
+Look = dict[str, Any]
 
 
 @contextmanager

@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
+from typing_extensions import Unpack
 
 from fastjac import arguments, reference
-from fastjac.input_jacobian.projections import ProjectionPenalty
+from fastjac.input_jacobian.projections import ProjectionOptions, ProjectionPenalty
+from fastjac.model_output import part_of
+from fastjac.modes import check_not_recomputed
+from fastjac.ops.dispatch import accumulate_dtype
 from fastjac.ops.softmax_residual import softmax_residual
 from fastjac.penalties.registry import PenaltySpec, classifier_example
+from fastjac.per_sample import rows
+
+# The weight of a call in the mean of the loss: some twenty calls count, since one batch is noisy.
+SHARE = 0.05
 
 
 class DataGrad(ProjectionPenalty):
@@ -26,6 +38,14 @@ class DataGrad(ProjectionPenalty):
 
     Options:
         norm: ``"l2_squared"``, ``"l2"`` or ``"l1"``.
+        bound: a number κ, so that the weight is ``min(weight, κ / ℓ̄²)`` with the running mean ℓ̄
+            of the cross-entropy, a constant. ``R`` is proportional to the square of the loss: early
+            in training, when the loss is large, a large weight would hold the model where its
+            output does not depend on x. With a bound any large weight will do, for instance with
+            κ = 0.01 for digits in [0, 1]; κ is in units of x², see docs/WEIGHT.md. ℓ̄ is a buffer
+            of the module, NaN before the first call, and each call in training mode counts 5% in
+            it. The function has no memory and uses the loss of its batch. In a checkpointed
+            function, which would call the module twice, it raises.
         weight, reduction, every, output, at, engine: see ``help(fastjac.InputPenalty)``.
 
     Squares of half precision are summed in float32. The value can be differentiated once; for
@@ -45,11 +65,56 @@ class DataGrad(ProjectionPenalty):
         True
     """
 
+    mean_loss: Tensor | None
+
+    def __init__(self, *, bound: float | None = None, **options: Unpack[ProjectionOptions]) -> None:
+        super().__init__(**options)
+        self.bound = None if bound is None else arguments.factor("bound", bound)
+        if self.bound == 0:
+            raise ValueError("bound is 0: it must be above 0, since the weight would always be 0")
+        initial = None if bound is None else torch.tensor(math.nan, device="cpu")
+        self.register_buffer("mean_loss", initial)
+
     def cotangents(self, logits: Tensor, target: Any) -> tuple[Tensor, float]:
         arguments.classes("DataGrad", logits)
         y = arguments.class_target(target, logits)
         w = logits.softmax(1) - y if y.is_floating_point() else softmax_residual(logits, y)
         return w.unsqueeze(0), 1.0
+
+    def graph_form(self, x: Tensor, output: Tensor, *targets: Any, **named: Any) -> Tensor:
+        values = super().graph_form(x, output, *targets, **named)
+        self._see(output, *targets, **named)
+        return values
+
+    def model_form(
+        self, model: Callable[..., Any], x: Tensor, *targets: Any, **named: Any
+    ) -> tuple[Any, Tensor]:
+        whole, values = super().model_form(model, x, *targets, **named)
+        self._see(part_of(whole, self.output), *targets, **named)
+        return whole, values
+
+    def _see(self, output: Tensor, target: Tensor) -> None:
+        """Add the loss of a batch to the running mean, without waiting for its device."""
+        if self.mean_loss is None or not len(output):
+            return
+        if self.training:
+            check_not_recomputed("has a bound")
+        logits = rows(output.detach())
+        loss = F.cross_entropy(logits.to(accumulate_dtype(logits.dtype)), target).to(torch.float32)
+        if self.mean_loss.device != loss.device:
+            self.mean_loss = self.mean_loss.to(loss.device)
+        mean = self.mean_loss.lerp(loss, SHARE if self.training else 0.0)
+        # NaN before the first call; and a loss that overflowed is forgotten at the next one.
+        self.mean_loss.copy_(torch.where(mean.isfinite(), mean, loss))
+
+    def _factor(self, values: Tensor) -> float | Tensor:
+        factor = super()._factor(values)
+        if self.bound is None or self.mean_loss is None:
+            return factor
+        every = self.every if self.training else 1
+        most = every * self.bound / self.mean_loss.double().square()
+        most = most.nan_to_num(math.inf).to(values)  # an empty batch came first
+        return torch.minimum(most, torch.as_tensor(factor).to(values))
 
 
 SPEC = PenaltySpec.of(
@@ -57,5 +122,6 @@ SPEC = PenaltySpec.of(
     reference.datagrad,
     source="Drucker & LeCun 1991; Ororbia et al. 2017, arXiv 1601.07213",
     example=classifier_example,
-    cases=({"norm": "l2"}, {"norm": "l1"}),
+    # At these sizes the bound is not reached; tests/test_bound.py is about it.
+    cases=({"norm": "l2"}, {"norm": "l1"}, {"bound": 1e3}),
 )

@@ -15,6 +15,18 @@ CELL = ["data", "activation"]
 OTHERS = [name for name in STRENGTHS if name != "DREG"]
 
 
+def with_mean(frames: Frames) -> Frames:
+    """The records in which DREG takes the mean over the positions of a convolution."""
+    mean = frames["mean"]
+    found = dict(frames)
+    for name in ("sweep", "scarcity"):
+        frame = found[name]
+        fractions = mean[mean["fraction"].isin(frame["fraction"].unique())]
+        replaced = (frame["regularizer"] == "DREG") & frame["data"].isin(mean["data"].unique())
+        found[name] = pd.concat([frame[~replaced], fractions], ignore_index=True)
+    return found
+
+
 def hypotheses(frames: Frames) -> list[Claim]:
     """The claims. The p-values are corrected over the comparisons of a claim, which are those that
     must all be significant for it to hold; over all claims would ask for more than that."""

@@ -22,7 +22,7 @@ def dreg(model: nn.Module, x: Tensor, weight: float) -> tuple[Tensor, Tensor]:
             s = slope.square().flatten(2).sum(2) if z.dim() > 2 else slope.square()  # [N, C]
             penalty = penalty + (s.mean(0) * rows).sum()
         elif hasattr(layer, "weight"):
-            rows = layer.weight.flatten(1).square().sum(1)
+            rows = layer.weight.flatten(1).square().sum(1)  # type: ignore[operator]
     return a, weight * penalty
 
 

@@ -129,7 +129,7 @@ def _regularized(
     if run.regularizer == "DREG":
         if not ours:
             return lambda x, _y: plain.dreg(model, x, strength)
-        term = fastjac.DREG(model, weight=strength, **VARIANTS[run.variant])  # type: ignore[arg-type]
+        term = fastjac.DREG(model, weight=strength, **VARIANTS[run.variant])
         return lambda x, _y: (model(x), term())
     if run.regularizer == "IGPen":
         if not ours:

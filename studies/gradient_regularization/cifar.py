@@ -48,7 +48,7 @@ def train(run: Run, directory: Path | None = None) -> Metrics:
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     samples = split("cifar10", run.seed, train=run.size, dev=0, directory=directory)
-    model = ResNet(blocks=run.blocks).to(device, memory_format=torch.channels_last)
+    model = ResNet(blocks=run.blocks).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     fastjac.fuse(model)
     forward = training.forward_of(run.penalty, run.weight)
     optimizer = torch.optim.SGD(

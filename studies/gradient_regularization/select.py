@@ -47,7 +47,7 @@ def choose(frame: pd.DataFrame, **levels: Any) -> Choice | None:
     scores = frame.groupby("weight")["dev"].apply(lambda dev: dev.mean(skipna=False))
     if scores.isna().all():
         return None
-    weight = float(scores.idxmax())  # type: ignore[arg-type]
+    weight = float(scores.idxmax())
     return Choice(weight, where(frame, weight=weight).set_index("seed")["test"], len(scores))
 
 

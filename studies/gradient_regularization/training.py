@@ -13,16 +13,17 @@ import fastjac
 
 #: ``(model, x, y) -> (output, weighted penalty)``.
 Forward = Callable[[nn.Module, Tensor, Tensor], tuple[Tensor, Tensor]]
-LABELLED = (fastjac.DataGrad,)
 
 
-def forward_of(penalty: str, weight: float, at: str = "input") -> Forward:
+def forward_of(penalty: str, weight: float, at: str = "input", bound: float = 0.0) -> Forward:
     """The forward of a penalty by its name in fastjac; with ``"none"`` the penalty is 0."""
     if penalty == "none":
         return lambda model, x, _y: (model(x), x.new_zeros(()))
-    kind = getattr(fastjac, penalty)
-    term = kind(weight=weight, **({} if at == "input" else {"at": at}))
-    if isinstance(term, LABELLED):
+    options: dict[str, object] = {"at": at} if at != "input" else {}
+    if bound:
+        options["bound"] = bound
+    term = getattr(fastjac, penalty)(weight=weight, **options)
+    if isinstance(term, fastjac.DataGrad):
         return lambda model, x, y: term(model, x, y)
     return lambda model, x, _y: term(model, x)
 

@@ -1,0 +1,79 @@
+"""The two questions that the paper leaves open."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from studies import plots
+from studies.experiment import Frames
+from studies.gradient_regularization.report import USUAL, lenet
+from studies.gradient_regularization.select import choose, span, where
+from studies.statistics import Claim, claims_table, compared, paired
+from studies.tables import markdown
+
+PLACES = ("input", "conv1", "conv2", "fc1", "fc2")
+
+
+def hidden(frames: Frames, pictures: Path) -> str:
+    """Gradients with respect to hidden layers: the best layer, and whether it beats the input."""
+    frame = lenet(frames)
+    if frames.get("hidden", pd.DataFrame()).empty:
+        return ""
+    seeds = frames["hidden"]["seed"].unique()
+    frame = frame[frame["seed"].isin(seeds)]
+    rows, pairs = {}, {}
+    none = choose(frame, **USUAL | {"penalty": "none"})
+    for penalty in ("SpectReg", "DataGrad"):
+        found = {
+            place: choose(frame, **USUAL | {"at": place, "penalty": penalty}) for place in PLACES
+        }
+        rows[penalty] = {place: str(choice or "–") for place, choice in found.items()}
+        for place in PLACES[1:]:
+            a, b = found[place], found["input"]
+            if a is not None and b is not None:
+                pairs[f"{penalty}, {place} vs input"] = paired(a.tests, b.tests)
+    claim = Claim("A hidden layer is better than the input", "open question", compared(pairs))
+    text = f"No penalty: {none}.\n\n" if none else ""
+    return f"{text}{markdown(pd.DataFrame(rows).T)}\n\n{claims_table([claim])}"
+
+
+def untuned(frames: Frames, pictures: Path) -> str:
+    """DataGrad over five decades of λ, as it is and with a bound."""
+    frame = frames.get("untuned", pd.DataFrame())
+    if frame.empty:
+        return ""
+    usual = {name: level for name, level in USUAL.items() if name != "bound"}
+    frame = where(lenet(frames), **usual)
+    none = where(frame, penalty="none")["test"].mean()
+    rows, scores = {"none": {"best": f"{none:.2f}"}}, {}
+    mine = where(frame, penalty="DataGrad")
+    for bound, part in mine.groupby("bound"):
+        if part["weight"].nunique() < 3:  # of the other bounds
+            continue
+        name = f"DataGrad, bound {bound:g}" if bound else "DataGrad"
+        scores[name] = part.groupby("weight")["test"].mean().sort_index()
+        low, high = span(scores[name])
+        rows[name] = {
+            "best": f"{scores[name].max():.2f} at λ = {scores[name].idxmax():g}",
+            "within 0.3 points of it": f"{low:g} to {high:g}, a factor of {high / low:.0f}",
+            "worst": f"{scores[name].min():.2f}",
+        }
+    with plots.style():
+        figure = Figure(figsize=(8, 4.4))
+        axes = figure.subplots()
+        for (name, values), look in zip(
+            scores.items(), plots.look([str(name) for name in scores]).values(), strict=True
+        ):
+            axes.plot(values.index, values, label=str(name), **look)
+        axes.axhline(none, color="0.4", linestyle=":", label="none")
+        axes.set(xscale="log", xlabel="λ", ylabel="test accuracy, %")
+        figure.legend(loc="outside right upper", frameon=False)
+        plots.save(figure, pictures / "untuned.png")
+    few = mine[mine["weight"].isin([1.0, 1000.0])]
+    bounds = few.groupby(["bound", "weight"])["test"].mean().unstack()
+    bounds.columns = [f"λ = {weight:g}" for weight in bounds.columns]
+    parts = [markdown(pd.DataFrame(rows).T), "![untuned](pictures/untuned.png)"]
+    return "\n\n".join([*parts, markdown(bounds, ".2f", corner="bound")])
