@@ -8,7 +8,7 @@ cells, and a cell counts once, however many seeds it has. The tests take the cel
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -212,17 +212,6 @@ class Claim:
         if (found < 0).any():
             return "does not hold"
         return "holds" if len(found) and (found > 0).all() else "undecided at this size"
-
-
-def corrected(claims: Sequence[Claim]) -> list[Claim]:
-    """The claims with ``p_holm`` corrected over all comparisons of all of them."""
-    p = [claim.results["p"].to_numpy(float) for claim in claims]
-    family = _holm(pd.Series(np.concatenate([[], *p]))).to_numpy()
-    parts = np.split(family, np.cumsum([len(part) for part in p])[:-1])
-    return [
-        replace(claim, results=claim.results.assign(p_holm=part))
-        for claim, part in zip(claims, parts, strict=False)
-    ]
 
 
 def claims_table(claims: Sequence[Claim]) -> str:

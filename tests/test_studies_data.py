@@ -6,7 +6,9 @@ import gzip
 import pickle
 import random
 import struct
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -270,6 +272,43 @@ def test_each_file_is_read_to_the_right_place(directory: Path) -> None:
         assert torch.equal(got.x_test, expected[got.y_test]), name
 
 
+@pytest.mark.parametrize("name", ["mnist-full", "fashion-mnist", "cifar10", "cifar100", "svhn"])
+def test_the_sweep_runs_on_each(directory: Path, name: str) -> None:
+    """What ``python -m studies.dreg --data DIR`` runs."""
+    from studies.dreg.study import STUDY
+    from studies.dreg.training import Run, train
+
+    declared = {e.name: e for e in STUDY.experiments(False, directory)}
+    assert {name, "digits"} < {run.data for run in declared["sweep"].settings}
+    assert declared["sweep"].extra == {"directory": directory}
+    assert name in {run.data for run in declared["mean"].settings}
+    for regularizer in ("DREG", "spectral norm"):
+        run = Run(data=name, regularizer=regularizer, steps=2)
+        assert 0 <= train(run, **declared["sweep"].extra)["test"] <= 100
+
+
+def test_the_other_study_takes_mnist_and_cifar10(directory: Path, monkeypatch: Any) -> None:
+    from studies.gradient_regularization import cifar, mnist
+    from studies.gradient_regularization.study import STUDY
+
+    declared = {e.name: e for e in STUDY.experiments(False, directory)}
+    run = declared["cifar"].settings[0]
+    assert isinstance(run, cifar.Run)
+    run = replace(run, size=4, iterations=1, blocks=1)
+    assert 0 <= cifar.train(run, **declared["cifar"].extra)["test"] <= 100
+    asked = {}
+
+    def seen(name: str, seed: int, **options: Any) -> Split:
+        asked.update(options, name=name)
+        options |= {"train": 4, "dev": 1, "test": 2}
+        return split(name, seed, **options)
+
+    monkeypatch.setattr(mnist, "split", seen)
+    mnist.train(mnist.Run(iterations=1, size=4), **declared["tables"].extra)
+    assert asked["name"] == "mnist-full"
+    assert (asked["dev"], asked["test"]) == (10_000, 10_000)
+
+
 def test_a_test_set_of_its_own(tmp_path: Path) -> None:
     write_svhn(tmp_path)
     assert set(found(tmp_path)) == {"svhn"}
@@ -303,3 +342,9 @@ def test_pickles_of_python_3_are_read_too(tmp_path: Path) -> None:
     for name in ("train", "test"):
         (tmp_path / "cifar-100-python" / name).write_bytes(pickle.dumps(batch))
     assert split("cifar100", 0, directory=tmp_path).x.shape == (2, 3, 32, 32)
+
+
+def test_the_page_lists_every_data_set():
+    text = (Path(__file__).parents[1] / "studies" / "README.md").read_text()
+    for source in SOURCES.values():
+        assert f"| `{source.name}` | {source.package} | {source.licence} | {source.note} |" in text

@@ -76,4 +76,11 @@ def untuned(frames: Frames, pictures: Path) -> str:
     bounds = few.groupby(["bound", "weight"])["test"].mean().unstack()
     bounds.columns = [f"λ = {weight:g}" for weight in bounds.columns]
     parts = [markdown(pd.DataFrame(rows).T), "![untuned](pictures/untuned.png)"]
-    return "\n\n".join([*parts, markdown(bounds, ".2f", corner="bound")])
+    parts.append(markdown(bounds, ".2f", corner="bound"))
+    elsewhere = frames.get("elsewhere", pd.DataFrame())
+    if not elsewhere.empty:
+        means = elsewhere.groupby(["data", "bound", "weight"])["test"].mean().unstack()
+        means.columns = [f"λ = {weight:g}" for weight in means.columns]
+        means.index = [f"{data}, {f'bound {b:g}' if b else 'no bound'}" for data, b in means.index]
+        parts.append(markdown(means, ".2f"))
+    return "\n\n".join(parts)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from studies.data import found
 from studies.experiment import Experiment, Study
-from studies.gradient_regularization import cifar, mnist, questions, report, sin
+from studies.gradient_regularization import cifar, elsewhere, mnist, questions, report, sin
 from studies.gradient_regularization.hypotheses import hypotheses
 from studies.settings import cross
 from studies.statistics import claims_table
@@ -107,6 +107,17 @@ def experiments(quick: bool, data: Path | None) -> Sequence[Experiment]:
             sin.train,
             cross(sin.Run, data=["SIN", "SIN2"], seed=ten, penalty=["SpectReg"], weight=weights),
         ),
+        Experiment.of(
+            "elsewhere",
+            elsewhere.train,
+            cross(
+                elsewhere.Run,
+                data=("digits", "cancer", "segments", "phishing"),
+                seed=five,
+                weight=(0.0, 0.1, 1.0, 10.0, 100.0, 1000.0),
+                bound=(0.0, 10 * BOUND),  # their variance is 1; that of the pixels is 0.095
+            ),
+        ),
     ]
     if data and "cifar10" in found(data):
         rates = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1)
@@ -132,7 +143,7 @@ def _sample(experiment: Experiment) -> Experiment:
     weights: dict[object, set[float]] = {}
     kept = []
     for setting in experiment.settings:
-        assert isinstance(setting, (mnist.Run, sin.Run, cifar.Run))
+        assert isinstance(setting, (mnist.Run, sin.Run, cifar.Run, elsewhere.Run))
         tried = weights.setdefault(replace(setting, seed=0, weight=0.0), set())
         if setting.seed < 2 and (len(tried) < most or setting.weight in tried):
             tried.add(setting.weight)

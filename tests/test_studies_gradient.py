@@ -1,0 +1,182 @@
+"""The runs of the study of Varga et al. 2017, and its report."""
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+import torch.nn.functional as F
+
+from studies import data
+from studies.gradient_regularization import cifar, elsewhere, mnist, sin, training
+from studies.gradient_regularization.select import choose, span
+from studies.gradient_regularization.study import STUDY
+from studies.networks import LeNet5, ResNet
+
+ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+
+def test_the_networks_are_those_of_the_paper():
+    assert sum(p.numel() for p in LeNet5().parameters()) == 61_706
+    assert sum(p.numel() for p in ResNet().parameters()) / 1e6 == pytest.approx(2.5, abs=0.1)
+
+
+def test_no_run_of_lenet_is_declared_twice():
+    declared = STUDY.experiments(False, None)
+    settings = [s for e in declared if e.run is mnist.train for s in e.settings]
+    assert len(settings) == len(set(settings)) > 900
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"network": "plain"},
+        {"network": "batch norm"},
+        {"decay": 0.0},
+        {"penalty": "SpectReg", "weight": 0.1},
+        {"penalty": "DataGrad", "weight": 3.0},
+        {"penalty": "FrobReg", "weight": 0.1},
+        {"penalty": "JacReg", "weight": 3.0},
+        {"penalty": "DataGrad", "weight": 3.0, "bound": 0.01},
+        {"penalty": "SpectReg", "weight": 1.0, "at": "conv1"},
+        {"confidence": 0.1},
+        {"size": 300},
+        {"seed": 1},
+    ],
+    ids=str,
+)
+def test_every_factor_changes_the_training(changes):
+    usual = mnist.Run(iterations=4, size=200)
+    found = mnist.train(replace(usual, **changes))
+    assert found["weight_loss"] != mnist.train(usual)["weight_loss"]
+    assert len(found["curve"].split()) == 4
+    if "bound" in changes:
+        assert (
+            found["weight_loss"]
+            != mnist.train(replace(usual, **changes | {"bound": 0.0}))["weight_loss"]
+        )
+
+
+def test_lenet_learns():
+    found = mnist.train(mnist.Run(iterations=60, network="plain", size=500))
+    assert found["test"] > 60
+    assert found["gradient"] > 0
+
+
+def test_the_confidence_penalty_is_that_of_fastjac():
+    import fastjac
+
+    logits = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
+    torch.testing.assert_close(
+        training.negentropy(logits), fastjac.confidence_penalty(logits, logits)
+    )
+
+
+def test_the_rate_falls_at_half_and_three_quarters():
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], 1.0)
+    rates = []
+    for _ in training.steps(optimizer, 8):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+    assert rates == pytest.approx([1, 1, 1, 1, 0.1, 0.1, 0.01, 0.01])
+
+
+def test_batches_cover_each_epoch():
+    order = training.batches(10, 5, seed=0)
+    assert sorted(torch.cat([next(order), next(order)]).tolist()) == list(range(10))
+    assert len(next(training.batches(3, 5, seed=0))) == 3
+
+
+def test_sin_is_the_data_set_of_the_paper():
+    x, y = sin.samples(3)
+    assert x.shape == y.shape == (100, 1)
+    assert -1 <= x.min() < -0.9 < 0.9 < x.max() <= 1
+    assert (y - torch.sin(5 * x)).std().item() == pytest.approx(0.1, abs=0.02)
+    found = sin.train(sin.Run(iterations=200, penalty="SpectReg", weight=10.0))
+    # A large weight makes the function flat: its error is the variance of sin(5x), about 0.53.
+    assert found["mse"] > 0.3
+    assert found["slope"] < 0.5
+    assert len(found["curve"].split()) == 180
+    assert sin.train(sin.Run(iterations=300))["mse"] < 0.1
+
+
+def test_the_bound_keeps_a_network_that_the_weight_alone_makes_constant():
+    run = elsewhere.Run(weight=1000.0, iterations=300)
+    alone, bounded = elsewhere.train(run), elsewhere.train(replace(run, bound=0.1))
+    assert alone["loss"] > 1
+    assert bounded["loss"] < 0.3
+    assert bounded["test"] > alone["test"] + 10
+
+
+def test_the_choice_is_made_on_the_development_set():
+    frame = pd.DataFrame(
+        [
+            {"penalty": "p", "weight": w, "seed": s, "dev": dev, "test": test}
+            for w, dev, test in ((1.0, 90.0, 99.0), (2.0, 95.0, 91.0), (3.0, float("nan"), 100.0))
+            for s in range(3)
+        ]
+    )
+    choice = choose(frame, penalty="p")
+    assert (choice.weight, choice.tried, list(choice.tests)) == (2.0, 3, [91.0] * 3)
+    assert str(choice) == "91.00 (0.00), λ 2"
+    frame.loc[frame.index[3], "dev"] = float("nan")  # one seed of three diverged
+    assert choose(frame, penalty="p").weight == 1.0
+    assert choose(frame, penalty="q") is None
+
+
+def test_the_span_is_around_the_best_weight():
+    scores = pd.Series([97.0, 96.0, 96.9, 97.0, 96.8, 90.0, 96.9], index=[1, 2, 3, 4, 5, 6, 7.0])
+    assert span(scores) == (1.0, 1.0)
+    assert span(scores.drop(1)) == (3.0, 5.0)
+    assert span(scores.drop(1), within=0.15) == (3.0, 4.0)
+
+
+def test_augmentation_shifts_and_flips():
+    torch.manual_seed(0)
+    x = torch.rand(64, 3, 32, 32)
+    moved = cifar._augmented(x)
+    assert moved.shape == x.shape
+    padded = F.pad(x, (4, 4, 4, 4))
+    found = set()
+    for n in range(64):
+        for i in range(9):
+            for j in range(9):
+                window = padded[n, :, i : i + 32, j : j + 32]
+                for flipped, image in ((False, window), (True, window.flip(-1))):
+                    if torch.equal(image, moved[n]):
+                        found.add((n, flipped))
+    assert {n for n, _ in found} == set(range(64))
+    assert 16 < sum(flipped for _, flipped in found) < 48
+
+
+@pytest.mark.parametrize("penalty", ["none", "SpectReg", "DataGrad"])
+def test_the_residual_network_trains_for_a_few_steps(penalty, monkeypatch):
+    """Tables 3 and 5 without CIFAR-10: its shapes, on random images."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(24, 3, 32, 32, generator=generator)
+    y = torch.arange(24) % 10
+    parts = data.Split(x[:16], y[:16], x[:0], y[:0], x[16:], y[16:], 10)
+    monkeypatch.setattr(cifar, "split", lambda *_, **__: parts)
+    run = cifar.Run(size=16, iterations=2, blocks=1, augment=True, penalty=penalty, weight=0.01)
+    assert 0 <= cifar.train(run)["test"] <= 100
+
+
+@pytest.mark.slow
+def test_quick_writes_the_full_report(tmp_path):
+    command = [sys.executable, "-m", "studies.gradient_regularization", "--quick"]
+    ended = subprocess.run(
+        [*command, "--out", str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=500
+    )
+    assert ended.returncode == 0, ended.stderr
+    text = (tmp_path / "README.md").read_text()
+    assert text.count("There are no records") == 1  # of CIFAR-10
+    names = {path.name for path in (tmp_path / "pictures").glob("*.png")}
+    assert names == {
+        *("convergence.png", "figure_2.png", "figure_4.png", "figure_5.png", "figure_6.png"),
+        "untuned.png",
+    }
+    assert all(f"pictures/{name}" in text for name in names)
