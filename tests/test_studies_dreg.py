@@ -11,7 +11,7 @@ from torch import nn
 
 import fastjac
 from studies.dreg import plain, training
-from studies.dreg.hypotheses import hypotheses, with_mean
+from studies.dreg.hypotheses import MEAN, both_readings, hypotheses
 from studies.dreg.study import STUDY
 from studies.dreg.training import STRENGTHS, VARIANTS, Run, train
 from studies.networks import ACTIVATIONS, network
@@ -128,10 +128,13 @@ def test_the_mean_over_positions_replaces_only_the_networks_that_have_positions(
     mean = pd.DataFrame([row for row in rows("mean", test=2.0) if row["data"] == "a"][1:])
     scarcity = sweep.assign(fraction=0.1)
     mean = pd.concat([mean, mean.assign(fraction=0.1, test=3.0)])
-    found = with_mean({"sweep": sweep, "scarcity": scarcity, "mean": mean})
+    frames = {"sweep": sweep, "scarcity": scarcity, "mean": mean}
     for name, value in (("sweep", 2.0), ("scarcity", 3.0)):
-        tests = found[name].set_index(["data", "regularizer"])["test"].to_dict()
-        assert tests == {("a", "none"): 1, ("a", "DREG"): value, ("b", "none"): 1, ("b", "DREG"): 1}
+        tests = both_readings(frames, name).set_index(["data", "regularizer"])["test"].to_dict()
+        assert len(tests) == 6
+        assert tests[("a", MEAN)] == value
+        del tests[("a", MEAN)]
+        assert set(tests.values()) == {1.0}
 
 
 def test_a_planted_advantage_holds_and_its_reverse_does_not():
@@ -148,7 +151,10 @@ def test_a_planted_advantage_holds_and_its_reverse_does_not():
                 }
                 noisy = {f"noise_{level}": test for level in training.NOISE}
                 rows.append({**cell, "regularizer": name, "seed": 0, "test": test, **noisy})
-        return {"sweep": pd.DataFrame(rows), "scarcity": pd.DataFrame()}
+        return {
+            name: pd.DataFrame(rows if name == "sweep" else None)
+            for name in ("sweep", "scarcity", "mean")
+        }
 
     better = {claim.text: claim.verdict for claim in hypotheses(frames(1.0))}
     assert better["The highest accuracy without noise"] == "holds"

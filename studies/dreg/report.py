@@ -8,87 +8,88 @@ from pathlib import Path
 import pandas as pd
 
 from studies import plots
-from studies.dreg.hypotheses import hypotheses, with_mean
+from studies.dreg.hypotheses import CELL, MEAN, METHODS, OTHERS, both_readings, hypotheses
 from studies.dreg.training import NOISE, STRENGTHS
 from studies.experiment import Frames
-from studies.statistics import against, cells, claims_table, paired, ranks
+from studies.statistics import cells, claims_table, paired, ranks
 from studies.tables import markdown
 
-LOOKS = plots.look(list(STRENGTHS))
-CELL = ["data", "activation"]
-OTHERS = [name for name in STRENGTHS if name != "DREG"]
+LOOKS = plots.look(METHODS)
 
 
 def claims(frames: Frames, pictures: Path) -> str:
     """The claims of the abstract, tested for both readings of DREG."""
     if frames["sweep"].empty:
         return ""
-    found = hypotheses(frames)
-    parts = ["**The sum over positions, the default of fastjac**", claims_table(found)]
-    rows = {"sum": found[0].results}
-    if not frames["mean"].empty:
-        found = hypotheses(with_mean(frames))
-        parts += ["**The mean over positions**", claims_table(found)]
-        rows["mean"] = found[0].results
-    both = pd.concat(rows)
-    both.index = [f"{comparison}, {reading}" for reading, comparison in both.index]
+    parts, rows = [], []
+    for dreg, reading in (("DREG", "sum"), (MEAN, "mean")):
+        if dreg == MEAN and frames["mean"].empty:
+            continue
+        found = hypotheses(frames, dreg)
+        parts += [f"**DREG with the {reading} over positions**", claims_table(found)]
+        rows += [claim.results for claim in found[:2]]
+    kinds = [f"{kind}: " for _ in range(len(rows) // 2) for kind in ("clean", "all")]
+    both = pd.concat([r.rename(index=kind.__add__) for kind, r in zip(kinds, rows, strict=True)])
     plots.effects(
         both,
         pictures / "claims.png",
-        "DREG against each, without noise",
+        "Accuracy without noise, and over all levels of noise",
         x_label="points of accuracy",
     )
     return "\n\n".join([*parts, "![effects](pictures/claims.png)"])
 
 
 def accuracy(frames: Frames, pictures: Path) -> str:
-    """Clean accuracy by data set, and the ranks."""
-    frame = frames["sweep"]
+    """Accuracy without noise by data set, and the ranks."""
+    frame = both_readings(frames, "sweep")
     if frame.empty:
         return ""
-    clean = cells(frame, "test", cell=CELL, method="regularizer")[list(STRENGTHS)]
+    clean = in_order(cells(frame, "test", cell=CELL, method="regularizer"))
     plots.critical_difference(clean, pictures / "ranks.png", "Accuracy without noise", looks=LOOKS)
     by_data = clean.groupby("data").mean().T
-    if not frames["mean"].empty:
-        mean = cells(with_mean(frames)["sweep"], "test", cell=CELL, method="regularizer")["DREG"]
-        by_data.loc["DREG, mean over positions"] = mean.groupby("data").mean()
-    by_data["mean"] = by_data.mean(axis=1)
+    by_data["mean"] = clean.mean()
     by_data["mean rank"] = ranks(clean)
     return f"{markdown(by_data, '.2f')}\n\n![ranks](pictures/ranks.png)\n\n{_by_seed(frame)}"
+
+
+def in_order(table: pd.DataFrame) -> pd.DataFrame:
+    """The columns, which are methods, in the order of METHODS."""
+    return table[[name for name in METHODS if name in table.columns]]
 
 
 def _by_seed(frame: pd.DataFrame) -> str:
     """The comparison with one mean for each seed, as the p-values of the abstract suggest."""
     by_seed = cells(frame, "test", cell=["seed"], method="regularizer")
-    rows = {}
-    for other in OTHERS:
-        pair = paired(by_seed["DREG"], by_seed[other])
-        rows[f"DREG − {other}"] = {
-            "mean of the seeds": f"{pair.effect:+.2f}",
-            "seeds in which DREG is higher": f"{pair.wins} of {pair.n}",
-            "p, two-sided": f"{pair.p:.3f}",
-        }
-    return markdown(pd.DataFrame(rows).T)
+    rows: dict[str, dict[str, str]] = {}
+    for dreg in ("DREG", MEAN):
+        for other in OTHERS:
+            if dreg in by_seed:
+                pair = paired(by_seed[dreg], by_seed[other])
+                row = rows.setdefault(other, {})
+                row[f"{dreg}: mean difference"] = f"{pair.effect:+.2f}"
+                row[f"{dreg}: higher in"] = f"{pair.wins} of {pair.n} seeds"
+    return markdown(pd.DataFrame(rows).T, corner="against")
 
 
 def activations(frames: Frames, pictures: Path) -> str:
     """Clean accuracy and mean rank by activation."""
-    frame = frames["sweep"]
+    frame = both_readings(frames, "sweep")
     if frame.empty:
         return ""
-    clean = cells(frame, "test", cell=CELL, method="regularizer")[list(STRENGTHS)]
+    clean = in_order(cells(frame, "test", cell=CELL, method="regularizer"))
     by = clean.groupby("activation")
     means = by.mean().T
     found = pd.DataFrame({name: ranks(part) for name, part in by})
     both = {
-        name: [f"{means[name][r]:.2f} ({found[name][r]:.2f})" for r in STRENGTHS] for name in means
+        name: [f"{means[name][r]:.2f} ({found[name][r]:.2f})" for r in means.index]
+        for name in means
     }
-    return markdown(pd.DataFrame(both, index=list(STRENGTHS)))
+    return markdown(pd.DataFrame(both, index=means.index), corner="regularizer")
 
 
 def noise(frames: Frames, pictures: Path) -> str:
     """Accuracy with noise at the input."""
-    frame = frames["sweep"]
+    frame = both_readings(frames, "sweep")
     if frame.empty:
         return ""
     levels = {0.0: "test", **{level: f"noise_{level}" for level in NOISE}}
@@ -110,7 +111,8 @@ def noise(frames: Frames, pictures: Path) -> str:
         y_label="accuracy, %",
         looks=LOOKS,
     )
-    rows = long.groupby(["regularizer", "noise"])["accuracy"].mean().unstack().loc[list(STRENGTHS)]
+    rows = long.groupby(["regularizer", "noise"])["accuracy"].mean().unstack()
+    rows = in_order(rows.T).T
     rows.columns = [f"σ = {level:g}" for level in rows.columns]
     noisy = cells(robust(frame), "robust", cell=CELL, method="regularizer")
     rows["mean rank with noise"] = ranks(noisy)
@@ -126,9 +128,10 @@ def scarcity(frames: Frames, pictures: Path) -> str:
     """What DREG gains over each, by the part of the training samples that is used."""
     if frames["scarcity"].empty or frames["sweep"].empty:
         return ""
-    both = pd.concat([frames["scarcity"], frames["sweep"]])
+    both = pd.concat([both_readings(frames, name) for name in ("scarcity", "sweep")])
     wide = cells(both, "test", cell=[*CELL, "fraction"], method="regularizer")
-    gains = pd.DataFrame({other: wide["DREG"] - wide[other] for other in OTHERS})
+    mine = MEAN if MEAN in wide else "DREG"
+    gains = pd.DataFrame({other: wide[mine] - wide[other] for other in OTHERS})
     long = gains.stack().rename("gain").rename_axis([*CELL, "fraction", "regularizer"])
     plots.lines(
         long.reset_index(),
@@ -136,13 +139,13 @@ def scarcity(frames: Frames, pictures: Path) -> str:
         "gain",
         "regularizer",
         pictures / "scarcity.png",
-        title="Accuracy of DREG minus that of each other",
+        title=f"Accuracy of {mine}, minus that of each other",
         x_label="part of the training samples",
         y_label="points",
         log_x=True,
         looks=LOOKS,
     )
-    means = wide.groupby("fraction").mean().T.loc[list(STRENGTHS)]
+    means = in_order(wide.groupby("fraction").mean()).T
     means.columns = [f"{fraction:.0%}" for fraction in means.columns]
     return f"{markdown(means, '.2f')}\n\n![scarcity](pictures/scarcity.png)"
 
@@ -155,19 +158,14 @@ def options(frames: Frames, pictures: Path) -> str:
     default = _matching(frames["sweep"], mine)
     default = default[default["regularizer"] == "DREG"]
     both = robust(pd.concat([default, mine]))
-    cell = [*CELL]
     rows = {}
-    for metric in ("test", "robust"):
-        wide = cells(both, metric, cell=cell, method="variant")
-        compared = against(-wide, "default", [c for c in wide.columns if c != "default"])
-        rows[metric] = wide.mean()
-        rows[f"{metric}: p"] = compared["p_holm"].set_axis(
-            [name.removeprefix("default vs ") for name in compared.index]
-        )
-    rows["tail"] = both.groupby("variant")["tail"].median()
-    frame = pd.DataFrame(rows).loc[["default", *mine["variant"].unique()]]
-    frame.columns = ["accuracy", "p", "accuracy with noise", "p with noise", "p99/mean"]
-    return markdown(frame, ".3g")
+    for metric, name in (("test", "accuracy"), ("robust", "accuracy with noise")):
+        wide = cells(both, metric, cell=CELL, method="variant")
+        rows[name] = wide.mean()
+        better = wide.gt(wide["default"], axis=0).sum()
+        rows[f"{name}: higher than the default"] = [f"{k} of {len(wide)}" for k in better]
+    rows["p99/mean"] = both.groupby("variant")["tail"].median()
+    return markdown(pd.DataFrame(rows).loc[["default", *mine["variant"].unique()]], ".2f")
 
 
 def strengths(frames: Frames, pictures: Path) -> str:
@@ -190,10 +188,10 @@ def strengths(frames: Frames, pictures: Path) -> str:
 
 def gradients(frames: Frames, pictures: Path) -> str:
     """The norm of the input gradient of the loss of each test sample, and its tail."""
-    frame = frames["sweep"]
+    frame = both_readings(frames, "sweep")
     if frame.empty:
         return ""
-    by = frame.groupby("regularizer")[["gradient", "tail", "loss"]].median().loc[list(STRENGTHS)]
+    by = in_order(frame.groupby("regularizer")[["gradient", "tail", "loss"]].median().T).T
     by.columns = ["mean norm", "p99/mean", "test loss"]
     return markdown(by, ".3g")
 
