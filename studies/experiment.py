@@ -5,16 +5,18 @@ from __future__ import annotations
 import ast
 import hashlib
 import importlib.util
+import io
 import json
+import tokenize
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache, cached_property
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-import fastjac
 from studies.settings import Metrics, Setting
 
 ROOT = Path(__file__).parents[1]
@@ -56,11 +58,12 @@ class Experiment:
     def keys(self) -> dict[str, Setting]:
         """The settings by the key of their record, sorted by it.
 
-        The key is a hash of the setting, of the code that runs it (`code_version`) and of the
-        version of fastjac. Its order is the order of the runs. That mixes short and long runs, so
-        that the estimate of the time left is fair, and shards of equal size take equally long.
+        The key is a hash of the setting and of the code that runs it, see `code_version`. That of
+        fastjac does not count: a record has its version and commit. The order of the keys is the
+        order of the runs. It mixes short and long ones, so that the estimate of the time left is
+        fair, and shards of equal size take equally long.
         """
-        version = [fastjac.__version__, self.run.__name__, code_version(self.run.__module__)]
+        version = [self.run.__name__, code_version(self.run.__module__)]
         keys = {}
         for setting in self.settings:
             text = json.dumps([*version, asdict(setting)], sort_keys=True)
@@ -99,38 +102,68 @@ class Study:
 def code_version(module: str) -> str:
     """A hash of the code of a module and of all modules of ``studies`` that it imports.
 
-    Comments, docstrings and the layout do not count, so that a study of a thousand runs survives a
-    better sentence.
+    Comments, docstrings and the breaks of lines do not count, so that the records of a thousand
+    runs survive a better sentence.
     """
-    trees = {}
+    found: dict[str, str] = {}
     todo = [module]
     while todo:
         name = todo.pop()
-        spec = importlib.util.find_spec(name) if name not in trees else None
+        spec = _spec(name) if name not in found else None
         if spec is None or spec.origin is None:
             continue
-        tree = ast.parse(Path(spec.origin).read_text())
-        trees[name] = ast.dump(_without_docstrings(tree))
-        for node in ast.walk(tree):
+        source = Path(spec.origin).read_text()
+        found[name] = _code(source)
+        for node in ast.walk(ast.parse(source)):
             if isinstance(node, ast.ImportFrom) and node.module:
                 todo += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
             elif isinstance(node, ast.Import):
                 todo += [alias.name for alias in node.names]
-        todo = [name for name in todo if name.split(".")[0] == "studies" and _is_module(name)]
-    return hashlib.sha256(json.dumps(sorted(trees.items())).encode()).hexdigest()[:16]
+        todo = [name for name in todo if name.split(".")[0] == "studies"]
+    return hashlib.sha256(json.dumps(sorted(found.items())).encode()).hexdigest()[:16]
 
 
-def _is_module(name: str) -> bool:
+def _spec(name: str) -> ModuleSpec | None:
     try:
-        return importlib.util.find_spec(name) is not None
+        return importlib.util.find_spec(name)
     except ModuleNotFoundError:  # studies.data.split: a function of a module, not of a package
-        return False
+        return None
 
 
-def _without_docstrings(tree: ast.Module) -> ast.Module:
-    for node in ast.walk(tree):
-        if isinstance(node, (ast.Module, ast.FunctionDef, ast.ClassDef)):
-            first = node.body[0] if node.body else None
-            if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
-                node.body = node.body[1:]
-    return tree
+def _code(source: str) -> str:
+    """The tokens of a module without comments and docstrings.
+
+    An f-string is kept as it is written: Python 3.11 has one token for it and 3.12 several. The
+    tree of ``ast`` would differ between versions too.
+    """
+    lines = source.splitlines(keepends=True)
+    code: list[str] = []
+    statement: list[str] = []
+    start, depth = (0, 0), 0
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        kind = tokenize.tok_name[token.type]
+        if kind == "FSTRING_START":
+            start = start if depth else token.start
+            depth += 1
+        elif kind == "FSTRING_END":
+            depth -= 1
+            if not depth:
+                statement.append(_between(lines, start, token.end))
+        elif depth or kind in ("COMMENT", "NL"):
+            continue
+        elif kind in ("INDENT", "DEDENT"):
+            code.append(kind)
+        elif kind == "NEWLINE":
+            if len(statement) != 1 or not statement[0].endswith(("'", '"')):
+                code.append(" ".join(statement))
+            statement = []
+        else:
+            statement.append(token.string)
+    return "\n".join(code)
+
+
+def _between(lines: list[str], start: tuple[int, int], end: tuple[int, int]) -> str:
+    (first, left), (last, right) = start, end
+    if first == last:
+        return lines[first - 1][left:right]
+    return "".join([lines[first - 1][left:], *lines[first : last - 1], lines[last - 1][:right]])

@@ -15,7 +15,7 @@ import pytest
 from rich.console import Console
 
 import studies
-from studies.experiment import Experiment, code_version
+from studies.experiment import Experiment, _code, code_version
 from studies.records import Records
 from studies.running import run_missing
 from studies.settings import cross
@@ -164,11 +164,36 @@ def test_changed_code_runs_again(tmp_path, monkeypatch):
         code_version.cache_clear()
         return code_version("studies.toy_top")
 
+    below = package / "toy_below.py"
     first = version()
-    (package / "toy_below.py").write_text('# why\ndef f():\n    """What."""\n    return  1\n')
+    below.write_text('# why\ndef f():\n    """What."""\n\n    return  1  # one\n')
     assert version() == first
-    (package / "toy_below.py").write_text("def f():\n    return 2\n")
+    below.write_text("def f():\n    return 2\n")
     assert version() != first
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "same"),
+    [
+        ('"""What."""\nx = 1', "x = 1", True),
+        ("f(1,\n  2)", "f(1, 2)", True),
+        ("for i in x:\n    f()\n    g()", "for i in x:\n    f()\ng()", False),
+        ("x = 'a'", "x = 'b'", False),
+        ("x = f'{a}'", "x = f'{b}'", False),
+        ("x = f'{a} b'", "x = f'{a} c'", False),
+        ("x = f'{a:{b}}'", "x = f'{a:{c}}'", False),
+        ("f('a')", "f()", False),
+        ("x: int = 1", "x = 1", False),
+    ],
+)
+def test_what_counts_as_code(before, after, same):
+    assert (_code(before + "\n") == _code(after + "\n")) is same
+
+
+def test_the_code_is_the_same_text_in_all_versions_of_python():
+    source = 'def f(a):\n    """What."""\n    x = f"a {a:>{3}} {{b}}"  # why\n    return (x,\n 1)\n'
+    code = 'def f ( a ) :\nINDENT\nx = f"a {a:>{3}} {{b}}"\nreturn ( x , 1 )\nDEDENT'
+    assert _code(source) == code
 
 
 @pytest.mark.slow

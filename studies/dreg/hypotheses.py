@@ -13,7 +13,7 @@ from studies.statistics import Claim, against, cells, compared, paired
 
 CELL = ["data", "activation"]
 OTHERS = [name for name in STRENGTHS if name != "DREG"]
-MEAN = "DREG, mean"
+MEAN = "DREG (mean)"
 METHODS = [*STRENGTHS, MEAN]
 
 
@@ -32,7 +32,7 @@ def both_readings(frames: Frames, name: str) -> pd.DataFrame:
 
 
 def hypotheses(frames: Frames, dreg: str = "DREG") -> list[Claim]:
-    """The claims for a reading of DREG, ``"DREG"`` or ``"DREG, mean"``.
+    """The claims for a reading of DREG, ``"DREG"`` or ``"DREG (mean)"``.
 
     The p-values are corrected over the comparisons of a claim, all of which must be significant for
     it to hold; over all claims would ask for more than that.

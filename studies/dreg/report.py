@@ -28,7 +28,7 @@ def claims(frames: Frames, pictures: Path) -> str:
         found = hypotheses(frames, dreg)
         parts += [f"**DREG with the {reading} over positions**", claims_table(found)]
         rows += [claim.results for claim in found[:2]]
-    kinds = [f"{kind}: " for _ in range(len(rows) // 2) for kind in ("clean", "all")]
+    kinds = [f"{kind}: " for _ in range(len(rows) // 2) for kind in ("no noise", "overall")]
     both = pd.concat([r.rename(index=kind.__add__) for kind, r in zip(kinds, rows, strict=True)])
     plots.effects(
         both,
@@ -139,7 +139,7 @@ def scarcity(frames: Frames, pictures: Path) -> str:
         "gain",
         "regularizer",
         pictures / "scarcity.png",
-        title=f"Accuracy of {mine}, minus that of each other",
+        title=f"Accuracy of {mine} minus that of each other",
         x_label="part of the training samples",
         y_label="points",
         log_x=True,
