@@ -133,7 +133,7 @@ def datagrad(
     values = projected(x, output, w[None], norm)[0]
     if bound is None:
         return values
-    loss = F.cross_entropy(logits, target).detach()
+    loss = F.cross_entropy(logits, one_hot(target, logits)).detach()
     return values * (bound / loss.square()).clamp(max=1)
 
 

@@ -38,13 +38,16 @@ def main(study: Study) -> None:
         shard: Annotated[
             str, typer.Option(help="i/n: every n-th run, for a batch system; no report is written.")
         ] = "1/1",
+        again: Annotated[
+            bool, typer.Option("--again", help="Repeat the runs that have failed.")
+        ] = False,
         report: Annotated[
             bool, typer.Option("--report", help="Write the report of the records; run nothing.")
         ] = False,
     ) -> None:
         console = Console()
         folder = out or (ROOT / "runs" / f"{study.name}-quick" if quick else study.folder)
-        experiments = list(study.experiments(quick, data))
+        experiments = list(study.experiments(quick, data and data.resolve()))
         names = [experiment.name for experiment in experiments]
         for name in only or []:
             if name not in names:
@@ -63,7 +66,12 @@ def main(study: Study) -> None:
             chosen = [pair for pair in paired if not only or pair[0].name in only]
             try:
                 run_missing(
-                    chosen, jobs=jobs, backend=backend, scheduler=scheduler, console=console
+                    chosen,
+                    jobs=jobs,
+                    backend=backend,
+                    scheduler=scheduler,
+                    again=again,
+                    console=console,
                 )
             except KeyboardInterrupt:
                 console.print("Stopped. The same command goes on from here.")
@@ -73,6 +81,12 @@ def main(study: Study) -> None:
             return
         frames = {experiment.name: records.frame(experiment) for experiment, records in paired}
         for name, frame in frames.items():
+            if frame.attrs["other"]:
+                console.print(
+                    f"[yellow]{name}: {frame.attrs['other']} records of other settings or of "
+                    "other code are not in the report",
+                    soft_wrap=True,
+                )
             for error, count in frame.get("error", frame).dropna().value_counts().items():
                 console.print(f"[red]{name}: {count} × {error}", soft_wrap=True)
         console.print(f"The report is {write_report(study, frames, folder)}.", soft_wrap=True)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import fcntl
 import io
 import os
 import platform
 import subprocess
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pandas as pd
 import torch
@@ -38,71 +41,100 @@ class Records:
         i, n = self.shard
         return self.folder / (f"{self.name}.csv" if n == 1 else f"{self.name}.shard-{i}-of-{n}.csv")
 
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        """Hold the file for this process, and cut off a last line that was not finished.
+
+        Raises:
+            RuntimeError: Another process holds it.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with self.path.with_suffix(".lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise RuntimeError(
+                    f"another process is writing {self.path}: wait for it, or run a shard "
+                    "(--shard i/n), which has a file of its own"
+                ) from None
+            if self.path.exists():
+                with self.path.open("rb+") as file:
+                    file.truncate(file.read().rfind(b"\n") + 1)
+            yield
+        self.path.with_suffix(".lock").unlink(missing_ok=True)
+
     def append(self, record: Record) -> None:
-        """Add a record, and return when it is on the disk.
+        """Add a record, and return when it is on the disk. Call it in `writing`.
 
         A record with a column that the file does not have rewrites the file in one step.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        rows = list(csv.DictReader(io.StringIO(_lines(self.path))))
-        header = list(rows[0]) if rows else []
-        if set(record) <= set(header):
-            line = io.StringIO()
-            csv.DictWriter(line, header, restval="", lineterminator="\n").writerow(record)
-            with self.path.open("rb+") as file:
-                file.truncate(len(_lines(self.path).encode()))
-                file.seek(0, os.SEEK_END)
-                file.write(line.getvalue().encode())
-                file.flush()
-                os.fsync(file.fileno())
-            return
+        with self.path.open("a+", newline="") as file:
+            file.seek(0)
+            header = next(csv.reader(file), [])
+            if set(record) <= set(header):
+                csv.DictWriter(file, header, restval="", lineterminator="\n").writerow(record)
+                _flush(file)
+                return
+        rows = _rows(self.path)
         header += [name for name in record if name not in header]
         aside = self.path.with_suffix(".new")
         with aside.open("w", newline="") as file:
             writer = csv.DictWriter(file, header, restval="", lineterminator="\n")
             writer.writeheader()
             writer.writerows([*rows, record])
+            _flush(file)
         aside.replace(self.path)
 
-    def keys(self) -> set[str]:
-        """The keys of all runs that finished."""
-        found: set[str] = set()
-        for path in self._paths():
-            found |= {row["key"] for row in csv.DictReader(io.StringIO(_lines(path)))}
-        return found
+    def keys(self, *, failed: bool = True) -> set[str]:
+        """The keys of all runs that finished, without those that failed if ``failed`` is False."""
+        rows = (row for path in self._paths() for row in _rows(path))
+        return {row["key"] for row in rows if failed or not row["error"]}
 
     def frame(self, experiment: Experiment) -> pd.DataFrame:
-        """The records of the settings of this experiment. Others in the files are left out."""
-        texts = [text for path in self._paths() if (text := _lines(path))]
-        if not texts:
-            return pd.DataFrame()
-        frame = pd.concat([pd.read_csv(io.StringIO(text)) for text in texts], ignore_index=True)
-        frame = frame[frame["key"].isin(experiment.keys)].drop_duplicates("key")
-        return frame.sort_values("key", ignore_index=True)  # independent of who finished first
+        """The latest record of each setting of this experiment, of the present code.
+
+        ``attrs["other"]`` is the number of further records in the files.
+        """
+        rows = [row for path in self._paths() for row in _rows(path)]
+        kept = {row["key"]: row for row in rows if row["key"] in experiment.keys}
+        text = io.StringIO()
+        if kept:
+            writer = csv.DictWriter(text, list(dict.fromkeys(n for row in rows for n in row)))
+            writer.writeheader()
+            # By key: independent of which run finished first.
+            writer.writerows(kept[key] for key in sorted(kept))
+            text.seek(0)
+        frame = pd.read_csv(text) if kept else pd.DataFrame()
+        frame.attrs["other"] = len({row["key"] for row in rows}) - len(kept)
+        return frame
 
     def _paths(self) -> list[Path]:
         shards = sorted(self.folder.glob(f"{self.name}.shard-*-of-*.csv"))
         return [path for path in (self.folder / f"{self.name}.csv", *shards) if path.exists()]
 
 
-def _lines(path: Path) -> str:
-    """The text of a file without a last line that a killed process did not finish."""
-    text = path.read_text() if path.exists() else ""
-    return text[: text.rfind("\n") + 1]
+def _rows(path: Path) -> list[dict[str, str]]:
+    """The rows of a file without a last line that a killed process did not finish."""
+    text = path.read_text()
+    return list(csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1])))
+
+
+def _flush(file: IO[str]) -> None:
+    file.flush()
+    os.fsync(file.fileno())
 
 
 @cache
-def provenance() -> Record:
-    """The columns of a record that say where, and with what, it was made."""
+def here() -> Record:
+    """The columns of a record that say where it was made; a worker may be on another machine."""
     return {
-        "commit": _commit(),
         "torch": torch.__version__,
         "fastjac": fastjac.__version__,
         "machine": fastjac.info.collect()["machine"]["processor"] or platform.machine(),
     }
 
 
-def _commit() -> str:
+def commit() -> str:
     """The commit of the checkout, with ``-dirty`` if a file other than a result was changed."""
 
     def git(*arguments: str) -> str:

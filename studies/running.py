@@ -27,7 +27,7 @@ from rich.progress import (
 )
 
 from studies.experiment import Experiment
-from studies.records import Record, Records, provenance
+from studies.records import Record, Records, commit, here
 from studies.settings import Metrics, Setting
 
 # A worker with several threads would share the generators of torch among its runs.
@@ -40,11 +40,13 @@ def run_missing(
     jobs: int = -1,
     backend: str = "loky",
     scheduler: str | None = None,
+    again: bool = False,
     console: Console | None = None,
 ) -> int:
     """Run each setting that has no record, append a record for each, and return their number.
 
     A run that raises, or whose process dies, gets a record with the reason in the column ``error``.
+    With ``jobs=1`` the runs are in this process, and what kills it ends the study.
 
     Arguments:
         experiments: The experiments, with the records that each is appended to. Of a shard ``i`` of
@@ -52,13 +54,15 @@ def run_missing(
         jobs: The number of processes; −1 is one for each core. Each uses one thread.
         backend: A backend of joblib, ``"loky"`` or ``"dask"``.
         scheduler: The address of the scheduler of a Dask cluster, for ``"dask"``.
+        again: Also run the settings whose record has an error.
     """
-    with _cluster(backend, scheduler), _progress(console) as progress:
+    made = {"commit": commit()}
+    with _cluster(backend, scheduler) as deaths, _progress(console) as progress:
         bars = []
         for experiment, records in experiments:
             i, n = records.shard
             mine = list(experiment.keys.items())[i - 1 :: n]
-            done = records.keys()
+            done = records.keys(failed=not again)
             todo = [(key, setting) for key, setting in mine if key not in done]
             bar = progress.add_task(experiment.name, total=len(mine), failed="")
             progress.advance(bar, len(mine) - len(todo))
@@ -66,10 +70,11 @@ def run_missing(
         for experiment, records, bar, todo in bars:
             failed = 0
             run = partial(attempt, experiment.run, extra=dict(experiment.extra))
-            for outcome in _outcomes(run, todo, 1 if experiment.alone else jobs):
-                records.append(_record(experiment, outcome))
-                failed += bool(outcome.error)
-                progress.update(bar, advance=1, failed=f"{failed} failed" if failed else "")
+            with records.writing():
+                for outcome in _outcomes(run, todo, jobs, experiment.alone, deaths):
+                    records.append(_record(experiment, outcome, made))
+                    failed += bool(outcome.error)
+                    progress.update(bar, advance=1, failed=f"{failed} failed" if failed else "")
         return sum(len(todo) for *_, todo in bars)
 
 
@@ -80,6 +85,7 @@ class Outcome(NamedTuple):
     metrics: Metrics
     seconds: float
     error: str
+    where: Record
 
 
 def attempt(
@@ -98,12 +104,12 @@ def attempt(
             metrics = run(setting, **extra)
         except Exception as exception:
             error = " ".join(f"{type(exception).__name__}: {exception}".split())
-        return Outcome(key, metrics, round(time.perf_counter() - start, 3), error)
+        return Outcome(key, metrics, round(time.perf_counter() - start, 3), error, here())
 
 
-def _record(experiment: Experiment, outcome: Outcome) -> Record:
+def _record(experiment: Experiment, outcome: Outcome, made: Record) -> Record:
     setting = asdict(experiment.keys[outcome.key])
-    result = {"seconds": outcome.seconds, "error": outcome.error, **provenance()}
+    result = {"seconds": outcome.seconds, "error": outcome.error, **made, **outcome.where}
     taken = {"key", *setting, *result}.intersection(outcome.metrics)
     if taken:
         raise ValueError(
@@ -114,7 +120,11 @@ def _record(experiment: Experiment, outcome: Outcome) -> Record:
 
 
 def _outcomes(
-    run: Callable[..., Outcome], todo: list[tuple[str, Setting]], jobs: int
+    run: Callable[..., Outcome],
+    todo: list[tuple[str, Setting]],
+    jobs: int,
+    one_at_a_time: bool,
+    deaths: tuple[type[BaseException], ...],
 ) -> Iterator[Outcome]:
     """The outcomes of all settings, as they finish.
 
@@ -122,12 +132,14 @@ def _outcomes(
     kills its process again has an outcome that says so.
     """
     left = dict(todo)
-    alone = 0
+    suspects = 0
     while left:
-        batch = list(left.items())[: 1 if alone else None]
-        alone = max(alone - 1, 0)
+        batch = list(left.items())[: 1 if suspects else None]
+        suspects = max(suspects - 1, 0)
+        alone = one_at_a_time or len(batch) == 1
         parallel = joblib.Parallel(
-            n_jobs=2 if jobs != 1 and len(batch) == 1 else jobs,  # 1 would be this process
+            n_jobs=2 if alone and jobs != 1 else jobs,  # with 1 joblib runs it in this process
+            pre_dispatch=1 if alone else "2 * n_jobs",
             batch_size=1,
             return_as="generator_unordered",
         )
@@ -135,27 +147,28 @@ def _outcomes(
             for outcome in parallel(joblib.delayed(run)(*item) for item in batch):
                 del left[outcome.key]
                 yield outcome
-        except TerminatedWorkerError:
+        except deaths:
             if len(batch) > 1:
                 # Without batches, joblib hands over at most two runs for each process in advance.
-                alone = 3 * joblib.effective_n_jobs(jobs)
+                suspects = 3 * joblib.effective_n_jobs(jobs)
                 continue
             key = batch[0][0]
             del left[key]
             reason = "the process died: out of memory, or a fault in compiled code"
-            yield Outcome(key, {}, math.nan, reason)
+            yield Outcome(key, {}, math.nan, reason, here())
 
 
 @contextlib.contextmanager
-def _cluster(backend: str, scheduler: str | None) -> Iterator[None]:
+def _cluster(backend: str, scheduler: str | None) -> Iterator[tuple[type[BaseException], ...]]:
+    """The processes to run in, and the exceptions that joblib raises if one of them dies."""
     if backend == "dask":
-        from dask.distributed import Client
+        from dask.distributed import Client, KilledWorker
 
         with Client(scheduler), joblib.parallel_config(backend="dask"):
-            yield
+            yield (KilledWorker,)
     else:
         with joblib.parallel_config(backend=backend):
-            yield
+            yield (TerminatedWorkerError,)
 
 
 def _progress(console: Console | None) -> Progress:

@@ -40,6 +40,12 @@ def run(setting, log=None, pause=0.0):
     return {**drawn, "level_seen": setting.level, "threads": torch.get_num_threads()}
 
 
+def timed_run(setting, pause=0.0):
+    begin = time.monotonic()
+    time.sleep(pause)
+    return {"begin": begin, "end": time.monotonic()}
+
+
 def experiment(*, levels=3, seeds=2, name="toy", function=run, **extra):
     return Experiment.of(
         name, function, cross(Run, level=range(levels), seed=range(seeds)), **extra

@@ -152,6 +152,39 @@ def test_the_mean_goes_with_the_state():
     assert not fastjac.DataGrad(weight=W).state_dict()
 
 
+@pytest.mark.parametrize("bound", [None, BOUND])
+def test_a_state_with_a_mean_can_be_loaded_without_a_bound(bound):
+    penalty = fastjac.DataGrad(bound=BOUND)
+    penalty(model_of(), *next(batches()))
+    other = fastjac.DataGrad(bound=bound)
+    other.load_state_dict(penalty.state_dict())
+    assert (other.mean_loss is None) == (bound is None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_the_module_may_be_cast(dtype):
+    """A penalty that is a submodule is cast with the model."""
+    penalty = fastjac.DataGrad(weight=W, bound=BOUND).to(dtype)
+    (x, y), (x2, y2) = batches(2)
+    model = model_of()
+    values = [penalty(model, *batch)[1].item() for batch in ((x, y), (x2, y2))]
+    usual = fastjac.DataGrad(weight=W, bound=BOUND)
+    truth = [usual(model, *batch)[1].item() for batch in ((x, y), (x2, y2))]
+    assert values == pytest.approx(truth, rel=8 * torch.finfo(dtype).eps + 1e-6)
+
+
+def test_probabilities_and_outputs_of_several_dimensions():
+    x, _ = next(batches())
+    model = nn.Sequential(model_of(), nn.Unflatten(1, (2, 2)))
+    target = torch.rand(5, 2, 2, dtype=torch.float64)
+    target = target / target.sum((1, 2), keepdim=True)
+    leaf = x.requires_grad_()
+    truth = reference.datagrad(leaf, model(leaf), target, bound=BOUND).mean()
+    assert truth < reference.datagrad(leaf, model(leaf), target).mean()
+    _, value = fastjac.datagrad(model, x, target, bound=BOUND)
+    torch.testing.assert_close(value, truth, rtol=1e-6, atol=0)
+
+
 def test_eval_mode_does_not_move_the_mean():
     penalty = fastjac.DataGrad(weight=W, bound=BOUND)
     (x, y), (x2, y2) = batches(2)
@@ -189,6 +222,11 @@ def test_a_checkpointed_call_raises():
     value = checkpoint(lambda x: penalty(model, x, y)[1], x.requires_grad_(), use_reentrant=False)
     with pytest.raises(RuntimeError, match="has a bound and was called inside a checkpointed"):
         value.backward()
+
+
+def test_other_norms_are_refused():
+    with pytest.raises(ValueError, match="bound is 0.1 and norm is 'l1': a bound is for"):
+        fastjac.DataGrad(bound=0.1, norm="l1")
 
 
 @pytest.mark.parametrize(("bound", "message"), [(0, "must be above 0"), (-1, "at least 0")])

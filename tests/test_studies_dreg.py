@@ -10,11 +10,14 @@ import torch
 from torch import nn
 
 import fastjac
-from studies.dreg import plain, training
+from studies.dreg import plain, report, training
 from studies.dreg.hypotheses import MEAN, both_readings, hypotheses
 from studies.dreg.study import STUDY
 from studies.dreg.training import STRENGTHS, VARIANTS, Run, train
+from studies.gradient_regularization.study import STUDY as OTHER
 from studies.networks import ACTIVATIONS, network
+from studies.page import write_report
+from studies.records import Records
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -171,6 +174,39 @@ def test_spectral_normalisation_is_on_every_layer():
     layers = [m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
     assert len(layers) == 4
     assert all(hasattr(layer, "parametrizations") for layer in layers)
+
+
+def frames_of_the_records():
+    experiments = STUDY.experiments(False, None)
+    return {e.name: Records(STUDY.folder / "records", e.name).frame(e) for e in experiments}
+
+
+def test_the_readme_has_the_numbers_of_the_records():
+    frames = frames_of_the_records()
+    assert len(frames["sweep"]) == 960
+    table = report.cost(frames, Path())
+    lines = ([cell.strip() for cell in line.split("|")[1:]] for line in table.splitlines())
+    rows = {line[0]: line for line in lines}
+    dreg, igpen, whole = (rows[name][4] for name in ("DREG", "IGPen", "all"))
+    minutes = round(float(rows["all"][5]))
+    text = " ".join((ROOT / "README.md").read_text().split())
+    assert f"sweep take {minutes} minutes of one core" in text
+    assert f"those with DREG take {dreg} times as long" in text
+    assert f"penalty {igpen} times, and all together {whole} times" in text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("study", [STUDY, OTHER], ids=["dreg", "gradient_regularization"])
+def test_the_report_is_that_of_the_records(study, tmp_path):
+    """Also that the code of the runs is that of the records: `Experiment.keys`."""
+    experiments = study.experiments(False, None)
+    frames = {e.name: Records(study.folder / "records", e.name).frame(e) for e in experiments}
+    for experiment in experiments:
+        assert len(frames[experiment.name]) == len(experiment.settings), experiment.name
+    before = (study.folder / "README.md").read_text()
+    (tmp_path / "README.md").write_text(before)
+    write_report(study, frames, tmp_path)
+    assert (tmp_path / "README.md").read_text() == before
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ from studies.experiment import Experiment, _code, code_version
 from studies.records import Records
 from studies.running import run_missing
 from studies.settings import cross
-from tests.studies_cases import Run, experiment, run
+from tests.studies_cases import Run, experiment, run, timed_run
 
 ROOT = Path(__file__).parents[1]
 
@@ -123,6 +123,40 @@ def test_a_last_line_that_was_cut_off_is_run_again(tmp_path):
     assert all(None not in row and None not in row.values() for row in rows(path))
 
 
+def test_two_processes_do_not_write_one_file(tmp_path):
+    records = Records(tmp_path, "toy")
+    with records.writing(), pytest.raises(RuntimeError, match="another process is writing"):
+        done(tmp_path, experiment())
+    assert done(tmp_path, experiment()) == 6
+    assert {path.name for path in tmp_path.iterdir()} == {"toy.csv"}
+
+
+def test_runs_that_failed_can_be_repeated(tmp_path):
+    log = tmp_path / "log"
+    faulty = Experiment.of("toy", run, [Run(fault="raises"), Run(level=1)])
+    done(tmp_path, faulty)
+    assert done(tmp_path, faulty) == 0
+    assert done(tmp_path, faulty, again=True) == 1
+    assert len(rows(tmp_path / "toy.csv")) == 3
+    frame = Records(tmp_path, "toy").frame(faulty)
+    assert len(frame) == 2
+    assert frame.attrs["other"] == 0
+    assert not log.exists()
+
+
+def test_records_of_other_settings_are_counted(tmp_path):
+    done(tmp_path, experiment(levels=4))
+    assert Records(tmp_path, "toy").frame(experiment(levels=1)).attrs["other"] == 6
+
+
+@pytest.mark.slow
+def test_one_at_a_time(tmp_path):
+    timed = replace(experiment(levels=4, seeds=1, pause=0.2), alone=True, run=timed_run)
+    done(tmp_path, timed, jobs=2)
+    frame = Records(tmp_path, "toy").frame(timed).sort_values("begin")
+    assert (frame["begin"].to_numpy()[1:] >= frame["end"].to_numpy()[:-1]).all()
+
+
 def test_shards_share_the_runs(tmp_path):
     whole = experiment(levels=5, seeds=3)
     for i in (1, 2, 3, 4):
@@ -136,9 +170,10 @@ def test_shards_share_the_runs(tmp_path):
 
 def test_columns_may_be_added(tmp_path):
     records = Records(tmp_path, "toy")
-    records.append({"key": "a", "error": "", "x": 1})
-    records.append({"key": "b", "error": "", "y": 2})
-    records.append({"key": "c", "error": ""})
+    with records.writing():
+        records.append({"key": "a", "error": "", "x": 1})
+        records.append({"key": "b", "error": "", "y": 2})
+        records.append({"key": "c", "error": ""})
     assert rows(records.path) == [
         {"key": "a", "error": "", "x": "1", "y": ""},
         {"key": "b", "error": "", "x": "", "y": "2"},

@@ -15,7 +15,6 @@ from fastjac import arguments, reference
 from fastjac.input_jacobian.projections import ProjectionOptions, ProjectionPenalty
 from fastjac.model_output import part_of
 from fastjac.modes import check_not_recomputed
-from fastjac.ops.dispatch import accumulate_dtype
 from fastjac.ops.softmax_residual import softmax_residual
 from fastjac.penalties.registry import PenaltySpec, classifier_example
 from fastjac.per_sample import rows
@@ -38,14 +37,14 @@ class DataGrad(ProjectionPenalty):
 
     Options:
         norm: ``"l2_squared"``, ``"l2"`` or ``"l1"``.
-        bound: a number κ, so that the weight is ``min(weight, κ / ℓ̄²)`` with the running mean ℓ̄
-            of the cross-entropy, a constant. ``R`` is proportional to the square of the loss: early
-            in training, when the loss is large, a large weight would hold the model where its
-            output does not depend on x. With a bound any large weight will do, for instance with
-            κ = 0.01 for digits in [0, 1]; κ is in units of x², see docs/WEIGHT.md. ℓ̄ is a buffer
-            of the module, NaN before the first call, and each call in training mode counts 5% in
-            it. The function has no memory and uses the loss of its batch. In a checkpointed
-            function, which would call the module twice, it raises.
+        bound: a number κ; the weight is then at most ``κ / ℓ̄²``, with the running mean ℓ̄ of the
+            cross-entropy, a constant. Early in training, when the loss is large, a large weight
+            would hold the model where its output does not depend on x; the bound lets it grow as
+            the loss falls. If the inputs are multiplied by c, multiply κ by c²; 0.01 was good for
+            pixels in [0, 1], see ``studies/gradient_regularization``. For ``"l2_squared"`` only.
+            ℓ̄ is a buffer of the module. The first call sets it, and in training mode each later
+            one counts 5%, also each micro-batch; each process has its own. The function uses the
+            loss of its batch. In a checkpointed function, which runs twice, it raises.
         weight, reduction, every, output, at, engine: see ``help(fastjac.InputPenalty)``.
 
     Squares of half precision are summed in float32. The value can be differentiated once; for
@@ -72,6 +71,11 @@ class DataGrad(ProjectionPenalty):
         self.bound = None if bound is None else arguments.factor("bound", bound)
         if self.bound == 0:
             raise ValueError("bound is 0: it must be above 0, since the weight would always be 0")
+        if bound is not None and self.norm != "l2_squared":
+            raise ValueError(
+                f"bound is {bound} and norm is {self.norm!r}: a bound is for 'l2_squared', whose "
+                "values fall with the square of the loss; leave one of them out"
+            )
         initial = None if bound is None else torch.tensor(math.nan, device="cpu")
         self.register_buffer("mean_loss", initial)
 
@@ -100,10 +104,12 @@ class DataGrad(ProjectionPenalty):
         if self.training:
             check_not_recomputed("has a bound")
         logits = rows(output.detach())
-        loss = F.cross_entropy(logits.to(accumulate_dtype(logits.dtype)), target).to(torch.float32)
+        y = arguments.class_target(target, logits)
+        y = y.to(torch.float32) if y.is_floating_point() else y
+        loss = F.cross_entropy(logits.to(torch.float32), y)
         if self.mean_loss.device != loss.device:
             self.mean_loss = self.mean_loss.to(loss.device)
-        mean = self.mean_loss.lerp(loss, SHARE if self.training else 0.0)
+        mean = self.mean_loss.to(torch.float32).lerp(loss, SHARE if self.training else 0.0)
         # NaN before the first call; and a loss that overflowed is forgotten at the next one.
         self.mean_loss.copy_(torch.where(mean.isfinite(), mean, loss))
 
@@ -112,9 +118,16 @@ class DataGrad(ProjectionPenalty):
         if self.bound is None or self.mean_loss is None:
             return factor
         every = self.every if self.training else 1
-        most = every * self.bound / self.mean_loss.double().square()
-        most = most.nan_to_num(math.inf).to(values)  # an empty batch came first
-        return torch.minimum(most, torch.as_tensor(factor).to(values))
+        most = every * self.bound / self.mean_loss.to(torch.float32).square()
+        most = most.nan_to_num(math.inf).to(values)  # NaN if an empty batch came first
+        if isinstance(factor, Tensor):
+            return torch.minimum(most, factor.to(values))
+        return most.clamp(max=factor)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
+        if self.bound is None:  # the state of a penalty that had one
+            state_dict.pop(prefix + "mean_loss", None)
+        super()._load_from_state_dict(state_dict, prefix, *others)
 
 
 SPEC = PenaltySpec.of(
