@@ -112,7 +112,7 @@ def _interval(difference: np.ndarray) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def _holm(p: pd.Series) -> pd.Series:
+def holm(p: pd.Series) -> pd.Series:
     """Holm's correction of the values that are not NaN; statsmodels would count NaN as a test."""
     known = p.dropna()
     corrected = multipletests(known, method="holm")[1] if len(known) else known
@@ -128,7 +128,7 @@ def compared(pairs: Mapping[str, Paired]) -> pd.DataFrame:
     rows = pd.DataFrame([asdict(pair) for pair in pairs.values()], index=list(pairs))
     if rows.empty:
         rows = rows.reindex(columns=list(Paired.__dataclass_fields__))
-    return rows.assign(p_holm=_holm(rows["p"].reset_index(drop=True)).to_numpy())
+    return rows.assign(p_holm=holm(rows["p"].reset_index(drop=True)).to_numpy())
 
 
 def against(
@@ -215,18 +215,28 @@ class Claim:
 
 
 def claims_table(claims: Sequence[Claim]) -> str:
-    """The claims as a Markdown table with a row for each comparison."""
+    """The claims as a Markdown table with a row for each comparison.
+
+    Further columns of the results, p-values of other tests of the same comparison, come before the
+    verdict under their names.
+    """
+    known = {*Paired.__dataclass_fields__, "p_holm"}
+    others = list(dict.fromkeys(n for c in claims for n in c.results.columns if n not in known))
+    names = ["Claim", "Test", "n", "p, corrected", "Wins–losses", "Effect [95% interval]", *others]
     lines = [
-        "| Claim | Test | n | p, corrected | Effect [95% interval] | Verdict |",
-        "|:--|:--|--:|--:|:--|:--|",
+        f"| {' | '.join([*names, 'Verdict'])} |",
+        "|:--|:--|--:|--:|--:|:--|" + "--:|" * len(others) + ":--|",
     ]
     for claim in claims:
         first = f"{claim.text} ({claim.source})", claim.verdict
         tests = [
-            (str(name), f"{row.n:.0f}", _p(row.p_holm), _effect(row))
+            (
+                *(str(name), f"{row.n:.0f}", _p(row.p_holm), f"{row.wins:.0f}–{row.losses:.0f}"),
+                *(_effect(row), *(_p(row.get(other, np.nan)) for other in others)),
+            )
             for name, row in claim.results.iterrows()
         ]
-        for index, test in enumerate(tests or [("–", "0", "–", "–")]):
+        for index, test in enumerate(tests or [("–", "0", *"–" * (3 + len(others)))]):
             text, verdict = ("", "") if index else first
             row = (part.replace("|", "\\|") for part in (text, *test, verdict))
             lines.append(f"| {' | '.join(row)} |")

@@ -296,6 +296,8 @@ def test_the_other_study_takes_mnist_and_cifar10(directory: Path, monkeypatch: A
     assert isinstance(run, cifar.Run)
     run = replace(run, size=4, iterations=1, blocks=1)
     assert 0 <= cifar.train(run, **declared["cifar"].extra)["test"] <= 100
+    usual = {e.name: e for e in STUDY.experiments(False, None)}
+    assert not set(usual["tables"].keys) & set(declared["tables"].keys)
     asked = {}
 
     def seen(name: str, seed: int, **options: Any) -> Split:
@@ -304,7 +306,7 @@ def test_the_other_study_takes_mnist_and_cifar10(directory: Path, monkeypatch: A
         return split(name, seed, **options)
 
     monkeypatch.setattr(mnist, "split", seen)
-    mnist.train(mnist.Run(iterations=1, size=4), **declared["tables"].extra)
+    declared["tables"].run(mnist.Run(iterations=1, size=4), **declared["tables"].extra)
     assert asked["name"] == "mnist-full"
     assert (asked["dev"], asked["test"]) == (10_000, 10_000)
 

@@ -56,23 +56,26 @@ def test_runs_of_a_seed_share_samples_weights_and_batches(monkeypatch):
     seen = {}
 
     def spy(run, model, strength):
+        weights = [p.detach().clone() for p in model.parameters()]
         forward = original(run, model, strength)
-        seen[run.regularizer] = [[p.detach().clone() for p in model.parameters()]]
+        batches = []
+        seen[run.regularizer] = weights, batches
 
         def watched(x, y):
-            seen[run.regularizer].append((x.detach().clone(), y))
+            batches.append((x.detach().clone(), y))
             return forward(x, y)
 
         return watched
 
     original = training._regularized
     monkeypatch.setattr(training, "_regularized", spy)
-    for name in ("none", "DREG", "IGPen"):
+    for name in STRENGTHS:
         train(Run(data="cancer", regularizer=name, steps=12))
-    for name in ("DREG", "IGPen"):
-        for a, b in zip(seen["none"][0], seen[name][0], strict=True):
+    weights, batches = seen.pop("none")
+    for other_weights, other_batches in seen.values():
+        for a, b in zip(weights, other_weights, strict=True):
             assert torch.equal(a, b)
-        for (x, y), (other_x, other_y) in zip(seen["none"][1:], seen[name][1:], strict=True):
+        for (x, y), (other_x, other_y) in zip(batches, other_batches, strict=True):
             assert torch.equal(x, other_x)
             assert torch.equal(y, other_y)
 

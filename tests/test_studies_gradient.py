@@ -2,7 +2,7 @@
 
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pandas as pd
@@ -12,7 +12,15 @@ import torch.nn.functional as F
 
 from studies import data
 from studies.gradient_regularization import cifar, elsewhere, mnist, sin, training
-from studies.gradient_regularization.select import choose, span
+from studies.gradient_regularization.choices import (
+    MNIST,
+    choose,
+    span,
+    table_1,
+    table_2,
+    table_4,
+    table_6,
+)
 from studies.gradient_regularization.study import STUDY
 from studies.networks import LeNet5, ResNet
 
@@ -121,11 +129,29 @@ def test_the_choice_is_made_on_the_development_set():
         ]
     )
     choice = choose(frame, penalty="p")
-    assert (choice.weight, choice.tried, list(choice.tests)) == (2.0, 3, [91.0] * 3)
+    assert (choice.weight, list(choice.tests)) == (2.0, [91.0] * 3)
     assert str(choice) == "91.00 (0.00), λ 2"
     frame.loc[frame.index[3], "dev"] = float("nan")  # one seed of three diverged
     assert choose(frame, penalty="p").weight == 1.0
     assert choose(frame, penalty="q") is None
+    with pytest.raises(ValueError, match="several runs of one weight and seed"):
+        choose(pd.concat([frame, frame]), penalty="p")
+
+
+def test_a_bound_is_not_mixed_with_the_usual_runs():
+    """The tables of the declared runs, whose accuracy is that of their weight."""
+    declared = {e.name: e for e in STUDY.experiments(False, None)}
+    rows = [
+        asdict(setting) | {"dev": 90 + setting.weight / 1e4 - setting.bound, "test": 90.0}
+        for name in MNIST
+        for setting in declared[name].settings
+    ]
+    frame = pd.DataFrame(rows)
+    for choices in (table_1(frame), table_2(frame), table_4(frame), table_6(frame)):
+        for row in choices.values():
+            for penalty, choice in row.items():
+                assert len(choice.tests) == (5 if penalty in ("FrobReg", "JacReg") else 10)
+                assert choice.tests.index.is_unique
 
 
 def test_the_span_is_around_the_best_weight():

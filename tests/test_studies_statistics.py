@@ -175,13 +175,18 @@ def test_claims_table():
     claims = [Claim("x is best", "abstract", rows), Claim("later", "section 4", rows[:0])]
     low, high = f"{UP.low:+.3g}", f"{UP.high:+.3g}"
     assert statistics.claims_table(claims).splitlines() == [
-        "| Claim | Test | n | p, corrected | Effect [95% interval] | Verdict |",
-        "|:--|:--|--:|--:|:--|:--|",
-        f"| x is best (abstract) | x vs y | 10 | 0.020 | +5.5 [{low}, {high}] "
+        "| Claim | Test | n | p, corrected | Wins–losses | Effect [95% interval] | Verdict |",
+        "|:--|:--|--:|--:|--:|:--|:--|",
+        f"| x is best (abstract) | x vs y | 10 | 0.020 | 10–0 | +5.5 [{low}, {high}] "
         "| undecided at this size |",
-        "|  | \\|x\\| vs z | 1 | – | +1 |  |",
-        "| later (section 4) | – | 0 | – | – | undecided at this size |",
+        "|  | \\|x\\| vs z | 1 | – | 1–0 | +1 |  |",
+        "| later (section 4) | – | 0 | – | – | – | undecided at this size |",
     ]
+    more = [Claim("x is best", "abstract", rows.iloc[:1].assign(other=0.25))]
+    lines = statistics.claims_table([*more, *claims[1:]]).splitlines()
+    assert lines[0].endswith("| Effect [95% interval] | other | Verdict |")
+    assert lines[2].endswith("| 0.250 | undecided at this size |")
+    assert {line.count(" |") for line in lines[2:]} == {8}
 
 
 def test_methods_look_different():

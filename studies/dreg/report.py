@@ -45,16 +45,31 @@ def accuracy(frames: Frames, pictures: Path) -> str:
     if frame.empty:
         return ""
     clean = in_order(cells(frame, "test", cell=CELL, method="regularizer"))
-    plots.critical_difference(clean, pictures / "ranks.png", "Accuracy without noise", looks=LOOKS)
+    plots.critical_difference(
+        clean[_six(clean)], pictures / "ranks.png", "Accuracy without noise", looks=LOOKS
+    )
     by_data = clean.groupby("data").mean().T
     by_data["mean"] = clean.mean()
-    by_data["mean rank"] = ranks(clean)
+    by_data["mean rank of six"] = ranks_of_six(clean)
     return f"{markdown(by_data, '.2f')}\n\n![ranks](pictures/ranks.png)\n\n{_by_seed(frame)}"
 
 
 def in_order(table: pd.DataFrame) -> pd.DataFrame:
     """The columns, which are methods, in the order of METHODS."""
     return table[[name for name in METHODS if name in table.columns]]
+
+
+def _six(table: pd.DataFrame) -> list[str]:
+    """The methods with one reading of DREG, that with the mean where there is one."""
+    return [*OTHERS, MEAN if MEAN in table.columns else "DREG"]
+
+
+def ranks_of_six(table: pd.DataFrame) -> pd.Series:
+    """Mean ranks among the six methods; that of the other reading of DREG is in place of it."""
+    found = ranks(table[_six(table)])
+    if MEAN in table.columns:
+        found["DREG"] = ranks(table[[*OTHERS, "DREG"]])["DREG"]
+    return found
 
 
 def _by_seed(frame: pd.DataFrame) -> str:
@@ -79,7 +94,7 @@ def activations(frames: Frames, pictures: Path) -> str:
     clean = in_order(cells(frame, "test", cell=CELL, method="regularizer"))
     by = clean.groupby("activation")
     means = by.mean().T
-    found = pd.DataFrame({name: ranks(part) for name, part in by})
+    found = pd.DataFrame({name: ranks_of_six(part) for name, part in by})
     both = {
         name: [f"{means[name][r]:.2f} ({found[name][r]:.2f})" for r in means.index]
         for name in means
@@ -115,7 +130,7 @@ def noise(frames: Frames, pictures: Path) -> str:
     rows = in_order(rows.T).T
     rows.columns = [f"σ = {level:g}" for level in rows.columns]
     noisy = cells(robust(frame), "robust", cell=CELL, method="regularizer")
-    rows["mean rank with noise"] = ranks(noisy)
+    rows["mean rank of six with noise"] = ranks_of_six(noisy)
     return f"{markdown(rows, '.2f')}\n\n![noise](pictures/noise.png)"
 
 
@@ -163,7 +178,9 @@ def options(frames: Frames, pictures: Path) -> str:
         wide = cells(both, metric, cell=CELL, method="variant")
         rows[name] = wide.mean()
         better = wide.gt(wide["default"], axis=0).sum()
-        rows[f"{name}: higher than the default"] = [f"{k} of {len(wide)}" for k in better]
+        worse = wide.lt(wide["default"], axis=0).sum()
+        counts = [f"{k}–{m}" for k, m in zip(better, worse, strict=True)]
+        rows[f"{name}: cells higher–lower"] = pd.Series(counts, index=wide.columns)
     rows["p99/mean"] = both.groupby("variant")["tail"].median()
     return markdown(pd.DataFrame(rows).loc[["default", *mine["variant"].unique()]], ".2f")
 
@@ -178,11 +195,13 @@ def strengths(frames: Frames, pictures: Path) -> str:
     both = robust(pd.concat([mine, usual]))
     parts = []
     for metric, name in (("test", "accuracy"), ("robust", "accuracy with noise")):
-        rows = both.groupby(["regularizer", "scale"])[metric].mean().unstack()
+        rows = both.groupby(["regularizer", "data", "scale"])[metric].mean().unstack()
+        means = rows.groupby("regularizer").mean()
+        means.index = pd.MultiIndex.from_product([means.index, ["mean"]])
+        rows = pd.concat([rows, means]).sort_index(level=0, sort_remaining=False)
         rows.columns = [f"× {scale:g}" for scale in rows.columns]
-        rows.insert(0, "strength", [f"{STRENGTHS[r]:.3g}" for r in rows.index])
-        rows.index.name = name
-        parts.append(markdown(rows, ".2f"))
+        rows.index = [f"{r} {STRENGTHS[r]:.3g}, {data}" for r, data in rows.index]
+        parts.append(markdown(rows, ".2f", corner=name))
     return "\n\n".join(parts)
 
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 import pandas as pd
 
 from studies.experiment import Frames
-from studies.gradient_regularization.report import (
-    METHODS,
+from studies.gradient_regularization.choices import (
     USUAL,
+    Choice,
+    choose,
     lenet,
     of_method,
     table_1,
@@ -18,8 +19,10 @@ from studies.gradient_regularization.report import (
     table_4,
     table_6,
 )
-from studies.gradient_regularization.select import Choice, choose
+from studies.gradient_regularization.report import METHODS
 from studies.statistics import Claim, Paired, compared, paired
+
+SIN_WEIGHT = 0.03
 
 
 def hypotheses(frames: Frames) -> list[Claim]:
@@ -82,9 +85,6 @@ def _of_tables(frame: pd.DataFrame) -> list[Claim]:
         ("The logits' Jacobian is the better one to penalise", "table 6"): {
             "SpectReg vs JacReg": (six_["SpectReg"], six_["JacReg"])
         },
-        ("The exact norm is better than one projection (the paper: it is not)", "table 6"): {
-            "FrobReg vs SpectReg": (six_["FrobReg"], six_["SpectReg"])
-        },
     }
     tested = ((text, source, _pairs(choices)) for (text, source), choices in claims.items())
     return [Claim(text, source, compared(pairs)) for text, source, pairs in tested if pairs]
@@ -108,11 +108,9 @@ def _of_sizes(frames: Frames, frame: pd.DataFrame) -> list[Claim]:
 
 
 def _of_sin(sin: pd.DataFrame) -> list[Claim]:
+    """At the paper's λ, since one that is chosen by these errors would look better than it is."""
     one = sin[sin["data"] == "SIN"].pivot(index="seed", columns="weight", values="mse")
-    best = one.mean().idxmin()
-    claims = []
-    if best > 0:
-        text = "SpectReg reduces the mean squared error on SIN"
-        pairs = {f"λ = 0 vs λ = {best:g}, 1e-5": paired(1e5 * one[0.0], 1e5 * one[best])}
-        claims.append(Claim(text, "table 7", compared(pairs)))
-    return claims
+    if SIN_WEIGHT not in one:
+        return []
+    pairs = {f"λ = 0 vs λ = {SIN_WEIGHT}, MSE, 1e-5": paired(1e5 * one[0.0], 1e5 * one[SIN_WEIGHT])}
+    return [Claim("SpectReg reduces the mean squared error on SIN", "table 7", compared(pairs))]

@@ -9,8 +9,7 @@ from matplotlib.figure import Figure
 
 from studies import plots
 from studies.experiment import Frames
-from studies.gradient_regularization.report import USUAL, lenet
-from studies.gradient_regularization.select import choose, span, where
+from studies.gradient_regularization.choices import USUAL, choose, lenet, span, where
 from studies.statistics import Claim, claims_table, compared, paired
 from studies.tables import markdown
 

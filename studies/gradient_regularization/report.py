@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -11,18 +10,22 @@ from matplotlib.figure import Figure
 
 from studies import plots
 from studies.experiment import Frames
-from studies.gradient_regularization.select import Choice, choose, where
+from studies.gradient_regularization.choices import (
+    USUAL,
+    Choices,
+    choose,
+    lenet,
+    of_method,
+    table_1,
+    table_2,
+    table_4,
+    table_6,
+    where,
+)
 from studies.gradient_regularization.sin import GRID, samples
+from studies.statistics import paired
 from studies.tables import markdown
 
-MNIST = ("tables", "untuned", "hidden", "decays", "sizes")
-USUAL: dict[str, Any] = {
-    "size": 2000,
-    "network": "dropout",
-    "decay": 5e-4,
-    "confidence": 0.0,
-    "at": "input",
-}
 METHODS = ("none", "CP", "SpectReg", "DataGrad", "JacReg")
 LOOKS = plots.look(METHODS)
 
@@ -49,13 +52,7 @@ SIN_PAPER = {
 }
 
 
-def lenet(frames: Frames) -> pd.DataFrame:
-    """The records of all runs of LeNet-5."""
-    found = [frames[name] for name in MNIST if name in frames and not frames[name].empty]
-    return pd.concat(found, ignore_index=True) if found else pd.DataFrame()
-
-
-def beside(table: str, choices: dict[str, dict[str, Choice | None]]) -> str:
+def beside(table: str, choices: Choices) -> str:
     """Ours with λ, and the paper's accuracy in brackets, by row and penalty."""
     rows = {}
     for row, cells in choices.items():
@@ -64,70 +61,6 @@ def beside(table: str, choices: dict[str, dict[str, Choice | None]]) -> str:
             for penalty, choice in cells.items()
         }
     return markdown(pd.DataFrame(rows).T)
-
-
-def table_1(frame: pd.DataFrame) -> dict[str, dict[str, Choice | None]]:
-    """Network × penalty."""
-    return {
-        network: {
-            penalty: choose(frame, **USUAL | {"network": network, "penalty": penalty})
-            for penalty in ("none", "SpectReg", "DataGrad")
-        }
-        for network in PAPER["table 1"]
-    }
-
-
-def table_2(frame: pd.DataFrame) -> dict[str, dict[str, Choice | None]]:
-    """Confidence penalty × penalty. The weight of CP is chosen without another penalty."""
-    confidence = best_confidence(frame)
-    rows = {"no CP": 0.0, "CP": confidence}
-    both = {}
-    for row, value in rows.items():
-        both[row] = {
-            penalty: choose(frame, **USUAL | {"confidence": value, "penalty": penalty})
-            for penalty in ("none", "SpectReg", "DataGrad")
-        }
-    # Beside another penalty CP ran with one weight, 0.03.
-    for penalty in ("SpectReg", "DataGrad"):
-        both["CP"][penalty] = choose(frame, **USUAL | {"confidence": 0.03, "penalty": penalty})
-    return both
-
-
-def best_confidence(frame: pd.DataFrame, size: int = 2000) -> float:
-    """The weight of the confidence penalty with the best accuracy on the development set."""
-    usual = {name: level for name, level in USUAL.items() if name != "confidence"}
-    alone = where(frame, **usual | {"penalty": "none", "size": size})
-    scores = alone[alone["confidence"] > 0].groupby("confidence")["dev"].mean()
-    return float(scores.idxmax()) if len(scores) else 0.0
-
-
-def of_method(frame: pd.DataFrame, method: str, size: int) -> dict[str, Any]:
-    """The levels of a method of figure 2; CP has the weight that is best alone."""
-    if method == "CP":
-        return {"penalty": "none", "confidence": best_confidence(frame, size)}
-    return {"penalty": method, "confidence": 0.0}
-
-
-def table_4(frame: pd.DataFrame) -> dict[str, dict[str, Choice | None]]:
-    """Weight decay × penalty."""
-    rows = {"no weight decay": 0.0, "weight decay 0.0005": 5e-4}
-    return {
-        row: {
-            penalty: choose(frame, **USUAL | {"decay": decay, "penalty": penalty})
-            for penalty in ("none", "SpectReg", "DataGrad")
-        }
-        for row, decay in rows.items()
-    }
-
-
-def table_6(frame: pd.DataFrame) -> dict[str, dict[str, Choice | None]]:
-    """One projection of the logits' Jacobian, all of the probabilities', all of the logits'."""
-    return {
-        "": {
-            penalty: choose(frame, **USUAL | {"penalty": penalty})
-            for penalty in ("SpectReg", "JacReg", "FrobReg")
-        }
-    }
 
 
 def tables(frames: Frames, _pictures: Path) -> str:
@@ -139,6 +72,15 @@ def tables(frames: Frames, _pictures: Path) -> str:
     made = {"table 1": table_1, "table 2": table_2, "table 4": table_4, "table 6": table_6}
     for name, make in made.items():
         parts.append(f"**{name.capitalize()}**\n\n{beside(name, make(frame))}")
+    found = table_6(frame)[""]
+    one, exact = found["SpectReg"], found["FrobReg"]
+    if one and exact:
+        difference = paired(exact.tests, one.tests)
+        parts.append(
+            "FrobReg, the exact norm, minus SpectReg, one projection of it: "
+            f"{difference.effect:+.2f} points, 95% interval {difference.low:+.2f} to "
+            f"{difference.high:+.2f}, {difference.n} seeds."
+        )
     return "\n\n".join(parts)
 
 

@@ -9,7 +9,15 @@ from pathlib import Path
 
 from studies.data import found
 from studies.experiment import Experiment, Study
-from studies.gradient_regularization import cifar, elsewhere, mnist, questions, report, sin
+from studies.gradient_regularization import (
+    cifar,
+    elsewhere,
+    mnist,
+    mnist_full,
+    questions,
+    report,
+    sin,
+)
 from studies.gradient_regularization.hypotheses import hypotheses
 from studies.settings import cross
 from studies.statistics import claims_table
@@ -86,12 +94,15 @@ def longer(seeds: Sequence[int]) -> Iterable[mnist.Run]:
 
 def experiments(quick: bool, data: Path | None) -> Sequence[Experiment]:
     """The tables and figures of the paper, and its two open questions; or a sample of each."""
+    own = found(data) if data else {}
     seen: set[mnist.Run] = set()
 
     def lenet(name: str, settings: Iterable[mnist.Run]) -> Experiment:
         new = [setting for setting in settings if setting not in seen]
         seen.update(new)
-        return Experiment.of(name, mnist.train, new, directory=data)
+        if "mnist-full" in own:
+            return Experiment.of(name, mnist_full.train, new, directory=data)
+        return Experiment.of(name, mnist.train, new)
 
     ten, five = range(10), range(5)
     weights = (0.0, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
@@ -119,7 +130,7 @@ def experiments(quick: bool, data: Path | None) -> Sequence[Experiment]:
             ),
         ),
     ]
-    if data and "cifar10" in found(data):
+    if "cifar10" in own:
         rates = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1)
         full = partial(
             cross, cifar.Run, size=[50_000], augment=[True], iterations=[200_000], seed=[0]
