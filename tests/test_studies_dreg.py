@@ -165,10 +165,10 @@ def test_a_planted_advantage_holds_and_its_reverse_does_not():
     better = {claim.text: claim.verdict for claim in hypotheses(frames(1.0))}
     assert better["The highest accuracy without noise"] == "holds"
     assert better["The best under GELU"] == "holds"
-    assert better["Spectral normalisation is more robust to noise than DREG"] == "does not hold"
+    assert better["Spectral normalisation is more robust than DREG"] == "does not hold"
     worse = {claim.text: claim.verdict for claim in hypotheses(frames(-1.0))}
     assert worse["The highest accuracy without noise"] == "does not hold"
-    assert worse["Spectral normalisation is more robust to noise than DREG"] == "holds"
+    assert worse["Spectral normalisation is more robust than DREG"] == "holds"
 
 
 def test_spectral_normalisation_is_on_every_layer():

@@ -185,7 +185,7 @@ def test_claims_table():
     more = [Claim("x is best", "abstract", rows.iloc[:1].assign(other=0.25))]
     lines = statistics.claims_table([*more, *claims[1:]]).splitlines()
     assert lines[0].endswith("| Effect [95% interval] | other | Verdict |")
-    assert lines[2].endswith("| 0.250 | undecided at this size |")
+    assert lines[2].endswith("| 0.250 | holds |")
     assert {line.count(" |") for line in lines[2:]} == {8}
 
 
