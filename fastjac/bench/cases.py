@@ -244,7 +244,7 @@ def all_cases() -> tuple[Case, ...]:
         # It has GELU: in a ReLU network of this size (3M units in a batch) some unit is always
         # within rounding of its kink, and two correct convolutions differ by 2e-3 in the gradient.
         _step("spectreg-resnet", "spectreg", small_resnet, (32, 3, 32, 32), "papers"),
-        # The network, batch and loss of examples/sin.py.
+        # The network, batch and loss of studies/gradient_regularization/sin.py.
         _step(
             *("spectreg-sin", "spectreg", _mlp(1, 5, 64, 1, nn.ReLU), (100, 1), "papers"),
             outputs=1,

@@ -22,8 +22,6 @@ from studies.gradient_regularization.choices import (
 from studies.gradient_regularization.report import METHODS
 from studies.statistics import Claim, Paired, compared, paired
 
-SIN_WEIGHT = 0.03
-
 
 def hypotheses(frames: Frames) -> list[Claim]:
     """The claims that the records can test; the p-values are corrected within each."""
@@ -108,9 +106,11 @@ def _of_sizes(frames: Frames, frame: pd.DataFrame) -> list[Claim]:
 
 
 def _of_sin(sin: pd.DataFrame) -> list[Claim]:
-    """At the paper's λ, since one that is chosen by these errors would look better than it is."""
+    """λ is chosen by the errors of half the seeds, and tested on the others."""
     one = sin[sin["data"] == "SIN"].pivot(index="seed", columns="weight", values="mse")
-    if SIN_WEIGHT not in one:
+    first, second = one[one.index % 2 == 0], one[one.index % 2 == 1]
+    best = first.mean().idxmin()
+    if best == 0:
         return []
-    pairs = {f"λ = 0 vs λ = {SIN_WEIGHT}, MSE, 1e-5": paired(1e5 * one[0.0], 1e5 * one[SIN_WEIGHT])}
+    pairs = {f"λ = 0 vs λ = {best:g}, MSE, 1e-5": paired(1e5 * second[0.0], 1e5 * second[best])}
     return [Claim("SpectReg reduces the mean squared error on SIN", "table 7", compared(pairs))]
