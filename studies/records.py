@@ -104,7 +104,8 @@ class Records:
             # By key: independent of which run finished first.
             writer.writerows(kept[key] for key in sorted(kept))
             text.seek(0)
-        frame = pd.read_csv(text) if kept else pd.DataFrame()
+        # A hash such as 12e4567 would be a number.
+        frame = pd.read_csv(text, dtype={"key": str, "commit": str}) if kept else pd.DataFrame()
         frame.attrs["other"] = len({row["key"] for row in rows}) - len(kept)
         return frame
 

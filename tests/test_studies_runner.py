@@ -15,6 +15,7 @@ import pytest
 from rich.console import Console
 
 import studies
+from studies import running
 from studies.experiment import Experiment, _code, code_version
 from studies.records import Records
 from studies.running import run_missing
@@ -121,6 +122,12 @@ def test_a_last_line_that_was_cut_off_is_run_again(tmp_path):
     assert done(tmp_path, experiment()) == 1
     assert len(rows(path)) == 6
     assert all(None not in row and None not in row.values() for row in rows(path))
+
+
+def test_a_hash_is_no_number(tmp_path, monkeypatch):
+    monkeypatch.setattr(running, "commit", lambda: "12e4567")
+    done(tmp_path, experiment(levels=1))
+    assert set(Records(tmp_path, "toy").frame(experiment(levels=1))["commit"]) == {"12e4567"}
 
 
 def test_two_processes_do_not_write_one_file(tmp_path):
