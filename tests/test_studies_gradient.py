@@ -38,7 +38,7 @@ def test_the_networks_are_those_of_the_paper():
 def test_no_run_of_lenet_is_declared_twice():
     declared = STUDY.experiments(False, None)
     settings = [s for e in declared if e.run is mnist.train for s in e.settings]
-    assert len(settings) == len(set(settings)) > 900
+    assert len(settings) == len(set(settings)) > 800
 
 
 @pytest.mark.parametrize(
@@ -178,7 +178,7 @@ def test_a_bound_is_not_mixed_with_the_usual_runs():
     for choices in (table_1(frame), table_2(frame), table_4(frame), table_6(frame)):
         for row in choices.values():
             for penalty, choice in row.items():
-                assert len(choice.tests) == (5 if penalty in ("FrobReg", "JacReg") else 10)
+                assert len(choice.tests) == 5, penalty
                 assert choice.tests.index.is_unique
 
 

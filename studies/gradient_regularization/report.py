@@ -85,23 +85,24 @@ def tables(frames: Frames, _pictures: Path) -> str:
 
 
 def convergence(frames: Frames, pictures: Path) -> str:
-    """Test accuracy during training, and after four times as many iterations."""
-    frame, longer = lenet(frames), frames.get("longer", pd.DataFrame())
-    if frame.empty or longer.empty:
+    """Test accuracy during training, and with fewer and more iterations."""
+    usual, longer = lenet(frames), frames.get("longer", pd.DataFrame())
+    if usual.empty or longer.empty:
         return ""
+    everything = pd.concat([frames["fewer"], usual, longer])
     points, rows = [], {}
     for (penalty, weight), long in longer.groupby(["penalty", "weight"]):
-        usual = where(frame, **USUAL, penalty=penalty, weight=weight)
-        usual = usual[usual["seed"].isin(long["seed"])]
-        for _, run in usual.iterrows():
+        runs = where(everything, **USUAL, penalty=penalty, weight=weight)
+        runs = runs[runs["seed"].isin(long["seed"])]
+        rows[f"{penalty}, λ {weight:g}" if weight else "none"] = {
+            f"{iterations:,} iterations": f"{tests.mean():.2f} ({tests.std():.2f})"
+            for iterations, tests in runs.groupby("iterations")["test"]
+        }
+        for _, run in runs[runs["iterations"].isin(usual["iterations"])].iterrows():
             values = [float(value) for value in run["curve"].split()]
             for number, value in enumerate(values, 1):
                 step = run["iterations"] * number // len(values)
                 points.append({"iteration": step, "accuracy": value, "method": penalty})
-        rows[f"{penalty}, λ {weight:g}" if weight else "none"] = {
-            f"{kind} iterations": f"{runs['test'].mean():.2f} ({runs['test'].std():.2f})"
-            for kind, runs in (("usual", usual), ("four times the", long))
-        }
     plots.lines(
         pd.DataFrame(points),
         "iteration",
