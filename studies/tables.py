@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import pandas as pd
 
@@ -28,7 +29,7 @@ def markdown(frame: pd.DataFrame, numbers: str = "g", *, corner: str = "") -> st
     return str(shown.to_markdown(disable_numparse=True, colalign=aligned))
 
 
-def runs(frames: Frames) -> str:
+def runs(frames: Frames, _pictures: Path) -> str:
     """How many runs there were, where, and how long they took."""
     rows = {}
     for name, frame in frames.items():

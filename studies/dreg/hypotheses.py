@@ -33,6 +33,14 @@ def both_readings(frames: Frames, name: str) -> pd.DataFrame:
     return pd.concat([frame, pd.concat([dreg, mean]).assign(regularizer=MEAN)], ignore_index=True)
 
 
+def with_noise(frame: pd.DataFrame) -> pd.DataFrame:
+    """The records with the mean accuracy over the levels of noise, and over these and no noise."""
+    noisy = [f"noise_{level}" for level in NOISE]
+    return frame.assign(
+        robust=frame[noisy].mean(axis=1), overall=frame[["test", *noisy]].mean(axis=1)
+    )
+
+
 def hypotheses(frames: Frames, dreg: str = "DREG") -> list[Claim]:
     """The claims for a reading of DREG, ``"DREG"`` or ``"DREG (mean)"``.
 
@@ -42,10 +50,7 @@ def hypotheses(frames: Frames, dreg: str = "DREG") -> list[Claim]:
     sweep = both_readings(frames, "sweep")
     if sweep.empty:
         return []
-    noisy = [f"noise_{level}" for level in NOISE]
-    sweep = sweep.assign(
-        robust=sweep[noisy].mean(axis=1), overall=sweep[["test", *noisy]].mean(axis=1)
-    )
+    sweep = with_noise(sweep)
 
     def of(frame: pd.DataFrame) -> pd.DataFrame:
         return frame[frame["regularizer"].isin([*OTHERS, dreg])]

@@ -8,7 +8,15 @@ from pathlib import Path
 import pandas as pd
 
 from studies import plots
-from studies.dreg.hypotheses import CELL, MEAN, METHODS, OTHERS, both_readings, hypotheses
+from studies.dreg.hypotheses import (
+    CELL,
+    MEAN,
+    METHODS,
+    OTHERS,
+    both_readings,
+    hypotheses,
+    with_noise,
+)
 from studies.dreg.training import NOISE, STRENGTHS
 from studies.experiment import Frames
 from studies.statistics import cells, claims_table, paired, ranks
@@ -129,14 +137,9 @@ def noise(frames: Frames, pictures: Path) -> str:
     rows = long.groupby(["regularizer", "noise"])["accuracy"].mean().unstack()
     rows = in_order(rows.T).T
     rows.columns = [f"σ = {level:g}" for level in rows.columns]
-    noisy = cells(robust(frame), "robust", cell=CELL, method="regularizer")
+    noisy = cells(with_noise(frame), "robust", cell=CELL, method="regularizer")
     rows["mean rank of six with noise"] = ranks_of_six(noisy)
     return f"{markdown(rows, '.2f')}\n\n![noise](pictures/noise.png)"
-
-
-def robust(frame: pd.DataFrame) -> pd.DataFrame:
-    """The records with the mean accuracy over the levels of noise."""
-    return frame.assign(robust=frame[[f"noise_{level}" for level in NOISE]].mean(axis=1))
 
 
 def scarcity(frames: Frames, pictures: Path) -> str:
@@ -172,7 +175,7 @@ def options(frames: Frames, pictures: Path) -> str:
     mine = frames["options"]
     default = _matching(frames["sweep"], mine)
     default = default[default["regularizer"] == "DREG"]
-    both = robust(pd.concat([default, mine]))
+    both = with_noise(pd.concat([default, mine]))
     rows = {}
     for metric, name in (("test", "accuracy"), ("robust", "accuracy with noise")):
         wide = cells(both, metric, cell=CELL, method="variant")
@@ -192,7 +195,7 @@ def strengths(frames: Frames, pictures: Path) -> str:
     mine = frames["strengths"]
     usual = _matching(frames["sweep"], mine)
     usual = usual[usual["regularizer"].isin(mine["regularizer"].unique())]
-    both = robust(pd.concat([mine, usual]))
+    both = with_noise(pd.concat([mine, usual]))
     parts = []
     for metric, name in (("test", "accuracy"), ("robust", "accuracy with noise")):
         rows = both.groupby(["regularizer", "data", "scale"])[metric].mean().unstack()

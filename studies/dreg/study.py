@@ -61,7 +61,7 @@ STUDY = Study(
     title="The sweep of DREG (arXiv 2606.23942)",
     experiments=experiments,
     sections={
-        "runs": lambda frames, _pictures: runs(frames),
+        "runs": runs,
         "claims": report.claims,
         "accuracy": report.accuracy,
         "activations": report.activations,

@@ -91,7 +91,7 @@ def train(run: Run, directory: Path | None = None) -> Metrics:
     anneal = partial(_anneal, steps=run.steps) if run.variant == "annealed" else None
     batches = torch.Generator().manual_seed(run.seed)
     x, y = samples.x, samples.y
-    if x.dim() == 4:  # oneDNN's convolutions of few channels are twice as fast so
+    if x.dim() == 4:  # oneDNN's convolutions of few channels are faster so
         x = x.contiguous(memory_format=torch.channels_last)
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 

@@ -154,3 +154,7 @@ def table_6(frame: pd.DataFrame) -> Choices:
             for penalty in ("SpectReg", "JacReg", "FrobReg")
         }
     }
+
+
+#: Table of the paper -> its choices.
+TABLES = {"table 1": table_1, "table 2": table_2, "table 4": table_4, "table 6": table_6}

@@ -9,15 +9,12 @@ import pandas as pd
 
 from studies.experiment import Frames
 from studies.gradient_regularization.choices import (
+    TABLES,
     USUAL,
     Choice,
     choose,
     lenet,
     of_method,
-    table_1,
-    table_2,
-    table_4,
-    table_6,
 )
 from studies.gradient_regularization.report import METHODS
 from studies.statistics import Claim, Paired, compared, paired
@@ -45,7 +42,7 @@ def _pairs(choices: dict[str, tuple[Choice | None, Choice | None]]) -> dict[str,
 
 
 def _of_tables(frame: pd.DataFrame) -> list[Claim]:
-    one, two, four, six = (make(frame) for make in (table_1, table_2, table_4, table_6))
+    one, two, four, six = (make(frame) for make in TABLES.values())
     dropout, plain = one["dropout"], one["plain"]
     best = dropout["DataGrad"]
     six_ = six[""]

@@ -16,7 +16,7 @@ from studies.networks import LeNet5
 from studies.settings import Metrics, Setting
 
 BATCH = 50
-LAYOUT = torch.channels_last  # oneDNN's convolutions of few channels take half the time so
+LAYOUT = torch.channels_last  # oneDNN's convolutions of few channels are faster so
 RATE = 5e-3  # the paper says 0.1, a hundred times the default of Adam
 CHECKPOINTS = 10  # of the test accuracy during training, on this many images:
 WATCHED = 500

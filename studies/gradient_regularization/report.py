@@ -11,15 +11,12 @@ from matplotlib.figure import Figure
 from studies import plots
 from studies.experiment import Frames
 from studies.gradient_regularization.choices import (
+    TABLES,
     USUAL,
     Choices,
     choose,
     lenet,
     of_method,
-    table_1,
-    table_2,
-    table_4,
-    table_6,
     where,
 )
 from studies.gradient_regularization.sin import GRID, samples
@@ -69,10 +66,9 @@ def tables(frames: Frames, _pictures: Path) -> str:
     if frame.empty:
         return ""
     parts = []
-    made = {"table 1": table_1, "table 2": table_2, "table 4": table_4, "table 6": table_6}
-    for name, make in made.items():
+    for name, make in TABLES.items():
         parts.append(f"**{name.capitalize()}**\n\n{beside(name, make(frame))}")
-    found = table_6(frame)[""]
+    found = TABLES["table 6"](frame)[""]
     one, exact = found["SpectReg"], found["FrobReg"]
     if one and exact:
         difference = paired(exact.tests, one.tests)
