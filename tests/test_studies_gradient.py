@@ -77,17 +77,24 @@ def test_lenet_learns():
     assert found["gradient"] > 0
 
 
-def test_the_confidence_penalty_is_that_of_fastjac():
-    logits = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
-    torch.testing.assert_close(
-        training.negentropy(logits), fastjac.confidence_penalty(logits, logits)
+def test_a_step_adds_the_penalties():
+    model, x, y = torch.nn.Linear(4, 3), torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1])
+    output, before = model(x), model.weight.detach().clone()
+    p = output.softmax(1)
+    expected = F.cross_entropy(output, y) + 7 + 0.1 * (p * p.log()).sum(1).mean()
+    optimizer = torch.optim.SGD(model.parameters(), 0.5)
+    (gradient,) = torch.autograd.grad(expected, model.weight)
+    found = training.step(
+        optimizer, model, lambda m, x, _y: (m(x), torch.tensor(7.0)), x, y, confidence=0.1
     )
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(model.weight, before - 0.5 * gradient)
 
 
 def test_the_rate_falls_at_half_and_three_quarters():
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], 1.0)
     rates = []
-    for _ in training.steps(optimizer, 8):
+    for _ in training.scheduled(optimizer, 8):
         rates.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
     assert rates == pytest.approx([1, 1, 1, 1, 0.1, 0.1, 0.01, 0.01])

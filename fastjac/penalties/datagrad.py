@@ -99,7 +99,7 @@ class DataGrad(ProjectionPenalty):
 
     def _see(self, output: Tensor, target: Tensor) -> None:
         """Add the loss of a batch to the running mean, without waiting for its device."""
-        if self.mean_loss is None or not len(output):
+        if self.mean_loss is None or not output.shape[0]:
             return
         if self.training:
             check_not_recomputed("has a bound")

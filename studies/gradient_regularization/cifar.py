@@ -55,18 +55,12 @@ def train(run: Run, directory: Path | None = None) -> Metrics:
         model.parameters(), 0.1, momentum=0.9, nesterov=True, weight_decay=0.003
     )
     order = training.batches(len(samples.x), BATCH, run.seed)
-    for step in training.steps(optimizer, run.iterations):
+    for step in training.scheduled(optimizer, run.iterations):
         batch = next(order)
         x, y = samples.x[batch], samples.y[batch].to(device)
         x = _augmented(x) if run.augment else x
         x = x.to(device, memory_format=torch.channels_last)
-        output, penalty = forward(model, x, y)
-        loss = F.cross_entropy(output, y) + penalty
-        if run.confidence:
-            loss = loss + run.confidence * training.negentropy(output)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        loss = training.step(optimizer, model, forward, x, y, confidence=run.confidence)
         if step % 100 == 99 or step == run.iterations - 1:
             training.finite(loss, step + 1)
     model.eval()

@@ -42,13 +42,9 @@ def train(run: Run) -> Metrics:
     optimizer = torch.optim.Adam(model.parameters(), 3e-3, fused=True)
     order = training.batches(len(samples.x), 50, run.seed)
     loss = samples.x.new_zeros(())
-    for _ in training.steps(optimizer, run.iterations):
+    for _ in training.scheduled(optimizer, run.iterations):
         batch = next(order)
-        output, penalty = forward(model, samples.x[batch], samples.y[batch])
-        loss = F.cross_entropy(output, samples.y[batch]) + penalty
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        loss = training.step(optimizer, model, forward, samples.x[batch], samples.y[batch])
     training.finite(loss, run.iterations)
     with torch.no_grad():
         output = model(samples.x)

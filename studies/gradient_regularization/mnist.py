@@ -68,16 +68,10 @@ def train(run: Run, directory: Path | None = None) -> Metrics:
     order = training.batches(len(x), BATCH, run.seed)
     every = max(run.iterations // CHECKPOINTS, 1)
     curve = []
-    for step in training.steps(optimizer, run.iterations):
+    for step in training.scheduled(optimizer, run.iterations):
         batch = next(order)
-        y = samples.y[batch]
-        output, penalty = forward(model, x[batch], y)
-        loss = F.cross_entropy(output, y) + penalty
-        if run.confidence:
-            loss = loss + run.confidence * training.negentropy(output)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        pair = x[batch], samples.y[batch]
+        loss = training.step(optimizer, model, forward, *pair, confidence=run.confidence)
         if step % every == every - 1:
             training.finite(loss, step + 1)
             curve.append(_accuracy(model, samples.x_test[:WATCHED], samples.y_test[:WATCHED]))

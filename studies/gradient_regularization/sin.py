@@ -57,12 +57,8 @@ def train(run: Run) -> Metrics:
     forward = training.forward_of(run.penalty, run.weight)
     optimizer = torch.optim.Adam(model.parameters(), 1e-3, fused=True)
     loss = y.new_zeros(())
-    for _ in training.steps(optimizer, run.iterations):
-        output, penalty = forward(model, x, y)
-        loss = F.mse_loss(output, y) + penalty
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+    for _ in training.scheduled(optimizer, run.iterations):
+        loss = training.step(optimizer, model, forward, x, y, criterion=F.mse_loss)
     training.finite(loss, run.iterations)
     values, slopes = _values_and_slopes(model, GRID)
     fitted, slopes_at_samples = _values_and_slopes(model, x)

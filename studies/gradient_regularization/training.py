@@ -28,10 +28,25 @@ def forward_of(penalty: str, weight: float, at: str = "input", bound: float = 0.
     return lambda model, x, _y: term(model, x)
 
 
-def negentropy(logits: Tensor) -> Tensor:
-    """The confidence penalty, ``(1/N) Σ_n Σ_i p_ni log p_ni``."""
-    log_p = F.log_softmax(logits, 1)
-    return (log_p.exp() * log_p).sum(1).mean()
+def step(
+    optimizer: torch.optim.Optimizer,
+    model: nn.Module,
+    forward: Forward,
+    x: Tensor,
+    y: Tensor,
+    *,
+    confidence: float = 0.0,
+    criterion: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
+) -> Tensor:
+    """One step of the optimizer on the loss, the penalty and the confidence penalty; their sum."""
+    output, penalty = forward(model, x, y)
+    loss = criterion(output, y) + penalty
+    if confidence:
+        loss = loss + fastjac.confidence_penalty(x, output, weight=confidence)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return loss
 
 
 def batches(count: int, size: int, seed: int) -> Iterator[Tensor]:
@@ -44,7 +59,7 @@ def batches(count: int, size: int, seed: int) -> Iterator[Tensor]:
                 yield batch
 
 
-def steps(optimizer: torch.optim.Optimizer, iterations: int) -> Iterator[int]:
+def scheduled(optimizer: torch.optim.Optimizer, iterations: int) -> Iterator[int]:
     """Count the iterations, and divide the learning rate by 10 at 50% and 75% of them."""
     marks = [iterations // 2, iterations * 3 // 4]
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, marks, gamma=0.1)
