@@ -9,7 +9,7 @@ import pandas as pd
 
 from studies.experiment import Frames
 
-MNIST = ("tables", "untuned", "hidden", "decays", "sizes")
+MNIST = ("tables", "seeds", "untuned", "hidden", "decays", "sizes")
 USUAL: dict[str, Any] = {
     "size": 2000,
     "network": "dropout",

@@ -46,6 +46,7 @@ def untuned(frames: Frames, pictures: Path) -> str:
         return ""
     usual = {name: level for name, level in USUAL.items() if name != "bound"}
     frame = where(lenet(frames), **usual)
+    frame = frame[frame["seed"].isin(frames["untuned"]["seed"].unique())]
     none = where(frame, penalty="none")["test"].mean()
     rows, scores = {"none": {"best": f"{none:.2f}"}}, {}
     mine = where(frame, penalty="DataGrad")
