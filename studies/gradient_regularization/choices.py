@@ -19,6 +19,8 @@ USUAL: dict[str, Any] = {
     "bound": 0.0,
 }
 
+BOUND = 0.01  # the κ of the first open question
+
 #: Row of a table -> penalty -> the choice.
 Choices = dict[str, dict[str, "Choice | None"]]
 

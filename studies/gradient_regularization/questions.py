@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from studies import plots
 from studies.experiment import Frames
-from studies.gradient_regularization.choices import USUAL, choose, lenet, span, where
+from studies.gradient_regularization.choices import BOUND, USUAL, choose, lenet, span, where
 from studies.statistics import Claim, claims_table, compared, paired
 from studies.tables import markdown
 
@@ -76,6 +76,7 @@ def untuned(frames: Frames, pictures: Path) -> str:
     bounds = most.groupby("bound")[["test"]].mean()
     bounds.columns = [f"λ = {mine['weight'].max():g}"]
     parts = [markdown(pd.DataFrame(rows).T), "![untuned](pictures/untuned.png)"]
+    parts.append(claims_table([_claim(lenet(frames))]))
     parts.append(markdown(bounds, ".2f", corner="bound"))
     elsewhere = frames.get("elsewhere", pd.DataFrame())
     if not elsewhere.empty:
@@ -84,3 +85,22 @@ def untuned(frames: Frames, pictures: Path) -> str:
         means.index = [f"{data}, {f'bound {b:g}' if b else 'no bound'}" for data, b in means.index]
         parts.append(markdown(means, ".2f"))
     return "\n\n".join(parts)
+
+
+def _claim(frame: pd.DataFrame) -> Claim:
+    """The largest λ with a bound against no penalty and against the λ that is tuned without one."""
+    bounded = frame[frame["bound"] == BOUND]
+    bounded = bounded[bounded["weight"] == bounded["weight"].max()]
+    free = choose(bounded, **USUAL | {"bound": BOUND, "penalty": "DataGrad"})
+    others = {
+        "no penalty": choose(frame, **USUAL | {"penalty": "none"}),
+        "DataGrad with λ tuned, no bound": choose(frame, **USUAL | {"penalty": "DataGrad"}),
+        "SpectReg with λ tuned": choose(frame, **USUAL | {"penalty": "SpectReg"}),
+    }
+    pairs = {
+        f"bound {BOUND:g}, λ {free.weight:g} vs {name}": paired(free.tests, other.tests)
+        for name, other in others.items()
+        if free is not None and other is not None
+    }
+    text = "The largest λ of the sweep, with a bound, is better than no penalty and tuned ones"
+    return Claim(text, "open question 1", compared(pairs))
