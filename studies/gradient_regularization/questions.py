@@ -55,10 +55,9 @@ def untuned(frames: Frames, pictures: Path) -> str:
             continue
         name = f"DataGrad, bound {bound:g}" if bound else "DataGrad"
         scores[name] = part.groupby("weight")["test"].mean().sort_index()
-        low, high = span(scores[name])
         rows[name] = {
             "best": f"{scores[name].max():.2f} at λ = {scores[name].idxmax():g}",
-            "within 0.3 points of it": f"{low:g} to {high:g}, a factor of {high / low:.0f}",
+            "within 0.3 points of it": _span(scores[name]),
             "worst": f"{scores[name].min():.2f}",
         }
     with plots.style():
@@ -85,6 +84,13 @@ def untuned(frames: Frames, pictures: Path) -> str:
         means.index = [f"{data}, {f'bound {b:g}' if b else 'no bound'}" for data, b in means.index]
         parts.append(markdown(means, ".2f"))
     return "\n\n".join(parts)
+
+
+def _span(scores: pd.Series) -> str:
+    low, high = span(scores)
+    less = " or less" if low == scores.index[0] else ""
+    more = " or more" if high == scores.index[-1] else ""
+    return f"{low:g}{less} to {high:g}{more}, a factor of {high / low:,.0f}"
 
 
 def _claim(frame: pd.DataFrame) -> Claim:
