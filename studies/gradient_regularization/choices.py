@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ import pandas as pd
 from studies.experiment import Frames
 
 MNIST = ("tables", "seeds", "untuned", "hidden", "decays", "sizes")
+SWEEP = ("tables", "seeds")  # the λ among which the tables choose
 USUAL: dict[str, Any] = {
     "size": 2000,
     "network": "dropout",
@@ -51,6 +53,15 @@ def where(frame: pd.DataFrame, **levels: Any) -> pd.DataFrame:
     return frame
 
 
+def like(frame: pd.DataFrame, sweep: pd.DataFrame) -> pd.DataFrame:
+    """The records whose penalty, weights and seed are in a sweep.
+
+    Other experiments may have tried more of them in some cells, where the best would be better.
+    """
+    tried = sweep[["penalty", "weight", "confidence", "seed"]].drop_duplicates()
+    return frame.merge(tried, how="inner")
+
+
 def choose(frame: pd.DataFrame, **levels: Any) -> Choice | None:
     """The choice among the records with these levels, or None if there are none.
 
@@ -88,9 +99,9 @@ def span(scores: pd.Series, within: float = 0.3) -> tuple[float, float]:
     return float(scores.index[low]), float(scores.index[high])
 
 
-def lenet(frames: Frames) -> pd.DataFrame:
-    """The records of all runs of LeNet-5."""
-    found = [frames[name] for name in MNIST if name in frames and not frames[name].empty]
+def lenet(frames: Frames, experiments: Sequence[str] = MNIST) -> pd.DataFrame:
+    """The records of some experiments on LeNet-5, or of all of them."""
+    found = [frames[name] for name in experiments if name in frames and not frames[name].empty]
     return pd.concat(found, ignore_index=True) if found else pd.DataFrame()
 
 

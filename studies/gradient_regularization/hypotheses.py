@@ -9,11 +9,13 @@ import pandas as pd
 
 from studies.experiment import Frames
 from studies.gradient_regularization.choices import (
+    SWEEP,
     TABLES,
     USUAL,
     Choice,
     choose,
     lenet,
+    like,
     of_method,
 )
 from studies.gradient_regularization.report import METHODS
@@ -25,8 +27,8 @@ def hypotheses(frames: Frames) -> list[Claim]:
     found = []
     frame = lenet(frames)
     if not frame.empty:
-        found += _of_tables(frame)
-        found += _of_sizes(frames, frame)
+        found += _of_tables(lenet(frames, SWEEP))
+        found += _of_sizes(frames)
     sin = frames.get("sin", pd.DataFrame())
     if not sin.empty:
         found += _of_sin(sin)
@@ -85,11 +87,13 @@ def _of_tables(frame: pd.DataFrame) -> list[Claim]:
     return [Claim(text, source, compared(pairs)) for text, source, pairs in tested if pairs]
 
 
-def _of_sizes(frames: Frames, frame: pd.DataFrame) -> list[Claim]:
-    if frames.get("sizes", pd.DataFrame()).empty:
+def _of_sizes(frames: Frames) -> list[Claim]:
+    sizes = frames.get("sizes", pd.DataFrame())
+    if sizes.empty:
         return []
+    frame = like(lenet(frames), sizes)
     choices = {}
-    for size in sorted(frames["sizes"]["size"].unique()):
+    for size in sorted(sizes["size"].unique()):
         cell = USUAL | {"size": size}
         datagrad = choose(frame, **cell | {"penalty": "DataGrad"})
         for method in METHODS:

@@ -9,7 +9,16 @@ from matplotlib.figure import Figure
 
 from studies import plots
 from studies.experiment import Frames
-from studies.gradient_regularization.choices import BOUND, USUAL, choose, lenet, span, where
+from studies.gradient_regularization.choices import (
+    BOUND,
+    SWEEP,
+    USUAL,
+    choose,
+    lenet,
+    like,
+    span,
+    where,
+)
 from studies.statistics import Claim, claims_table, compared, paired
 from studies.tables import markdown
 
@@ -18,13 +27,12 @@ PLACES = ("input", "conv1", "conv2", "fc1", "fc2")
 
 def hidden(frames: Frames, pictures: Path) -> str:
     """Gradients with respect to hidden layers: the best layer, and whether it beats the input."""
-    frame = lenet(frames)
-    if frames.get("hidden", pd.DataFrame()).empty:
+    mine = frames.get("hidden", pd.DataFrame())
+    if mine.empty:
         return ""
-    seeds = frames["hidden"]["seed"].unique()
-    frame = frame[frame["seed"].isin(seeds)]
     rows, pairs = {}, {}
-    none = choose(frame, **USUAL | {"penalty": "none"})
+    none = choose(lenet(frames), **USUAL | {"penalty": "none"})
+    frame = like(lenet(frames), mine)
     for penalty in ("SpectReg", "DataGrad"):
         found = {
             place: choose(frame, **USUAL | {"at": place, "penalty": penalty}) for place in PLACES
@@ -75,7 +83,7 @@ def untuned(frames: Frames, pictures: Path) -> str:
     bounds = most.groupby("bound")[["test"]].mean()
     bounds.columns = [f"λ = {mine['weight'].max():g}"]
     parts = [markdown(pd.DataFrame(rows).T), "![untuned](pictures/untuned.png)"]
-    parts.append(claims_table([_claim(lenet(frames))]))
+    parts.append(claims_table([_claim(lenet(frames, (*SWEEP, "untuned")))]))
     parts.append(markdown(bounds, ".2f", corner="bound"))
     elsewhere = frames.get("elsewhere", pd.DataFrame())
     if not elsewhere.empty:

@@ -11,11 +11,13 @@ from matplotlib.figure import Figure
 from studies import plots
 from studies.experiment import Frames
 from studies.gradient_regularization.choices import (
+    SWEEP,
     TABLES,
     USUAL,
     Choices,
     choose,
     lenet,
+    like,
     of_method,
     where,
 )
@@ -62,7 +64,7 @@ def beside(table: str, choices: Choices) -> str:
 
 def tables(frames: Frames, _pictures: Path) -> str:
     """Tables 1, 2, 4 and 6."""
-    frame = lenet(frames)
+    frame = lenet(frames, SWEEP)
     if frame.empty:
         return ""
     parts = []
@@ -114,16 +116,17 @@ def convergence(frames: Frames, pictures: Path) -> str:
 
 def figure_2(frames: Frames, pictures: Path) -> str:
     """Accuracy by the number of training images, each at its best weight."""
-    frame = lenet(frames)
-    if frames.get("sizes", frame).empty:
+    sizes = frames.get("sizes", pd.DataFrame())
+    if sizes.empty:
         return ""
+    frame = like(lenet(frames), sizes)
     rows = []
-    for size in sorted(frames["sizes"]["size"].unique()):
+    for size in sorted(sizes["size"].unique()):
         for method in METHODS:
             choice = choose(frame, **USUAL | {"size": size} | of_method(frame, method, size))
             if choice is not None:
                 found = pd.DataFrame({"accuracy": choice.tests, "size": size, "method": method})
-                rows.append(found[found.index < 5])
+                rows.append(found)
     long = pd.concat(rows)
     plots.lines(
         long,
@@ -144,17 +147,18 @@ def figure_2(frames: Frames, pictures: Path) -> str:
 
 def figure_4(frames: Frames, pictures: Path) -> str:
     """The weight of DataGrad against accuracy and the sum of the squares of the parameters."""
-    frame = lenet(frames)
-    if frames.get("decays", frame).empty:
+    decays = frames.get("decays", pd.DataFrame())
+    if decays.empty:
         return ""
+    frame = like(lenet(frames), decays)
     cell = {name: level for name, level in USUAL.items() if name != "decay"}
     mine = where(frame, **cell)
-    mine = mine[mine["penalty"].isin(["none", "DataGrad"]) & (mine["seed"] < 5)]
-    decays = sorted(frames["decays"]["decay"].unique())
+    mine = mine[mine["penalty"].isin(["none", "DataGrad"])]
+    levels = sorted(decays["decay"].unique())
     with plots.style():
-        figure = Figure(figsize=(4 * len(decays), 3.8))
+        figure = Figure(figsize=(4 * len(levels), 3.8))
         for number, (axes, decay) in enumerate(
-            zip(figure.subplots(1, len(decays), sharey=True, squeeze=False)[0], decays, strict=True)
+            zip(figure.subplots(1, len(levels), sharey=True, squeeze=False)[0], levels, strict=True)
         ):
             part = where(mine, decay=decay, penalty="DataGrad").groupby("weight")
             squares, accuracy = part["weight_loss"].mean(), part["test"].mean()
@@ -166,7 +170,7 @@ def figure_4(frames: Frames, pictures: Path) -> str:
             right.set_ylim(0, None)
             if number == 0:
                 axes.set_ylabel("test accuracy, % (circles)")
-            if number == len(decays) - 1:
+            if number == len(levels) - 1:
                 right.set_ylabel("sum of squares (squares)")
         plots.save(figure, pictures / "figure_4.png")
     means = mine.groupby(["decay", "weight"])[["test", "weight_loss"]].mean()
@@ -175,7 +179,7 @@ def figure_4(frames: Frames, pictures: Path) -> str:
             f"λ {weight:g}": f"{row['test']:.2f} ({row['weight_loss']:.0f})"
             for weight, row in means.loc[decay].iterrows()
         }
-        for decay in decays
+        for decay in levels
     }
     shown = pd.DataFrame(text).T.reindex(
         columns=[f"λ {weight:g}" for weight in sorted(mine["weight"].unique())]

@@ -103,7 +103,7 @@ def decays(seeds: Sequence[int]) -> Runs:
 
 def hidden(seeds: Sequence[int]) -> Runs:
     """The second open question: gradients with respect to hidden layers."""
-    cell = {"seed": seeds, "at": HIDDEN}
+    cell = {"seed": seeds, "at": ("input", *HIDDEN)}
     yield from cross(mnist.Run, **cell, penalty=["SpectReg"], weight=(0.01, 0.1, 1.0))
     yield from cross(mnist.Run, **cell, penalty=["DataGrad"], weight=(0.3, 3.0, 30.0))
 
@@ -143,7 +143,7 @@ def experiments(quick: bool, data: Path | None) -> Sequence[Experiment]:
         lenet("tables", tables(five)),
         lenet("seeds", chosen(ten[5:])),
         lenet("untuned", untuned(five)),
-        lenet("hidden", hidden(five)),
+        lenet("hidden", hidden(ten)),
         lenet("longer", longer(range(3)), MORE),
         lenet("fewer", tables(five), FEWER),
         lenet("decays", decays(five)),
