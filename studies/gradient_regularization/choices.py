@@ -65,8 +65,6 @@ def like(frame: pd.DataFrame, sweep: pd.DataFrame) -> pd.DataFrame:
 def choose(frame: pd.DataFrame, **levels: Any) -> Choice | None:
     """The choice among the records with these levels, or None if there are none.
 
-    A weight counts only if it ran with as many seeds as the others, and none of them failed.
-
     Raises:
         ValueError: A weight and a seed occur twice, so the levels do not fix all factors.
     """
@@ -75,12 +73,20 @@ def choose(frame: pd.DataFrame, **levels: Any) -> Choice | None:
         return None
     if frame.duplicated(["weight", "seed"]).any():
         raise ValueError(f"several runs of one weight and seed have the levels {levels}")
-    by = frame.groupby("weight")["dev"]
-    scores = by.mean()[by.count() == by.size().max()]
-    if scores.empty:
+    weight = best(frame, "weight")
+    if weight is None:
         return None
-    weight = float(scores.idxmax())
     return Choice(weight, where(frame, weight=weight).set_index("seed")["test"])
+
+
+def best(frame: pd.DataFrame, factor: str) -> float | None:
+    """The level with the highest mean accuracy on the development set, the first of several such.
+
+    A level counts only if it ran with as many seeds as the others, and none of them failed.
+    """
+    by = frame.groupby(factor)["dev"]
+    scores = by.mean()[by.count() == by.size().max()]
+    return None if scores.empty else float(scores.idxmax())
 
 
 def span(scores: pd.Series, within: float = 0.3) -> tuple[float, float]:
@@ -136,8 +142,7 @@ def best_confidence(frame: pd.DataFrame, size: int = 2000) -> float:
     """The weight of the confidence penalty with the best accuracy on the development set."""
     usual = {name: level for name, level in USUAL.items() if name != "confidence"}
     alone = where(frame, **usual | {"penalty": "none", "size": size})
-    scores = alone[alone["confidence"] > 0].groupby("confidence")["dev"].mean()
-    return float(scores.idxmax()) if len(scores) else 0.0
+    return best(alone[alone["confidence"] > 0], "confidence") or 0.0
 
 
 def of_method(frame: pd.DataFrame, method: str, size: int) -> dict[str, Any]:
