@@ -204,9 +204,8 @@ def test_the_report_is_that_of_the_records(study, tmp_path):
     """Also that the code of the runs is that of the records: `Experiment.keys`."""
     experiments = study.experiments(False, None)
     frames = {e.name: Records(study.folder / "records", e.name).frame(e) for e in experiments}
-    if study is STUDY:  # the records of the other study are not complete yet
-        for experiment in experiments:
-            assert len(frames[experiment.name]) == len(experiment.settings), experiment.name
+    for experiment in experiments:
+        assert len(frames[experiment.name]) == len(experiment.settings), experiment.name
     before = (study.folder / "README.md").read_text()
     (tmp_path / "README.md").write_text(before)
     write_report(study, frames, tmp_path)

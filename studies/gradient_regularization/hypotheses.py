@@ -93,7 +93,7 @@ def _of_sizes(frames: Frames) -> list[Claim]:
         return []
     frame = like(lenet(frames), sizes)
     choices = {}
-    for size in sorted(sizes["size"].unique()):
+    for size in sorted(frame["size"].unique()):
         cell = USUAL | {"size": size}
         datagrad = choose(frame, **cell | {"penalty": "DataGrad"})
         for method in METHODS:

@@ -78,7 +78,8 @@ def untuned(frames: Frames, pictures: Path) -> str:
             axes.set(xscale="log", xlabel="λ")
         left.set(ylabel="test accuracy, %", title="all accuracies")
         right.set(ylim=(none - 0.5, none + 0.7), title="the highest ones")
-        figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+        handles = left.get_legend_handles_labels()
+        figure.legend(*handles, loc="outside lower center", ncols=3, frameon=False)
         plots.save(figure, pictures / "untuned.png")
     most = mine[mine["weight"] == mine["weight"].max()]
     bounds = most.groupby("bound")[["test"]].mean()

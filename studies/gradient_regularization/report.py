@@ -121,7 +121,7 @@ def figure_2(frames: Frames, pictures: Path) -> str:
         return ""
     frame = like(lenet(frames), sizes)
     rows = []
-    for size in sorted(sizes["size"].unique()):
+    for size in sorted(frame["size"].unique()):
         for method in METHODS:
             choice = choose(frame, **USUAL | {"size": size} | of_method(frame, method, size))
             if choice is not None:
@@ -154,7 +154,7 @@ def figure_4(frames: Frames, pictures: Path) -> str:
     cell = {name: level for name, level in USUAL.items() if name != "decay"}
     mine = where(frame, **cell)
     mine = mine[mine["penalty"].isin(["none", "DataGrad"])]
-    levels = sorted(decays["decay"].unique())
+    levels = sorted(mine["decay"].unique())
     with plots.style():
         figure = Figure(figsize=(4 * len(levels), 3.8))
         for number, (axes, decay) in enumerate(
