@@ -25,6 +25,7 @@ from studies.gradient_regularization.choices import (
     table_4,
     table_6,
 )
+from studies.gradient_regularization.hypotheses import hypotheses
 from studies.gradient_regularization.study import CHOSEN, STUDY
 from studies.networks import LeNet5, ResNet, sin_network
 from studies.records import Records
@@ -199,6 +200,18 @@ def test_more_seeds_have_the_weights_that_the_first_five_choose():
     for run in CHOSEN:
         levels = {name: getattr(run, name) for name in (*USUAL, "penalty")}
         assert choose(frame, **levels).weight == run.weight, run
+
+
+def test_a_run_of_sin_that_is_missing_or_failed_leaves_its_pair_out():
+    rows = [
+        {"data": "SIN", "seed": seed, "weight": weight, "mse": 1e-3 - weight + 1e-6 * seed}
+        for seed in range(20)
+        for weight in (0.0, 1e-4)
+    ]
+    frame = pd.DataFrame(rows).drop(index=[2])  # seed 1, λ = 0
+    frame.loc[frame.index[-1], "mse"] = float("nan")  # seed 19
+    (claim,) = hypotheses({"sin": frame})
+    assert list(claim.results["n"]) == [8]
 
 
 def test_the_span_is_around_the_best_weight():
