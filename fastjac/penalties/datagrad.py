@@ -40,7 +40,8 @@ class DataGrad(ProjectionPenalty):
         bound: a number κ; the weight is then at most ``κ / ℓ̄²``, with the running mean ℓ̄ of the
             cross-entropy, a constant. Early in training, when the loss is large, a large weight
             would hold the model where its output does not depend on x; the bound lets it grow as
-            the loss falls. If the inputs are multiplied by c, multiply κ by c². It is for
+            the loss falls. Start with κ = 0.1 times the variance of an input; docs/WEIGHT.md has
+            the evidence. If the inputs are multiplied by c, multiply κ by c². It is for
             ``"l2_squared"`` only.
             ℓ̄ is a buffer of the module. The first call sets it, and in training mode each later
             one counts 5%, also each micro-batch; each process has its own. The function uses the

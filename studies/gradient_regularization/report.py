@@ -205,10 +205,9 @@ def table_7(frames: Frames, pictures: Path) -> str:
             row[f"{data}: MSE at the samples"] = f"{part['train'].median():.2g}"
             row[f"{data}: slope, grid / samples"] = f"{ratio.median():.2f}"
         rows[f"λ {weight:g}"] = row
-    names = [*(f"{d}.png" for d in ("figure_5", "figure_6"))]
-    _curves(frame, pictures / names[0], zoom=None)
-    _curves(frame, pictures / names[1], zoom=(0.0, 0.4))
-    shown = "\n\n".join(f"![{name}](pictures/{name})" for name in names)
+    _curves(frame, pictures / "figure_5.png", zoom=None)
+    _curves(frame, pictures / "figure_6.png", zoom=(0.0, 0.4))
+    shown = "![figure 5](pictures/figure_5.png)\n\n![figure 6](pictures/figure_6.png)"
     return f"{markdown(pd.DataFrame(rows).T)}\n\n{shown}"
 
 
