@@ -111,11 +111,11 @@ def _claims(frame: pd.DataFrame) -> list[Claim]:
         choose(frame, **USUAL | {"penalty": name}) for name in ("none", "DataGrad", "SpectReg")
     )
     claims = {
-        "With a bound, the largest λ improves on no penalty, and on DataGrad with the best λ": {
+        "With a bound, the largest λ improves on no penalty, and on DataGrad with the chosen λ": {
             "no penalty": none,
             "DataGrad without a bound": datagrad,
         },
-        "It improves on SpectReg with the best λ": {"SpectReg": spectreg},
+        "It improves on SpectReg with the chosen λ": {"SpectReg": spectreg},
     }
     return [
         Claim(
