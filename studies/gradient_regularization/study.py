@@ -144,7 +144,7 @@ def experiments(quick: bool, data: Path | None) -> Sequence[Experiment]:
         lenet("seeds", chosen(ten[5:])),
         lenet("untuned", untuned(five)),
         lenet("hidden", hidden(ten)),
-        lenet("longer", longer(five), MORE),
+        lenet("longer", longer(range(3)), MORE),
         lenet("fewer", tables(five), FEWER),
         lenet("decays", decays(five)),
         lenet("sizes", sizes(five)),
