@@ -55,6 +55,11 @@ def cells(frame: pd.DataFrame, metric: str, *, cell: Sequence[str], method: str)
     return kept
 
 
+def matching(frame: pd.DataFrame, other: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
+    """The rows whose values in the columns ``names`` occur together in another frame."""
+    return frame.merge(other[list(names)].drop_duplicates(), on=list(names))
+
+
 @dataclass(frozen=True)
 class Paired:
     """A comparison of ``a`` with ``b`` over ``n`` pairs; see :func:`paired`."""

@@ -19,7 +19,7 @@ from studies.dreg.hypotheses import (
 )
 from studies.dreg.training import NOISE, STRENGTHS
 from studies.experiment import Frames
-from studies.statistics import cells, claims_table, paired, ranks
+from studies.statistics import cells, claims_table, matching, paired, ranks
 from studies.tables import markdown
 
 LOOKS = plots.look(METHODS)
@@ -242,5 +242,4 @@ def cost(frames: Frames, pictures: Path) -> str:
 
 def _matching(frame: pd.DataFrame, like: pd.DataFrame) -> pd.DataFrame:
     """The records whose data set, activation, number of steps and seed occur in another frame."""
-    names = [*CELL, "steps", "seed"]
-    return frame.merge(like[names].drop_duplicates(), on=names)
+    return matching(frame, like, [*CELL, "steps", "seed"])

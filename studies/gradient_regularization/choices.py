@@ -9,6 +9,7 @@ from typing import Any
 import pandas as pd
 
 from studies.experiment import Frames
+from studies.statistics import matching
 
 MNIST = ("tables", "seeds", "untuned", "hidden", "decays", "sizes")
 SWEEP = ("tables", "seeds")  # the λ among which the tables choose
@@ -58,8 +59,7 @@ def like(frame: pd.DataFrame, sweep: pd.DataFrame) -> pd.DataFrame:
 
     Other experiments may have tried more of them in some cells, where the best would be better.
     """
-    tried = sweep[["penalty", "weight", "confidence", "seed"]].drop_duplicates()
-    return frame.merge(tried, how="inner")
+    return matching(frame, sweep, ["penalty", "weight", "confidence", "seed"])
 
 
 def choose(frame: pd.DataFrame, **levels: Any) -> Choice | None:

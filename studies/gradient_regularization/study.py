@@ -30,7 +30,6 @@ SPECTREG = (0.01, 0.03, 0.1)
 DATAGRAD = (0.3, 1.0, 3.0, 10.0)
 DECADES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 1000.0)
 BOUNDS = (0.0001, 0.001, 0.1, 1.0)
-HIDDEN = ("conv1", "conv2", "fc1", "fc2")
 
 #: The λ of tables 1, 2, 4 and 6 that seeds 0 to 4 choose on the development images.
 CHOSEN = (
@@ -103,7 +102,7 @@ def decays(seeds: Sequence[int]) -> Runs:
 
 def hidden(seeds: Sequence[int]) -> Runs:
     """The second open question: gradients with respect to hidden layers."""
-    cell = {"seed": seeds, "at": ("input", *HIDDEN)}
+    cell = {"seed": seeds, "at": questions.PLACES}
     yield from cross(mnist.Run, **cell, penalty=["SpectReg"], weight=(0.01, 0.1, 1.0))
     yield from cross(mnist.Run, **cell, penalty=["DataGrad"], weight=(0.3, 3.0, 30.0))
 
